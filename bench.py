@@ -1,0 +1,330 @@
+"""Measure a training step or generation, alone or against a peer in the same process.
+
+$ python bench.py --batch_size=64                          # tokens/s, MFU, memory of a training step
+$ python bench.py --batch_size=64 --peer=FOLDER            # alternating with GPT of FOLDER/model.py, a nanoGPT
+$ python bench.py --mode=generate --batch_size=32          # ms a step of generation; --peer=FOLDER or --peer=hf
+$ torchrun --standalone --nproc_per_node=4 bench.py --batch_size=64   # DDP against the same on one GPU
+
+All contenders do the same work on the same tokens. Each is warmed up, then they take turns, `steps` steps a turn, for
+`rounds` rounds; a figure is the median over rounds, with the range. A training step is forward, backward, clipping and
+AdamW. A step of generation is the time that one more token takes a batch: that of max_new_tokens less that of one.
+"""
+
+import importlib.util
+import json as json_
+import os
+import statistics
+import time
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import UserError, check_at_least, configure
+from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
+from distributed import barrier, check_compile, env_rank, finish, pick_dtype, start
+from model import GPT, Decoder, GPTConfig
+from optim import build_adamw, clip_gradients
+from training_logger import environment, peak_flops
+
+# -----------------------------------------------------------------------------
+mode = "train"  # 'train' or 'generate'
+peer = ""  # a folder with a nanoGPT-like model.py, to alternate with; for --mode=generate also 'hf' (transformers)
+json = ""  # write the figures to this file as well
+# model: GPT-2 (124M) with nanoGPT's padded vocabulary
+batch_size = 12
+block_size = 1024
+n_layer = 12
+n_head = 12
+n_embd = 768
+vocab_size = 50304
+bias = False
+dropout = 0.0
+# measurement
+steps = 10  # training steps a turn
+warmup = 5  # training steps before the first turn, after the one that compiles
+rounds = 7
+dataset = ""  # tokens for training from this data set; '' takes random ones
+loss_steps = 0  # first train every contender this many steps from the same weights, and compare losses (needs dataset)
+learning_rate = 6e-4
+grad_clip = 1.0
+# generation
+prompt_tokens = 16
+max_new_tokens = 256
+temperature = 0.8
+top_k: int | None = 200
+# system
+seed = 1337
+device = "auto"
+dtype = "auto"
+compile = True  # torch.compile for training; generation uses its own kernels and CUDA graph
+# -----------------------------------------------------------------------------
+config = configure(globals(), rank=env_rank())
+
+check_at_least(config, 1, "batch_size", "steps", "rounds", "warmup", "prompt_tokens")
+check_at_least(config, 2, "max_new_tokens")
+check_at_least(config, 0, "loss_steps", "grad_clip")
+if mode not in ("train", "generate"):
+    raise UserError(f"mode={mode!r} is unknown: use train or generate")
+if peer and not os.path.isfile(os.path.join(peer, "model.py")) and not (peer == "hf" and mode == "generate"):
+    raise UserError(f"peer={peer!r} is no folder with a model.py" + (", nor 'hf'" if mode == "generate" else ""))
+if loss_steps and not dataset:
+    raise UserError("loss_steps needs real text: name a data set with --dataset=...")
+if mode == "generate" and prompt_tokens + max_new_tokens > block_size:
+    raise UserError(f"prompt_tokens + max_new_tokens = {prompt_tokens + max_new_tokens} exceeds block_size={block_size}")
+processes = start(device)
+device = processes.device
+if peer and processes.world_size > 1:
+    raise UserError("a peer is measured on one process: start bench.py with python, not torchrun")
+if mode == "generate" and processes.world_size > 1:
+    raise UserError("generation is measured on one process: start bench.py with python, not torchrun")
+compute_dtype = pick_dtype(dtype, device)
+if compile and mode == "train":
+    check_compile(device)
+data = open_dataset(dataset, block_size) if dataset else None
+architecture = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                    dropout=dropout, bias=bias)
+if data is not None:
+    data.train.check_tokens(vocab_size)
+torch.set_float32_matmul_precision("high")
+autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+
+
+def synchronize():
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def allocated(peak: bool = False) -> int:
+    """Bytes of GPU memory in use, or the most since the last reset."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+
+
+def load_peer_module(folder: str):
+    """The module FOLDER/model.py, under a name that does not collide with ours."""
+    spec = importlib.util.spec_from_file_location("peer_model", os.path.join(folder, "model.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_model(name: str):
+    """A freshly initialised model on the device, both with the weights of ours."""
+    torch.manual_seed(seed)
+    ours = GPT(GPTConfig(**architecture))
+    if name != "peer":
+        return ours.to(device)
+    module = load_peer_module(peer)
+    theirs = module.GPT(module.GPTConfig(**architecture))
+    theirs.load_state_dict(ours.state_dict(), strict=False)  # buffers such as a causal mask stay theirs
+    return theirs.to(device)
+
+
+class Training:
+    """A contender that trains: `step()` is one update on its next batch."""
+
+    def __init__(self, name: str, distributed: bool = False):
+        self.name = name
+        torch.compiler.reset()
+        before = allocated()
+        self.model = make_model(name)
+        if name == "peer":
+            self.optimizer = self.model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), device.type)
+        else:
+            self.optimizer = build_adamw(self.model, learning_rate, (0.9, 0.95), 0.1)
+        if compile:
+            self.model.compile()
+        self.trained = self.model
+        if distributed:
+            self.trained = DistributedDataParallel(
+                self.model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        self.batches = self.make_batches(distributed)
+        started = time.perf_counter()
+        self.step()
+        synchronize()
+        self.first_step_seconds = time.perf_counter() - started
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.step()
+        self.peak_bytes = allocated(peak=True) - before
+        if loss_steps:
+            self.val_loss = self.train_and_evaluate()
+        for _ in range(warmup):
+            self.step()
+
+    def make_batches(self, distributed: bool):
+        if data is not None:
+            rank, world_size = (processes.rank, processes.world_size) if distributed else (0, 1)
+            return DataLoader(data.train, batch_size, 1, vocab_size, seed, device, rank, world_size).next
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(min(vocab_size, 50257), (2, batch_size, block_size), generator=generator).to(device)
+        return lambda: (tokens[0], tokens[1])
+
+    def step(self):
+        x, y = self.batches()
+        with autocast:
+            _, loss = self.trained(x, y)
+        loss.backward()
+        if self.name == "peer":
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip)
+        else:
+            clip_gradients(self.model.parameters(), grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def train_and_evaluate(self) -> float:
+        """Val loss over 16 fixed batches after loss_steps further steps; the learning rate warms up over 40."""
+        for i in range(loss_steps):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate * min(1.0, (i + 1) / 40)
+            self.step()
+        self.model.eval()
+        with autocast:
+            loss = evaluate(self.model, evaluation_batches(data.val, 16 * batch_size, batch_size, device))
+        self.model.train()
+        return loss
+
+    def turn(self) -> float:
+        """Seconds a step."""
+        synchronize()
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        synchronize()
+        return (time.perf_counter() - started) / steps
+
+
+class Generation:
+    """A contender that generates: `generate(idx, n)` appends n tokens to each row of idx."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.generate = getattr(self, "make_" + name.replace("-", "_"))()
+        generator = torch.Generator().manual_seed(seed)
+        self.prompt = torch.randint(min(vocab_size, 50257), (batch_size, prompt_tokens), generator=generator).to(device)
+        started = time.perf_counter()
+        with torch.no_grad():
+            for _ in range(2):
+                self.generate(self.prompt, max_new_tokens)
+                self.generate(self.prompt, 1)
+        synchronize()
+        self.first_step_seconds = time.perf_counter() - started
+
+    def make_ours(self):
+        model = make_model("ours").to(compute_dtype).eval()
+        decoder = Decoder(model, batch_size, temperature=temperature, top_k=top_k)
+        return decoder.generate
+
+    def make_peer(self):
+        model = make_model("peer").eval()
+
+        def generate(idx, n):
+            with autocast:
+                return model.generate(idx, n, temperature=temperature, top_k=top_k)
+        return generate
+
+    def make_hf_dynamic(self, cache: str | None = None):
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        hf = GPT2LMHeadModel(GPT2Config(n_positions=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                                        vocab_size=vocab_size)).to(device, compute_dtype).eval()
+        options = dict(do_sample=True, temperature=temperature, top_k=top_k or 0, pad_token_id=0,
+                       cache_implementation=cache)
+        return lambda idx, n: hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,
+                                          min_new_tokens=n, **options)
+
+    def make_hf_static(self):
+        return self.make_hf_dynamic("static")
+
+    @torch.no_grad()
+    def turn(self) -> float:
+        """Seconds a step: of max_new_tokens tokens, less the first with its prefill."""
+        times = []
+        for n in (1, max_new_tokens):
+            synchronize()
+            started = time.perf_counter()
+            self.generate(self.prompt, n)
+            synchronize()
+            times.append(time.perf_counter() - started)
+        self.prefill_seconds = times[0]
+        return (times[1] - times[0]) / (max_new_tokens - 1)
+
+
+def measure(contenders: list) -> dict[str, list[float]]:
+    """Seconds a step of each contender in each round; they take turns."""
+    times = {c.name: [] for c in contenders}
+    for _ in range(rounds):
+        for contender in contenders:
+            barrier(processes.group)
+            if contender.name == "one GPU" and not processes.main:
+                continue  # the others stand still meanwhile
+            times[contender.name].append(contender.turn())
+    barrier(processes.group)
+    return times
+
+
+def report(contenders: list, times: dict[str, list[float]]) -> dict:
+    """Print the table; return its figures."""
+    rows, peak = {}, peak_flops(device, compute_dtype)
+    for c in contenders:
+        seconds = statistics.median(times[c.name])
+        row = {"ms": 1e3 * seconds, "ms_all": [1e3 * t for t in times[c.name]], "first_step_s": c.first_step_seconds}
+        scale = processes.world_size if c.name == "DDP" else 1
+        if mode == "train":
+            row["tokens_per_second"] = scale * batch_size * block_size / seconds
+            flops = GPT.flops_per_token(contenders[0].model, block_size) * row["tokens_per_second"] / scale
+            row["mfu"] = None if peak is None else flops / peak
+            row["peak_memory_gb"] = c.peak_bytes / 2**30
+            if loss_steps:
+                row["val_loss"] = c.val_loss
+        else:
+            row["tokens_per_second"] = batch_size / seconds
+            row["prefill_ms"] = 1e3 * c.prefill_seconds
+        rows[c.name] = row
+    first = rows[contenders[0].name]
+    for name, row in rows.items():
+        extra = ""
+        if mode == "train":
+            mfu = "n/a" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%"
+            extra = f"  mfu {mfu:>6}  peak {row['peak_memory_gb']:5.1f} GB"
+            extra += f"  val loss after {loss_steps + 2} steps {row['val_loss']:.4f}" if loss_steps else ""
+        else:
+            extra = f"  first token {row['prefill_ms']:.2f} ms"
+        print(f"{name:>10}  {row['ms']:9.3f} ms/step ({min(row['ms_all']):.3f}-{max(row['ms_all']):.3f})  "
+              f"{row['tokens_per_second']:12,.0f} tok/s{extra}")
+    for name, row in list(rows.items())[1:]:
+        ratio = first["tokens_per_second"] / row["tokens_per_second"]
+        if name == "one GPU":
+            ratio /= processes.world_size
+            print(f"DDP reaches {ratio:.3f} of {processes.world_size} times one GPU")
+        else:
+            print(f"ours / {name} = {ratio:.3f}x in tokens/s")
+        row["ratio"] = ratio
+    return rows
+
+
+if mode == "train" and processes.world_size > 1:
+    names = ["DDP", "one GPU"]
+    contenders = [Training("DDP", distributed=True), Training("one GPU")]
+elif mode == "train":
+    contenders = [Training(name) for name in ["ours"] + ["peer"] * bool(peer)]
+else:
+    peers = ["hf-dynamic", "hf-static"] if peer == "hf" else ["peer"] * bool(peer)
+    contenders = [Generation(name) for name in ["ours"] + peers]
+where = environment(device)
+if processes.main:
+    print(f"{mode}: {where['device']}, torch {where['torch']}, {str(compute_dtype).removeprefix('torch.')}, "
+          f"compile={compile if mode == 'train' else 'n/a'}, B={batch_size}, "
+          f"T={block_size if mode == 'train' else f'{prompt_tokens}+{max_new_tokens}'}, "
+          f"L={n_layer} H={n_head} C={n_embd} V={vocab_size}, {processes.world_size} processes; "
+          f"median of {rounds} rounds (range)")
+times = measure(contenders)
+if processes.main:
+    figures = report(contenders, times)
+    if json:
+        with open(json, "w") as f:
+            json_.dump({"config": config, "environment": where, "world_size": processes.world_size,
+                        "contenders": figures}, f, indent=1)
+finish(processes)

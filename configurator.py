@@ -1,0 +1,260 @@
+"""Settings of a script: its own globals, then Python config files, then --key=value.
+
+    python train.py config/train_gpt2.py --batch_size=32 --compile=False
+
+A script lists its settings at the top, one assignment a line with a comment, and then calls
+
+    config = configure(globals())
+
+A setting is every name assigned at the top level before that call. Config files are Python, run with the settings as
+they are so far in their namespace; they are the user's own code and trusted. Values on the command line are literals.
+Whatever the script does not define is an error, in a file as on the command line: a misspelt key must not train
+another model than the one meant. After nanoGPT's configurator.py, with which config files are interchangeable.
+"""
+
+import ast
+import difflib
+import io
+import os
+import sys
+import time
+import tokenize
+import types
+import typing
+from dataclasses import dataclass
+
+
+class UserError(ValueError):
+    """An error that the user can mend. Scripts print it as one line and exit with code 2."""
+
+
+@dataclass
+class Setting:
+    """A line of a script's settings."""
+
+    name: str
+    type: object  # the annotated type or union of types, else the default's type; None, for any, if that is None
+    comment: str
+    heading: str  # the comment lines above it
+
+
+class Config(dict):
+    """The resolved settings, name to value; `origin` has for each where its value came from."""
+
+    def __init__(self, values: dict, origin: dict[str, str]):
+        super().__init__(values)
+        self.origin = origin
+
+    def table(self) -> str:
+        """One line a setting: name, value and, where it is not the script's default, its origin."""
+        width = max(map(len, self), default=0)
+        lines = (f"  {name:{width}} = {value!r}" + (f"  ({origin})" if (origin := self.origin[name]) else "")
+                 for name, value in self.items())
+        return "\n".join(lines)
+
+
+def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0) -> Config:
+    """Apply config files and --key=value to the settings in `namespace`, a script's globals(); return them.
+
+    argv defaults to the command line. `--help` prints the settings and exits. Raises UserError; installs the hook that
+    ends the script on one with a line on stderr and exit code 2 (`rank` is who says it first, see there).
+    """
+    install_error_hook(rank)
+    argv = sys.argv[1:] if argv is None else argv
+    settings = {setting.name: setting for setting in read_settings(namespace)}
+    if "--help" in argv or "-h" in argv:
+        if rank == 0:
+            print(help_text(namespace, settings))
+        sys.exit(0)
+    values = {name: namespace[name] for name in settings}
+    origin = dict.fromkeys(settings, "")
+    for path in (arg for arg in argv if not arg.startswith("-")):
+        for name, value in run_config_file(path, values, settings).items():
+            values[name], origin[name] = value, path
+    for arg in (arg for arg in argv if arg.startswith("-")):
+        name, value = parse_argument(arg, settings)
+        values[name], origin[name] = value, "command line"
+    namespace.update(values)
+    return Config(values, origin)
+
+
+def read_settings(namespace: dict) -> list[Setting]:
+    """The settings of a script, in order: its top-level assignments before the call of `configure`."""
+    with open(namespace["__file__"], encoding="utf-8") as f:
+        source = f.read()
+    comments = {token.start[0]: token.string.lstrip("# ").rstrip()
+                for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+    settings = []
+    for node in ast.parse(source).body:
+        if any(isinstance(n, ast.Name) and n.id == "configure" for n in ast.walk(node)):
+            break
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name) and not target.id.startswith("_"):
+            default = namespace[target.id]
+            kind = None if default is None else type(default)
+            if isinstance(node, ast.AnnAssign):
+                kind = eval(ast.unparse(node.annotation), {})  # the script's own code, not the user's input
+            settings.append(Setting(target.id, kind, comments.get(node.end_lineno, ""),
+                                    _heading(comments, source.splitlines(), node.lineno)))
+    return settings
+
+
+def _heading(comments: dict[int, str], lines: list[str], lineno: int) -> str:
+    """The whole-line comments right above a line, rulers left out."""
+    above = []
+    while lineno > 1 and lines[lineno - 2].lstrip().startswith("#"):
+        lineno -= 1
+        if comments[lineno].strip("- "):
+            above.append(comments[lineno])
+    return "\n".join(reversed(above))
+
+
+def help_text(namespace: dict, settings: dict[str, Setting]) -> str:
+    """The script's docstring and its settings, with headings, defaults and comments."""
+    script = os.path.basename(namespace["__file__"])
+    lines = [(namespace.get("__doc__") or "").strip(), "",
+             f"usage: python {script} [CONFIG_FILE.py ...] [--key=value ...]", ""]
+    width = max(len(f"--{name}={namespace[name]!r}") for name in settings)
+    for name, setting in settings.items():
+        if setting.heading:
+            lines += ["", *("# " + line for line in setting.heading.splitlines())]
+        default = f"--{name}={namespace[name]!r}"
+        lines.append(f"  {default:{min(width, 44)}}  {setting.comment}".rstrip())
+    return "\n".join(lines)
+
+
+def run_config_file(path: str, values: dict, settings: dict[str, Setting]) -> dict:
+    """Run a config file on top of `values`; return the settings it assigned. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            source = f.read()
+    except OSError as e:
+        hint = "; settings are given as --key=value" if not path.endswith(".py") else _nearest_file(path)
+        raise UserError(f"cannot read config file {path}: {e.strerror}{hint}") from None
+    names = dict(values) | {"__file__": path, "__name__": "__config__"}
+    before = dict(names)
+    try:
+        exec(compile(source, path, "exec"), names)
+    except Exception as e:
+        line = getattr(e, "lineno", None) or _line_in(e, path)
+        raise UserError(f"{path}, line {line}: {type(e).__name__}: {getattr(e, 'msg', None) or e}") from None
+    assigned = {node.id for node in ast.walk(ast.parse(source))
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    result = {}
+    for name, value in names.items():
+        if name in settings:
+            if name in assigned or value is not before[name]:
+                result[name] = check_type(settings[name], value, path)
+        elif not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType, type)):
+            raise unknown_key(name, settings, path)
+    return result
+
+
+def _line_in(error: Exception, path: str) -> int | str:
+    """The line of the config file that an error passed through last."""
+    line, tb = "?", error.__traceback__
+    while tb is not None:
+        if tb.tb_frame.f_code.co_filename == path:
+            line = tb.tb_lineno
+        tb = tb.tb_next
+    return line
+
+
+def _nearest_file(path: str) -> str:
+    folder = os.path.dirname(path) or "."
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    near = difflib.get_close_matches(os.path.basename(path), names, 1)
+    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+
+
+def parse_argument(arg: str, settings: dict[str, Setting]) -> tuple[str, object]:
+    """`--key=value`, or `--key` alone for a setting that is True or False. Raises UserError."""
+    key, equals, text = arg.partition("=")
+    name = key[2:]
+    if not key.startswith("--") or not name:
+        raise UserError(f"cannot read argument {arg!r}: settings are given as --key=value")
+    name = name if name in settings else name.replace("-", "_")
+    if name not in settings:
+        raise unknown_key(key[2:], settings, "the command line")
+    setting = settings[name]
+    allowed = _allowed(setting)
+    if not equals:
+        if bool not in allowed:
+            raise UserError(f"--{name} needs a value: --{name}=...")
+        return name, True
+    try:
+        value = evaluate(text)
+    except (ValueError, SyntaxError, TypeError, ArithmeticError, MemoryError):
+        value = text
+    if str in allowed and type(value) not in allowed:
+        value = text  # --out_dir=2026
+    return name, check_type(setting, value, "the command line")
+
+
+def evaluate(text: str):
+    """The value of a literal, in which lists may be repeated and joined and numbers calculated: "['spd']*6", "5*8"."""
+    return _evaluate(ast.parse(text.strip(), mode="eval").body)
+
+
+def _evaluate(node):
+    operations = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
+                  ast.Div: lambda a, b: a / b, ast.FloorDiv: lambda a, b: a // b}
+    if isinstance(node, ast.BinOp) and type(node.op) in operations:
+        return operations[type(node.op)](_evaluate(node.left), _evaluate(node.right))
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_evaluate(item) for item in node.elts]
+    return ast.literal_eval(node)
+
+
+def _allowed(setting: Setting) -> tuple[type, ...]:
+    """The types a setting may have, () for any."""
+    if setting.type is None:
+        return ()
+    types_ = typing.get_args(setting.type) or (setting.type,)
+    return tuple(typing.get_origin(t) or t for t in types_)
+
+
+def check_type(setting: Setting, value, where: str):
+    """`value`, an int turned into a float where a float is meant. Raises UserError if its type is not the setting's."""
+    allowed = _allowed(setting)
+    if isinstance(value, tuple) and list in allowed:
+        value = list(value)
+    if not allowed or type(value) in allowed:
+        return value
+    if float in allowed and type(value) is int:
+        return float(value)
+    expected = " or ".join("True/False" if t is bool else "None" if t is type(None) else t.__name__ for t in allowed)
+    raise UserError(f"{setting.name}={value!r} ({where}) is of type {type(value).__name__}; it must be {expected}")
+
+
+def check_at_least(config: dict, minimum: float, *names: str) -> None:
+    """Raise UserError if one of these settings is below the minimum."""
+    for name in names:
+        if config[name] < minimum:
+            raise UserError(f"{name}={config[name]} must be at least {minimum}")
+
+
+def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserError:
+    near = difflib.get_close_matches(name, settings, 1)
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown key {name!r} in {where}{hint} (--help lists all)")
+
+
+def install_error_hook(rank: int = 0) -> None:
+    """End the process on a UserError with one line on stderr and exit code 2; other errors keep their traceback.
+
+    Most such errors meet every rank. Rank 0 speaks at once; the others wait, are ended meanwhile by the launcher that
+    sees rank 0 go, and speak only if the error was theirs alone.
+    """
+    previous = sys.excepthook
+
+    def hook(kind, error, traceback):
+        if not issubclass(kind, UserError):
+            return previous(kind, error, traceback)
+        if rank != 0:
+            time.sleep(3)
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # threads and process groups that are still up must not hold the exit back
+
+    sys.excepthook = hook

@@ -1,0 +1,71 @@
+"""FineWeb 10B in GPT-2's tokens, ready-made: shards of 100M tokens (200 MB) from the Hugging Face hub.
+
+    python data/cached_fineweb10B.py 9    # the first 9 train shards and the val shard, into data/fineweb10B
+
+Without a number all 103. What is there and whole is kept, so a download that was cut off goes on where it was.
+"""
+
+import os
+import shutil
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+
+from configurator import UserError  # noqa: E402
+from data.files import Parser, open_tokens, write_json  # noqa: E402
+
+REPOSITORY, SHARDS, SHARD_MB = "kjj0/fineweb10B-gpt2", 103, 200
+
+
+def is_whole(path: str) -> bool:
+    """Whether a shard is there and as long as its header says."""
+    try:
+        open_tokens(path, "shards")
+    except (UserError, OSError):
+        return False
+    return True
+
+
+def fetch(name: str, folder: str) -> None:
+    """Download one shard, under a temporary name until it is whole. Raises UserError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # what goes wrong is said below, once
+    path = os.path.join(folder, name)
+    try:
+        hf_hub_download(repo_id=REPOSITORY, repo_type="dataset", filename=name, local_dir=folder,
+                        force_download=os.path.exists(path))
+    except Exception as e:  # of huggingface_hub or its HTTP library
+        raise UserError(f"could not download {name} of {REPOSITORY} ({type(e).__name__}): without a network, copy the "
+                        f"shards to {folder}, or use python data/python_source/prepare.py --tokenizer=gpt2 "
+                        f"--format=shards") from None
+    open_tokens(path, "shards")
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("shards", nargs="?", type=int, default=SHARDS, help=f"train shards, 1 to {SHARDS} (all)")
+    parser.add_argument("--out", default=os.path.join(HERE, "fineweb10B"), help="folder (data/fineweb10B)")
+    args = parser.parse_args()
+    if not 1 <= args.shards <= SHARDS:
+        raise UserError(f"{args.shards} shards: there are 1 to {SHARDS}")
+    names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, args.shards + 1)]
+    os.makedirs(args.out, exist_ok=True)
+    missing = [name for name in names if not is_whole(os.path.join(args.out, name))]
+    free = shutil.disk_usage(args.out).free // 10**6
+    print(f"{len(names)} shards, {len(missing)} to download: {len(missing) * SHARD_MB:,} MB to {args.out}")
+    if len(missing) * SHARD_MB > free:
+        raise UserError(f"{args.out} has {free:,} MB free: ask for fewer shards or choose another folder with --out")
+    for i, name in enumerate(missing):
+        print(f"[{i + 1}/{len(missing)}] {name}", flush=True)
+        fetch(name, args.out)
+    write_json(os.path.join(args.out, "meta.json"), {
+        "format": "shards", "tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16",
+        "source": f"https://huggingface.co/datasets/{REPOSITORY}"})
+    print(f"{args.out}: {len(names) - 1} train shards and 1 val shard are there")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Token files: the three formats that can be read, the two that are written, and the meta.json beside them.
+
+    bin     train.bin, val.bin            flat little-endian uint16, as nanoGPT's
+    shards  *_train_*.bin, *_val_*.bin    header of 256 int32 (20240520, 1, token count, zeros), then uint16, as the
+                                          cached FineWeb shards of modded-nanogpt
+    npy     *_train_*.npy, *_val_*.npy    one-dimensional uint16 arrays, as build-nanogpt's
+
+meta.json: format, tokenizer, vocab_size, chars (of a char tokenizer), dtype, train_tokens, val_tokens, sha256 (file name
+to digest), source. Only numpy is imported here, so preparing data does not load PyTorch.
+"""
+
+import argparse
+import glob
+import hashlib
+import json
+import os
+import sys
+
+import numpy as np
+
+from configurator import UserError, install_error_hook
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+TOKEN_DTYPE = np.dtype("<u2")
+REQUIRED_META = {"vocab_size": int, "tokenizer": str}
+
+
+def split_files(folder: str, split: str) -> tuple[str, list[str]]:
+    """The format ('bin', 'shards', 'npy') and the sorted files of a split ('train' or 'val'). Raises UserError."""
+    flat = os.path.join(folder, f"{split}.bin")
+    if os.path.isfile(flat):
+        return "bin", [flat]
+    for ending, name in (("bin", "shards"), ("npy", "npy")):
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), f"*_{split}_*.{ending}")))
+        if paths:
+            return name, paths
+    raise UserError(f"data set {folder} has no {split} tokens ({split}.bin, *_{split}_*.bin or *_{split}_*.npy)"
+                    + _prepare_hint(folder))
+
+
+def _prepare_hint(folder: str) -> str:
+    for script in (os.path.join(folder, "prepare.py"), os.path.join(os.path.dirname(folder), "cached_fineweb10B.py")):
+        if os.path.isfile(script) and ("fineweb" in folder or not script.endswith("cached_fineweb10B.py")):
+            return f": run python {script}"
+    return ""
+
+
+def open_tokens(path: str, kind: str) -> np.ndarray:
+    """The tokens of one file as a read-only memory map of uint16. Raises UserError if the file is not what it claims."""
+    size = os.path.getsize(path)
+    if kind == "npy":
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as e:
+            raise UserError(f"{path} is not a readable .npy file ({str(e).splitlines()[0]})") from None
+        if tokens.dtype != TOKEN_DTYPE or tokens.ndim != 1:
+            raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; tokens are one-dimensional uint16")
+        return tokens
+    if kind == "bin":
+        if size == 0 or size % 2:
+            raise UserError(f"{path} has {size} bytes, which is no number of uint16 tokens: it is truncated; "
+                            f"prepare the data set again")
+        return np.memmap(path, TOKEN_DTYPE, mode="r")
+    offset = 4 * HEADER_INTS
+    header = np.fromfile(path, "<i4", count=3)
+    if size < offset or header[0] != SHARD_MAGIC:
+        raise UserError(f"{path} is no token shard: its first number is {header[0] if len(header) else 'missing'}, "
+                        f"not {SHARD_MAGIC}")
+    if header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is a token shard of version {header[1]}; this program reads version {SHARD_VERSION}")
+    if size != offset + 2 * int(header[2]) or header[2] < 1:
+        raise UserError(f"{path} says {header[2]} tokens and has {(size - offset) / 2:g}: it is truncated; "
+                        f"get or prepare it again")
+    return np.memmap(path, TOKEN_DTYPE, mode="r", offset=offset)
+
+
+def read_meta(folder: str) -> dict | None:
+    """meta.json as a dict, None if there is none. Raises UserError if it cannot be used."""
+    path = os.path.join(folder, "meta.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {path}: {e}; prepare the data set again") from None
+    for key, kind in REQUIRED_META.items():
+        if not isinstance(meta, dict) or type(meta.get(key)) is not kind:
+            raise UserError(f"{path} has no usable {key!r}; prepare the data set again")
+    if meta["vocab_size"] < 1 or meta.get("dtype", "uint16") != "uint16":
+        raise UserError(f"{path}: vocab_size={meta['vocab_size']}, dtype={meta.get('dtype')!r} cannot be used; "
+                        f"prepare the data set again")
+    return meta
+
+
+class TokenWriter:
+    """Writes the tokens of one split as a flat file or as shards, under temporary names until `publish`."""
+
+    def __init__(self, folder: str, split: str, prefix: str | None = None, shard_tokens: int | None = None):
+        """A flat {split}.bin, or, with `shard_tokens`, shards {prefix}_{split}_000000.bin of at most that many."""
+        self.folder, self.split, self.prefix, self.shard_tokens = folder, split, prefix, shard_tokens
+        self.total = 0  # tokens so far, in all files
+        self.finished = {}  # final path -> SHA-256 of the finished file
+        self._file = None
+
+    def write(self, tokens: np.ndarray) -> None:
+        tokens = tokens.astype(TOKEN_DTYPE, copy=False)
+        while len(tokens):
+            if self._file is None:
+                self._open()
+            room = len(tokens) if self.shard_tokens is None else self.shard_tokens - self._in_file
+            tokens[:room].tofile(self._file)
+            self._in_file += len(tokens[:room])
+            self.total += len(tokens[:room])
+            tokens = tokens[room:]
+            if self._in_file == self.shard_tokens:
+                self._close()
+
+    def close(self) -> None:
+        """Finish the last file, under its temporary name still."""
+        if self._file is not None:
+            self._close()
+
+    def publish(self) -> None:
+        """Give the files their final names."""
+        for path in self.finished:
+            os.replace(path + ".tmp", path)
+
+    def discard(self) -> None:
+        """Delete what was written under temporary names."""
+        self.close()
+        for path in self.finished:
+            os.remove(path + ".tmp")
+
+    def _open(self):
+        name = f"{self.split}.bin" if self.shard_tokens is None else \
+            f"{self.prefix}_{self.split}_{len(self.finished):06d}.bin"
+        self._path = os.path.join(self.folder, name)
+        self._file = open(self._path + ".tmp", "wb")
+        self._in_file = 0
+        if self.shard_tokens is not None:
+            np.zeros(HEADER_INTS, "<i4").tofile(self._file)  # filled in when the count is known
+
+    def _close(self):
+        if self.shard_tokens is not None:
+            self._file.seek(0)
+            np.array([SHARD_MAGIC, SHARD_VERSION, self._in_file], "<i4").tofile(self._file)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        self.finished[self._path] = sha256_of(self._path + ".tmp")
+
+
+def sha256_of(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def publish_dataset(folder: str, meta: dict, train: TokenWriter, val: TokenWriter) -> None:
+    """Name meta.json first, then the token files it counts: a folder cut off in between is seen to be unfinished.
+
+    Files of an earlier data set here that the new one has no use for are deleted.
+    """
+    train.close()
+    val.close()
+    old_files = (read_meta(folder) or {}).get("sha256", {})
+    meta = {"format": "bin" if train.shard_tokens is None else "shards", **meta, "dtype": "uint16",
+            "train_tokens": train.total, "val_tokens": val.total,
+            "sha256": {os.path.basename(p): d for w in (train, val) for p, d in w.finished.items()}}
+    write_json(os.path.join(folder, "meta.json"), meta)
+    val.publish()
+    train.publish()
+    for name in set(old_files) - set(meta["sha256"]):
+        if name == os.path.basename(name) and os.path.exists(os.path.join(folder, name)):
+            os.remove(os.path.join(folder, name))
+    print(f"{folder}: train has {train.total:,} tokens, val has {val.total:,} tokens, "
+          f"vocabulary {meta['vocab_size']:,}")
+
+
+def is_published(folder: str, **expected) -> bool:
+    """Whether the folder holds a whole data set made with these values in its meta.json."""
+    meta = read_meta(folder)
+    if meta is None or any(meta.get(key) != value for key, value in expected.items()):
+        return False
+    counts = {}
+    for split in ("train", "val"):
+        try:
+            kind, paths = split_files(folder, split)
+            counts[split] = sum(len(open_tokens(path, kind)) for path in paths)
+        except UserError:
+            return False
+    return counts == {"train": meta.get("train_tokens"), "val": meta.get("val_tokens")}
+
+
+def write_json(path: str, value) -> None:
+    """Write a JSON file under a temporary name, then rename it."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments of a prepare.py: `--help` as usual, an error as one line with exit code 2."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+        install_error_hook()
+
+    def error(self, message):
+        print(f"error: {message} (--help lists the options)", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,173 @@
+"""Python source code that is already on this machine, as a data set: nothing is downloaded.
+
+    python data/python_source/prepare.py                                   # the standard library, by characters
+    python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards
+
+Files are taken once by content, put in an order and split into train and val by a hash of their path inside their
+root: no file is in both, and the split is the same on every machine with the same files. Tokens by character are
+printable ASCII, tab and newline; what else occurs becomes one unknown character. GPT-2 tokens need tiktoken's files
+(TIKTOKEN_CACHE_DIR); a document then begins with <|endoftext|>.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+import string
+import sys
+import sysconfig
+from dataclasses import dataclass
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+
+import numpy as np  # noqa: E402
+
+from configurator import UserError  # noqa: E402
+from data.files import Parser, TokenWriter, is_published, publish_dataset, read_meta  # noqa: E402
+from data.tokenizers import UNKNOWN, CharTokenizer, GPT2Tokenizer  # noqa: E402
+
+CHARS = "\t\n" + "".join(sorted(c for c in string.printable if c >= " ")) + UNKNOWN  # 98 of them
+TOKENS_PER_BYTE = {"char": 1.0, "gpt2": 0.49}  # of Python source, for the estimate
+VAL_SHARE = 0.05
+BATCH = 32  # documents a worker encodes at a time
+
+
+@dataclass(frozen=True)
+class Document:
+    path: str
+    name: str  # root's name and the path inside the root: where it goes is a function of this
+    size: int
+    digest: str
+
+    @property
+    def place(self) -> float:
+        """A number in [0, 1) that orders and splits the documents."""
+        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big") / 2**64
+
+
+def find_roots(roots: str) -> dict[str, str]:
+    """'stdlib', 'site-packages' and folders, comma-separated -> folder by name. Raises UserError."""
+    paths = sysconfig.get_paths()
+    known = {"stdlib": paths["stdlib"], "site-packages": paths["purelib"]}
+    found = {}
+    for root in filter(None, roots.split(",")):
+        folder = known.get(root, root)
+        if not os.path.isdir(folder):
+            raise UserError(f"--roots: {root!r} is neither stdlib, site-packages nor a folder")
+        found[root if root in known else os.path.basename(os.path.abspath(folder))] = folder
+    if not found:
+        raise UserError("--roots is empty: name stdlib, site-packages or folders")
+    return found
+
+
+def find_documents(roots: dict[str, str]) -> list[Document]:
+    """All *.py files in UTF-8 below the roots, each content once, in the order of their hashed names."""
+    documents, seen = [], set()
+    for root, folder in roots.items():
+        for parent, folders, files in os.walk(folder):
+            folders[:] = sorted(f for f in folders
+                                if f != "__pycache__" and not (root == "stdlib" and f.endswith("-packages")))
+            for file in sorted(f for f in files if f.endswith(".py")):
+                path = os.path.join(parent, file)
+                content = read_source(path)
+                digest = hashlib.sha256(content.encode()).hexdigest()
+                if content and digest not in seen:
+                    seen.add(digest)
+                    name = f"{root}/{os.path.relpath(path, folder)}".replace(os.sep, "/")
+                    documents.append(Document(path, name, len(content.encode()), digest))
+    return sorted(documents, key=lambda d: d.place)
+
+
+def read_source(path: str) -> str:
+    """The text of a file, empty if it cannot be read as UTF-8."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def make_tokenizer(name: str):
+    return CharTokenizer(CHARS) if name == "char" else GPT2Tokenizer()
+
+
+def _start_worker(name: str):
+    global _tokenizer
+    _tokenizer = make_tokenizer(name)
+
+
+def _encode(paths: list[str]) -> np.ndarray:
+    """The tokens of some documents: <|endoftext|> before each, or, where there is none, blank lines after each."""
+    parts = []
+    for path in paths:
+        text = read_source(path)
+        if _tokenizer.eot_token is None:
+            parts.append(_tokenizer.encode(text.rstrip("\n") + "\n\n\n"))
+        else:
+            parts += [np.array([_tokenizer.eot_token], np.uint16), _tokenizer.encode_ordinary(text)]
+    return np.concatenate(parts)
+
+
+def write_split(writer: TokenWriter, documents: list[Document], tokenizer: str, workers: int) -> None:
+    """Encode the documents in parallel and write them in order."""
+    from tqdm import tqdm
+
+    paths = [d.path for d in documents]
+    batches = [paths[i:i + BATCH] for i in range(0, len(paths), BATCH)]
+    with multiprocessing.Pool(workers, _start_worker, (tokenizer,)) as pool:
+        for tokens in tqdm(pool.imap(_encode, batches), total=len(batches), desc=f"{writer.split:5}", unit="batch",
+                           disable=None):
+            writer.write(tokens)
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--roots", default="stdlib", help="stdlib, site-packages, folders; comma-separated")
+    parser.add_argument("--tokenizer", default="char", choices=["char", "gpt2"])
+    parser.add_argument("--format", default="bin", choices=["bin", "shards"])
+    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens in a full shard (100,000,000)")
+    parser.add_argument("--out", default=HERE, help="folder of the data set (this one)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
+    args = parser.parse_args()
+    if args.shard_tokens < 1 or args.workers < 1:
+        raise UserError("--shard_tokens and --workers must be at least 1")
+
+    tokenizer = make_tokenizer(args.tokenizer)
+    documents = find_documents(find_roots(args.roots))
+    train = [d for d in documents if d.place >= VAL_SHARE]
+    val = [d for d in documents if d.place < VAL_SHARE]
+    if not train or not val:
+        raise UserError(f"{len(documents)} Python files below {args.roots} are too few to split into train and val")
+    size = sum(d.size for d in documents)
+    tokens = size * TOKENS_PER_BYTE[args.tokenizer]
+    free = shutil.disk_usage(os.path.dirname(os.path.abspath(args.out))).free
+    print(f"{len(documents):,} files, {size / 1e6:,.1f} MB of source: about {tokens / 1e6:,.1f}M tokens, "
+          f"{2 * tokens / 1e6:,.1f} MB to write to {args.out}")
+    if 2.2 * tokens > free:
+        raise UserError(f"{args.out} needs about {2.2 * tokens / 1e6:,.0f} MB and has {free / 1e6:,.0f} MB free: "
+                        f"choose another folder with --out")
+
+    contents = "".join(d.name + d.digest for d in documents)
+    meta = {"format": args.format, **tokenizer.meta(),
+            "source": {"roots": args.roots, "files": len(documents),
+                       "digest": hashlib.sha256(contents.encode()).hexdigest()}}
+    if args.format == "shards":
+        meta["source"]["shard_tokens"] = args.shard_tokens
+    if is_published(args.out, **meta):
+        print(f"{args.out} is up to date")
+        return
+    there = read_meta(args.out)
+    if there is not None and (there["tokenizer"], there.get("format")) != (args.tokenizer, args.format):
+        raise UserError(f"{args.out} holds {there['tokenizer']} tokens as {there.get('format')}: choose another folder "
+                        f"with --out, or delete what is there")
+    os.makedirs(args.out, exist_ok=True)
+    shard_tokens = args.shard_tokens if args.format == "shards" else None
+    writers = {split: TokenWriter(args.out, split, "python_source", shard_tokens) for split in ("train", "val")}
+    write_split(writers["val"], val, args.tokenizer, args.workers)
+    write_split(writers["train"], train, args.tokenizer, args.workers)
+    publish_dataset(args.out, meta, **writers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Tiny Shakespeare (1.1 MB), shared by data/shakespeare_char and data/shakespeare, which differ in the tokenizer."""
+
+import os
+
+from configurator import UserError
+from data.files import Parser, TokenWriter, is_published, publish_dataset
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+
+def prepare(folder: str, description: str, make_tokenizer) -> None:
+    """The command line of both prepare.py: get the text, split it 90/10 as nanoGPT does, write train.bin and val.bin.
+
+    make_tokenizer: the text -> a tokenizer.
+    """
+    parser = Parser(description)
+    parser.add_argument("--input", help="a text file that is there already, instead of the download")
+    parser.add_argument("--out", default=folder, help="folder of the data set (this one)")
+    args = parser.parse_args()
+    text = read_text(args.input or os.path.join(args.out, "input.txt"), download=args.input is None)
+    if len(text) < 100:
+        raise UserError(f"the text has {len(text)} characters: too few to split into train and val")
+    print(f"{len(text):,} characters: at most {len(text):,} tokens, {2 * len(text) / 1e6:.1f} MB to write to {args.out}")
+    tokenizer = make_tokenizer(text)
+    cut = int(len(text) * 0.9)
+    os.makedirs(args.out, exist_ok=True)
+    train, val = TokenWriter(args.out, "train"), TokenWriter(args.out, "val")
+    train.write(tokenizer.encode_ordinary(text[:cut]))
+    val.write(tokenizer.encode_ordinary(text[cut:]))
+    if is_published(args.out, **tokenizer.meta(), train_tokens=train.total, val_tokens=val.total):
+        train.discard()
+        val.discard()
+        print(f"{args.out} is up to date")
+        return
+    publish_dataset(args.out, {**tokenizer.meta(), "source": URL if args.input is None else "--input"}, train, val)
+
+
+def read_text(path: str, download: bool) -> str:
+    """The text of a file, fetched first if it is not there and `download`. Raises UserError."""
+    if download and not os.path.exists(path):
+        import requests
+
+        try:
+            response = requests.get(URL, timeout=60)
+            response.raise_for_status()
+        except requests.RequestException as e:
+            raise UserError(f"could not download {URL} ({type(e).__name__}): without a network, give the file as "
+                            f"--input=FILE, or use data/python_source, which needs none") from None
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path + ".tmp", "wb") as f:
+            f.write(response.content)
+        os.replace(path + ".tmp", path)
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None

@@ -1,0 +1,91 @@
+"""Tokenizers: characters, and GPT-2's byte pair encoding through tiktoken. No PyTorch.
+
+A tokenizer encodes text to a uint16 array, decodes ids to text, decodes a stream id by id, and describes itself in the
+words of meta.json, from which `from_meta` makes it again.
+"""
+
+import codecs
+import os
+
+import numpy as np
+
+from configurator import UserError
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
+
+class CharTokenizer:
+    """One token a character. Characters outside `chars` become UNKNOWN if that is among them, else are an error."""
+
+    eot_token = None
+
+    def __init__(self, chars: str):
+        self.chars = chars
+        self.vocab_size = len(chars)
+        self._table = np.full(0x110000, chars.find(UNKNOWN) if UNKNOWN in chars else 0xFFFF, np.uint16)
+        self._table[[ord(c) for c in chars]] = np.arange(len(chars))
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = self._table[np.frombuffer(text.encode("utf-32-le"), "<u4")]
+        if len(ids) and ids.max() == 0xFFFF:
+            raise UserError(f"character {text[int(ids.argmax())]!r} is not in the vocabulary of {self.vocab_size} "
+                            f"characters that the data set was prepared with")
+        return ids
+
+    encode_ordinary = encode
+
+    def decode(self, ids) -> str:
+        return "".join(self.chars[i] for i in ids)
+
+    def stream(self):
+        """A function that turns one id after the other into text."""
+        return lambda token: self.chars[token]
+
+    def meta(self) -> dict:
+        return {"tokenizer": "char", "vocab_size": self.vocab_size, "chars": self.chars}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte pair encoding: 50,256 merges and bytes, and <|endoftext|>."""
+
+    vocab_size, eot_token = 50257, 50256
+
+    def __init__(self):
+        import tiktoken
+
+        try:
+            self._encoding = tiktoken.get_encoding("gpt2")
+        except Exception as e:  # tiktoken lets its HTTP library's errors through, of many types
+            cache = os.environ.get("TIKTOKEN_CACHE_DIR")
+            where = f"not in TIKTOKEN_CACHE_DIR={cache}" if cache else "not cached on this machine"
+            raise UserError(f"GPT-2's tokenizer files are {where} and could not be downloaded ({type(e).__name__}): "
+                            "set TIKTOKEN_CACHE_DIR to a folder that has them; with a network, tiktoken fills the "
+                            "folder named by it at first use") from None
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._encoding.encode(text, allowed_special={"<|endoftext|>"}), dtype=np.uint16)
+
+    def encode_ordinary(self, text: str) -> np.ndarray:
+        """Special tokens in the text are text."""
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+
+    def decode(self, ids) -> str:
+        return self._encoding.decode([int(i) for i in ids], errors="replace")
+
+    def stream(self):
+        """A function that turns one id after the other into text; a character comes with the last of its bytes."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda token: decoder.decode(self._encoding.decode_single_token_bytes(token))
+
+    def meta(self) -> dict:
+        return {"tokenizer": "gpt2", "vocab_size": self.vocab_size}
+
+
+def from_meta(meta: dict | None):
+    """The tokenizer that a meta.json describes; GPT-2's if there is none, as nanoGPT assumes. Raises UserError."""
+    kind = "gpt2" if meta is None else meta["tokenizer"]
+    if kind == "gpt2":
+        return GPT2Tokenizer()
+    if kind == "char" and isinstance(meta.get("chars"), str) and len(meta["chars"]) == meta["vocab_size"]:
+        return CharTokenizer(meta["chars"])
+    raise UserError(f"the data set's tokenizer {kind!r} is unknown or incomplete: prepare the data set again")

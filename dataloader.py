@@ -1,0 +1,269 @@
+"""Token files -> batches, in an order that is a pure function of (seed, epoch, global sample number).
+
+A sample is a window of block_size + 1 tokens: inputs and, one further, targets. Samples are numbered from the start of
+the run, over all data-parallel ranks, and a rank takes its slice of each global batch. So the sequence of global
+batches is the same for any number of ranks, the state of the loader is one integer, and resuming is exact.
+
+An epoch is a grid of windows side by side, each served once. Of a flat file (`bin`) every epoch has its own grid offset
+and a random order, as nanoGPT's random windows have on average. Shards are read as they were written in epoch 0, and in
+every later epoch in a new order of shards and of the windows inside.
+
+B sequences in a micro-batch, T = block_size.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from configurator import UserError
+from data.files import open_tokens, read_meta, split_files
+from distributed import all_reduce_sum
+
+CHECK_TOKENS = 500_000_000  # a split is searched for tokens beyond the vocabulary up to this many, evenly spread
+
+
+class Split:
+    """One split of a data set: its token files and the windows in them."""
+
+    def __init__(self, folder: str, split: str, block_size: int):
+        """Open and check the files. Raises UserError."""
+        self.name, self.block_size = split, block_size
+        self.kind, self.paths = split_files(folder, split)
+        self.files = [open_tokens(path, self.kind) for path in self.paths]
+        T = block_size
+        # leave room for any grid offset below T, except where that would leave no window
+        self.windows = [max((len(f) - T) // T, min((len(f) - 1) // T, 1)) for f in self.files]
+        if sum(self.windows) == 0:
+            raise UserError(f"block_size={T} needs {T + 1} tokens and the {split} files of {folder} have at most "
+                            f"{max(map(len, self.files))}: lower block_size or prepare more data")
+
+    @property
+    def n_windows(self) -> int:
+        """Windows of an epoch."""
+        return sum(self.windows)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.files))
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raise UserError if a token is not below vocab_size; up to CHECK_TOKENS of them are looked at."""
+        share = min(1.0, CHECK_TOKENS / self.n_tokens)
+        for path, tokens in zip(self.paths, self.files):
+            piece = 1 << 20
+            for start in range(0, len(tokens), int(piece / share)):
+                part = tokens[start:start + piece]
+                if part.max() >= vocab_size:
+                    at = start + int((part >= vocab_size).argmax())
+                    raise UserError(f"{path} has token {tokens[at]} at position {at}, but the vocabulary has "
+                                    f"{vocab_size}: the file was prepared with another tokenizer")
+
+    def gather(self, places: np.ndarray) -> np.ndarray:
+        """Windows at places (n, 2) of (file, start) -> (n, T + 1) uint16."""
+        out = np.empty((len(places), self.block_size + 1), np.uint16)
+        for row, (file, start) in zip(out, places):
+            row[:] = self.files[file][start:start + self.block_size + 1]
+        return out
+
+
+class WindowOrder:
+    """Which window a sample is: a pure function of (seed, epoch, number in the epoch)."""
+
+    def __init__(self, split: Split, seed: int):
+        self.split, self.seed = split, seed
+        self._epoch = -1
+
+    def places(self, first: int, count: int) -> np.ndarray:
+        """Samples first, ..., first + count - 1 of the run -> (count, 2) of (file, start)."""
+        samples = np.arange(first, first + count)
+        epochs, numbers = np.divmod(samples, self.split.n_windows)
+        places = np.empty((count, 2), np.int64)
+        for epoch in np.unique(epochs):
+            of_epoch = epochs == epoch
+            places[of_epoch] = self._in_epoch(int(epoch), numbers[of_epoch])
+        return places
+
+    def shard_order(self, epoch: int) -> np.ndarray:
+        """The files in the order in which an epoch reads them."""
+        files = np.arange(len(self.split.files))
+        return files if epoch == 0 else self._random(epoch).permutation(files)
+
+    def _in_epoch(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch, self._files, self._starts = epoch, self.shard_order(epoch), {}
+            self._ends = np.cumsum(np.array(self.split.windows)[self._files])
+        turns = np.searchsorted(self._ends, numbers, side="right")
+        places = np.empty((len(numbers), 2), np.int64)
+        for turn in np.unique(turns):
+            of_turn, file = turns == turn, self._files[turn]
+            inside = numbers[of_turn] - (self._ends[turn] - self.split.windows[file])
+            places[of_turn, 0] = file
+            places[of_turn, 1] = self._file_starts(epoch, file)[inside]
+        return places
+
+    def _file_starts(self, epoch: int, file: int) -> np.ndarray:
+        """The starts of a file's windows in the order in which an epoch reads them."""
+        if file not in self._starts:
+            T, n = self.split.block_size, self.split.windows[file]
+            starts = np.arange(n, dtype=np.int64) * T
+            if self.split.kind == "bin" or epoch > 0:
+                random = self._random(epoch, 1 + file)
+                slack = min(T, len(self.split.files[file]) - n * T)
+                starts = random.permutation(starts) + random.randint(slack)
+            self._starts = {file: starts}  # the one in use
+        return self._starts[file]
+
+    def _random(self, *key: int) -> np.random.RandomState:
+        """RandomState, because its numbers never change with numpy's version."""
+        return np.random.RandomState([self.seed % 2**32, *key])
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A folder of tokens: what meta.json says, and the two splits."""
+
+    folder: str
+    meta: dict | None
+    train: Split
+    val: Split
+
+    @property
+    def fingerprint(self) -> dict:
+        """What a checkpoint keeps to tell whether it is resumed on the same data."""
+        digests = (self.meta or {}).get("sha256")
+        return {"train_tokens": self.train.n_tokens, "val_tokens": self.val.n_tokens, "sha256": digests}
+
+
+def open_dataset(name: str, block_size: int) -> DataSet:
+    """Open data/<name>, or the folder <name> if it is a path. Raises UserError."""
+    folder = name if os.sep in name else os.path.join("data", name)
+    if not os.path.isdir(folder):
+        root = os.path.dirname(os.path.abspath(__file__))
+        if os.sep in name or not os.path.isdir(os.path.join(root, folder)):
+            there = sorted(d.name for d in os.scandir(os.path.join(root, "data")) if d.is_dir() and d.name[0] not in "._")
+            raise UserError(f"no data set {name!r}: there is no folder {folder} (data sets here: {', '.join(there)})")
+        folder = os.path.join(root, folder)
+    return DataSet(folder, read_meta(folder), Split(folder, "train", block_size), Split(folder, "val", block_size))
+
+
+class DataLoader:
+    """Micro-batches of the train split, gathered ahead by a background thread."""
+
+    def __init__(self, split: Split, batch_size: int, accumulation_steps: int, vocab_size: int, seed: int,
+                 device: torch.device, rank: int = 0, world_size: int = 1, sample: int = 0, prefetch: int = 4):
+        """accumulation_steps: micro-batches of B = batch_size of this rank in a global batch, so that one has
+        batch_size * accumulation_steps * world_size samples; sample: the first one, where a checkpoint left off.
+        """
+        self.split, self.device, self.batch_size, self.vocab_size = split, device, batch_size, vocab_size
+        self.order = WindowOrder(split, seed)
+        self.rank_samples = batch_size * accumulation_steps
+        self.global_samples = self.rank_samples * world_size
+        self.rank = rank
+        self.sample = sample  # of the run: how many have been handed out, over all ranks, in whole global batches
+        self._steps, self._step = accumulation_steps, 0
+        self._ready = queue.Queue(prefetch)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="dataloader", daemon=True)
+        self._thread.start()
+
+    @property
+    def epoch(self) -> int:
+        return self.sample // self.split.n_windows
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next micro-batch of this rank, inputs and targets (B, T) int64 on the device."""
+        batch = self._ready.get()
+        if isinstance(batch, Exception):
+            raise batch
+        self._step += 1
+        if self._step == self._steps:
+            self._step = 0
+            self.sample += self.global_samples
+        return tuple(t.to(self.device, non_blocking=True) for t in batch)
+
+    def close(self) -> None:
+        """Stop the background thread."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get_nowait()  # it may wait for room
+            except queue.Empty:
+                pass
+            self._thread.join(timeout=0.05)
+
+    def _work(self) -> None:
+        sample = self.sample
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # a thread starts on GPU 0
+            while not self._stop.is_set():
+                first = sample + self.rank * self.rank_samples
+                for start in range(first, first + self.rank_samples, self.batch_size):
+                    self._put(self._batch(start))
+                sample += self.global_samples
+        except Exception as e:  # to be raised where it is waited for
+            self._put(e)
+
+    def _put(self, item) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def _batch(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        places = self.order.places(start, self.batch_size)
+        windows = self.split.gather(places)
+        if windows.max() >= self.vocab_size:
+            row, column = np.argwhere(windows >= self.vocab_size)[0]
+            path = self.split.paths[places[row, 0]]
+            raise UserError(f"{path} has token {windows[row, column]} at position {places[row, 1] + column}, but the "
+                            f"vocabulary has {self.vocab_size}: the file was prepared with another tokenizer")
+        return to_tensors(windows, self.device)
+
+
+def to_tensors(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows (n, T + 1) -> inputs and targets (n, T) int64, in pinned memory if they are to go to a GPU."""
+    x, y = (torch.from_numpy(part.astype(np.int64)) for part in (windows[:, :-1], windows[:, 1:]))
+    return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+
+
+def evaluation_batches(split: Split, n_windows: int, batch_size: int, device: torch.device, rank: int = 0,
+                       world_size: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Fixed windows spread evenly over the split, the same for any number of ranks, each rank its share.
+
+    All windows of the split once if it has no more than n_windows. Every rank gets the same number of batches, all of
+    (B, T): rows that fill up a batch have targets -1.
+    """
+    n = min(n_windows, split.n_windows)
+    numbers = np.arange(n) * split.n_windows // n
+    ends = np.cumsum(split.windows)
+    files = np.searchsorted(ends, numbers, side="right")
+    starts = (numbers - (ends - split.windows)[files]) * split.block_size
+    places = np.stack((files, starts), axis=1)
+    per_rank = -(-n // world_size)
+    mine = places[rank * per_rank:(rank + 1) * per_rank]
+    for start in range(0, per_rank, batch_size):
+        windows = split.gather(mine[start:start + batch_size])
+        padding = batch_size - len(windows)
+        x, y = to_tensors(np.pad(windows, ((0, padding), (0, 0))), device)
+        y[len(windows):] = -1
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def evaluate(model, batches, group=None) -> float:
+    """Mean loss over all targets of all batches of all ranks. `model(x, y)` returns (anything, mean loss)."""
+    total = 0.0
+    for x, y in batches:
+        exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no fp64
+        count = (y != -1).sum().to(exact)
+        _, loss = model(x, y)
+        total = total + torch.stack((torch.where(count > 0, loss.to(exact) * count, 0.0), count))
+    loss_sum, count = all_reduce_sum(total, group).tolist()
+    return loss_sum / count

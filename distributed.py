@@ -1,0 +1,153 @@
+"""Processes: who am I, on which device, in which group; printing, reducing and leaving together.
+
+The only module that reads torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Everything else takes a
+`Processes`, a device or a group as an argument; `group=None` means one process and no communication.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def env_rank() -> int:
+    """This process's rank by torchrun's environment, 0 outside it; known before any group exists."""
+    return int(os.environ.get("RANK", 0))
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run as one of them sees them."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    group: dist.ProcessGroup | None  # None: alone
+
+    @property
+    def main(self) -> bool:
+        """Whether this process prints and writes files."""
+        return self.rank == 0
+
+
+def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 600.0) -> Processes:
+    """Choose the device and, under torchrun, join the process group.
+
+    device: 'auto' (cuda, else mps, else cpu), or as torch.device takes it; under torchrun a process takes the GPU of
+    its local rank. backend: 'auto' (nccl on CUDA, else gloo), or as init_process_group takes it. Raises UserError.
+    """
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    chosen = pick_device(device, local_rank if "RANK" in os.environ else None)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "RANK" not in os.environ:
+        return Processes(0, 1, 0, chosen, None)
+    if backend == "auto":
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+    if backend == "nccl" and chosen.type != "cuda":
+        raise UserError(f"backend='nccl' needs CUDA and the device is {chosen}: use --backend=gloo or --backend=auto")
+    if backend not in ("nccl", "gloo", "mpi", "ucc"):
+        raise UserError(f"backend={backend!r} is unknown: use auto, nccl or gloo")
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds),
+                            device_id=chosen if backend == "nccl" else None)
+    return Processes(env_rank(), world_size, local_rank, chosen, dist.group.WORLD)
+
+
+def pick_device(device: str, local_rank: int | None = None) -> torch.device:
+    """The device a name stands for, known to be there. With a local rank, 'cuda' is that rank's GPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device={device!r} is unknown: use auto, cpu, cuda, cuda:0, mps") from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device={device!r} is not supported: use auto, cpu, cuda, cuda:0, mps")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device={device!r}, but this machine has no MPS device: use --device=cpu")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise UserError(f"device={device!r}, but PyTorch sees no CUDA GPU here: use --device=cpu or --device=auto")
+        if local_rank is not None:
+            if local_rank >= count:
+                raise UserError(f"local rank {local_rank} needs its own GPU and {count} are visible: start at most "
+                                f"{count} processes on this machine (--nproc_per_node={count})")
+            return torch.device("cuda", local_rank)
+        if chosen.index is not None and chosen.index >= count:
+            raise UserError(f"device={device!r}, but the GPUs here are cuda:0 to cuda:{count - 1}")
+        return torch.device("cuda", chosen.index or 0)
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The compute dtype a name stands for; 'auto' is bfloat16 (float16 on older GPUs) on CUDA and float32 elsewhere."""
+    if dtype == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown: use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def check_compile(device: torch.device) -> None:
+    """Raise UserError if torch.compile cannot work here."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("compile=True needs Triton on a GPU and it is not installed: use --compile=False")
+    if not any(map(shutil.which, [os.environ.get("CXX") or "c++", "g++", "clang++", "gcc", "cc"])):
+        raise UserError("compile=True needs a C++ compiler and there is none: install g++ or use --compile=False")
+
+
+def all_reduce_sum(tensor: torch.Tensor, group) -> torch.Tensor:
+    """Sum in place over the group, and return it."""
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def from_main(value, group):
+    """Rank 0's value of any picklable object, on every rank."""
+    if group is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
+def gather_to_main(value, group) -> list | None:
+    """Every rank's value in a list on rank 0, None elsewhere."""
+    if group is None:
+        return [value]
+    box = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
+    dist.gather_object(value, box, dst=0, group=group)
+    return box
+
+
+def barrier(group) -> None:
+    if group is not None:
+        dist.barrier(group=group)
+
+
+def finish(processes: Processes) -> None:
+    """End a distributed process cleanly: together, flushed, and without the interpreter's teardown.
+
+    Some finished gloo jobs abort in teardown, so the process leaves by os._exit. A single process just returns.
+    """
+    if processes.group is None:
+        return
+    barrier(processes.group)
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,173 @@
+"""Linear layer and cross-entropy in one, without the logits of the whole batch.
+
+    loss = mean over valid rows of  -log softmax(x @ weight.T)[target]
+
+At GPT-2's vocabulary the logits are the largest tensor of a training step: 64 x 1024 tokens x 50304 entries are
+13 GB in fp32. Here they exist for one chunk of rows at a time, in the dtype of `x`, and are overwritten in place by
+their own gradient while they are still there. So the forward pass makes the gradients, too, and nothing of the
+chunk is kept or computed twice; the backward pass only scales. (The idea is that of Liger-Kernel's
+FusedLinearCrossEntropy, arXiv 2410.10989. The weight's gradient is summed over chunks in fp32.)
+
+The gradients are made for the *sum* of the losses, whose logit gradients lie in [-1, 1], and scaled by
+`grad_output / n_valid` afterwards: in fp16 a factor of 1/65536 on the logits' gradients would flush them to zero.
+
+Rows N, vocabulary V, width C.
+"""
+
+import torch
+
+from kernels import triton, usable
+
+CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25, "mps": 1 << 28}  # logits held at a time; see records/
+
+
+def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                         ignore_index: int = -1) -> torch.Tensor:
+    """Mean cross-entropy of the logits `x @ weight.T` over the rows whose target is not `ignore_index`.
+
+    x: (N, C) floating point; weight: (V, C), cast to x's dtype for the products; targets: (N,) int64 in [0, V).
+    Returns a scalar, fp32 (fp64 for fp64 input); NaN if no row is valid, as `F.cross_entropy` does. Differentiable
+    once in x and weight. Under autocast `x` is taken in autocast's dtype.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    need_grads = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    loss_sum, _, _ = _loss_and_grads(x, weight, targets, ignore_index, need_grads)
+    return loss_sum / (targets != ignore_index).sum()
+
+
+@torch.library.custom_op("nanosync::linear_cross_entropy", mutates_args=())
+def _loss_and_grads(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int,
+                    need_grads: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The summed loss, and for that sum the gradients of x (N, C) in x's dtype and of weight (V, C) in weight's.
+
+    An opaque operator rather than traced code: the loop over chunks stays a loop under torch.compile.
+    """
+    N, V = x.shape[0], weight.shape[0]
+    w = weight.to(x.dtype)
+    losses = x.new_empty(N, dtype=_loss_dtype(x))
+    grad_x = torch.empty_like(x) if need_grads else x.new_empty(0)
+    grad_w = weight.new_zeros(weight.shape) if need_grads else weight.new_empty(0)
+    rows = _chunk_rows(x, V)
+    for start in range(0, N, rows):
+        part = slice(start, min(start + rows, N))
+        logits = x[part] @ w.T  # (rows, V)
+        losses[part], grad_logits = _loss_and_grad_logits_(logits, targets[part], ignore_index, need_grads)
+        if need_grads:
+            torch.mm(grad_logits, w, out=grad_x[part])
+            _add_matmul_(grad_w, grad_logits.T, x[part])
+    return losses.sum(), grad_x, grad_w
+
+
+@_loss_and_grads.register_fake
+def _(x, weight, targets, ignore_index, need_grads):
+    grad_x = torch.empty_like(x) if need_grads else x.new_empty(0)
+    grad_w = torch.empty_like(weight) if need_grads else weight.new_empty(0)
+    return x.new_empty((), dtype=_loss_dtype(x)), grad_x, grad_w
+
+
+def _keep_grads(ctx, inputs, output):
+    _, grad_x, grad_w = output
+    ctx.save_for_backward(grad_x, grad_w)
+
+
+def _scale_grads(ctx, grad_loss, _grad_grad_x, _grad_grad_w):
+    grad_x, grad_w = ctx.saved_tensors
+    return (grad_x * grad_loss).to(grad_x.dtype), grad_w * grad_loss, None, None, None
+
+
+_loss_and_grads.register_autograd(_scale_grads, setup_context=_keep_grads)
+
+
+def _loss_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _chunk_rows(x: torch.Tensor, V: int) -> int:
+    """Rows whose logits fit CHUNK_BYTES, in multiples of 128 for the matrix units."""
+    rows = CHUNK_BYTES.get(x.device.type, 1 << 28) // (V * x.element_size())
+    return max(128, rows // 128 * 128)
+
+
+def _add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b. On CUDA low-precision factors are multiplied straight into an fp32 total."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
+def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads):
+    """Losses (rows,) and, written over `logits` where it can be, the gradient of their sum."""
+    if usable(logits):
+        return _triton_loss_and_grad_(logits, targets, ignore_index, need_grads)
+    valid = targets != ignore_index
+    index = targets.where(valid, 0)[:, None]
+    full = logits.to(_loss_dtype(logits))
+    lse = full.logsumexp(dim=1, keepdim=True)
+    losses = (lse - full.gather(1, index))[:, 0].where(valid, 0)
+    if not need_grads:
+        return losses, logits
+    probs = (full - lse).exp_()
+    probs.scatter_add_(1, index, probs.new_full((), -1.0).expand_as(index))
+    return losses, logits.copy_(probs * valid[:, None])
+
+
+if triton is not None:
+    import triton.language as tl
+
+    @triton.jit
+    def _cross_entropy_kernel(
+        logits_ptr,  # (rows, V), overwritten by the gradient if WRITE_GRAD
+        targets_ptr,  # (rows,)
+        losses_ptr,  # (rows,) fp32
+        V, row_stride, ignore_index,
+        WRITE_GRAD: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    ):
+        """One program a row: a running softmax in fp32, then, from L2, softmax minus one-hot.
+
+        Every one of LANES lanes keeps its own maximum and sum over UNROLL entries at a time, so the loop needs one
+        exponential an entry and no exchange between threads. Base 2, the exponential that the hardware has.
+        """
+        LOG2E: tl.constexpr = 1.4426950408889634
+        row = tl.program_id(0).to(tl.int64)
+        logits_ptr += row * row_stride
+        target = tl.load(targets_ptr + row)
+        valid = target != ignore_index
+        target_ptr = logits_ptr + tl.where(valid, target, 0)
+        target_logit = tl.load(target_ptr).to(tl.float32)
+
+        offsets = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+        lane_max = tl.full((LANES,), -1e30, tl.float32)  # finite: -inf - -inf would be NaN
+        lane_sum = tl.zeros((LANES,), tl.float32)
+        for start in range(0, V, LANES * UNROLL):
+            z = tl.load(logits_ptr + start + offsets, mask=start + offsets < V, other=float("-inf"))
+            z = z.to(tl.float32) * LOG2E
+            new_max = tl.maximum(lane_max, tl.max(z, axis=0))
+            lane_sum = lane_sum * tl.exp2(lane_max - new_max) + tl.sum(tl.exp2(z - new_max[None, :]), axis=0)
+            lane_max = new_max
+        row_max = tl.max(lane_max, axis=0)
+        lse = row_max + tl.log2(tl.sum(lane_sum * tl.exp2(lane_max - row_max), axis=0))
+        loss = lse / LOG2E - target_logit
+        tl.store(losses_ptr + row, tl.where(valid, loss, 0.0))
+
+        if WRITE_GRAD:
+            lse = tl.where(valid, lse, float("inf"))  # makes every softmax of an ignored row zero
+            for start in range(0, V, LANES * UNROLL):
+                mask = start + offsets < V
+                z = tl.load(logits_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+                tl.store(logits_ptr + start + offsets, tl.exp2(z * LOG2E - lse).to(logits_ptr.dtype.element_ty), mask=mask)
+            tl.debug_barrier()  # the row is written: now the one entry of the target
+            if valid:
+                p = tl.exp2(target_logit * LOG2E - lse)
+                tl.store(target_ptr, (p - 1.0).to(logits_ptr.dtype.element_ty))
+
+
+def _triton_loss_and_grad_(logits, targets, ignore_index, need_grads):
+    rows, V = logits.shape
+    losses = logits.new_empty(rows, dtype=torch.float32)
+    _cross_entropy_kernel[(rows,)](logits, targets, losses, V, logits.stride(0), ignore_index,
+                                   WRITE_GRAD=need_grads, LANES=4096, UNROLL=8, num_warps=16)
+    return losses, logits

@@ -1,0 +1,265 @@
+"""The two operations of a decoding step, each one kernel: a linear layer with all that surrounds it, and attention.
+
+A step that generates one token reads every weight once and computes next to nothing, so on a GPU it costs its
+number of kernels (2 to 4 microseconds each even inside a CUDA graph) and, from some size on, the bytes of the weights.
+Hence few kernels: five a layer instead of about thirteen.
+
+    linear      LayerNorm -> matrix product -> bias -> GELU or residual addition; LayerNorm, bias, GELU, addition optional
+    attention   the new token's k and v into the cache, then attention over what the cache holds
+
+Both have static shapes and read the position from device memory, so a captured CUDA graph serves every position.
+
+Shapes: B sequences, K inputs and N outputs of a linear layer, H heads of D channels, S positions of cache.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels import triton, usable
+
+MAX_ROWS = 64  # from here on cuBLAS beats the kernel, whose tile holds all rows of the batch
+
+
+def linear(x, weight, bias, out, norm=None, gelu: bool = False, add: bool = False):
+    """out = act(LayerNorm(x) @ weight.T + bias), or out += ... with `add`.
+
+    x: (B, K); weight: (N, K); bias: (N,) or None; out: (B, N), written; norm: a LayerNorm module of width K, or None.
+    The product is in weight's dtype with fp32 sums; LayerNorm and residual are in x's and out's dtype, or fp32.
+    """
+    if usable(weight) and x.shape[0] <= MAX_ROWS:
+        return _launch(x, weight, bias, out, norm, gelu, add)
+    if norm is not None:
+        beta = None if norm.bias is None else norm.bias.to(x.dtype)
+        x = F.layer_norm(x, norm.weight.shape, norm.weight.to(x.dtype), beta, 1e-5)
+    y = F.linear(x.to(weight.dtype), weight, bias)
+    if gelu:
+        y = F.gelu(y, approximate="tanh")
+    return out.add_(y) if add else out.copy_(y)
+
+
+class Attention:
+    """Attention of one new token a sequence, over a cache; holds the scratch memory of the kernel."""
+
+    BLOCK_S = 64  # positions a program looks at together
+    PROGRAMS = 512  # a few for each multiprocessor of a large GPU
+
+    def __init__(self, cache):
+        """cache: (L, 2, B, H, S, D) of any number of layers: the keys and values to come."""
+        _, _, B, H, S, D = cache.shape
+        spans = max(1, min(self.PROGRAMS // (B * H), -(-S // (2 * self.BLOCK_S))))
+        self.span = -(-S // (spans * self.BLOCK_S)) * self.BLOCK_S  # positions of a program
+        self.splits = -(-S // self.span)
+        self.partial = cache.new_empty(B * H, self.splits, D + 2, dtype=torch.float32)
+        self.done = cache.new_zeros(B * H, dtype=torch.int32)
+
+    def __call__(self, qkv, cache, position, out):
+        """qkv: (B, 3C), the new token's query, key and value; cache: (2, B, H, S, D), keys and values, of which the
+        positions below `position` (one int64, on the device) are filled and `position` is filled here; out: (B, C),
+        written.
+        """
+        _, B, H, S, D = cache.shape
+        if usable(qkv):
+            _attention_kernel[(B * H, self.splits)](
+                qkv, cache, position, self.partial, self.done, out, H, S, D**-0.5,
+                SPAN=self.span, D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_S=self.BLOCK_S, num_warps=4)
+            return out
+        q, k, v = qkv.view(B, 3, H, 1, D).unbind(1)  # (B, H, 1, D)
+        cache[0].index_copy_(2, position, k)
+        cache[1].index_copy_(2, position, v)
+        seen = torch.arange(S, device=qkv.device) <= position  # (S,)
+        y = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=seen[None, :])
+        return out.copy_(y.reshape(B, H * D))
+
+
+if triton is not None:
+    import triton.language as tl
+
+    @triton.jit
+    def _gelu(x):
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x * tl.sigmoid(2.0 * inner)  # 0.5 x (1 + tanh(inner))
+
+    @triton.jit
+    def _vector_kernel(
+        x_ptr,  # (B, K)
+        weight_ptr,  # (N, K)
+        bias_ptr, gamma_ptr, beta_ptr,  # (N,), (K,), (K,)
+        out_ptr,  # (B, N)
+        N, K,
+        NORM: tl.constexpr, BETA: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):
+        """One program: BLOCK_N outputs of one row, all of K in registers, so that every load is in flight at once."""
+        row = tl.program_id(1)
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        n_mask, k_mask = n < N, k < K
+        w = tl.load(weight_ptr + n[:, None] * K + k[None, :], mask=n_mask[:, None] & k_mask[None, :], other=0.0)
+        x = tl.load(x_ptr + row * K + k, mask=k_mask, other=0.0).to(tl.float32)
+        if NORM:
+            gamma = tl.load(gamma_ptr + k, mask=k_mask, other=0.0).to(tl.float32)
+            centred = tl.where(k_mask, x - tl.sum(x, axis=0) / K, 0.0)
+            x = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / K + 1e-5) * gamma
+            if BETA:
+                x += tl.load(beta_ptr + k, mask=k_mask, other=0.0).to(tl.float32)
+        y = tl.sum(w.to(tl.float32) * x.to(w.dtype).to(tl.float32)[None, :], axis=1)
+        if BIAS:
+            y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
+        if GELU:
+            y = _gelu(y)
+        out = out_ptr + row * N + n
+        if ADD:
+            y += tl.load(out, mask=n_mask, other=0.0).to(tl.float32)
+        tl.store(out, y.to(out_ptr.dtype.element_ty), mask=n_mask)
+
+    @triton.jit
+    def _norm_kernel(x_ptr, gamma_ptr, beta_ptr, out_ptr, K, BETA: tl.constexpr, BLOCK_K: tl.constexpr):
+        """LayerNorm of one row, x (B, K) -> out (B, K) in out's dtype."""
+        row = tl.program_id(0)
+        k = tl.arange(0, BLOCK_K)
+        mask = k < K
+        x = tl.load(x_ptr + row * K + k, mask=mask, other=0.0).to(tl.float32)
+        gamma = tl.load(gamma_ptr + k, mask=mask, other=0.0).to(tl.float32)
+        centred = tl.where(mask, x - tl.sum(x, axis=0) / K, 0.0)
+        y = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / K + 1e-5) * gamma
+        if BETA:
+            y += tl.load(beta_ptr + k, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * K + k, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _matrix_kernel(
+        x_ptr,  # (B, K), weight's dtype
+        weight_ptr,  # (N, K)
+        bias_ptr,  # (N,)
+        out_ptr,  # (B, N)
+        B, N, K: tl.constexpr,
+        BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+        BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):
+        """One program: BLOCK_N outputs of all rows, by the matrix units."""
+        b = tl.arange(0, BLOCK_B)
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        b_mask, n_mask = b < B, n < N
+        total = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            k_mask = k < K
+            w = tl.load(weight_ptr + n[:, None] * K + k[None, :], mask=n_mask[:, None] & k_mask[None, :], other=0.0)
+            x = tl.load(x_ptr + b[:, None] * K + k[None, :], mask=b_mask[:, None] & k_mask[None, :], other=0.0)
+            total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
+        if BIAS:
+            total += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        if GELU:
+            total = _gelu(total)
+        out = out_ptr + b[:, None] * N + n[None, :]
+        mask = b_mask[:, None] & n_mask[None, :]
+        if ADD:
+            total += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _attention_kernel(
+        qkv_ptr,  # (B, 3, H, D)
+        cache_ptr,  # (2, B, H, S, D)
+        position_ptr,  # (1,)
+        partial_ptr,  # (B * H, splits, D + 2) fp32: of each span weighted values, sum of weights, maximum
+        done_ptr,  # (B * H,) int32, zero before and after
+        out_ptr,  # (B, H, D)
+        H, S, scale, SPAN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    ):
+        """One program a head and span of positions. Whichever ends last adds the spans up, always in their order.
+
+        Every one of the BLOCK_S lanes runs its own softmax over the positions it meets, so the loop needs no
+        exchange between warps; the lanes are joined after it.
+        """
+        head, split = tl.program_id(0), tl.program_id(1)  # head of all B * H
+        heads, splits = tl.num_programs(0), tl.num_programs(1)
+        position = tl.load(position_ptr).to(tl.int32)
+        if split * SPAN <= position:
+            d = tl.arange(0, BLOCK_D)
+            d_mask = d < D
+            qkv_ptr += (head // H * 3 * H + head % H) * D
+            q = tl.load(qkv_ptr + d, mask=d_mask, other=0.0).to(tl.float32) * scale
+            k_ptr = cache_ptr + head.to(tl.int64) * S * D
+            v_ptr = k_ptr + heads.to(tl.int64) * S * D
+            lane_max = tl.full((BLOCK_S,), -1e30, tl.float32)  # finite: -inf - -inf would be NaN
+            lane_sum = tl.zeros((BLOCK_S,), tl.float32)
+            lane_y = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+            for start in range(split * SPAN, min((split + 1) * SPAN, position), BLOCK_S):
+                s = start + tl.arange(0, BLOCK_S)
+                mask = (s < position)[:, None] & d_mask[None, :]
+                k = tl.load(k_ptr + s[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+                v = tl.load(v_ptr + s[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+                score = tl.where(s < position, tl.sum(q[None, :] * k, axis=1), float("-inf"))
+                new_max = tl.maximum(lane_max, score)
+                shrink = tl.exp(lane_max - new_max)
+                p = tl.exp(score - new_max)
+                lane_sum = lane_sum * shrink + p
+                lane_y = lane_y * shrink[:, None] + p[:, None] * v
+                lane_max = new_max
+
+            # the new token, whose place is in the last span that has work
+            k_new = tl.load(qkv_ptr + H * D + d, mask=d_mask, other=0.0)
+            v_new = tl.load(qkv_ptr + 2 * H * D + d, mask=d_mask, other=0.0)
+            newest = position < (split + 1) * SPAN
+            tl.store(k_ptr + position * D + d, k_new, mask=d_mask & newest)
+            tl.store(v_ptr + position * D + d, v_new, mask=d_mask & newest)
+            score_new = tl.where(newest, tl.sum(q * k_new.to(tl.float32), axis=0), float("-inf"))
+            top = tl.maximum(tl.max(lane_max, axis=0), score_new)
+            shrink = tl.exp(lane_max - top)
+            p_new = tl.exp(score_new - top)
+            weight = tl.sum(lane_sum * shrink, axis=0) + p_new
+            y = tl.sum(lane_y * shrink[:, None], axis=0) + p_new * v_new.to(tl.float32)
+
+            spans = position // SPAN + 1
+            if spans == 1:
+                tl.store(out_ptr + head * D + d, (y / weight).to(out_ptr.dtype.element_ty), mask=d_mask)
+            else:
+                partial_ptr += head * splits * (D + 2)
+                tl.store(partial_ptr + split * (D + 2) + d, y, mask=d_mask)
+                tl.store(partial_ptr + split * (D + 2) + D, weight)
+                tl.store(partial_ptr + split * (D + 2) + D + 1, top)
+                tl.debug_barrier()  # all of it is written before it is counted
+                if tl.atomic_add(done_ptr + head, 1, sem="acq_rel") == spans - 1:
+                    top = tl.load(partial_ptr + D + 1, volatile=True)
+                    for i in range(1, spans):
+                        top = tl.maximum(top, tl.load(partial_ptr + i * (D + 2) + D + 1, volatile=True))
+                    y = tl.zeros((BLOCK_D,), tl.float32)
+                    weight = 0.0
+                    for i in range(0, spans):
+                        span_ptr = partial_ptr + i * (D + 2)
+                        shrink_span = tl.exp(tl.load(span_ptr + D + 1, volatile=True) - top)
+                        weight += shrink_span * tl.load(span_ptr + D, volatile=True)
+                        y += shrink_span * tl.load(span_ptr + d, mask=d_mask, other=0.0, volatile=True)
+                    tl.store(out_ptr + head * D + d, (y / weight).to(out_ptr.dtype.element_ty), mask=d_mask)
+                    tl.store(done_ptr + head, 0)
+
+
+VECTOR_ROWS = 4  # up to here a program a row beats the matrix units, which take 16 rows at least
+
+
+def _launch(x, weight, bias, out, norm, gelu, add):
+    B, K = x.shape
+    N = weight.shape[0]
+    gamma, beta = (None, None) if norm is None else (norm.weight, norm.bias)
+    flags = dict(BIAS=bias is not None, GELU=gelu, ADD=add)
+    block_k = triton.next_power_of_2(K)
+    if B <= VECTOR_ROWS:
+        block_n = max(1, min(16, 16384 // block_k))
+        _vector_kernel[(triton.cdiv(N, block_n), B)](
+            x, weight, bias, gamma, beta, out, N, K, NORM=norm is not None, BETA=beta is not None, **flags,
+            BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
+        return out
+    if norm is not None:
+        normed = torch.empty(B, K, dtype=weight.dtype, device=x.device)
+        _norm_kernel[(B,)](x, gamma, beta, normed, K, BETA=beta is not None, BLOCK_K=block_k, num_warps=4)
+        x = normed
+    tile = _matrix_tile(B, N)
+    _matrix_kernel[(triton.cdiv(N, tile["BLOCK_N"]),)](
+        x, weight, bias, out, B, N, K, **flags, BLOCK_B=max(16, triton.next_power_of_2(B)), **tile)
+    return out
+
+
+def _matrix_tile(B: int, N: int) -> dict:
+    """Narrow tiles spread a layer over all multiprocessors; the head has rows enough to fill them with wide ones."""
+    return dict(BLOCK_N=16 if N <= 8192 else 64, BLOCK_K=256 if B <= 32 else 128, num_warps=4, num_stages=3)

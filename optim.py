@@ -1,0 +1,75 @@
+"""Parameter groups, AdamW, learning-rate schedules, the gradient norm, and optimizer state by parameter name."""
+
+import math
+
+import torch
+import torch.nn as nn
+
+from configurator import UserError
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices and embeddings decay, vectors (biases, LayerNorm) do not. Covers every parameter exactly once."""
+    parameters = [p for p in model.parameters() if p.requires_grad]  # a tied weight comes once
+    return [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+
+
+def build_adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float],
+                weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101), one fused kernel a group. Raises UserError for values that it cannot take."""
+    for name, beta in zip(("beta1", "beta2"), betas):
+        if not 0 <= beta < 1:
+            raise UserError(f"{name}={beta} must be at least 0 and below 1")
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if value < 0:
+            raise UserError(f"{name}={value} must not be negative")
+    groups = parameter_groups(model, weight_decay)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)
+
+
+def cosine_learning_rate(step: int, peak: float, minimum: float, warmup_steps: int, decay_steps: int) -> float:
+    """Linear from near 0 to `peak` over warmup_steps, then half a cosine to `minimum` at decay_steps, then that."""
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    if step > decay_steps:
+        return minimum
+    progress = (step - warmup_steps) / max(1, decay_steps - warmup_steps)
+    return minimum + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - minimum)
+
+
+@torch.no_grad()
+def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
+    """Scale all gradients so that their joint L2 norm is at most max_norm (0: leave them); return the norm before.
+
+    A scalar on the device; nothing waits for it.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if max_norm > 0:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `{parameter}.{entry}` -> tensor, e.g. `transformer.wte.weight.exp_avg`."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            state[f"{name}.{entry}"] = torch.as_tensor(value)
+    return state
+
+
+@torch.no_grad()
+def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """The inverse of `state_by_name`. Raises ValueError if the names do not match the model's parameters."""
+    entries = sorted({key.rpartition(".")[2] for key in state})
+    expected = {f"{name}.{entry}" for name, p in model.named_parameters() if p.requires_grad for entry in entries}
+    if expected != set(state):
+        odd = sorted(expected ^ set(state))
+        raise ValueError(f"the optimizer's state does not fit the model: {len(odd)} entries differ, such as {odd[0]}")
+    for name, parameter in model.named_parameters():
+        for entry in entries:
+            value = state[f"{name}.{entry}"]
+            # a step counter stays where AdamW put it: fused, beside the parameter
+            optimizer.state[parameter][entry] = value.to(parameter.device, copy=True)

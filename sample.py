@@ -1,0 +1,73 @@
+"""Generate text from a checkpoint of this repository or from GPT-2 weights, printed as it comes.
+
+$ python sample.py --out_dir=out-python-char --start="def "
+$ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
+$ python sample.py --start=FILE:prompt.txt
+"""
+
+import torch
+
+import checkpoint
+from configurator import UserError, check_at_least, configure
+from data import tokenizers
+from distributed import pick_device, pick_dtype
+from model import GPT, Decoder
+
+# -----------------------------------------------------------------------------
+init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', or a folder with GPT-2 weights
+out_dir = "out"  # where to look for checkpoints
+checkpoint_step = "latest"  # 'latest', 'best' or a step
+start = "\n"  # the prompt; "FILE:prompt.txt" takes it from a file; may hold <|endoftext|>
+num_samples = 10
+max_new_tokens = 500  # of each sample
+temperature = 0.8  # 0 always takes the most likely token, 1 samples what the model predicts
+top_k: int | None = 200  # sample from this many most likely tokens, None for all
+top_p: float | None = None  # sample from the fewest tokens that together have this probability, None for all
+stop_token: int | str | None = None  # end a sample at this token, an id or a text of one token
+slide = 1  # past block_size: tokens to drop at once; 1 keeps the longest context, more is faster
+seed = 1337
+device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16'
+# -----------------------------------------------------------------------------
+config = configure(globals())
+check_at_least(config, 1, "num_samples")
+check_at_least(config, 0, "max_new_tokens")
+
+# prompt and model
+if start.startswith("FILE:"):
+    try:
+        with open(start[5:], encoding="utf-8") as f:
+            start = f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read the prompt from {start[5:]}: {e}") from None
+device = pick_device(device)
+if init_from == "resume":
+    found = checkpoint.find(out_dir, checkpoint_step)
+    model, meta = checkpoint.load_model(found, dropout=0.0), found.state["meta"]
+    print(f"{found.path}: step {found.step}, val loss {found.state['val_loss']:.4f}")
+else:
+    model, meta = GPT.from_pretrained(init_from), None
+tokenizer = tokenizers.from_meta(meta)
+prompt = tokenizer.encode(start)
+if len(prompt) == 0:
+    raise UserError("the prompt is empty: give at least one character as --start=...")
+if isinstance(stop_token, str):
+    ids = tokenizer.encode(stop_token)
+    if len(ids) != 1:
+        raise UserError(f"stop_token={stop_token!r} is {len(ids)} tokens, not one")
+    stop_token = int(ids[0])
+model.to(device, pick_dtype(dtype, device)).eval()
+
+# generation
+torch.manual_seed(seed)
+torch.set_float32_matmul_precision("high")
+decoder = Decoder(model, batch_size=1, temperature=temperature, top_k=top_k, top_p=top_p, slide=slide)
+idx = torch.tensor(prompt.astype("int64"), device=device)[None]
+for _ in range(num_samples):
+    to_text = tokenizer.stream()
+    print(start, end="", flush=True)
+    for (token,) in decoder.stream(idx, max_new_tokens):
+        if token == stop_token:
+            break
+        print(to_text(token), end="", flush=True)
+    print("\n---------------", flush=True)

@@ -1,0 +1,245 @@
+"""Train a GPT on one process or, under torchrun, on many with distributed data parallel (DDP).
+
+One process:
+$ python train.py config/train_python_char.py
+
+4 GPUs on one machine:
+$ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
+
+2 machines of 8 GPUs, on the first (of address 10.0.0.1) and on the second:
+$ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 train.py config/train_gpt2.py
+$ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 train.py config/train_gpt2.py
+
+The settings, the steps and most of the file's shape are nanoGPT's; its config files run unchanged.
+"""
+
+import math
+import os
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+from configurator import UserError, check_at_least, configure
+from data import tokenizers
+from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
+from distributed import all_reduce_sum, barrier, check_compile, env_rank, finish, gather_to_main, pick_dtype, start
+from model import GPT, GPTConfig, padded_vocab_size
+from optim import build_adamw, clip_gradients, cosine_learning_rate, load_state_by_name, state_by_name
+from training_logger import Stopwatch, TrainingLogger, environment, peak_flops
+
+# -----------------------------------------------------------------------------
+# The defaults train GPT-2 (124M) on OpenWebText.
+# I/O
+out_dir = "out"  # checkpoints and logs go here
+eval_interval = 2000  # iterations between evaluations
+log_interval = 1  # iterations between log lines
+eval_iters = 200  # batches of batch_size that an evaluation looks at, in all
+eval_only = False  # evaluate once and exit, writing nothing
+always_save_checkpoint = True  # save at every evaluation, not only when the val loss is the best so far
+keep_checkpoints = 10  # how many to keep besides the best, the oldest go first
+init_from = "scratch"  # 'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a folder
+# wandb
+wandb_log = False  # log to Weights & Biases as well
+wandb_project = "owt"
+wandb_run_name = "gpt2"
+# data
+dataset = "openwebtext"  # a folder in data/, or a path
+gradient_accumulation_steps = 5 * 8  # micro-batches of an update, over all processes
+batch_size = 12  # sequences of a micro-batch
+block_size = 1024  # tokens of a sequence
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 is good for pretraining, 0.1 and more for finetuning
+bias = False  # biases in Linear and LayerNorm
+# AdamW
+learning_rate = 6e-4  # the highest
+max_iters = 600000  # updates in all
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient, 0 for no limit
+# learning-rate schedule
+decay_lr = True  # cosine from learning_rate to min_lr; otherwise constant
+warmup_iters = 2000
+lr_decay_iters = 600000  # about max_iters
+min_lr = 6e-5  # about learning_rate / 10
+# system
+seed = 1337  # of initialisation, data order and dropout
+device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16' (with loss scaling)
+compile = True  # torch.compile the model
+backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
+# -----------------------------------------------------------------------------
+config = configure(globals(), rank=env_rank())
+
+# what can be known to be wrong before anything is built
+check_at_least(config, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "log_interval",
+               "eval_iters", "keep_checkpoints", "lr_decay_iters")
+check_at_least(config, 0, "max_iters", "warmup_iters", "grad_clip", "min_lr")
+processes = start(device, backend)
+main, group, device = processes.main, processes.group, processes.device
+compute_dtype = pick_dtype(dtype, device)
+if compile:
+    check_compile(device)
+if gradient_accumulation_steps % processes.world_size:
+    raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is the total over all processes and "
+                    f"must be a multiple of their number, {processes.world_size}")
+micro_steps = gradient_accumulation_steps // processes.world_size
+tokens_per_iter = batch_size * block_size * gradient_accumulation_steps
+
+# data
+data = open_dataset(dataset, block_size)
+
+# model
+torch.manual_seed(seed)
+resumed = checkpoint.find(out_dir) if init_from == "resume" else None
+if init_from == "scratch":
+    used_vocab_size, vocab_size = padded_vocab_size(data.meta)
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                          dropout=dropout, bias=bias, used_vocab_size=used_vocab_size))
+elif resumed is not None:
+    model = checkpoint.load_model(resumed, dropout=dropout)
+else:
+    model = GPT.from_pretrained(init_from, dropout=dropout)
+if block_size != model.config.block_size:
+    model.crop_block_size(block_size)
+for split in (data.train, data.val):
+    split.check_tokens(model.config.vocab_size)
+model.to(device)
+
+# optimizer; the scaler does nothing unless the dtype is float16
+optimizer = build_adamw(model, learning_rate, (beta1, beta2), weight_decay)
+scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
+first_iter, best_val_loss = 0, math.inf
+if resumed is not None:
+    load_state_by_name(optimizer, model, resumed.tensors("optim"))
+    scaler.load_state_dict(resumed.state["scaler"])
+    first_iter, best_val_loss = resumed.step, resumed.state["best_val_loss"]
+    best_val_loss = math.inf if best_val_loss is None else best_val_loss
+
+# from here on files are written
+if main and init_from != "resume" and not eval_only:
+    earlier = checkpoint.set_aside(out_dir)
+    if earlier is not None:
+        print(f"moved the checkpoints of an earlier run to {earlier}")
+log = TrainingLogger(None if eval_only else out_dir, config, environment(device), active=main,
+                     resumed=resumed is not None)
+log.line("settings, with where they differ from the script's:\n" + config.table())
+log.line(f"device {environment(device)['device']}, {str(compute_dtype).removeprefix('torch.')}, "
+         f"{processes.world_size} process{'es' if processes.world_size > 1 else ''}; "
+         f"{model.n_parameters() / 1e6:.2f}M parameters; {data.folder}: {data.train.n_tokens:,} train and "
+         f"{data.val.n_tokens:,} val tokens, {data.train.n_windows:,} windows an epoch")
+log.line(f"tokens per iteration: {batch_size} sequences x {block_size} tokens x {micro_steps} accumulation x "
+         f"{processes.world_size} ranks = {tokens_per_iter:,}")
+if data.meta is None and init_from == "scratch":
+    log.line(f"{data.folder} has no meta.json: taking GPT-2's vocabulary of 50257")
+if wandb_log and not eval_only:
+    log.start_wandb(wandb_project, wandb_run_name, config)
+
+# speed
+torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
+autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+if compile:
+    log.line("compiling the model (about a minute)")
+    model.compile()
+trained = model if group is None else DistributedDataParallel(
+    model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+flops_per_iter, peak = model.flops_per_token(block_size) * tokens_per_iter, peak_flops(device, compute_dtype)
+
+
+def estimate_losses() -> dict[str, float]:
+    """Mean loss of fixed windows of both splits, the same for any number of processes."""
+    model.eval()
+    losses = {}
+    for split in (data.train, data.val):
+        batches = evaluation_batches(split, eval_iters * batch_size, batch_size, device, processes.rank,
+                                     processes.world_size)
+        with autocast:
+            losses[split.name] = evaluate(model, batches, group)
+    model.train()
+    return losses
+
+
+def save_checkpoint(step: int, val_loss: float) -> None:
+    """Save everything that the run depends on; all processes take part."""
+    rng = gather_to_main(checkpoint.random_states(device), group)
+    if main:
+        path = checkpoint.save(
+            out_dir, step, dict(model.named_parameters()), state_by_name(optimizer, model),
+            {f"{rank}.{name}": t for rank, states in enumerate(rng) for name, t in states.items()},
+            {"sample": loader.sample, "epoch": loader.epoch, "seed": seed, "val_loss": val_loss,
+             "best_val_loss": best_val_loss, "world_size": processes.world_size, "scaler": scaler.state_dict(),
+             "model": checkpoint.model_description("gpt", model), "schedule": None, "config": config,
+             "data": data.fingerprint, "meta": data.meta, "environment": environment(device)},
+            keep=keep_checkpoints, protect=() if resumed is None else (resumed.step,))
+        log.line(f"saved checkpoint {path}")
+        log.event("checkpoint", step=step, path=path, val_loss=val_loss)
+    barrier(group)
+
+
+if eval_only:
+    losses = estimate_losses()
+    log.line(f"step {first_iter}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    finish(processes)
+    raise SystemExit(0)
+
+# training loop
+loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device, processes.rank,
+                    processes.world_size, sample=0 if resumed is None else resumed.state["sample"])
+torch.manual_seed(seed + processes.rank)  # dropout differs between processes
+if resumed is not None and resumed.state["world_size"] == processes.world_size:
+    states = {name.partition(".")[2]: t for name, t in resumed.tensors("rng").items()
+              if name.startswith(f"{processes.rank}.")}
+    checkpoint.set_random_states(states, device)
+stopwatch, last_logged = Stopwatch(), first_iter
+for it in range(first_iter, max_iters + 1):
+    lr = cosine_learning_rate(it, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
+    for parameter_group in optimizer.param_groups:
+        parameter_group["lr"] = lr
+
+    # evaluate and save, before update `it`
+    if (it % eval_interval == 0 or it == max_iters) and not (resumed is not None and it == first_iter):
+        stopwatch.pause()
+        losses = estimate_losses()
+        log.evaluation(it, losses["train"], losses["val"], lr)
+        improved = losses["val"] < best_val_loss
+        best_val_loss = min(best_val_loss, losses["val"])
+        if it > 0 and (improved or always_save_checkpoint):
+            save_checkpoint(it, losses["val"])
+            if improved and main:
+                checkpoint.write_best(out_dir, it, best_val_loss)
+        stopwatch.go_on()
+    if it == max_iters:
+        break
+
+    # forward and backward; the loss of an update is the mean over its micro-batches and processes
+    loss_sum = torch.zeros((), device=device)
+    for micro_step in range(micro_steps):
+        x, y = loader.next()
+        if group is not None:  # gradients are averaged over processes once an update
+            trained.require_backward_grad_sync = micro_step == micro_steps - 1
+        with autocast:
+            _, loss = trained(x, y)
+        scaler.scale(loss / micro_steps).backward()
+        loss_sum += loss.detach()
+
+    # update
+    scaler.unscale_(optimizer)
+    norm = clip_gradients(model.parameters(), grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+    if it % log_interval == 0:
+        mean_loss = all_reduce_sum(loss_sum, group).item() / gradient_accumulation_steps  # waits for the device
+        seconds = stopwatch.lap() / (it + 1 - last_logged)
+        mfu = None if peak is None else flops_per_iter / seconds / (peak * processes.world_size)
+        log.iteration(it, mean_loss, lr, norm.item(), seconds, tokens_per_iter, mfu, loader.epoch)
+        last_logged = it + 1
+
+loader.close()
+log.close(step=max_iters, best_val_loss=best_val_loss)
+finish(processes)

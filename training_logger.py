@@ -1,0 +1,136 @@
+"""What a run says: console and log.txt, JSON Lines, wandb; throughput, memory and MFU.
+
+    out_dir/log.txt                  every printed line
+    out_dir/run_<timestamp>.jsonl    one JSON object an event: start, iter, eval, checkpoint, end
+
+Only the main process logs. Times are wall-clock between two log lines, each of which reads the loss and so waits for
+the device.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import time
+
+import torch
+
+PEAK_TFLOPS = {  # dense, by a part of the device's name: (bf16 and fp16, tf32); the vendors' data sheets
+    "H200": (989.5, 494.7), "H100 PCIe": (756.0, 378.0), "H100": (989.5, 494.7), "GH200": (989.5, 494.7),
+    "B200": (2250.0, 1125.0), "A100": (312.0, 156.0), "A800": (312.0, 156.0), "A10G": (70.0, 35.0),
+    "L40S": (362.0, 183.0), "L4": (121.0, 60.0), "RTX 4090": (165.2, 82.6), "RTX 3090": (71.0, 35.6),
+    "V100": (125.0, None), "T4": (65.0, None),
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that the device reaches at most with matrices of this dtype, None if that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for part, (half, tf32) in PEAK_TFLOPS.items():
+        if part in name:
+            tflops = half if dtype in (torch.bfloat16, torch.float16) else tf32
+            if dtype == torch.bfloat16 and part in ("V100", "T4"):
+                tflops = None
+            return None if tflops is None else tflops * 1e12
+    return None
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, machine and git commit, for the log and the checkpoint."""
+    root = os.path.dirname(os.path.abspath(__file__))
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, timeout=10,
+                                capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "git_commit": commit,
+        "machine": platform.machine(), "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+class TrainingLogger:
+    """Prints and writes what a run says; every method does nothing in processes that do not log."""
+
+    def __init__(self, out_dir: str | None, config: dict, environment: dict, active: bool = True, resumed: bool = False):
+        """out_dir: None to write no files. A run that was not resumed begins its log.txt anew."""
+        self.active = active
+        self._text = self._events = self._wandb = None
+        self.tokens_per_second = None
+        if not active or out_dir is None:
+            return
+        os.makedirs(out_dir, exist_ok=True)
+        self._text = open(os.path.join(out_dir, "log.txt"), "a" if resumed else "w", encoding="utf-8", buffering=1)
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self._events = open(os.path.join(out_dir, f"run_{stamp}.jsonl"), "a", encoding="utf-8", buffering=1)
+        self.event("start", config=config, environment=environment, resumed=resumed)
+
+    def start_wandb(self, project: str, name: str, config: dict) -> None:
+        """Send evaluations and iterations to Weights & Biases as well."""
+        if self.active:
+            import wandb
+
+            self._wandb = wandb.init(project=project, name=name, config=config)
+
+    def line(self, text: str) -> None:
+        """A line for people: console and log.txt."""
+        if self.active:
+            print(text, flush=True)
+            if self._text is not None:
+                self._text.write(text + "\n")
+
+    def event(self, kind: str, **fields) -> None:
+        """A line for programs: the JSON Lines file."""
+        if self._events is not None:
+            self._events.write(json.dumps({"event": kind, "time": time.time(), **fields}) + "\n")
+
+    def evaluation(self, step: int, train_loss: float, val_loss: float, lr: float) -> None:
+        self.line(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        self.event("eval", step=step, train_loss=train_loss, val_loss=val_loss, lr=lr)
+        if self._wandb is not None:
+            self._wandb.log({"iter": step, "train/loss": train_loss, "val/loss": val_loss, "lr": lr}, step=step)
+
+    def iteration(self, step: int, loss: float, lr: float, norm: float, seconds: float, tokens: int,
+                  mfu: float | None, epoch: int) -> None:
+        """seconds, tokens: of one iteration; mfu: a share of 1, None if unknown."""
+        shown = "n/a" if mfu is None else f"{100 * mfu:.2f}%"
+        self.line(f"iter {step}: loss {loss:.4f}, lr {lr:.1e}, norm {norm:.2f}, time {seconds * 1e3:.2f}ms, "
+                  f"tok/s {tokens / seconds:.0f}, mfu {shown}, epoch {epoch}")
+        self.event("iter", step=step, loss=loss, lr=lr, norm=norm, seconds=seconds, tokens_per_second=tokens / seconds,
+                   mfu=mfu, epoch=epoch)
+        if self._wandb is not None:
+            self._wandb.log({"iter": step, "train/iter_loss": loss, "lr": lr, "norm": norm,
+                             "tok/s": tokens / seconds, "mfu": 100 * (mfu or 0.0)}, step=step)
+
+    def close(self, **summary) -> None:
+        """End the logs, with a last event."""
+        self.event("end", **summary)
+        if self._wandb is not None:
+            self._wandb.finish()
+        for file in (self._text, self._events):
+            if file is not None:
+                file.close()
+        self._text = self._events = self._wandb = None
+
+
+class Stopwatch:
+    """Seconds of training, which `pause` interrupts around evaluations and checkpoints."""
+
+    def __init__(self):
+        self._start, self._elapsed = time.perf_counter(), 0.0
+
+    def pause(self) -> None:
+        self._elapsed += time.perf_counter() - self._start
+
+    def go_on(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap or the beginning, pauses left out."""
+        now = time.perf_counter()
+        seconds, self._elapsed = self._elapsed + now - self._start, 0.0
+        self._start = now
+        return seconds
