@@ -5,9 +5,10 @@ $ python bench.py --batch_size=64 --peer=FOLDER            # alternating with GP
 $ python bench.py --mode=generate --batch_size=32          # ms a step of generation; --peer=FOLDER or --peer=hf
 $ torchrun --standalone --nproc_per_node=4 bench.py --batch_size=64   # DDP against the same on one GPU
 
-All contenders do the same work on the same tokens. Each is warmed up, then they take turns, `steps` steps a turn, for
-`rounds` rounds; a figure is the median over rounds, with the range. A training step is forward, backward, clipping and
-AdamW. A step of generation is the time that one more token takes a batch: that of max_new_tokens less that of one.
+All contenders do the same work on the same tokens. Each is warmed up, then they take turns, `steps` steps a
+turn, for `rounds` rounds; a figure is the median over rounds, with the range. A training step is forward,
+backward, clipping and AdamW. A step of generation is the time that one more token takes a batch: that of
+max_new_tokens less that of one.
 """
 
 import importlib.util
@@ -175,7 +176,8 @@ class Training:
         return loss
 
     def train_and_evaluate(self) -> float:
-        """Val loss over 16 fixed batches after loss_steps further steps; the learning rate warms up over 40."""
+        """Val loss over 16 fixed batches after loss_steps further steps; the learning rate warms up over
+        40."""
         for i in range(loss_steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate * min(1.0, (i + 1) / 40)

@@ -8,8 +8,9 @@
     out_dir/latest                                  name of the newest, for people; loading does not trust it
     out_dir/best.json                               step and val loss of the best
 
-Written under .tmp-step-..., synced, the manifest last, then renamed: what bears its final name is whole. Loading takes
-the newest step whose files match its manifest. Tensors are safetensors and the rest is JSON, so nothing is unpickled.
+Written under .tmp-step-..., synced, the manifest last, then renamed: what bears its final name is whole.
+Loading takes the newest step whose files match its manifest. Tensors are safetensors and the rest is JSON, so
+nothing is unpickled.
 """
 
 import dataclasses
@@ -162,7 +163,8 @@ def open_checkpoint(path: str) -> Checkpoint:
 
 
 def find(out_dir: str, which: str | int = "latest", warn=print) -> Checkpoint:
-    """The checkpoint 'latest' (newest that verifies; one warning for each newer that does not), 'best' or a step.
+    """The checkpoint 'latest' (newest that verifies; one warning for each newer that does not), 'best' or a
+    step.
 
     Raises UserError if there is none.
     """
@@ -183,7 +185,8 @@ def find(out_dir: str, which: str | int = "latest", warn=print) -> Checkpoint:
 
 
 def set_aside(out_dir: str) -> str | None:
-    """Move what an earlier run left in out_dir to a folder of its own; its name, or None if there was nothing."""
+    """Move what an earlier run left in out_dir to a folder of its own; its name, or None if there was
+    nothing."""
     names = [name for name in ("ckpt", "latest", "best.json", "log.txt") if os.path.exists(os.path.join(out_dir, name))]
     if not steps_in(out_dir):
         return None
@@ -230,7 +233,8 @@ def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: s
 
 
 def load_model(checkpoint: Checkpoint, **overrides) -> nn.Module:
-    """The model of a checkpoint, on the CPU; overrides are fields of its configuration that change no shape."""
+    """The model of a checkpoint, on the CPU; overrides are fields of its configuration that change no
+    shape."""
     model = build_model(checkpoint.state["model"], **overrides)
     load_parameters(model, checkpoint.tensors("model"), checkpoint.path)
     return model

@@ -6,10 +6,11 @@ A script lists its settings at the top, one assignment a line with a comment, an
 
     config = configure(globals())
 
-A setting is every name assigned at the top level before that call. Config files are Python, run with the settings as
-they are so far in their namespace; they are the user's own code and trusted. Values on the command line are literals.
-Whatever the script does not define is an error, in a file as on the command line: a misspelt key must not train
-another model than the one meant. After nanoGPT's configurator.py, with which config files are interchangeable.
+A setting is every name assigned at the top level before that call. Config files are Python, run with the
+settings as they are so far in their namespace; they are the user's own code and trusted. Values on the
+command line are literals. Whatever the script does not define is an error, in a file as on the command line:
+a misspelt key must not train another model than the one meant. After nanoGPT's configurator.py, with which
+config files are interchangeable.
 """
 
 import ast
@@ -56,8 +57,9 @@ class Config(dict):
 def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0) -> Config:
     """Apply config files and --key=value to the settings in `namespace`, a script's globals(); return them.
 
-    argv defaults to the command line. `--help` prints the settings and exits. Raises UserError; installs the hook that
-    ends the script on one with a line on stderr and exit code 2 (`rank` is who says it first, see there).
+    argv defaults to the command line. `--help` prints the settings and exits. Raises UserError; installs the
+    hook that ends the script on one with a line on stderr and exit code 2 (`rank` is who says it first, see
+    there).
     """
     install_error_hook(rank)
     argv = sys.argv[1:] if argv is None else argv
@@ -192,7 +194,8 @@ def parse_argument(arg: str, settings: dict[str, Setting]) -> tuple[str, object]
 
 
 def evaluate(text: str):
-    """The value of a literal, in which lists may be repeated and joined and numbers calculated: "['spd']*6", "5*8"."""
+    """The value of a literal, in which lists may be repeated and joined and numbers calculated: "['spd']*6",
+    "5*8"."""
     return _evaluate(ast.parse(text.strip(), mode="eval").body)
 
 
@@ -215,7 +218,8 @@ def _allowed(setting: Setting) -> tuple[type, ...]:
 
 
 def check_type(setting: Setting, value, where: str):
-    """`value`, an int turned into a float where a float is meant. Raises UserError if its type is not the setting's."""
+    """`value`, an int turned into a float where a float is meant. Raises UserError if its type is not the
+    setting's."""
     allowed = _allowed(setting)
     if isinstance(value, tuple) and list in allowed:
         value = list(value)
@@ -241,10 +245,11 @@ def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserErro
 
 
 def install_error_hook(rank: int = 0) -> None:
-    """End the process on a UserError with one line on stderr and exit code 2; other errors keep their traceback.
+    """End the process on a UserError with one line on stderr and exit code 2; other errors keep their
+    traceback.
 
-    Most such errors meet every rank. Rank 0 speaks at once; the others wait, are ended meanwhile by the launcher that
-    sees rank 0 go, and speak only if the error was theirs alone.
+    Most such errors meet every rank. Rank 0 speaks at once; the others wait, are ended meanwhile by the
+    launcher that sees rank 0 go, and speak only if the error was theirs alone.
     """
     previous = sys.excepthook
 

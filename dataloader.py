@@ -1,12 +1,13 @@
 """Token files -> batches, in an order that is a pure function of (seed, epoch, global sample number).
 
-A sample is a window of block_size + 1 tokens: inputs and, one further, targets. Samples are numbered from the start of
-the run, over all data-parallel ranks, and a rank takes its slice of each global batch. So the sequence of global
-batches is the same for any number of ranks, the state of the loader is one integer, and resuming is exact.
+A sample is a window of block_size + 1 tokens: inputs and, one further, targets. Samples are numbered from the
+start of the run, over all data-parallel ranks, and a rank takes its slice of each global batch. So the
+sequence of global batches is the same for any number of ranks, the state of the loader is one integer, and
+resuming is exact.
 
-An epoch is a grid of windows side by side, each served once. Of a flat file (`bin`) every epoch has its own grid offset
-and a random order, as nanoGPT's random windows have on average. Shards are read as they were written in epoch 0, and in
-every later epoch in a new order of shards and of the windows inside.
+An epoch is a grid of windows side by side, each served once. Of a flat file (`bin`) every epoch has its own
+grid offset and a random order, as nanoGPT's random windows have on average. Shards are read as they were
+written in epoch 0, and in every later epoch in a new order of shards and of the windows inside.
 
 B sequences in a micro-batch, T = block_size.
 """
@@ -157,7 +158,8 @@ class DataLoader:
     def __init__(self, split: Split, batch_size: int, accumulation_steps: int, vocab_size: int, seed: int,
                  device: torch.device, rank: int = 0, world_size: int = 1, sample: int = 0, prefetch: int = 4):
         """accumulation_steps: micro-batches of B = batch_size of this rank in a global batch, so that one has
-        batch_size * accumulation_steps * world_size samples; sample: the first one, where a checkpoint left off.
+        batch_size * accumulation_steps * world_size samples; sample: the first one, where a checkpoint left
+        off.
         """
         self.split, self.device, self.batch_size, self.vocab_size = split, device, batch_size, vocab_size
         self.order = WindowOrder(split, seed)
@@ -237,8 +239,8 @@ def evaluation_batches(split: Split, n_windows: int, batch_size: int, device: to
                        world_size: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Fixed windows spread evenly over the split, the same for any number of ranks, each rank its share.
 
-    All windows of the split once if it has no more than n_windows. Every rank gets the same number of batches, all of
-    (B, T): rows that fill up a batch have targets -1.
+    All windows of the split once if it has no more than n_windows. Every rank gets the same number of
+    batches, all of (B, T): rows that fill up a batch have targets -1.
     """
     n = min(n_windows, split.n_windows)
     numbers = np.arange(n) * split.n_windows // n

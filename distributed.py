@@ -1,7 +1,7 @@
 """Processes: who am I, on which device, in which group; printing, reducing and leaving together.
 
-The only module that reads torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Everything else takes a
-`Processes`, a device or a group as an argument; `group=None` means one process and no communication.
+The only module that reads torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Everything else takes
+a `Processes`, a device or a group as an argument; `group=None` means one process and no communication.
 """
 
 import importlib.util
@@ -43,8 +43,9 @@ class Processes:
 def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 600.0) -> Processes:
     """Choose the device and, under torchrun, join the process group.
 
-    device: 'auto' (cuda, else mps, else cpu), or as torch.device takes it; under torchrun a process takes the GPU of
-    its local rank. backend: 'auto' (nccl on CUDA, else gloo), or as init_process_group takes it. Raises UserError.
+    device: 'auto' (cuda, else mps, else cpu), or as torch.device takes it; under torchrun a process takes the
+    GPU of its local rank. backend: 'auto' (nccl on CUDA, else gloo), or as init_process_group takes it.
+    Raises UserError.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     chosen = pick_device(device, local_rank if "RANK" in os.environ else None)
@@ -91,7 +92,8 @@ def pick_device(device: str, local_rank: int | None = None) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The compute dtype a name stands for; 'auto' is bfloat16 (float16 on older GPUs) on CUDA and float32 elsewhere."""
+    """The compute dtype a name stands for; 'auto' is bfloat16 (float16 on older GPUs) on CUDA and float32
+    elsewhere."""
     if dtype == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -142,7 +144,8 @@ def barrier(group) -> None:
 def finish(processes: Processes) -> None:
     """End a distributed process cleanly: together, flushed, and without the interpreter's teardown.
 
-    Some finished gloo jobs abort in teardown, so the process leaves by os._exit. A single process just returns.
+    Some finished gloo jobs abort in teardown, so the process leaves by os._exit. A single process just
+    returns.
     """
     if processes.group is None:
         return

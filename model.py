@@ -1,7 +1,8 @@
 """GPT-2 as a dense model: configuration, blocks, initialisation, loss, generation, Hugging Face in and out.
 
-The parameters have the names and shapes of nanoGPT's model.py, so every variant of this repository shares one set of
-weights. Follows the GPT-2 paper and code (pre-LayerNorm, GELU in its tanh form, learned positions, tied head).
+The parameters have the names and shapes of nanoGPT's model.py, so every variant of this repository shares one
+set of weights. Follows the GPT-2 paper and code (pre-LayerNorm, GELU in its tanh form, learned positions,
+tied head).
 
 Shapes: B batch, T tokens of a sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
 """
@@ -99,7 +100,8 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, cache=None):
-        """x: (B, T, C) -> (B, T, C). `cache` (2, B, H, block_size, D), if given, receives this prompt's k and v."""
+        """x: (B, T, C) -> (B, T, C). `cache` (2, B, H, block_size, D), if given, receives this prompt's k and
+        v."""
         B, T, C = x.size()
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
                    for part in self.c_attn(x).split(C, dim=2))
@@ -112,7 +114,8 @@ class CausalSelfAttention(nn.Module):
 
 
 def gelu(x):
-    """GELU in GPT-2's tanh form. Compiled code gets it as x * sigmoid(2u), the same function without a slow tanh."""
+    """GELU in GPT-2's tanh form. Compiled code gets it as x * sigmoid(2u), the same function without a slow
+    tanh."""
     if torch.compiler.is_compiling():
         return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     return F.gelu(x, approximate="tanh")
@@ -158,7 +161,8 @@ class GPT(nn.Module):
         init_weights(self, config.n_layer)
 
     def hidden(self, idx, cache=None):
-        """Token ids (B, T) -> the final hidden states (B, T, C), after ln_f. `cache`: (L, 2, B, H, block_size, D)."""
+        """Token ids (B, T) -> the final hidden states (B, T, C), after ln_f. `cache`: (L, 2, B, H,
+        block_size, D)."""
         B, T = idx.size()
         if T > self.config.block_size:
             raise UserError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
@@ -173,8 +177,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, all_logits: bool = False):
         """Token ids (B, T) -> (logits, loss).
 
-        With `targets` (B, T), -1 where a position does not count: (None, mean loss). The logits of a whole batch
-        are never held. Without: (logits, None), of the last position (B, 1, V), or of all with `all_logits`.
+        With `targets` (B, T), -1 where a position does not count: (None, mean loss). The logits of a whole
+        batch are never held. Without: (logits, None), of the last position (B, 1, V), or of all with
+        `all_logits`.
         """
         x = self.hidden(idx)
         if targets is not None:
@@ -182,18 +187,21 @@ class GPT(nn.Module):
         return self.lm_head(x if all_logits else x[:, -1:]), None
 
     def generate(self, idx, max_new_tokens: int, stop_token: int | None = None, **sampling):
-        """Token ids (B, T) -> (B, T + new). `sampling`: what Decoder takes, which to keep when there are more prompts."""
+        """Token ids (B, T) -> (B, T + new). `sampling`: what Decoder takes, which to keep when there are more
+        prompts."""
         return Decoder(self, idx.shape[0], **sampling).generate(idx, max_new_tokens, stop_token)
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T: int) -> int:
-        """Floating-point operations of a training step (forward, and backward as twice that) per token, at length T.
+        """Floating-point operations of a training step (forward, and backward as twice that) per token, at
+        length T.
 
-        Every matrix product of the model: 6 per weight in one, head included, plus attention's two products over the
-        whole T x T square, as PaLM (arXiv 2204.02311, appendix B) and nanoGPT count them, so that MFU compares.
-        Causal kernels skip up to half of that square; embedding look-ups, LayerNorm and biases are not counted.
+        Every matrix product of the model: 6 per weight in one, head included, plus attention's two products
+        over the whole T x T square, as PaLM (arXiv 2204.02311, appendix B) and nanoGPT count them, so that
+        MFU compares. Causal kernels skip up to half of that square; embedding look-ups, LayerNorm and biases
+        are not counted.
         """
         c = self.config
         weights = c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd
@@ -210,8 +218,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, dropout: float = 0.0) -> "GPT":
-        """GPT-2 weights in Hugging Face's format: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' from the hub (or
-        its cache on this machine), or a local folder with config.json and model.safetensors. Raises UserError.
+        """GPT-2 weights in Hugging Face's format: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' from the hub
+        (or its cache on this machine), or a local folder with config.json and model.safetensors. Raises
+        UserError.
         """
         folder = name if os.path.isdir(name) else _download(name)
         config = GPTConfig(**_read_huggingface_config(folder), dropout=dropout)
@@ -288,7 +297,8 @@ def _read_huggingface_config(folder: str) -> dict:
 
 @torch.no_grad()
 def _load_huggingface_weights(model: GPT, folder: str) -> None:
-    """Copy model.safetensors into the model. Raises UserError if a parameter is missing or of another shape."""
+    """Copy model.safetensors into the model. Raises UserError if a parameter is missing or of another
+    shape."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -332,9 +342,9 @@ def init_weights(model: nn.Module, n_layer: int) -> None:
 def sample_tokens(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
     """Draw one token a row: logits (B, V) -> ids (B,). Temperature 0 takes the most likely one.
 
-    `top_k` keeps the k most likely tokens; `top_p` the fewest whose probabilities reach p (arXiv 1904.09751), of
-    those that top_k left. Draws by the Gumbel-max trick: argmax(logits - log E), E exponential, is a draw from
-    softmax(logits), and needs no synchronisation with the host.
+    `top_k` keeps the k most likely tokens; `top_p` the fewest whose probabilities reach p (arXiv 1904.09751),
+    of those that top_k left. Draws by the Gumbel-max trick: argmax(logits - log E), E exponential, is a draw
+    from softmax(logits), and needs no synchronisation with the host.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -352,14 +362,15 @@ def sample_tokens(logits, temperature: float = 1.0, top_k: int | None = None, to
 
 
 class Decoder:
-    """Generates from a model with a static KV cache: prefill, then one token a step; on CUDA a step is one graph.
+    """Generates from a model with a static KV cache: prefill, then one token a step; on CUDA a step is one
+    graph.
 
-    Built once for a batch size and sampling settings, used for any number of prompts. Runs in the dtype of the
-    weights, or, built under autocast, on a copy of them in autocast's dtype.
+    Built once for a batch size and sampling settings, used for any number of prompts. Runs in the dtype of
+    the weights, or, built under autocast, on a copy of them in autocast's dtype.
 
-    Past `block_size` the window slides. GPT-2's positions are absolute, so every key and value changes when it does:
-    each slide is a new prefill. `slide=1` (nanoGPT's rule) lets every token see the block_size before it; a larger
-    one drops that many at once and is that much cheaper.
+    Past `block_size` the window slides. GPT-2's positions are absolute, so every key and value changes when
+    it does: each slide is a new prefill. `slide=1` (nanoGPT's rule) lets every token see the block_size
+    before it; a larger one drops that many at once and is that much cheaper.
     """
 
     def __init__(self, model: GPT, batch_size: int, temperature: float = 1.0, top_k: int | None = None,
@@ -388,14 +399,16 @@ class Decoder:
         self.graphs = {}
 
     def prefill(self, idx):
-        """Fill the cache with idx (B, T), T <= block_size; leave the logits of the token after it, and draw it."""
+        """Fill the cache with idx (B, T), T <= block_size; leave the logits of the token after it, and draw
+        it."""
         x = self.model.hidden(idx, self.cache)
         self.logits.copy_(self.model.lm_head(x[:, -1]))
         self.position.fill_(idx.shape[1])
         self._draw()
 
     def step(self):
-        """Feed `token` at `position`, likewise. Static shapes and addresses, no synchronisation with the host."""
+        """Feed `token` at `position`, likewise. Static shapes and addresses, no synchronisation with the
+        host."""
         transformer = self.model.transformer
         self.x.copy_(transformer.wte(self.token) + transformer.wpe(self.position))
         for block, cache in zip(transformer.h, self.cache):
@@ -429,7 +442,8 @@ class Decoder:
     def run(self, idx, max_new_tokens: int):
         """Yield after each new token all there is, (B, T + max_new_tokens), and the column just written.
 
-        idx: the prompt (B, T), T >= 1, of which the last block_size tokens count. Nothing waits for the device.
+        idx: the prompt (B, T), T >= 1, of which the last block_size tokens count. Nothing waits for the
+        device.
         """
         T = idx.shape[1]
         if T < 1:
@@ -453,7 +467,8 @@ class Decoder:
     def generate(self, idx, max_new_tokens: int, stop_token: int | None = None):
         """(B, T) -> (B, T + new): the prompt and up to max_new_tokens more.
 
-        Rows end at their first `stop_token` and are filled up with it; the result ends where the longest row does.
+        Rows end at their first `stop_token` and are filled up with it; the result ends where the longest row
+        does.
         """
         tokens, T = idx, idx.shape[1]
         for tokens, n in self.run(idx, max_new_tokens):
@@ -488,7 +503,8 @@ def _wait(fetched, event) -> list[int]:
 
 
 def capture_graph(function, restore=()) -> torch.cuda.CUDAGraph:
-    """Capture what `function` launches, after a warm-up run that leaves `restore` and the random state as they were."""
+    """Capture what `function` launches, after a warm-up run that leaves `restore` and the random state as
+    they were."""
     before, rng = [t.clone() for t in restore], torch.cuda.get_rng_state()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -3,8 +3,8 @@
     out_dir/log.txt                  every printed line
     out_dir/run_<timestamp>.jsonl    one JSON object an event: start, iter, eval, checkpoint, end
 
-Only the main process logs. Times are wall-clock between two log lines, each of which reads the loss and so waits for
-the device.
+Only the main process logs. Times are wall-clock between two log lines, each of which reads the loss and so
+waits for the device.
 """
 
 import json

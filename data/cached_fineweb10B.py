@@ -2,7 +2,8 @@
 
     python data/cached_fineweb10B.py 9    # the first 9 train shards and the val shard, into data/fineweb10B
 
-Without a number all 103. What is there and whole is kept, so a download that was cut off goes on where it was.
+Without a number all 103. What is there and whole is kept, so a download that was cut off goes on where it
+was.
 """
 
 import os

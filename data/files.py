@@ -5,8 +5,8 @@
                                           cached FineWeb shards of modded-nanogpt
     npy     *_train_*.npy, *_val_*.npy    one-dimensional uint16 arrays, as build-nanogpt's
 
-meta.json: format, tokenizer, vocab_size, chars (of a char tokenizer), dtype, train_tokens, val_tokens, sha256 (file name
-to digest), source. Only numpy is imported here, so preparing data does not load PyTorch.
+meta.json: format, tokenizer, vocab_size, chars (of a char tokenizer), dtype, train_tokens, val_tokens, sha256
+(file name to digest), source. Only numpy is imported here, so preparing data does not load PyTorch.
 """
 
 import argparse
@@ -26,7 +26,8 @@ REQUIRED_META = {"vocab_size": int, "tokenizer": str}
 
 
 def split_files(folder: str, split: str) -> tuple[str, list[str]]:
-    """The format ('bin', 'shards', 'npy') and the sorted files of a split ('train' or 'val'). Raises UserError."""
+    """The format ('bin', 'shards', 'npy') and the sorted files of a split ('train' or 'val'). Raises
+    UserError."""
     flat = os.path.join(folder, f"{split}.bin")
     if os.path.isfile(flat):
         return "bin", [flat]
@@ -46,7 +47,8 @@ def _prepare_hint(folder: str) -> str:
 
 
 def open_tokens(path: str, kind: str) -> np.ndarray:
-    """The tokens of one file as a read-only memory map of uint16. Raises UserError if the file is not what it claims."""
+    """The tokens of one file as a read-only memory map of uint16. Raises UserError if the file is not what it
+    claims."""
     size = os.path.getsize(path)
     if kind == "npy":
         try:
@@ -97,7 +99,8 @@ class TokenWriter:
     """Writes the tokens of one split as a flat file or as shards, under temporary names until `publish`."""
 
     def __init__(self, folder: str, split: str, prefix: str | None = None, shard_tokens: int | None = None):
-        """A flat {split}.bin, or, with `shard_tokens`, shards {prefix}_{split}_000000.bin of at most that many."""
+        """A flat {split}.bin, or, with `shard_tokens`, shards {prefix}_{split}_000000.bin of at most that
+        many."""
         self.folder, self.split, self.prefix, self.shard_tokens = folder, split, prefix, shard_tokens
         self.total = 0  # tokens so far, in all files
         self.finished = {}  # final path -> SHA-256 of the finished file
@@ -161,7 +164,8 @@ def sha256_of(path: str) -> str:
 
 
 def publish_dataset(folder: str, meta: dict, train: TokenWriter, val: TokenWriter) -> None:
-    """Name meta.json first, then the token files it counts: a folder cut off in between is seen to be unfinished.
+    """Name meta.json first, then the token files it counts: a folder cut off in between is seen to be
+    unfinished.
 
     Files of an earlier data set here that the new one has no use for are deleted.
     """

@@ -1,4 +1,5 @@
-"""Tiny Shakespeare (1.1 MB), shared by data/shakespeare_char and data/shakespeare, which differ in the tokenizer."""
+"""Tiny Shakespeare (1.1 MB), shared by data/shakespeare_char and data/shakespeare, which differ in the
+tokenizer."""
 
 import os
 
@@ -9,7 +10,8 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 
 
 def prepare(folder: str, description: str, make_tokenizer) -> None:
-    """The command line of both prepare.py: get the text, split it 90/10 as nanoGPT does, write train.bin and val.bin.
+    """The command line of both prepare.py: get the text, split it 90/10 as nanoGPT does, write train.bin and
+    val.bin.
 
     make_tokenizer: the text -> a tokenizer.
     """

@@ -1,7 +1,7 @@
 """Tokenizers: characters, and GPT-2's byte pair encoding through tiktoken. No PyTorch.
 
-A tokenizer encodes text to a uint16 array, decodes ids to text, decodes a stream id by id, and describes itself in the
-words of meta.json, from which `from_meta` makes it again.
+A tokenizer encodes text to a uint16 array, decodes ids to text, decodes a stream id by id, and describes
+itself in the words of meta.json, from which `from_meta` makes it again.
 """
 
 import codecs
@@ -15,7 +15,8 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 class CharTokenizer:
-    """One token a character. Characters outside `chars` become UNKNOWN if that is among them, else are an error."""
+    """One token a character. Characters outside `chars` become UNKNOWN if that is among them, else are an
+    error."""
 
     eot_token = None
 
@@ -73,7 +74,8 @@ class GPT2Tokenizer:
         return self._encoding.decode([int(i) for i in ids], errors="replace")
 
     def stream(self):
-        """A function that turns one id after the other into text; a character comes with the last of its bytes."""
+        """A function that turns one id after the other into text; a character comes with the last of its
+        bytes."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda token: decoder.decode(self._encoding.decode_single_token_bytes(token))
 
@@ -82,7 +84,8 @@ class GPT2Tokenizer:
 
 
 def from_meta(meta: dict | None):
-    """The tokenizer that a meta.json describes; GPT-2's if there is none, as nanoGPT assumes. Raises UserError."""
+    """The tokenizer that a meta.json describes; GPT-2's if there is none, as nanoGPT assumes. Raises
+    UserError."""
     kind = "gpt2" if meta is None else meta["tokenizer"]
     if kind == "gpt2":
         return GPT2Tokenizer()

@@ -1,8 +1,8 @@
 """Triton kernels, each beside the PyTorch code it replaces.
 
-A kernel runs where `usable(tensor)` says so; everywhere else (CPU, MPS, no Triton) the same function takes the
-PyTorch path of its module. `TRITON_INTERPRET=1`, set before Triton is first imported, runs the kernels in Triton's
-interpreter on CPU tensors: that is how they are tested on machines without a GPU.
+A kernel runs where `usable(tensor)` says so; everywhere else (CPU, MPS, no Triton) the same function takes
+the PyTorch path of its module. `TRITON_INTERPRET=1`, set before Triton is first imported, runs the kernels in
+Triton's interpreter on CPU tensors: that is how they are tested on machines without a GPU.
 """
 
 import os

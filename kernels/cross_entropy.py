@@ -2,14 +2,16 @@
 
     loss = mean over valid rows of  -log softmax(x @ weight.T)[target]
 
-At GPT-2's vocabulary the logits are the largest tensor of a training step: 64 x 1024 tokens x 50304 entries are
-13 GB in fp32. Here they exist for one chunk of rows at a time, in the dtype of `x`, and are overwritten in place by
-their own gradient while they are still there. So the forward pass makes the gradients, too, and nothing of the
-chunk is kept or computed twice; the backward pass only scales. (The idea is that of Liger-Kernel's
-FusedLinearCrossEntropy, arXiv 2410.10989. The weight's gradient is summed over chunks in fp32.)
+At GPT-2's vocabulary the logits are the largest tensor of a training step: 64 x 1024 tokens x 50304 entries
+are 13 GB in fp32. Here they exist for one chunk of rows at a time, in the dtype of `x`, and are overwritten
+in place by their own gradient while they are still there. So the forward pass makes the gradients, too, and
+nothing of the chunk is kept or computed twice; the backward pass only scales. (The idea is that of
+Liger-Kernel's FusedLinearCrossEntropy, arXiv 2410.10989. The weight's gradient is summed over chunks in
+fp32.)
 
 The gradients are made for the *sum* of the losses, whose logit gradients lie in [-1, 1], and scaled by
-`grad_output / n_valid` afterwards: in fp16 a factor of 1/65536 on the logits' gradients would flush them to zero.
+`grad_output / n_valid` afterwards: in fp16 a factor of 1/65536 on the logits' gradients would flush them to
+zero.
 
 Rows N, vocabulary V, width C.
 """
@@ -25,9 +27,9 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
                          ignore_index: int = -1) -> torch.Tensor:
     """Mean cross-entropy of the logits `x @ weight.T` over the rows whose target is not `ignore_index`.
 
-    x: (N, C) floating point; weight: (V, C), cast to x's dtype for the products; targets: (N,) int64 in [0, V).
-    Returns a scalar, fp32 (fp64 for fp64 input); NaN if no row is valid, as `F.cross_entropy` does. Differentiable
-    once in x and weight. Under autocast `x` is taken in autocast's dtype.
+    x: (N, C) floating point; weight: (V, C), cast to x's dtype for the products; targets: (N,) int64 in [0,
+    V). Returns a scalar, fp32 (fp64 for fp64 input); NaN if no row is valid, as `F.cross_entropy` does.
+    Differentiable once in x and weight. Under autocast `x` is taken in autocast's dtype.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -39,7 +41,8 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
 @torch.library.custom_op("nanosync::linear_cross_entropy", mutates_args=())
 def _loss_and_grads(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int,
                     need_grads: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The summed loss, and for that sum the gradients of x (N, C) in x's dtype and of weight (V, C) in weight's.
+    """The summed loss, and for that sum the gradients of x (N, C) in x's dtype and of weight (V, C) in
+    weight's.
 
     An opaque operator rather than traced code: the loop over chunks stays a loop under torch.compile.
     """
@@ -128,8 +131,9 @@ if triton is not None:
     ):
         """One program a row: a running softmax in fp32, then, from L2, softmax minus one-hot.
 
-        Every one of LANES lanes keeps its own maximum and sum over UNROLL entries at a time, so the loop needs one
-        exponential an entry and no exchange between threads. Base 2, the exponential that the hardware has.
+        Every one of LANES lanes keeps its own maximum and sum over UNROLL entries at a time, so the loop
+        needs one exponential an entry and no exchange between threads. Base 2, the exponential that the
+        hardware has.
         """
         LOG2E: tl.constexpr = 1.4426950408889634
         row = tl.program_id(0).to(tl.int64)

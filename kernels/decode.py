@@ -1,13 +1,15 @@
-"""The two operations of a decoding step, each one kernel: a linear layer with all that surrounds it, and attention.
+"""The two operations of a decoding step, each one kernel: a linear layer with all that surrounds it, and
+attention.
 
 A step that generates one token reads every weight once and computes next to nothing, so on a GPU it costs its
-number of kernels (2 to 4 microseconds each even inside a CUDA graph) and, from some size on, the bytes of the weights.
-Hence few kernels: five a layer instead of about thirteen.
+number of kernels (2 to 4 microseconds each even inside a CUDA graph) and, from some size on, the bytes of the
+weights. Hence few kernels: five a layer instead of about thirteen.
 
     linear      LayerNorm -> matrix product -> bias -> GELU or residual addition; LayerNorm, bias, GELU, addition optional
     attention   the new token's k and v into the cache, then attention over what the cache holds
 
-Both have static shapes and read the position from device memory, so a captured CUDA graph serves every position.
+Both have static shapes and read the position from device memory, so a captured CUDA graph serves every
+position.
 
 Shapes: B sequences, K inputs and N outputs of a linear layer, H heads of D channels, S positions of cache.
 """
@@ -23,8 +25,9 @@ MAX_ROWS = 64  # from here on cuBLAS beats the kernel, whose tile holds all rows
 def linear(x, weight, bias, out, norm=None, gelu: bool = False, add: bool = False):
     """out = act(LayerNorm(x) @ weight.T + bias), or out += ... with `add`.
 
-    x: (B, K); weight: (N, K); bias: (N,) or None; out: (B, N), written; norm: a LayerNorm module of width K, or None.
-    The product is in weight's dtype with fp32 sums; LayerNorm and residual are in x's and out's dtype, or fp32.
+    x: (B, K); weight: (N, K); bias: (N,) or None; out: (B, N), written; norm: a LayerNorm module of width K,
+    or None. The product is in weight's dtype with fp32 sums; LayerNorm and residual are in x's and out's
+    dtype, or fp32.
     """
     if usable(weight) and x.shape[0] <= MAX_ROWS:
         return _launch(x, weight, bias, out, norm, gelu, add)
@@ -53,9 +56,9 @@ class Attention:
         self.done = cache.new_zeros(B * H, dtype=torch.int32)
 
     def __call__(self, qkv, cache, position, out):
-        """qkv: (B, 3C), the new token's query, key and value; cache: (2, B, H, S, D), keys and values, of which the
-        positions below `position` (one int64, on the device) are filled and `position` is filled here; out: (B, C),
-        written.
+        """qkv: (B, 3C), the new token's query, key and value; cache: (2, B, H, S, D), keys and values, of
+        which the positions below `position` (one int64, on the device) are filled and `position` is filled
+        here; out: (B, C), written.
         """
         _, B, H, S, D = cache.shape
         if usable(qkv):
@@ -89,7 +92,8 @@ if triton is not None:
         NORM: tl.constexpr, BETA: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
-        """One program: BLOCK_N outputs of one row, all of K in registers, so that every load is in flight at once."""
+        """One program: BLOCK_N outputs of one row, all of K in registers, so that every load is in flight at
+        once."""
         row = tl.program_id(1)
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
@@ -167,7 +171,8 @@ if triton is not None:
         out_ptr,  # (B, H, D)
         H, S, scale, SPAN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     ):
-        """One program a head and span of positions. Whichever ends last adds the spans up, always in their order.
+        """One program a head and span of positions. Whichever ends last adds the spans up, always in their
+        order.
 
         Every one of the BLOCK_S lanes runs its own softmax over the positions it meets, so the loop needs no
         exchange between warps; the lanes are joined after it.
@@ -261,5 +266,6 @@ def _launch(x, weight, bias, out, norm, gelu, add):
 
 
 def _matrix_tile(B: int, N: int) -> dict:
-    """Narrow tiles spread a layer over all multiprocessors; the head has rows enough to fill them with wide ones."""
+    """Narrow tiles spread a layer over all multiprocessors; the head has rows enough to fill them with wide
+    ones."""
     return dict(BLOCK_N=16 if N <= 8192 else 64, BLOCK_K=256 if B <= 32 else 128, num_warps=4, num_stages=3)

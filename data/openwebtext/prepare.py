@@ -3,9 +3,10 @@
     python data/openwebtext/prepare.py                     # downloads the parquet files from the Hugging Face hub
     python data/openwebtext/prepare.py --parquet=FOLDER    # or takes them from a folder
 
-`datasets` keeps downloads and tokenised parts in its cache (54 GB and more), so a run that was cut off resumes. Val is
-0.05% of the documents with the seed of nanoGPT. A document ends with <|endoftext|>, as nanoGPT's do. Needs tiktoken's
-GPT-2 files: downloaded at first use, or in the folder that TIKTOKEN_CACHE_DIR names.
+`datasets` keeps downloads and tokenised parts in its cache (54 GB and more), so a run that was cut off
+resumes. Val is 0.05% of the documents with the seed of nanoGPT. A document ends with <|endoftext|>, as
+nanoGPT's do. Needs tiktoken's GPT-2 files: downloaded at first use, or in the folder that TIKTOKEN_CACHE_DIR
+names.
 """
 
 import glob

@@ -3,10 +3,10 @@
     python data/python_source/prepare.py                                   # the standard library, by characters
     python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards
 
-Files are taken once by content, put in an order and split into train and val by a hash of their path inside their
-root: no file is in both, and the split is the same on every machine with the same files. Tokens by character are
-printable ASCII, tab and newline; what else occurs becomes one unknown character. GPT-2 tokens need tiktoken's files
-(TIKTOKEN_CACHE_DIR); a document then begins with <|endoftext|>.
+Files are taken once by content, put in an order and split into train and val by a hash of their path inside
+their root: no file is in both, and the split is the same on every machine with the same files. Tokens by
+character are printable ASCII, tab and newline; what else occurs becomes one unknown character. GPT-2 tokens
+need tiktoken's files (TIKTOKEN_CACHE_DIR); a document then begins with <|endoftext|>.
 """
 
 import hashlib
@@ -98,7 +98,8 @@ def _start_worker(name: str):
 
 
 def _encode(paths: list[str]) -> np.ndarray:
-    """The tokens of some documents: <|endoftext|> before each, or, where there is none, blank lines after each."""
+    """The tokens of some documents: <|endoftext|> before each, or, where there is none, blank lines after
+    each."""
     parts = []
     for path in paths:
         text = read_source(path)
