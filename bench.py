@@ -1,9 +1,9 @@
 """Measure a training step or generation, alone or against a peer in the same process.
 
-$ python bench.py --batch_size=64                          # tokens/s, MFU, memory of a training step
-$ python bench.py --batch_size=64 --peer=FOLDER            # alternating with GPT of FOLDER/model.py, a nanoGPT
-$ python bench.py --mode=generate --batch_size=32          # ms a step of generation; --peer=FOLDER or --peer=hf
-$ torchrun --standalone --nproc_per_node=4 bench.py --batch_size=64   # DDP against the same on one GPU
+$ python bench.py --batch_size=64                    # tokens/s, MFU, memory of a training step
+$ python bench.py --batch_size=64 --peer=FOLDER      # alternating with the GPT of FOLDER/model.py, a nanoGPT
+$ python bench.py --mode=generate --batch_size=32    # ms a step of generation; --peer=FOLDER or --peer=hf
+$ torchrun --standalone --nproc_per_node=4 bench.py --batch_size=64    # DDP against one GPU alone
 
 All contenders do the same work on the same tokens. Each is warmed up, then they take turns, `steps` steps a
 turn, for `rounds` rounds; a figure is the median over rounds, with the range. A training step is forward,
@@ -18,18 +18,17 @@ import statistics
 import time
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError, check_at_least, configure
 from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
-from distributed import barrier, check_compile, env_rank, finish, pick_dtype, start
+from distributed import barrier, check_compile, data_parallel, env_rank, finish, pick_dtype, start
 from model import GPT, Decoder, GPTConfig
 from optim import build_adamw, clip_gradients
 from training_logger import environment, peak_flops
 
 # -----------------------------------------------------------------------------
 mode = "train"  # 'train' or 'generate'
-peer = ""  # a folder with a nanoGPT-like model.py, to alternate with; for --mode=generate also 'hf' (transformers)
+peer = ""  # a folder with a nanoGPT-like model.py to alternate with; to generate, also 'hf' (transformers)
 json = ""  # write the figures to this file as well
 # model: GPT-2 (124M) with nanoGPT's padded vocabulary
 batch_size = 12
@@ -45,7 +44,7 @@ steps = 10  # training steps a turn
 warmup = 5  # training steps before the first turn, after the one that compiles
 rounds = 7
 dataset = ""  # tokens for training from this data set; '' takes random ones
-loss_steps = 0  # first train every contender this many steps from the same weights, and compare losses (needs dataset)
+loss_steps = 0  # first train each this many steps from the same weights and compare losses (needs dataset)
 learning_rate = 6e-4
 grad_clip = 1.0
 # generation
@@ -67,11 +66,12 @@ check_at_least(config, 0, "loss_steps", "grad_clip")
 if mode not in ("train", "generate"):
     raise UserError(f"mode={mode!r} is unknown: use train or generate")
 if peer and not os.path.isfile(os.path.join(peer, "model.py")) and not (peer == "hf" and mode == "generate"):
-    raise UserError(f"peer={peer!r} is no folder with a model.py" + (", nor 'hf'" if mode == "generate" else ""))
+    raise UserError(f"peer={peer!r} is no folder with a model.py" + ", nor 'hf'" * (mode == "generate"))
 if loss_steps and not dataset:
     raise UserError("loss_steps needs real text: name a data set with --dataset=...")
 if mode == "generate" and prompt_tokens + max_new_tokens > block_size:
-    raise UserError(f"prompt_tokens + max_new_tokens = {prompt_tokens + max_new_tokens} exceeds block_size={block_size}")
+    raise UserError(f"prompt_tokens={prompt_tokens} and max_new_tokens={max_new_tokens} together exceed "
+                    f"block_size={block_size}")
 processes = start(device)
 device = processes.device
 if peer and processes.world_size > 1:
@@ -82,8 +82,8 @@ compute_dtype = pick_dtype(dtype, device)
 if compile and mode == "train":
     check_compile(device)
 data = open_dataset(dataset, block_size) if dataset else None
-architecture = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                    dropout=dropout, bias=bias)
+architecture = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                    n_embd=n_embd, dropout=dropout, bias=bias)
 if data is not None:
     data.train.check_tokens(vocab_size)
 torch.set_float32_matmul_precision("high")
@@ -100,6 +100,11 @@ def allocated(peak: bool = False) -> int:
     if device.type != "cuda":
         return 0
     return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+
+
+def random_tokens(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(min(vocab_size, 50257), shape, generator=generator).to(device)
 
 
 def load_peer_module(folder: str):
@@ -136,10 +141,7 @@ class Training:
             self.optimizer = build_adamw(self.model, learning_rate, (0.9, 0.95), 0.1)
         if compile:
             self.model.compile()
-        self.trained = self.model
-        if distributed:
-            self.trained = DistributedDataParallel(
-                self.model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        self.trained = data_parallel(self.model, processes, compile) if distributed else self.model
         self.batches = self.make_batches(distributed)
         started = time.perf_counter()
         self.step()
@@ -158,9 +160,8 @@ class Training:
         if data is not None:
             rank, world_size = (processes.rank, processes.world_size) if distributed else (0, 1)
             return DataLoader(data.train, batch_size, 1, vocab_size, seed, device, rank, world_size).next
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(min(vocab_size, 50257), (2, batch_size, block_size), generator=generator).to(device)
-        return lambda: (tokens[0], tokens[1])
+        x, y = random_tokens(2, batch_size, block_size)
+        return lambda: (x, y)
 
     def step(self):
         x, y = self.batches()
@@ -204,8 +205,7 @@ class Generation:
     def __init__(self, name: str):
         self.name = name
         self.generate = getattr(self, "make_" + name.replace("-", "_"))()
-        generator = torch.Generator().manual_seed(seed)
-        self.prompt = torch.randint(min(vocab_size, 50257), (batch_size, prompt_tokens), generator=generator).to(device)
+        self.prompt = random_tokens(batch_size, prompt_tokens)
         started = time.perf_counter()
         with torch.no_grad():
             for _ in range(2):
@@ -272,7 +272,8 @@ def report(contenders: list, times: dict[str, list[float]]) -> dict:
     rows, peak = {}, peak_flops(device, compute_dtype)
     for c in contenders:
         seconds = statistics.median(times[c.name])
-        row = {"ms": 1e3 * seconds, "ms_all": [1e3 * t for t in times[c.name]], "first_step_s": c.first_step_seconds}
+        row = {"ms": 1e3 * seconds, "ms_all": [1e3 * t for t in times[c.name]],
+               "first_step_s": c.first_step_seconds}
         scale = processes.world_size if c.name == "DDP" else 1
         if mode == "train":
             row["tokens_per_second"] = scale * batch_size * block_size / seconds
@@ -311,10 +312,10 @@ if mode == "train" and processes.world_size > 1:
     names = ["DDP", "one GPU"]
     contenders = [Training("DDP", distributed=True), Training("one GPU")]
 elif mode == "train":
-    contenders = [Training(name) for name in ["ours"] + ["peer"] * bool(peer)]
+    contenders = [Training(name) for name in ["ours", *["peer"] * bool(peer)]]
 else:
     peers = ["hf-dynamic", "hf-static"] if peer == "hf" else ["peer"] * bool(peer)
-    contenders = [Generation(name) for name in ["ours"] + peers]
+    contenders = [Generation(name) for name in ["ours", *peers]]
 where = environment(device)
 if processes.main:
     print(f"{mode}: {where['device']}, torch {where['torch']}, {str(compute_dtype).removeprefix('torch.')}, "

@@ -170,11 +170,12 @@ def find(out_dir: str, which: str | int = "latest", warn=print) -> Checkpoint:
     """
     steps = steps_in(out_dir)
     if not steps:
-        raise UserError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first, or name another out_dir")
+        raise UserError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first, or name another")
     if which != "latest":
         step = best_step(out_dir) if which == "best" else int(which)
         if step not in steps:
-            raise UserError(f"{out_dir} has no checkpoint {which!r}; it has the steps {', '.join(map(str, steps))}")
+            there = ", ".join(map(str, steps))
+            raise UserError(f"{out_dir} has no checkpoint {which!r}; it has the steps {there}")
         return open_checkpoint(os.path.join(out_dir, "ckpt", f"step-{step:08d}"))
     for step in reversed(steps):
         try:
@@ -187,13 +188,13 @@ def find(out_dir: str, which: str | int = "latest", warn=print) -> Checkpoint:
 def set_aside(out_dir: str) -> str | None:
     """Move what an earlier run left in out_dir to a folder of its own; its name, or None if there was
     nothing."""
-    names = [name for name in ("ckpt", "latest", "best.json", "log.txt") if os.path.exists(os.path.join(out_dir, name))]
     if not steps_in(out_dir):
         return None
     folder = os.path.join(out_dir, time.strftime("earlier-%Y%m%d-%H%M%S"))
     os.makedirs(folder)
-    for name in names:
-        os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
+    for name in ("ckpt", "latest", "best.json", "log.txt"):
+        if os.path.exists(os.path.join(out_dir, name)):
+            os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
     return folder
 
 
@@ -227,8 +228,8 @@ def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: s
                         f"such as {odd[0]}")
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
-            raise UserError(f"{where} does not fit the model: {name} is {tuple(tensors[name].shape)} there and "
-                            f"{tuple(parameter.shape)} here")
+            raise UserError(f"{where} does not fit the model: {name} is {tuple(tensors[name].shape)} there "
+                            f"and {tuple(parameter.shape)} here")
         parameter.copy_(tensors[name])
 
 
@@ -260,7 +261,8 @@ def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> 
     """The inverse of `random_states`."""
     torch.set_rng_state(states["torch"])
     position, has_gauss, cached = states["numpy_rest"].tolist()
-    np.random.set_state(("MT19937", states["numpy"].numpy().astype(np.uint32), int(position), int(has_gauss), cached))
+    keys = states["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
     version, gauss = states["python_rest"].tolist()
     random.setstate((int(version), tuple(states["python"].tolist()), None if gauss != gauss else gauss))
     if device.type == "cuda" and "cuda" in states:

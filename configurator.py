@@ -34,7 +34,7 @@ class Setting:
     """A line of a script's settings."""
 
     name: str
-    type: object  # the annotated type or union of types, else the default's type; None, for any, if that is None
+    type: object  # the annotated type or union of types, else the default's; None, for any, if that is None
     comment: str
     heading: str  # the comment lines above it
 
@@ -84,8 +84,8 @@ def read_settings(namespace: dict) -> list[Setting]:
     """The settings of a script, in order: its top-level assignments before the call of `configure`."""
     with open(namespace["__file__"], encoding="utf-8") as f:
         source = f.read()
-    comments = {token.start[0]: token.string.lstrip("# ").rstrip()
-                for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
     settings = []
     for node in ast.parse(source).body:
         if any(isinstance(n, ast.Name) and n.id == "configure" for n in ast.walk(node)):
@@ -227,8 +227,10 @@ def check_type(setting: Setting, value, where: str):
         return value
     if float in allowed and type(value) is int:
         return float(value)
-    expected = " or ".join("True/False" if t is bool else "None" if t is type(None) else t.__name__ for t in allowed)
-    raise UserError(f"{setting.name}={value!r} ({where}) is of type {type(value).__name__}; it must be {expected}")
+    names = {bool: "True/False", type(None): "None"}
+    expected = " or ".join(names.get(t, t.__name__) for t in allowed)
+    raise UserError(f"{setting.name}={value!r} ({where}) is of type {type(value).__name__}; "
+                    f"it must be {expected}")
 
 
 def check_at_least(config: dict, minimum: float, *names: str) -> None:
@@ -258,7 +260,8 @@ def install_error_hook(rank: int = 0) -> None:
             return previous(kind, error, traceback)
         if rank != 0:
             time.sleep(3)
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        who = "error" if rank == 0 else f"error on rank {rank}"
+        print(f"{who}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # threads and process groups that are still up must not hold the exit back
 

@@ -25,7 +25,7 @@ from configurator import UserError
 from data.files import open_tokens, read_meta, split_files
 from distributed import all_reduce_sum
 
-CHECK_TOKENS = 500_000_000  # a split is searched for tokens beyond the vocabulary up to this many, evenly spread
+CHECK_TOKENS = 500_000_000  # so many tokens of a split, evenly spread, are compared with the vocabulary
 
 
 class Split:
@@ -40,8 +40,8 @@ class Split:
         # leave room for any grid offset below T, except where that would leave no window
         self.windows = [max((len(f) - T) // T, min((len(f) - 1) // T, 1)) for f in self.files]
         if sum(self.windows) == 0:
-            raise UserError(f"block_size={T} needs {T + 1} tokens and the {split} files of {folder} have at most "
-                            f"{max(map(len, self.files))}: lower block_size or prepare more data")
+            raise UserError(f"block_size={T} needs {T + 1} tokens and the {split} files of {folder} have at "
+                            f"most {max(map(len, self.files))}: lower block_size or prepare more data")
 
     @property
     def n_windows(self) -> int:
@@ -146,17 +146,20 @@ def open_dataset(name: str, block_size: int) -> DataSet:
     if not os.path.isdir(folder):
         root = os.path.dirname(os.path.abspath(__file__))
         if os.sep in name or not os.path.isdir(os.path.join(root, folder)):
-            there = sorted(d.name for d in os.scandir(os.path.join(root, "data")) if d.is_dir() and d.name[0] not in "._")
-            raise UserError(f"no data set {name!r}: there is no folder {folder} (data sets here: {', '.join(there)})")
+            there = sorted(d.name for d in os.scandir(os.path.join(root, "data")) if d.is_dir())
+            there = ", ".join(name for name in there if name[0] not in "._")
+            raise UserError(f"no data set {name!r}: there is no folder {folder} (in data/: {there})")
         folder = os.path.join(root, folder)
-    return DataSet(folder, read_meta(folder), Split(folder, "train", block_size), Split(folder, "val", block_size))
+    train, val = (Split(folder, split, block_size) for split in ("train", "val"))
+    return DataSet(folder, read_meta(folder), train, val)
 
 
 class DataLoader:
     """Micro-batches of the train split, gathered ahead by a background thread."""
 
     def __init__(self, split: Split, batch_size: int, accumulation_steps: int, vocab_size: int, seed: int,
-                 device: torch.device, rank: int = 0, world_size: int = 1, sample: int = 0, prefetch: int = 4):
+                 device: torch.device, rank: int = 0, world_size: int = 1, sample: int = 0,
+                 prefetch: int = 4):
         """accumulation_steps: micro-batches of B = batch_size of this rank in a global batch, so that one has
         batch_size * accumulation_steps * world_size samples; sample: the first one, where a checkpoint left
         off.
@@ -166,7 +169,7 @@ class DataLoader:
         self.rank_samples = batch_size * accumulation_steps
         self.global_samples = self.rank_samples * world_size
         self.rank = rank
-        self.sample = sample  # of the run: how many have been handed out, over all ranks, in whole global batches
+        self.sample = sample  # how many were handed out so far, over all ranks, in whole global batches
         self._steps, self._step = accumulation_steps, 0
         self._ready = queue.Queue(prefetch)
         self._stop = threading.Event()
@@ -224,8 +227,9 @@ class DataLoader:
         if windows.max() >= self.vocab_size:
             row, column = np.argwhere(windows >= self.vocab_size)[0]
             path = self.split.paths[places[row, 0]]
-            raise UserError(f"{path} has token {windows[row, column]} at position {places[row, 1] + column}, but the "
-                            f"vocabulary has {self.vocab_size}: the file was prepared with another tokenizer")
+            raise UserError(f"{path} has token {windows[row, column]} at position {places[row, 1] + column}, "
+                            f"but the vocabulary has {self.vocab_size}: the file was prepared with another "
+                            f"tokenizer")
         return to_tensors(windows, self.device)
 
 

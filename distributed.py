@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 
@@ -56,7 +57,7 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
     if backend == "auto":
         backend = "nccl" if chosen.type == "cuda" else "gloo"
     if backend == "nccl" and chosen.type != "cuda":
-        raise UserError(f"backend='nccl' needs CUDA and the device is {chosen}: use --backend=gloo or --backend=auto")
+        raise UserError(f"backend='nccl' needs CUDA and the device is {chosen}: use --backend=gloo")
     if backend not in ("nccl", "gloo", "mpi", "ucc"):
         raise UserError(f"backend={backend!r} is unknown: use auto, nccl or gloo")
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds),
@@ -67,7 +68,8 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
 def pick_device(device: str, local_rank: int | None = None) -> torch.device:
     """The device a name stands for, known to be there. With a local rank, 'cuda' is that rank's GPU."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps_or_cpu = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else mps_or_cpu
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -79,11 +81,11 @@ def pick_device(device: str, local_rank: int | None = None) -> torch.device:
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:
-            raise UserError(f"device={device!r}, but PyTorch sees no CUDA GPU here: use --device=cpu or --device=auto")
+            raise UserError(f"device={device!r}, but PyTorch sees no CUDA GPU here: use --device=cpu")
         if local_rank is not None:
             if local_rank >= count:
-                raise UserError(f"local rank {local_rank} needs its own GPU and {count} are visible: start at most "
-                                f"{count} processes on this machine (--nproc_per_node={count})")
+                raise UserError(f"local rank {local_rank} needs its own GPU and {count} are visible: start "
+                                f"at most {count} processes on this machine (--nproc_per_node={count})")
             return torch.device("cuda", local_rank)
         if chosen.index is not None and chosen.index >= count:
             raise UserError(f"device={device!r}, but the GPUs here are cuda:0 to cuda:{count - 1}")
@@ -108,7 +110,21 @@ def check_compile(device: torch.device) -> None:
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("compile=True needs Triton on a GPU and it is not installed: use --compile=False")
     if not any(map(shutil.which, [os.environ.get("CXX") or "c++", "g++", "clang++", "gcc", "cc"])):
-        raise UserError("compile=True needs a C++ compiler and there is none: install g++ or use --compile=False")
+        raise UserError("compile=True needs a C++ compiler and there is none: install g++, or use "
+                        "--compile=False")
+
+
+def data_parallel(model: torch.nn.Module, processes: Processes, compiled: bool) -> torch.nn.Module:
+    """The model with its gradients averaged over all processes; the model itself if there is only one.
+
+    A compiled backward pass hands over all gradients at its end, so there is nothing for several buckets to
+    overlap with, and one large bucket costs the least (see records/).
+    """
+    if processes.group is None:
+        return model
+    return DistributedDataParallel(
+        model, device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
+        bucket_cap_mb=1000 if compiled else 25, gradient_as_bucket_view=True)
 
 
 def all_reduce_sum(tensor: torch.Tensor, group) -> torch.Tensor:

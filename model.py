@@ -39,7 +39,7 @@ class GPTConfig:
     """The architecture. Raises UserError for values that no model can be built from."""
 
     block_size: int = 1024  # T, the longest context
-    vocab_size: int = 50304  # V, rows of the embedding: GPT-2's 50257 rounded up to a multiple of 64 for speed
+    vocab_size: int = 50304  # V, rows of the embedding: GPT-2's 50257 rounded up to a multiple of 64
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -163,7 +163,7 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None):
         """Token ids (B, T) -> the final hidden states (B, T, C), after ln_f. `cache`: (L, 2, B, H,
         block_size, D)."""
-        B, T = idx.size()
+        T = idx.size(1)
         if T > self.config.block_size:
             raise UserError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))
@@ -211,7 +211,8 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size: int) -> None:
         """Keep only the first block_size positions. Raises UserError for more than there are."""
         if not 1 <= block_size <= self.config.block_size:
-            raise UserError(f"block_size={block_size} is not within the model's 1 to {self.config.block_size} positions")
+            raise UserError(f"block_size={block_size} is not among the model's 1 to {self.config.block_size} "
+                            f"positions")
         self.config.block_size = block_size
         self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].clone(),
                                                             freeze=False)
@@ -271,10 +272,11 @@ def _download(name: str) -> str:
 
     logging.set_verbosity_error()  # what goes wrong is said below, once
     try:
-        return snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"])
+        files = ["config.json", "model.safetensors"]
+        return snapshot_download(f"openai-community/{name}", allow_patterns=files)
     except Exception as e:  # of huggingface_hub or its HTTP library
-        raise UserError(f"could not download {name} ({type(e).__name__}): without a network, give a folder that holds "
-                        f"its config.json and model.safetensors instead of the name") from None
+        raise UserError(f"could not download {name} ({type(e).__name__}): without a network, give a folder "
+                        f"with its config.json and model.safetensors instead of the name") from None
 
 
 def _read_huggingface_config(folder: str) -> dict:
@@ -283,8 +285,8 @@ def _read_huggingface_config(folder: str) -> dict:
     try:
         with open(path, encoding="utf-8") as f:
             c = json.load(f)
-        fields = dict(block_size=int(c["n_positions"]), vocab_size=int(c["vocab_size"]), n_layer=int(c["n_layer"]),
-                      n_head=int(c["n_head"]), n_embd=int(c["n_embd"]))
+        fields = dict(block_size=int(c["n_positions"]), vocab_size=int(c["vocab_size"]),
+                      n_layer=int(c["n_layer"]), n_head=int(c["n_head"]), n_embd=int(c["n_embd"]))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is no configuration of a GPT-2 ({type(e).__name__}: {e})") from None
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
@@ -520,7 +522,8 @@ def capture_graph(function, restore=()) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def check_sampling(config: GPTConfig, temperature: float, top_k: int | None, top_p: float | None, slide: int) -> None:
+def check_sampling(config: GPTConfig, temperature: float, top_k: int | None, top_p: float | None,
+                   slide: int) -> None:
     """Raise UserError for sampling settings that mean nothing."""
     if temperature < 0:
         raise UserError(f"temperature={temperature} must be at least 0 (0 takes the most likely token)")

@@ -30,7 +30,8 @@ def build_adamw(model: nn.Module, learning_rate: float, betas: tuple[float, floa
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)
 
 
-def cosine_learning_rate(step: int, peak: float, minimum: float, warmup_steps: int, decay_steps: int) -> float:
+def cosine_learning_rate(step: int, peak: float, minimum: float, warmup_steps: int,
+                         decay_steps: int) -> float:
     """Linear from near 0 to `peak` over warmup_steps, then half a cosine to `minimum` at decay_steps, then
     that."""
     if step < warmup_steps:
@@ -65,13 +66,15 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 @torch.no_grad()
-def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
+                       state: dict[str, torch.Tensor]) -> None:
     """The inverse of `state_by_name`. Raises ValueError if the names do not match the model's parameters."""
     entries = sorted({key.rpartition(".")[2] for key in state})
-    expected = {f"{name}.{entry}" for name, p in model.named_parameters() if p.requires_grad for entry in entries}
+    expected = {f"{name}.{entry}" for name, _ in model.named_parameters() for entry in entries}
     if expected != set(state):
         odd = sorted(expected ^ set(state))
-        raise ValueError(f"the optimizer's state does not fit the model: {len(odd)} entries differ, such as {odd[0]}")
+        raise ValueError(f"the optimizer's state does not fit the model: {len(odd)} entries differ, such as "
+                         f"{odd[0]}")
     for name, parameter in model.named_parameters():
         for entry in entries:
             value = state[f"{name}.{entry}"]

@@ -14,7 +14,7 @@ from distributed import pick_device, pick_dtype
 from model import GPT, Decoder
 
 # -----------------------------------------------------------------------------
-init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', or a folder with GPT-2 weights
+init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', or a folder of weights
 out_dir = "out"  # where to look for checkpoints
 checkpoint_step = "latest"  # 'latest', 'best' or a step
 start = "\n"  # the prompt; "FILE:prompt.txt" takes it from a file; may hold <|endoftext|>

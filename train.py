@@ -14,16 +14,23 @@ The settings, the steps and most of the file's shape are nanoGPT's; its config f
 """
 
 import math
-import os
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from configurator import UserError, check_at_least, configure
-from data import tokenizers
 from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
-from distributed import all_reduce_sum, barrier, check_compile, env_rank, finish, gather_to_main, pick_dtype, start
+from distributed import (
+    all_reduce_sum,
+    barrier,
+    check_compile,
+    data_parallel,
+    env_rank,
+    finish,
+    gather_to_main,
+    pick_dtype,
+    start,
+)
 from model import GPT, GPTConfig, padded_vocab_size
 from optim import build_adamw, clip_gradients, cosine_learning_rate, load_state_by_name, state_by_name
 from training_logger import Stopwatch, TrainingLogger, environment, peak_flops
@@ -69,15 +76,15 @@ min_lr = 6e-5  # about learning_rate / 10
 # system
 seed = 1337  # of initialisation, data order and dropout
 device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16' (with loss scaling)
+dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16' (scales the loss)
 compile = True  # torch.compile the model
 backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 
 # what can be known to be wrong before anything is built
-check_at_least(config, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "log_interval",
-               "eval_iters", "keep_checkpoints", "lr_decay_iters")
+check_at_least(config, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval",
+               "log_interval", "eval_iters", "keep_checkpoints", "lr_decay_iters")
 check_at_least(config, 0, "max_iters", "warmup_iters", "grad_clip", "min_lr")
 processes = start(device, backend)
 main, group, device = processes.main, processes.group, processes.device
@@ -85,8 +92,8 @@ compute_dtype = pick_dtype(dtype, device)
 if compile:
     check_compile(device)
 if gradient_accumulation_steps % processes.world_size:
-    raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is the total over all processes and "
-                    f"must be a multiple of their number, {processes.world_size}")
+    raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is the total over all "
+                    f"processes and must be a multiple of their number, {processes.world_size}")
 micro_steps = gradient_accumulation_steps // processes.world_size
 tokens_per_iter = batch_size * block_size * gradient_accumulation_steps
 
@@ -98,8 +105,8 @@ torch.manual_seed(seed)
 resumed = checkpoint.find(out_dir) if init_from == "resume" else None
 if init_from == "scratch":
     used_vocab_size, vocab_size = padded_vocab_size(data.meta)
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                          dropout=dropout, bias=bias, used_vocab_size=used_vocab_size))
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                          n_embd=n_embd, dropout=dropout, bias=bias, used_vocab_size=used_vocab_size))
 elif resumed is not None:
     model = checkpoint.load_model(resumed, dropout=dropout)
 else:
@@ -113,12 +120,12 @@ model.to(device)
 # optimizer; the scaler does nothing unless the dtype is float16
 optimizer = build_adamw(model, learning_rate, (beta1, beta2), weight_decay)
 scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
-first_iter, best_val_loss = 0, math.inf
+first_iter, first_sample, best_val_loss = 0, 0, math.inf
 if resumed is not None:
     load_state_by_name(optimizer, model, resumed.tensors("optim"))
     scaler.load_state_dict(resumed.state["scaler"])
-    first_iter, best_val_loss = resumed.step, resumed.state["best_val_loss"]
-    best_val_loss = math.inf if best_val_loss is None else best_val_loss
+    first_iter, first_sample = resumed.step, resumed.state["sample"]
+    best_val_loss = resumed.state["best_val_loss"]
 
 # from here on files are written
 if main and init_from != "resume" and not eval_only:
@@ -145,8 +152,7 @@ autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != t
 if compile:
     log.line("compiling the model (about a minute)")
     model.compile()
-trained = model if group is None else DistributedDataParallel(
-    model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+trained = data_parallel(model, processes, compile)
 flops_per_iter, peak = model.flops_per_token(block_size) * tokens_per_iter, peak_flops(device, compute_dtype)
 
 
@@ -171,9 +177,10 @@ def save_checkpoint(step: int, val_loss: float) -> None:
             out_dir, step, dict(model.named_parameters()), state_by_name(optimizer, model),
             {f"{rank}.{name}": t for rank, states in enumerate(rng) for name, t in states.items()},
             {"sample": loader.sample, "epoch": loader.epoch, "seed": seed, "val_loss": val_loss,
-             "best_val_loss": best_val_loss, "world_size": processes.world_size, "scaler": scaler.state_dict(),
-             "model": checkpoint.model_description("gpt", model), "schedule": None, "config": config,
-             "data": data.fingerprint, "meta": data.meta, "environment": environment(device)},
+             "best_val_loss": best_val_loss, "world_size": processes.world_size,
+             "scaler": scaler.state_dict(), "model": checkpoint.model_description("gpt", model),
+             "schedule": None, "config": config, "data": data.fingerprint, "meta": data.meta,
+             "environment": environment(device)},
             keep=keep_checkpoints, protect=() if resumed is None else (resumed.step,))
         log.line(f"saved checkpoint {path}")
         log.event("checkpoint", step=step, path=path, val_loss=val_loss)
@@ -187,8 +194,8 @@ if eval_only:
     raise SystemExit(0)
 
 # training loop
-loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device, processes.rank,
-                    processes.world_size, sample=0 if resumed is None else resumed.state["sample"])
+loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device,
+                    processes.rank, processes.world_size, sample=first_sample)
 torch.manual_seed(seed + processes.rank)  # dropout differs between processes
 if resumed is not None and resumed.state["world_size"] == processes.world_size:
     states = {name.partition(".")[2]: t for name, t in resumed.tensors("rng").items()
@@ -196,7 +203,9 @@ if resumed is not None and resumed.state["world_size"] == processes.world_size:
     checkpoint.set_random_states(states, device)
 stopwatch, last_logged = Stopwatch(), first_iter
 for it in range(first_iter, max_iters + 1):
-    lr = cosine_learning_rate(it, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
+    lr = learning_rate
+    if decay_lr:
+        lr = cosine_learning_rate(it, learning_rate, min_lr, warmup_iters, lr_decay_iters)
     for parameter_group in optimizer.param_groups:
         parameter_group["lr"] = lr
 
@@ -234,10 +243,11 @@ for it in range(first_iter, max_iters + 1):
     optimizer.zero_grad(set_to_none=True)
 
     if it % log_interval == 0:
-        mean_loss = all_reduce_sum(loss_sum, group).item() / gradient_accumulation_steps  # waits for the device
+        loss_sum = all_reduce_sum(loss_sum, group).item()  # waits for the device
         seconds = stopwatch.lap() / (it + 1 - last_logged)
         mfu = None if peak is None else flops_per_iter / seconds / (peak * processes.world_size)
-        log.iteration(it, mean_loss, lr, norm.item(), seconds, tokens_per_iter, mfu, loader.epoch)
+        log.iteration(it, loss_sum / gradient_accumulation_steps, lr, norm.item(), seconds, tokens_per_iter,
+                      mfu, loader.epoch)
         last_logged = it + 1
 
 loader.close()

@@ -41,8 +41,8 @@ def environment(device: torch.device) -> dict:
     """Versions, machine and git commit, for the log and the checkpoint."""
     root = os.path.dirname(os.path.abspath(__file__))
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, timeout=10,
-                                capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root,
+                                timeout=10, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = None
     return {
@@ -55,7 +55,8 @@ def environment(device: torch.device) -> dict:
 class TrainingLogger:
     """Prints and writes what a run says; every method does nothing in processes that do not log."""
 
-    def __init__(self, out_dir: str | None, config: dict, environment: dict, active: bool = True, resumed: bool = False):
+    def __init__(self, out_dir: str | None, config: dict, environment: dict, active: bool = True,
+                 resumed: bool = False):
         """out_dir: None to write no files. A run that was not resumed begins its log.txt anew."""
         self.active = active
         self._text = self._events = self._wandb = None
@@ -63,9 +64,10 @@ class TrainingLogger:
         if not active or out_dir is None:
             return
         os.makedirs(out_dir, exist_ok=True)
-        self._text = open(os.path.join(out_dir, "log.txt"), "a" if resumed else "w", encoding="utf-8", buffering=1)
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        self._events = open(os.path.join(out_dir, f"run_{stamp}.jsonl"), "a", encoding="utf-8", buffering=1)
+        text, events = (os.path.join(out_dir, name) for name in
+                        ("log.txt", time.strftime("run_%Y%m%d-%H%M%S.jsonl")))
+        self._text = open(text, "a" if resumed else "w", encoding="utf-8", buffering=1)
+        self._events = open(events, "a", encoding="utf-8", buffering=1)
         self.event("start", config=config, environment=environment, resumed=resumed)
 
     def start_wandb(self, project: str, name: str, config: dict) -> None:
@@ -91,7 +93,8 @@ class TrainingLogger:
         self.line(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.event("eval", step=step, train_loss=train_loss, val_loss=val_loss, lr=lr)
         if self._wandb is not None:
-            self._wandb.log({"iter": step, "train/loss": train_loss, "val/loss": val_loss, "lr": lr}, step=step)
+            self._wandb.log({"iter": step, "train/loss": train_loss, "val/loss": val_loss, "lr": lr},
+                            step=step)
 
     def iteration(self, step: int, loss: float, lr: float, norm: float, seconds: float, tokens: int,
                   mfu: float | None, epoch: int) -> None:
@@ -99,8 +102,8 @@ class TrainingLogger:
         shown = "n/a" if mfu is None else f"{100 * mfu:.2f}%"
         self.line(f"iter {step}: loss {loss:.4f}, lr {lr:.1e}, norm {norm:.2f}, time {seconds * 1e3:.2f}ms, "
                   f"tok/s {tokens / seconds:.0f}, mfu {shown}, epoch {epoch}")
-        self.event("iter", step=step, loss=loss, lr=lr, norm=norm, seconds=seconds, tokens_per_second=tokens / seconds,
-                   mfu=mfu, epoch=epoch)
+        self.event("iter", step=step, loss=loss, lr=lr, norm=norm, seconds=seconds,
+                   tokens_per_second=tokens / seconds, mfu=mfu, epoch=epoch)
         if self._wandb is not None:
             self._wandb.log({"iter": step, "train/iter_loss": loss, "lr": lr, "norm": norm,
                              "tok/s": tokens / seconds, "mfu": 100 * (mfu or 0.0)}, step=step)

@@ -39,15 +39,15 @@ def fetch(name: str, folder: str) -> None:
         hf_hub_download(repo_id=REPOSITORY, repo_type="dataset", filename=name, local_dir=folder,
                         force_download=os.path.exists(path))
     except Exception as e:  # of huggingface_hub or its HTTP library
-        raise UserError(f"could not download {name} of {REPOSITORY} ({type(e).__name__}): without a network, copy the "
-                        f"shards to {folder}, or use python data/python_source/prepare.py --tokenizer=gpt2 "
-                        f"--format=shards") from None
+        raise UserError(f"could not download {name} of {REPOSITORY} ({type(e).__name__}): without a network, "
+                        f"copy the shards to {folder}, or use python data/python_source/prepare.py "
+                        f"--tokenizer=gpt2 --format=shards") from None
     open_tokens(path, "shards")
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("shards", nargs="?", type=int, default=SHARDS, help=f"train shards, 1 to {SHARDS} (all)")
+    parser.add_argument("shards", nargs="?", type=int, default=SHARDS, help=f"train shards, 1 to {SHARDS}")
     parser.add_argument("--out", default=os.path.join(HERE, "fineweb10B"), help="folder (data/fineweb10B)")
     args = parser.parse_args()
     if not 1 <= args.shards <= SHARDS:
@@ -58,7 +58,8 @@ def main() -> None:
     free = shutil.disk_usage(args.out).free // 10**6
     print(f"{len(names)} shards, {len(missing)} to download: {len(missing) * SHARD_MB:,} MB to {args.out}")
     if len(missing) * SHARD_MB > free:
-        raise UserError(f"{args.out} has {free:,} MB free: ask for fewer shards or choose another folder with --out")
+        raise UserError(f"{args.out} has {free:,} MB free: ask for fewer shards or choose another folder "
+                        f"with --out")
     for i, name in enumerate(missing):
         print(f"[{i + 1}/{len(missing)}] {name}", flush=True)
         fetch(name, args.out)

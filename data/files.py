@@ -1,8 +1,8 @@
 """Token files: the three formats that can be read, the two that are written, and the meta.json beside them.
 
     bin     train.bin, val.bin            flat little-endian uint16, as nanoGPT's
-    shards  *_train_*.bin, *_val_*.bin    header of 256 int32 (20240520, 1, token count, zeros), then uint16, as the
-                                          cached FineWeb shards of modded-nanogpt
+    shards  *_train_*.bin, *_val_*.bin    header of 256 int32 (20240520, 1, token count, zeros), then uint16,
+                                          as the cached FineWeb shards of modded-nanogpt
     npy     *_train_*.npy, *_val_*.npy    one-dimensional uint16 arrays, as build-nanogpt's
 
 meta.json: format, tokenizer, vocab_size, chars (of a char tokenizer), dtype, train_tokens, val_tokens, sha256
@@ -35,15 +35,12 @@ def split_files(folder: str, split: str) -> tuple[str, list[str]]:
         paths = sorted(glob.glob(os.path.join(glob.escape(folder), f"*_{split}_*.{ending}")))
         if paths:
             return name, paths
-    raise UserError(f"data set {folder} has no {split} tokens ({split}.bin, *_{split}_*.bin or *_{split}_*.npy)"
-                    + _prepare_hint(folder))
-
-
-def _prepare_hint(folder: str) -> str:
-    for script in (os.path.join(folder, "prepare.py"), os.path.join(os.path.dirname(folder), "cached_fineweb10B.py")):
-        if os.path.isfile(script) and ("fineweb" in folder or not script.endswith("cached_fineweb10B.py")):
-            return f": run python {script}"
-    return ""
+    script = os.path.join(folder, "prepare.py")
+    if os.path.basename(folder) == "fineweb10B":
+        script = os.path.join(os.path.dirname(folder), "cached_fineweb10B.py")
+    hint = f": run python {script}" if os.path.isfile(script) else ""
+    raise UserError(f"data set {folder} has no {split} tokens ({split}.bin, *_{split}_*.bin or "
+                    f"*_{split}_*.npy){hint}")
 
 
 def open_tokens(path: str, kind: str) -> np.ndarray:
@@ -56,7 +53,8 @@ def open_tokens(path: str, kind: str) -> np.ndarray:
         except (ValueError, EOFError, OSError) as e:
             raise UserError(f"{path} is not a readable .npy file ({str(e).splitlines()[0]})") from None
         if tokens.dtype != TOKEN_DTYPE or tokens.ndim != 1:
-            raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; tokens are one-dimensional uint16")
+            raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; tokens are uint16 in one "
+                            f"dimension")
         return tokens
     if kind == "bin":
         if size == 0 or size % 2:
@@ -66,10 +64,10 @@ def open_tokens(path: str, kind: str) -> np.ndarray:
     offset = 4 * HEADER_INTS
     header = np.fromfile(path, "<i4", count=3)
     if size < offset or header[0] != SHARD_MAGIC:
-        raise UserError(f"{path} is no token shard: its first number is {header[0] if len(header) else 'missing'}, "
-                        f"not {SHARD_MAGIC}")
+        first = header[0] if len(header) else "missing"
+        raise UserError(f"{path} is no token shard: its first number is {first}, not {SHARD_MAGIC}")
     if header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is a token shard of version {header[1]}; this program reads version {SHARD_VERSION}")
+        raise UserError(f"{path} is a token shard of version {header[1]}; known is version {SHARD_VERSION}")
     if size != offset + 2 * int(header[2]) or header[2] < 1:
         raise UserError(f"{path} says {header[2]} tokens and has {(size - offset) / 2:g}: it is truncated; "
                         f"get or prepare it again")
@@ -90,8 +88,8 @@ def read_meta(folder: str) -> dict | None:
         if not isinstance(meta, dict) or type(meta.get(key)) is not kind:
             raise UserError(f"{path} has no usable {key!r}; prepare the data set again")
     if meta["vocab_size"] < 1 or meta.get("dtype", "uint16") != "uint16":
-        raise UserError(f"{path}: vocab_size={meta['vocab_size']}, dtype={meta.get('dtype')!r} cannot be used; "
-                        f"prepare the data set again")
+        raise UserError(f"{path}: vocab_size={meta['vocab_size']}, dtype={meta.get('dtype')!r} cannot be "
+                        f"used; prepare the data set again")
     return meta
 
 

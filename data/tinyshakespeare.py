@@ -22,7 +22,7 @@ def prepare(folder: str, description: str, make_tokenizer) -> None:
     text = read_text(args.input or os.path.join(args.out, "input.txt"), download=args.input is None)
     if len(text) < 100:
         raise UserError(f"the text has {len(text)} characters: too few to split into train and val")
-    print(f"{len(text):,} characters: at most {len(text):,} tokens, {2 * len(text) / 1e6:.1f} MB to write to {args.out}")
+    print(f"{len(text):,} characters: at most {2 * len(text) / 1e6:.1f} MB of tokens to write to {args.out}")
     tokenizer = make_tokenizer(text)
     cut = int(len(text) * 0.9)
     os.makedirs(args.out, exist_ok=True)
@@ -34,7 +34,8 @@ def prepare(folder: str, description: str, make_tokenizer) -> None:
         val.discard()
         print(f"{args.out} is up to date")
         return
-    publish_dataset(args.out, {**tokenizer.meta(), "source": URL if args.input is None else "--input"}, train, val)
+    source = URL if args.input is None else "--input"
+    publish_dataset(args.out, {**tokenizer.meta(), "source": source}, train, val)
 
 
 def read_text(path: str, download: bool) -> str:
@@ -46,8 +47,8 @@ def read_text(path: str, download: bool) -> str:
             response = requests.get(URL, timeout=60)
             response.raise_for_status()
         except requests.RequestException as e:
-            raise UserError(f"could not download {URL} ({type(e).__name__}): without a network, give the file as "
-                            f"--input=FILE, or use data/python_source, which needs none") from None
+            raise UserError(f"could not download {URL} ({type(e).__name__}): without a network, give the "
+                            f"file as --input=FILE, or use data/python_source, which needs none") from None
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as f:
             f.write(response.content)

@@ -29,8 +29,8 @@ class CharTokenizer:
     def encode(self, text: str) -> np.ndarray:
         ids = self._table[np.frombuffer(text.encode("utf-32-le"), "<u4")]
         if len(ids) and ids.max() == 0xFFFF:
-            raise UserError(f"character {text[int(ids.argmax())]!r} is not in the vocabulary of {self.vocab_size} "
-                            f"characters that the data set was prepared with")
+            raise UserError(f"character {text[int(ids.argmax())]!r} is not among the {self.vocab_size} that "
+                            f"the data set was prepared with")
         return ids
 
     encode_ordinary = encode
@@ -59,9 +59,9 @@ class GPT2Tokenizer:
         except Exception as e:  # tiktoken lets its HTTP library's errors through, of many types
             cache = os.environ.get("TIKTOKEN_CACHE_DIR")
             where = f"not in TIKTOKEN_CACHE_DIR={cache}" if cache else "not cached on this machine"
-            raise UserError(f"GPT-2's tokenizer files are {where} and could not be downloaded ({type(e).__name__}): "
-                            "set TIKTOKEN_CACHE_DIR to a folder that has them; with a network, tiktoken fills the "
-                            "folder named by it at first use") from None
+            raise UserError(f"GPT-2's tokenizer files are {where} and could not be downloaded "
+                            f"({type(e).__name__}): set TIKTOKEN_CACHE_DIR to a folder that has them; with a "
+                            "network, tiktoken fills the folder named by it at first use") from None
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._encoding.encode(text, allowed_special={"<|endoftext|>"}), dtype=np.uint16)

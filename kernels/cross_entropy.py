@@ -162,11 +162,11 @@ if triton is not None:
             for start in range(0, V, LANES * UNROLL):
                 mask = start + offsets < V
                 z = tl.load(logits_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-                tl.store(logits_ptr + start + offsets, tl.exp2(z * LOG2E - lse).to(logits_ptr.dtype.element_ty), mask=mask)
+                p = tl.exp2(z * LOG2E - lse)
+                tl.store(logits_ptr + start + offsets, p.to(logits_ptr.dtype.element_ty), mask=mask)
             tl.debug_barrier()  # the row is written: now the one entry of the target
-            if valid:
-                p = tl.exp2(target_logit * LOG2E - lse)
-                tl.store(target_ptr, (p - 1.0).to(logits_ptr.dtype.element_ty))
+            p_target = tl.exp2(target_logit * LOG2E - lse)
+            tl.store(target_ptr, (p_target - 1.0).to(logits_ptr.dtype.element_ty), mask=valid)
 
 
 def _triton_loss_and_grad_(logits, targets, ignore_index, need_grads):

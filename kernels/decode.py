@@ -5,8 +5,8 @@ A step that generates one token reads every weight once and computes next to not
 number of kernels (2 to 4 microseconds each even inside a CUDA graph) and, from some size on, the bytes of the
 weights. Hence few kernels: five a layer instead of about thirteen.
 
-    linear      LayerNorm -> matrix product -> bias -> GELU or residual addition; LayerNorm, bias, GELU, addition optional
-    attention   the new token's k and v into the cache, then attention over what the cache holds
+    linear      LayerNorm, matrix product, bias, GELU, residual addition; all but the product optional
+    Attention   the new token's k and v into the cache, then attention over what the cache holds
 
 Both have static shapes and read the position from device memory, so a captured CUDA graph serves every
 position.
@@ -98,7 +98,8 @@ if triton is not None:
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         n_mask, k_mask = n < N, k < K
-        w = tl.load(weight_ptr + n[:, None] * K + k[None, :], mask=n_mask[:, None] & k_mask[None, :], other=0.0)
+        w_mask = n_mask[:, None] & k_mask[None, :]
+        w = tl.load(weight_ptr + n[:, None] * K + k[None, :], mask=w_mask, other=0.0)
         x = tl.load(x_ptr + row * K + k, mask=k_mask, other=0.0).to(tl.float32)
         if NORM:
             gamma = tl.load(gamma_ptr + k, mask=k_mask, other=0.0).to(tl.float32)
@@ -148,8 +149,10 @@ if triton is not None:
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             k_mask = k < K
-            w = tl.load(weight_ptr + n[:, None] * K + k[None, :], mask=n_mask[:, None] & k_mask[None, :], other=0.0)
-            x = tl.load(x_ptr + b[:, None] * K + k[None, :], mask=b_mask[:, None] & k_mask[None, :], other=0.0)
+            w_mask = n_mask[:, None] & k_mask[None, :]
+            w = tl.load(weight_ptr + n[:, None] * K + k[None, :], mask=w_mask, other=0.0)
+            x_mask = b_mask[:, None] & k_mask[None, :]
+            x = tl.load(x_ptr + b[:, None] * K + k[None, :], mask=x_mask, other=0.0)
             total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
         if BIAS:
             total += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
@@ -231,7 +234,7 @@ if triton is not None:
                         top = tl.maximum(top, tl.load(partial_ptr + i * (D + 2) + D + 1, volatile=True))
                     y = tl.zeros((BLOCK_D,), tl.float32)
                     weight = 0.0
-                    for i in range(0, spans):
+                    for i in range(spans):
                         span_ptr = partial_ptr + i * (D + 2)
                         shrink_span = tl.exp(tl.load(span_ptr + D + 1, volatile=True) - top)
                         weight += shrink_span * tl.load(span_ptr + D, volatile=True)
@@ -240,7 +243,7 @@ if triton is not None:
                     tl.store(done_ptr + head, 0)
 
 
-VECTOR_ROWS = 4  # up to here a program a row beats the matrix units, which take 16 rows at least
+VECTOR_ROWS = 2  # up to here a program a row beats the matrix units, which take 16 rows at least
 
 
 def _launch(x, weight, bias, out, norm, gelu, add):
@@ -268,4 +271,7 @@ def _launch(x, weight, bias, out, norm, gelu, add):
 def _matrix_tile(B: int, N: int) -> dict:
     """Narrow tiles spread a layer over all multiprocessors; the head has rows enough to fill them with wide
     ones."""
-    return dict(BLOCK_N=16 if N <= 8192 else 64, BLOCK_K=256 if B <= 32 else 128, num_warps=4, num_stages=3)
+    block_n = 16 if N <= 8192 else 64
+    if B <= 32:
+        return dict(BLOCK_N=block_n, BLOCK_K=256, num_warps=2 if N <= 8192 else 4, num_stages=3)
+    return dict(BLOCK_N=block_n, BLOCK_K=128, num_warps=4, num_stages=4)

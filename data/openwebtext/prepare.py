@@ -1,6 +1,6 @@
 """OpenWebText in GPT-2's tokens: 8,013,769 documents, about 9.0B train and 4.4M val tokens (17 GB and 9 MB).
 
-    python data/openwebtext/prepare.py                     # downloads the parquet files from the Hugging Face hub
+    python data/openwebtext/prepare.py                     # downloads parquet files from the Hugging Face hub
     python data/openwebtext/prepare.py --parquet=FOLDER    # or takes them from a folder
 
 `datasets` keeps downloads and tokenised parts in its cache (54 GB and more), so a run that was cut off
@@ -16,11 +16,11 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from configurator import UserError  # noqa: E402
-from data.files import Parser, TokenWriter, is_published, publish_dataset  # noqa: E402
-from data.tokenizers import GPT2Tokenizer  # noqa: E402
+from configurator import UserError
+from data.files import Parser, TokenWriter, is_published, publish_dataset
+from data.tokenizers import GPT2Tokenizer
 
 REPOSITORY, REVISION = "Skylion007/openwebtext", "refs/convert/parquet"  # the hub's own parquet export
 TOKENS_PER_BYTE = 0.23  # of this text, for the estimate
@@ -37,12 +37,14 @@ def load(parquet: str | None, workers: int):
             files = sorted(glob.glob(os.path.join(glob.escape(parquet), "**", "*.parquet"), recursive=True))
             if not files:
                 raise UserError(f"--parquet: no *.parquet files below {parquet!r}")
-            documents = load_dataset("parquet", data_files=files, split="train", num_proc=min(workers, len(files)))
+            documents = load_dataset("parquet", data_files=files, split="train",
+                                     num_proc=min(workers, len(files)))
     except UserError:
         raise
     except Exception as e:  # of datasets, fsspec, pyarrow or the HTTP library
-        raise UserError(f"could not load OpenWebText ({type(e).__name__}: {str(e).splitlines()[0][:120]}): without a "
-                        f"network, give a folder of its parquet files as --parquet=FOLDER") from None
+        reason = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
+        raise UserError(f"could not load OpenWebText ({reason}): without a network, give a folder of its "
+                        f"parquet files as --parquet=FOLDER") from None
     if "text" not in documents.column_names:
         raise UserError(f"the parquet files have columns {documents.column_names}, not 'text'")
     return documents.select_columns(["text"])
@@ -66,9 +68,10 @@ def write(writer: TokenWriter, documents, rows: int = 4096) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--parquet", help="a folder of parquet files with a column 'text', instead of the download")
+    parser.add_argument("--parquet", help="a folder of parquet files with a column 'text', not the download")
     parser.add_argument("--out", default=HERE, help="folder of the data set (this one)")
-    parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() // 2), help="processes (half the cores)")
+    parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() // 2),
+                        help="processes (half the cores)")
     args = parser.parse_args()
     if args.workers < 1:
         raise UserError("--workers must be at least 1")
@@ -78,12 +81,14 @@ def main() -> None:
         return
     documents = load(args.parquet, args.workers)
     size = documents.data.nbytes
-    print(f"{len(documents):,} documents, {size / 1e9:,.2f} GB: about {size * TOKENS_PER_BYTE / 1e6:,.1f}M tokens, "
-          f"{2 * size * TOKENS_PER_BYTE / 1e9:,.2f} GB to write to {args.out}")
+    tokens = size * TOKENS_PER_BYTE
+    print(f"{len(documents):,} documents, {size / 1e9:,.2f} GB: about {tokens / 1e6:,.1f}M tokens, "
+          f"{2 * tokens / 1e9:,.2f} GB to write to {args.out}")
     if len(documents) < 2:
         raise UserError(f"{len(documents)} document is too little to split into train and val")
     splits = documents.train_test_split(test_size=max(0.0005, 1.5 / len(documents)), seed=2357, shuffle=True)
-    ids = splits.map(encode, remove_columns=["text"], num_proc=min(args.workers, len(splits["test"])), desc="tokenising")
+    ids = splits.map(encode, remove_columns=["text"], num_proc=min(args.workers, len(splits["test"])),
+                     desc="tokenising")
     os.makedirs(args.out, exist_ok=True)
     train, val = TokenWriter(args.out, "train"), TokenWriter(args.out, "val")
     write(val, ids["test"])

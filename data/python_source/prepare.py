@@ -1,6 +1,6 @@
 """Python source code that is already on this machine, as a data set: nothing is downloaded.
 
-    python data/python_source/prepare.py                                   # the standard library, by characters
+    python data/python_source/prepare.py    # the standard library, by characters
     python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards
 
 Files are taken once by content, put in an order and split into train and val by a hash of their path inside
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from configurator import UserError  # noqa: E402
-from data.files import Parser, TokenWriter, is_published, publish_dataset, read_meta  # noqa: E402
-from data.tokenizers import UNKNOWN, CharTokenizer, GPT2Tokenizer  # noqa: E402
+from configurator import UserError
+from data.files import Parser, TokenWriter, is_published, publish_dataset, read_meta
+from data.tokenizers import UNKNOWN, CharTokenizer, GPT2Tokenizer
 
 CHARS = "\t\n" + "".join(sorted(c for c in string.printable if c >= " ")) + UNKNOWN  # 98 of them
 TOKENS_PER_BYTE = {"char": 1.0, "gpt2": 0.49}  # of Python source, for the estimate
@@ -117,8 +117,8 @@ def write_split(writer: TokenWriter, documents: list[Document], tokenizer: str, 
     paths = [d.path for d in documents]
     batches = [paths[i:i + BATCH] for i in range(0, len(paths), BATCH)]
     with multiprocessing.Pool(workers, _start_worker, (tokenizer,)) as pool:
-        for tokens in tqdm(pool.imap(_encode, batches), total=len(batches), desc=f"{writer.split:5}", unit="batch",
-                           disable=None):
+        encoded = pool.imap(_encode, batches)
+        for tokens in tqdm(encoded, total=len(batches), desc=f"{writer.split:5}", unit="batch", disable=None):
             writer.write(tokens)
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--roots", default="stdlib", help="stdlib, site-packages, folders; comma-separated")
     parser.add_argument("--tokenizer", default="char", choices=["char", "gpt2"])
     parser.add_argument("--format", default="bin", choices=["bin", "shards"])
-    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens in a full shard (100,000,000)")
+    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="of a full shard (100,000,000)")
     parser.add_argument("--out", default=HERE, help="folder of the data set (this one)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
     args = parser.parse_args()
@@ -139,15 +139,16 @@ def main() -> None:
     train = [d for d in documents if d.place >= VAL_SHARE]
     val = [d for d in documents if d.place < VAL_SHARE]
     if not train or not val:
-        raise UserError(f"{len(documents)} Python files below {args.roots} are too few to split into train and val")
+        raise UserError(f"{len(documents)} Python files below {args.roots} are too few to split into train "
+                        f"and val")
     size = sum(d.size for d in documents)
     tokens = size * TOKENS_PER_BYTE[args.tokenizer]
     free = shutil.disk_usage(os.path.dirname(os.path.abspath(args.out))).free
     print(f"{len(documents):,} files, {size / 1e6:,.1f} MB of source: about {tokens / 1e6:,.1f}M tokens, "
           f"{2 * tokens / 1e6:,.1f} MB to write to {args.out}")
     if 2.2 * tokens > free:
-        raise UserError(f"{args.out} needs about {2.2 * tokens / 1e6:,.0f} MB and has {free / 1e6:,.0f} MB free: "
-                        f"choose another folder with --out")
+        raise UserError(f"{args.out} needs about {2.2 * tokens / 1e6:,.0f} MB and has {free / 1e6:,.0f} MB "
+                        f"free: choose another folder with --out")
 
     contents = "".join(d.name + d.digest for d in documents)
     meta = {"format": args.format, **tokenizer.meta(),
@@ -160,14 +161,15 @@ def main() -> None:
         return
     there = read_meta(args.out)
     if there is not None and (there["tokenizer"], there.get("format")) != (args.tokenizer, args.format):
-        raise UserError(f"{args.out} holds {there['tokenizer']} tokens as {there.get('format')}: choose another folder "
-                        f"with --out, or delete what is there")
+        raise UserError(f"{args.out} holds {there['tokenizer']} tokens as {there.get('format')}: choose "
+                        f"another folder with --out, or delete what is there")
     os.makedirs(args.out, exist_ok=True)
     shard_tokens = args.shard_tokens if args.format == "shards" else None
-    writers = {split: TokenWriter(args.out, split, "python_source", shard_tokens) for split in ("train", "val")}
-    write_split(writers["val"], val, args.tokenizer, args.workers)
-    write_split(writers["train"], train, args.tokenizer, args.workers)
-    publish_dataset(args.out, meta, **writers)
+    train_writer, val_writer = (TokenWriter(args.out, split, "python_source", shard_tokens)
+                                for split in ("train", "val"))
+    write_split(val_writer, val, args.tokenizer, args.workers)
+    write_split(train_writer, train, args.tokenizer, args.workers)
+    publish_dataset(args.out, meta, train_writer, val_writer)
 
 
 if __name__ == "__main__":

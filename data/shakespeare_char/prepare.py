@@ -10,8 +10,8 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
-from data.tinyshakespeare import prepare  # noqa: E402
-from data.tokenizers import CharTokenizer  # noqa: E402
+from data.tinyshakespeare import prepare
+from data.tokenizers import CharTokenizer
 
 if __name__ == "__main__":
     prepare(HERE, __doc__, lambda text: CharTokenizer("".join(sorted(set(text)))))

@@ -1,0 +1,23 @@
+# Finetune GPT-2 XL on tiny Shakespeare in GPT-2's tokens.
+# First: python data/shakespeare/prepare.py
+# Needs about 25 GB of GPU memory; --init_from=gpt2-medium or a smaller one needs less.
+
+import time
+
+out_dir = "out-shakespeare"
+dataset = "shakespeare"
+init_from = "gpt2-xl"  # or a folder with GPT-2 weights, where there is no network
+
+eval_interval = 5
+eval_iters = 40
+always_save_checkpoint = False  # keep the best: it overfits within an epoch or two
+wandb_project = "shakespeare"
+wandb_run_name = f"ft-{time.time():.0f}"
+
+# 1 sequence x 1024 tokens x 32 accumulation = 32,768 tokens an iteration, of 301,966 in an epoch
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+
+learning_rate = 3e-5
+decay_lr = False
