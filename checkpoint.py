@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 
 from configurator import UserError
-from data.files import sha256_of, write_json
+from data.files import json_text, sha256_of, write_json
 
 FORMAT = 1
 FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json")
@@ -133,8 +133,11 @@ def verify(path: str) -> str | None:
         return "it is not a folder"
     try:
         with open(os.path.join(path, "MANIFEST.json"), encoding="utf-8") as f:
-            manifest = json.load(f)
+            text = f.read()
+        manifest = json.loads(text)
         entries = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
+        if text != json_text(manifest):  # nothing else in the folder vouches for the manifest
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its MANIFEST.json is missing or unreadable"
     if set(entries) != set(FILES):

@@ -147,7 +147,7 @@ def run_config_file(path: str, values: dict, settings: dict[str, Setting]) -> di
         if name in settings:
             if name in assigned or value is not before[name]:
                 result[name] = check_type(settings[name], value, path)
-        elif not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType, type)):
+        elif not (name.startswith("_") or callable(value) or isinstance(value, types.ModuleType)):
             raise unknown_key(name, settings, path)
     return result
 

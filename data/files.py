@@ -198,11 +198,15 @@ def is_published(folder: str, **expected) -> bool:
     return counts == {"train": meta.get("train_tokens"), "val": meta.get("val_tokens")}
 
 
+def json_text(value) -> str:
+    """A value as write_json writes it, to the byte."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: str, value) -> None:
     """Write a JSON file under a temporary name, then rename it."""
     with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
-        f.write("\n")
+        f.write(json_text(value))
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)

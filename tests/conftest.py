@@ -1,0 +1,134 @@
+"""What tests share: small data sets, and running the scripts as a user does, in processes of their own."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+if (SHARED / "tiktoken_cache").is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4", "--device=cpu",
+        "--gradient_accumulation_steps=1", "--compile=False", "--eval_iters=2", "--eval_interval=1000",
+        "--warmup_iters=2", "--lr_decay_iters=50"]
+
+
+@dataclass
+class Result:
+    """How a script ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the `iter` lines, to four digits."""
+        return [float(line.split("loss ")[1].split(",")[0]) for line in self.out.splitlines()
+                if line.startswith("iter ")]
+
+
+def write_dataset(folder: Path, train: np.ndarray, val: np.ndarray, vocab_size: int, **meta) -> Path:
+    """A flat data set with a meta.json that knows only its vocabulary."""
+    folder.mkdir(parents=True)
+    train.astype("<u2").tofile(folder / "train.bin")
+    val.astype("<u2").tofile(folder / "val.bin")
+    chars = "".join(map(chr, range(ord("A"), ord("A") + vocab_size)))
+    description = {"vocab_size": vocab_size, "tokenizer": "char", "chars": chars, "dtype": "uint16", **meta}
+    (folder / "meta.json").write_text(json.dumps(description))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """3000 train and 700 val tokens of 26 letters that are predictable in part: a noisy counter."""
+    random = np.random.RandomState(7)
+    tokens = (np.arange(3700) * 3 + random.randint(0, 2, 3700)) % 26
+    return write_dataset(tmp_path_factory.mktemp("data") / "letters", tokens[:3000], tokens[3000:], 26)
+
+
+def _script_process(script: str, args: list[str], cwd: str, env: dict, out: str, err: str) -> None:
+    """Body of a process that has imported the heavy modules already: become `python script args`."""
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.chdir(cwd)
+    os.environ.update(env)
+    sys.argv = [script, *args]
+    code = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    except BaseException:  # noqa: B036 - what the interpreter does with it
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@pytest.fixture(scope="session")
+def _forkserver():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "model", "dataloader", "checkpoint", "optim",
+                                    "training_logger", "safetensors.torch"])
+    return context
+
+
+@pytest.fixture
+def run_script(_forkserver, tmp_path):
+    """run_script("train.py", *args, cwd=..., env=...) -> Result. Forks a process in which torch is imported."""
+
+    def run(script: str, *args: str, cwd: Path = tmp_path, timeout: float = 300, **env: str) -> Result:
+        out, err = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
+        process = _forkserver.Process(target=_script_process, args=(
+            str(ROOT / script), list(map(str, args)), str(cwd), env, str(out), str(err)))
+        process.start()
+        process.join(timeout)
+        assert not process.is_alive(), f"{script} {args} still runs after {timeout} s"
+        result = Result(process.exitcode, out.read_text(), err.read_text())
+        out.unlink()
+        err.unlink()
+        return result
+
+    return run
+
+
+def torchrun(n: int, script: str, *args: str, cwd: Path, launcher: tuple[str, ...] = ("--standalone",),
+             timeout: float = 300) -> Result:
+    """Run a script of this repository in n real processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, f"--nproc_per_node={n}",
+               str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def tinyshakespeare() -> Path:
+    """The text, where it is there; else the test is skipped."""
+    path = SHARED / "data" / "tinyshakespeare" / "input.txt"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+def needs_gpt2_tokenizer() -> None:
+    from configurator import UserError
+    from data.tokenizers import GPT2Tokenizer
+
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's tokenizer files are not here")
+    try:
+        GPT2Tokenizer()
+    except UserError as e:
+        pytest.skip(str(e))

@@ -1,0 +1,131 @@
+"""Settings: defaults, config files, --key=value, their errors and --help. No torch; seconds.
+
+    python -m pytest tests/test_configurator.py
+"""
+
+import textwrap
+
+import pytest
+
+from configurator import UserError, configure, evaluate
+
+SCRIPT = '''
+"""A script."""
+# ----------------
+# I/O
+out_dir = "out"  # where results go
+steps = 5 * 8  # how many
+lr = 6e-4
+compile = True  # faster
+# model
+block_types: list | None = None  # one a layer
+top_p: float | None = None
+dtype = "a" if steps else "b"
+# ----------------
+config = configure(globals())
+after = 1
+'''
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """settings(*argv, file="...") -> the Config of SCRIPT, a config file with that content before argv."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def run(*argv, file=None):
+        namespace = {"__file__": str(tmp_path / "script.py"), "__doc__": "A script."}
+        exec(SCRIPT.split("config =")[0], namespace)
+        if file is not None:
+            path = tmp_path / "a_config.py"
+            path.write_text(textwrap.dedent(file))
+            argv = (str(path), *argv)
+        config = configure(namespace, list(argv))
+        assert all(namespace[key] == value for key, value in config.items())
+        return config
+
+    return run
+
+
+def test_defaults(settings):
+    config = settings()
+    assert list(config) == ["out_dir", "steps", "lr", "compile", "block_types", "top_p", "dtype"]
+    assert config["steps"] == 40 and set(config.origin.values()) == {""}
+
+
+@pytest.mark.parametrize("argument, key, value", [
+    ("--steps=3", "steps", 3),
+    ("--steps=5*8+1", "steps", 41),
+    ("--lr=1", "lr", 1.0),
+    ("--lr=-2.5e-3", "lr", -2.5e-3),
+    ("--out_dir=a=b", "out_dir", "a=b"),
+    ("--out_dir=2026", "out_dir", "2026"),
+    ("--out_dir=", "out_dir", ""),
+    ("--out-dir='x y'", "out_dir", "x y"),
+    ("--compile", "compile", True),
+    ("--compile=False", "compile", False),
+    ("--block_types=['spd']*2+['tp']", "block_types", ["spd", "spd", "tp"]),
+    ("--block_types=None", "block_types", None),
+    ("--top_p=1", "top_p", 1.0),
+    ("--top_p=None", "top_p", None),
+])
+def test_command_line(settings, argument, key, value):
+    config = settings(argument)
+    assert config[key] == value and type(config[key]) is type(value)
+    assert config.origin[key] == "command line"
+
+
+def test_file_then_command_line(settings):
+    config = settings("--steps=7", file="""
+        import time
+        from math import sqrt
+        _helper = 2
+        def double(x): return 2 * x
+        steps = double(_helper)
+        out_dir = "run-" + str(int(time.time()))
+        lr = lr / 2  # on top of the default
+        block_types = ("tp", "spd")
+    """)
+    assert config["steps"] == 7 and config.origin["steps"] == "command line"
+    assert config["lr"] == 3e-4 and config.origin["lr"].endswith("a_config.py")
+    assert config["out_dir"].startswith("run-") and config["block_types"] == ["tp", "spd"]
+    assert "a_config.py" in config.table() and "command line" in config.table()
+
+
+@pytest.mark.parametrize("argv, file, words", [
+    (["--step=3"], None, "unknown key 'step' in the command line: did you mean 'steps'?"),
+    (["--after=3"], None, "unknown key 'after'"),
+    (["--steps=3.5"], None, "steps=3.5 (the command line) is of type float; it must be int"),
+    (["--steps=True"], None, "it must be int"),
+    (["--lr=fast"], None, "lr='fast' (the command line) is of type str; it must be float"),
+    (["--compile=1"], None, "it must be True/False"),
+    (["--top_p=x"], None, "it must be float or None"),
+    (["--steps"], None, "--steps needs a value"),
+    (["-steps=3"], None, "cannot read argument '-steps=3'"),
+    (["no_such.py"], None, "cannot read config file no_such.py"),
+    (["steps=3"], None, "settings are given as --key=value"),
+    ([], "stepz = 3", "unknown key 'stepz' in"),
+    ([], "steps = 'many'", "is of type str; it must be int"),
+    ([], "steps = 1 +", "line 1: SyntaxError"),
+    ([], "steps = 1\nlr = nothing", "line 2: NameError"),
+])
+def test_errors(settings, argv, file, words):
+    with pytest.raises(UserError) as error:
+        settings(*argv, file=file)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_nothing_on_the_command_line_is_executed(tmp_path):
+    for text in (f"open('{tmp_path}/x', 'w')", "().__class__", "[i for i in range(3)]", "__import__('os')"):
+        with pytest.raises((ValueError, SyntaxError)):
+            evaluate(text)
+    assert not (tmp_path / "x").exists()
+
+
+def test_help(settings, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        settings("--help")
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    for part in ("A script.", "# I/O", "--out_dir='out'", "where results go", "--steps=40", "# model", "one a layer"):
+        assert part in text
+    assert "after" not in text

@@ -1,0 +1,270 @@
+"""Token files and the prepare scripts: formats, malformed files, what is written and when. CPU; seconds.
+
+    python -m pytest tests/test_data.py
+
+The tests with GPT-2's tokenizer or tiny Shakespeare need their files in ../shared and skip where those are not.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, needs_gpt2_tokenizer, tinyshakespeare
+
+from configurator import UserError
+from data import tokenizers
+from data.files import TokenWriter, is_published, open_tokens, publish_dataset, read_meta, split_files
+
+
+def write_shard(path, tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    with open(path, "wb") as f:
+        header.tofile(f)
+        np.asarray(tokens, "<u2").tofile(f)
+
+
+def prepare(script, *args, env=None):
+    return subprocess.run([sys.executable, str(ROOT / "data" / script), *map(str, args)], capture_output=True,
+                          text=True, timeout=240, env=os.environ | (env or {}))
+
+
+def test_three_formats_read_the_same_tokens(tmp_path):
+    tokens = np.arange(50, dtype=np.uint16) * 7
+    for kind in ("bin", "shards", "npy"):
+        (tmp_path / kind).mkdir()
+    tokens.tofile(tmp_path / "bin" / "train.bin")
+    write_shard(tmp_path / "shards" / "x_train_000001.bin", tokens[30:])
+    write_shard(tmp_path / "shards" / "x_train_000000.bin", tokens[:30])
+    np.save(tmp_path / "npy" / "x_train_000000.npy", tokens)
+    for kind in ("bin", "shards", "npy"):
+        found, paths = split_files(str(tmp_path / kind), "train")
+        assert found == kind
+        assert np.array_equal(np.concatenate([open_tokens(p, kind) for p in paths]), tokens)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda p: p.write_bytes(b""), "truncated"),
+    (lambda p: p.write_bytes(b"abc"), "3 bytes"),
+])
+def test_malformed_flat_files(tmp_path, make, words):
+    make(tmp_path / "train.bin")
+    with pytest.raises(UserError, match=words):
+        open_tokens(str(tmp_path / "train.bin"), "bin")
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(magic=1), "no token shard: its first number is 1"),
+    (dict(version=2), "version 2"),
+    (dict(count=11), "says 11 tokens and has 10"),
+    (dict(count=9), "says 9 tokens and has 10"),
+    (dict(count=-1), "says -1 tokens"),
+])
+def test_malformed_shards(tmp_path, options, words):
+    write_shard(tmp_path / "x_train_000000.bin", range(10), **options)
+    with pytest.raises(UserError, match=words):
+        open_tokens(str(tmp_path / "x_train_000000.bin"), "shards")
+
+
+@pytest.mark.parametrize("size", [0, 3, 12, 1023])
+def test_shard_shorter_than_its_header(tmp_path, size):
+    path = tmp_path / "x_train_000000.bin"
+    write_shard(path, range(10))
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match="no token shard"):
+        open_tokens(str(path), "shards")
+
+
+def test_malformed_npy(tmp_path):
+    path = tmp_path / "x_train_0.npy"
+    for array, words in ((np.zeros((2, 2), np.uint16), "shape"), (np.zeros(4), "float64")):
+        np.save(path, array)
+        with pytest.raises(UserError, match=words):
+            open_tokens(str(path), "npy")
+    np.save(path, np.array([print], dtype=object), allow_pickle=True)  # would have to be unpickled
+    with pytest.raises(UserError, match="not a readable"):
+        open_tokens(str(path), "npy")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"vocab_size": "3", "tokenizer": "char"}', '{"vocab_size": 3}',
+                                  '{"vocab_size": 0, "tokenizer": "char"}',
+                                  '{"vocab_size": 3, "tokenizer": "char", "dtype": "uint32"}'])
+def test_malformed_meta(tmp_path, text):
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(UserError):
+        read_meta(str(tmp_path))
+
+
+def test_char_tokenizer():
+    tokenizer = tokenizers.CharTokenizer("ab é")
+    assert tokenizer.decode(tokenizer.encode("é ba")) == "é ba"
+    with pytest.raises(UserError, match="'x'"):
+        tokenizer.encode("axb")
+    lenient = tokenizers.CharTokenizer("ab" + tokenizers.UNKNOWN)
+    assert lenient.encode("axb\U0001f600").tolist() == [0, 2, 1, 2]
+    assert tokenizers.from_meta(tokenizer.meta()).chars == "ab é"
+
+
+def test_gpt2_tokenizer_streams_whole_characters():
+    needs_gpt2_tokenizer()
+    tokenizer = tokenizers.GPT2Tokenizer()
+    text = "def f(x):\n    return 'h\N{SNOWMAN}\U0001f600llo'<|endoftext|>"
+    ids = tokenizer.encode(text)
+    assert ids[-1] == tokenizer.eot_token and tokenizer.encode_ordinary(text)[-1] != tokenizer.eot_token
+    to_text = tokenizer.stream()
+    assert "".join(to_text(int(i)) for i in ids) == text == tokenizer.decode(ids)
+
+
+def test_writer_splits_into_shards_and_publishes_at_the_end(tmp_path):
+    train, val = TokenWriter(str(tmp_path), "train", "x", 10), TokenWriter(str(tmp_path), "val", "x", 10)
+    for part in (range(4), range(4, 17), range(17, 30)):
+        train.write(np.array(part))
+    val.write(np.arange(3))
+    assert all(name.endswith(".tmp") for name in os.listdir(tmp_path))
+    publish_dataset(str(tmp_path), {"vocab_size": 30, "tokenizer": "none"}, train, val)
+    kind, paths = split_files(str(tmp_path), "train")
+    assert kind == "shards" and [len(open_tokens(p, kind)) for p in paths] == [10, 10, 10]
+    assert np.concatenate([open_tokens(p, kind) for p in paths]).tolist() == list(range(30))
+    assert is_published(str(tmp_path), vocab_size=30) and not is_published(str(tmp_path), vocab_size=31)
+    # a smaller data set in its place leaves nothing of the larger one
+    train, val = TokenWriter(str(tmp_path), "train", "x", 10), TokenWriter(str(tmp_path), "val", "x", 10)
+    train.write(np.arange(5))
+    val.write(np.arange(3))
+    publish_dataset(str(tmp_path), {"vocab_size": 30, "tokenizer": "none"}, train, val)
+    assert sorted(os.listdir(tmp_path)) == ["meta.json", "x_train_000000.bin", "x_val_000000.bin"]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """60 Python files, two of them equal, one not UTF-8, one not Python."""
+    folder = tmp_path_factory.mktemp("sources")
+    for i in range(60):
+        (folder / f"m{i}.py").write_text(f"def f{i}(x):\n\treturn x + {i}  # é\n" * (1 + i % 3))
+    (folder / "copy.py").write_text((folder / "m3.py").read_text())
+    (folder / "latin.py").write_bytes("x = 'é'".encode("latin-1"))
+    (folder / "notes.txt").write_text("no code")
+    return folder
+
+
+def test_python_source_by_character(sources, tmp_path):
+    out = tmp_path / "out"
+    done = prepare("python_source/prepare.py", f"--roots={sources}", f"--out={out}", "--workers=2")
+    assert done.returncode == 0, done.stderr
+    assert "60 files" in done.stdout and "MB to write" in done.stdout
+    meta = read_meta(str(out))
+    assert meta["vocab_size"] == 98 == len(meta["chars"])
+    tokenizer = tokenizers.from_meta(meta)
+    texts = {split: tokenizer.decode(open_tokens(*split_files(str(out), split)[1], "bin")) for split in ("train", "val")}
+    in_split = {split: {i for i in range(60) if f"def f{i}(" in text} for split, text in texts.items()}
+    assert in_split["train"] | in_split["val"] == set(range(60)) and not in_split["train"] & in_split["val"]
+    assert texts["train"].count("def f3(") + texts["val"].count("def f3(") == 1  # its copy was left out
+    assert "no code" not in texts["train"] + texts["val"] and tokenizers.UNKNOWN in texts["train"]
+
+    again = prepare("python_source/prepare.py", f"--roots={sources}", f"--out={out}", "--workers=2")
+    assert again.returncode == 0 and "up to date" in again.stdout
+    other = prepare("python_source/prepare.py", f"--roots={sources}", f"--out={out}", "--format=shards")
+    assert other.returncode == 2 and "--out" in other.stderr and other.stderr.count("\n") == 1
+
+
+def test_python_source_as_gpt2_shards(sources, tmp_path):
+    needs_gpt2_tokenizer()
+    done = prepare("python_source/prepare.py", f"--roots={sources}", f"--out={tmp_path}", "--tokenizer=gpt2",
+                   "--format=shards", "--shard_tokens=500", "--workers=2")
+    assert done.returncode == 0, done.stderr
+    kind, paths = split_files(str(tmp_path), "train")
+    assert kind == "shards" and len(paths) > 1
+    assert [len(open_tokens(p, kind)) for p in paths[:-1]] == [500] * (len(paths) - 1)
+    tokens = np.concatenate([open_tokens(p, kind) for p in paths])
+    assert tokens[0] == 50256 and (tokens == 50256).sum() == 60 - (
+        open_tokens(*split_files(str(tmp_path), "val")[1], kind) == 50256).sum()
+
+
+@pytest.mark.parametrize("args", [["--roots=/no/such/folder"], ["--roots="], ["--format=parquet"], ["--workers=0"],
+                                  ["--shard_tokens=0"], ["--what"]])
+def test_python_source_errors(args, tmp_path):
+    done = prepare("python_source/prepare.py", *args, f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_shakespeare_by_character(tmp_path):
+    done = prepare("shakespeare_char/prepare.py", f"--input={tinyshakespeare()}", f"--out={tmp_path}")
+    assert "train has 1,003,854 tokens, val has 111,540 tokens, vocabulary 65" in done.stdout, done.stderr
+    train = open_tokens(str(tmp_path / "train.bin"), "bin")
+    text = tinyshakespeare().read_text()
+    symbols = sorted(set(text))
+    assert train[:1000].tolist() == [symbols.index(c) for c in text[:1000]]  # nanoGPT's ids
+    assert "up to date" in prepare("shakespeare_char/prepare.py", f"--input={tinyshakespeare()}",
+                                   f"--out={tmp_path}").stdout
+
+
+def test_shakespeare_in_gpt2_tokens(tmp_path):
+    needs_gpt2_tokenizer()
+    done = prepare("shakespeare/prepare.py", f"--input={tinyshakespeare()}", f"--out={tmp_path}")
+    assert "train has 301,966 tokens, val has 36,059 tokens" in done.stdout, done.stderr
+
+
+def test_no_network_and_no_tokenizer_files(tmp_path):
+    """Every name resolves to nothing through a proxy that is not there."""
+    nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    (tmp_path / "text.txt").write_text("some text " * 100)
+    cases = [("shakespeare_char/prepare.py", [], "--input"),
+             ("shakespeare/prepare.py", [f"--input={tmp_path / 'text.txt'}"], "TIKTOKEN_CACHE_DIR"),
+             ("shakespeare_char/prepare.py", ["--input=/no/such/file"], "cannot read")]
+    for script, args, words in cases:
+        done = prepare(script, *args, f"--out={tmp_path / 'out'}", env=nowhere | {"TIKTOKEN_CACHE_DIR": str(tmp_path)})
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_openwebtext_from_local_parquet(tmp_path):
+    needs_gpt2_tokenizer()
+    import datasets
+
+    texts = [f"Document {i} says {'word ' * (i % 7)}." for i in range(40)]
+    (tmp_path / "parquet").mkdir()
+    datasets.Dataset.from_dict({"text": texts, "url": texts}).to_parquet(str(tmp_path / "parquet" / "a.parquet"))
+    args = (f"--parquet={tmp_path / 'parquet'}", f"--out={tmp_path / 'out'}", "--workers=2")
+    env = {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_CACHE": str(tmp_path / "hf")}
+    done = prepare("openwebtext/prepare.py", *args, env=env)
+    assert done.returncode == 0, done.stderr
+    train, val = (open_tokens(str(tmp_path / "out" / f"{split}.bin"), "bin") for split in ("train", "val"))
+    tokenizer = tokenizers.GPT2Tokenizer()
+    documents = [tokenizer.decode(part) for tokens in (train, val)
+                 for part in np.split(tokens, np.flatnonzero(tokens == 50256) + 1) if len(part)]
+    assert sorted(d.removesuffix("<|endoftext|>") for d in documents) == sorted(texts)
+    assert "up to date" in prepare("openwebtext/prepare.py", *args, env=env).stdout
+    empty = prepare("openwebtext/prepare.py", f"--parquet={tmp_path / 'none'}", f"--out={tmp_path / 'o'}", env=env)
+    assert empty.returncode == 2 and empty.stderr.count("\n") == 1
+
+
+def test_fineweb_downloads_what_is_missing_or_broken(tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    import data.cached_fineweb10B as fineweb
+
+    fetched = []
+
+    def download(repo_id, repo_type, filename, local_dir, force_download):
+        fetched.append(filename)
+        write_shard(os.path.join(local_dir, filename), range(100))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(sys, "argv", ["cached_fineweb10B.py", "2", f"--out={tmp_path}"])
+    fineweb.main()
+    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert fetched == names and json.loads((tmp_path / "meta.json").read_text())["vocab_size"] == 50257
+    (tmp_path / names[1]).write_bytes((tmp_path / names[1]).read_bytes()[:-1])
+    fineweb.main()
+    assert fetched == names + names[1:2] and "1 to download" in capsys.readouterr().out
+
+    def fail(**_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    (tmp_path / names[2]).unlink()
+    with pytest.raises(UserError, match="copy the shards"):
+        fineweb.main()

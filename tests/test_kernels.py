@@ -1,0 +1,152 @@
+"""Triton kernels against plain PyTorch in fp64.
+
+    TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py    # anywhere, in Triton's interpreter
+    python -m pytest tests/test_kernels.py                       # on a CUDA GPU, compiled; else only compiles
+
+Without a GPU and without the interpreter the kernels are only compiled, for GPUs that are not there.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_generate import compare_with_uncached
+from test_model import random_model, tokens
+
+import kernels
+from kernels import cross_entropy, decode
+from model import Decoder, LayerNorm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+runs = pytest.mark.skipif(kernels.triton is None or (DEVICE == "cpu" and not kernels.INTERPRETED),
+                          reason="no Triton, or neither a CUDA GPU nor TRITON_INTERPRET=1")
+# What rounding inputs and result to the dtype costs, times a small factor for the sums in between.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def error(result, reference):
+    return ((result.double().cpu() - reference.cpu()).norm() / reference.norm().cpu()).item()
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+@runs
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows, V", [(3, 5), (5, 98), (4, 4096), (2, 50304)])
+def test_cross_entropy(rows, V, dtype):
+    logits = 3 * randn(rows, V, dtype=dtype)
+    targets = torch.randint(V, (rows,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    targets[1] = -1
+    targets[0] = V - 1
+    z = logits.double().requires_grad_()
+    expected = F.cross_entropy(z, targets, ignore_index=-1, reduction="none")
+    expected.sum().backward()
+    losses, same = cross_entropy._triton_loss_and_grad_(logits.clone(), targets, -1, False)
+    assert torch.equal(same, logits)  # without gradients the logits stay
+    assert losses[1] == 0 and error(losses, expected.detach()) < 2e-6
+    again, grad = cross_entropy._triton_loss_and_grad_(logits.clone(), targets, -1, True)
+    assert torch.equal(losses, again) and (grad[1] == 0).all()
+    assert error(grad, z.grad) < TOLERANCE[dtype]
+
+
+@runs
+def test_cross_entropy_of_extreme_logits():
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-3e4, -3e4, -3e4], [88.0, 89.0, -float("inf")]], device=DEVICE)
+    targets = torch.tensor([0, 2, 1], device=DEVICE)
+    losses, grad = cross_entropy._triton_loss_and_grad_(logits.clone(), targets, -1, True)
+    z = logits.double().requires_grad_()
+    expected = F.cross_entropy(z, targets, reduction="none")
+    expected.sum().backward()
+    # fp32 logits of 3e4 have a spacing of 0.002 and are scaled by log2(e) inside
+    assert torch.allclose(losses.double(), expected, atol=4e-3) and torch.allclose(grad.double(), z.grad, atol=4e-3)
+
+
+@runs
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("B", [1, 2, 3, 17, 64])
+@pytest.mark.parametrize("K, N", [(32, 70), (100, 33), (768, 48)])
+@pytest.mark.parametrize("norm, bias, gelu, add", [
+    (True, True, False, False), (True, False, True, False), (False, True, False, True), (False, False, False, False)])
+def test_linear(B, K, N, norm, bias, gelu, add, dtype):
+    if kernels.INTERPRETED and dtype == torch.bfloat16 and B > decode.VECTOR_ROWS:
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 matrices as integers")
+    x, w, out = randn(B, K), randn(N, K, dtype=dtype, seed=1) / K**0.5, randn(B, N, seed=2)
+    b = randn(N, dtype=dtype, seed=3) if bias else None
+    ln = LayerNorm(K, bias).to(DEVICE, dtype)
+    with torch.no_grad():
+        for p in ln.parameters():
+            p.add_(0.3 * randn(K, dtype=dtype, seed=4))
+    if not norm:
+        x = x.to(dtype)  # what the kernels before it hand over
+    y = x.double()
+    if norm:
+        y = F.layer_norm(y, (K,), ln.weight.double(), None if ln.bias is None else ln.bias.double())
+    y = F.linear(y, w.double(), None if b is None else b.double())
+    if gelu:
+        y = F.gelu(y, approximate="tanh")
+    if add:
+        y = y + out.double()
+    decode._launch(x, w, b, out, ln if norm else None, gelu, add)
+    assert error(out, y.detach()) < TOLERANCE[dtype]
+
+
+@runs
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("B, H, D, S", [(1, 2, 64, 300), (3, 2, 16, 40), (2, 5, 80, 130), (2, 1, 25, 7)])
+def test_attention(B, H, D, S, dtype):
+    """Every kind of position: the first, inside a block, at its end, in the last span, the last one."""
+    C = H * D
+    cache = randn(1, 2, B, H, S, D, dtype=dtype)
+    attention = decode.Attention(cache)
+    positions = sorted({0, 1, 5, S // 2, 63, 64, 65, 127, 128, 129, attention.span - 1, attention.span, S - 1})
+    for position in (p for p in positions if p < S):
+        qkv = randn(B, 3 * C, dtype=dtype, seed=position)
+        k_v, out = cache[0].clone(), torch.full((B, C), float("nan"), device=DEVICE, dtype=dtype)
+        attention(qkv, k_v, torch.tensor([position], device=DEVICE), out)
+        q, k, v = qkv.view(B, 3, H, D).unbind(1)
+        assert torch.equal(k_v[0, :, :, position], k) and torch.equal(k_v[1, :, :, position], v)
+        others = torch.arange(S, device=DEVICE) != position
+        assert torch.equal(k_v[:, :, :, others], cache[0][:, :, :, others])
+        keys, values = k_v[0, :, :, :position + 1].double(), k_v[1, :, :, :position + 1].double()
+        expected = F.scaled_dot_product_attention(q.double()[:, :, None], keys, values)
+        assert error(out.view(B, H, D), expected[:, :, 0]) < TOLERANCE[dtype], position
+        assert (attention.done == 0).all()
+
+
+@runs
+@pytest.mark.parametrize("B", [1, 5])
+def test_decoder_with_kernels(B):
+    model = random_model(torch.float32, block_size=24).to(DEVICE).eval()
+    decoder = Decoder(model, B)
+    # fp32, two layers, logits of about 1
+    assert compare_with_uncached(model, decoder, tokens(B, 7).to(DEVICE), 30) < 2e-5
+
+
+@pytest.mark.skipif(kernels.triton is None or kernels.INTERPRETED, reason="no Triton compiler")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_without_a_gpu(capability):
+    """All kernels in bf16 at GPT-2's sizes, for an A100 and an H100: catches what the interpreter lets pass."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    flags = dict(BIAS=True, GELU=True, ADD=True)
+    cases = [
+        (cross_entropy._cross_entropy_kernel, "*bf16 *i64 *fp32 i32 i32 i32",
+         dict(WRITE_GRAD=True, LANES=4096, UNROLL=8), dict(num_warps=16)),
+        (decode._vector_kernel, "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 i32 i32",
+         flags | dict(NORM=True, BETA=True, BLOCK_N=16, BLOCK_K=1024), {}),
+        (decode._norm_kernel, "*fp32 *bf16 *bf16 *bf16 i32", dict(BETA=True, BLOCK_K=1024), {}),
+        (decode._matrix_kernel, "*bf16 *bf16 *bf16 *bf16 i32 i32",
+         flags | dict(K=768, BLOCK_B=32, BLOCK_N=16, BLOCK_K=256), dict(num_warps=2, num_stages=3)),
+        (decode._attention_kernel, "*bf16 *bf16 *i64 *fp32 *i32 *bf16 i32 i32 fp32",
+         dict(SPAN=128, D=64, BLOCK_D=64, BLOCK_S=64), {}),
+    ]
+    for kernel, types, constants, options in cases:
+        names = kernel.arg_names
+        kinds = dict(zip((n for n in names if n not in constants), types.split()))
+        source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
+                           {(i,): constants[n] for i, n in enumerate(names) if n in constants})
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert len(compiled.asm["cubin"]) > 0 and compiled.metadata.shared <= 160 * 1024
