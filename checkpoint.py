@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 
 from configurator import UserError
-from data.files import json_text, sha256_of, write_json
+from data.files import json_text, sha256_of, unused_path, write_json
 
 FORMAT = 1
 FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json")
@@ -175,7 +175,7 @@ def find(out_dir: str, which: str | int = "latest", warn=print) -> Checkpoint:
     if not steps:
         raise UserError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first, or name another")
     if which != "latest":
-        step = best_step(out_dir) if which == "best" else int(which)
+        step = best_step(out_dir) if which == "best" else int(which) if str(which).isdecimal() else None
         if step not in steps:
             there = ", ".join(map(str, steps))
             raise UserError(f"{out_dir} has no checkpoint {which!r}; it has the steps {there}")
@@ -193,7 +193,7 @@ def set_aside(out_dir: str) -> str | None:
     nothing."""
     if not steps_in(out_dir):
         return None
-    folder = os.path.join(out_dir, time.strftime("earlier-%Y%m%d-%H%M%S"))
+    folder = unused_path(os.path.join(out_dir, time.strftime("earlier-%Y%m%d-%H%M%S")))
     os.makedirs(folder)
     for name in ("ckpt", "latest", "best.json", "log.txt"):
         if os.path.exists(os.path.join(out_dir, name)):
@@ -244,6 +244,13 @@ def load_model(checkpoint: Checkpoint, **overrides) -> nn.Module:
     return model
 
 
+def seed_random_states(seed: int) -> None:
+    """Seed torch (CPU and GPU), numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
     """The random states of this process: torch's on CPU and GPU, numpy's and Python's, as tensors."""
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -253,7 +260,7 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
         "numpy": torch.from_numpy(keys.astype(np.int64)),
         "numpy_rest": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
         "python": torch.tensor(internal, dtype=torch.int64),
-        "python_rest": torch.tensor([version, float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "python_rest": torch.tensor([version, gauss is not None, gauss or 0.0], dtype=torch.float64),
     }
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -266,7 +273,7 @@ def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> 
     position, has_gauss, cached = states["numpy_rest"].tolist()
     keys = states["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
-    version, gauss = states["python_rest"].tolist()
-    random.setstate((int(version), tuple(states["python"].tolist()), None if gauss != gauss else gauss))
+    version, has_gauss, gauss = states["python_rest"].tolist()
+    random.setstate((int(version), tuple(states["python"].tolist()), gauss if has_gauss else None))
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

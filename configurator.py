@@ -261,8 +261,8 @@ def install_error_hook(rank: int = 0) -> None:
         if rank != 0:
             time.sleep(3)
         who = "error" if rank == 0 else f"error on rank {rank}"
-        print(f"{who}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        os.write(2, f"{who}: {error}\n".encode())  # torch.distributed's own hook holds sys.stderr back
         os._exit(2)  # threads and process groups that are still up must not hold the exit back
 
     sys.excepthook = hook

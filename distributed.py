@@ -65,6 +65,12 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
     return Processes(env_rank(), world_size, local_rank, chosen, dist.group.WORLD)
 
 
+def print0(text: str, processes: Processes) -> None:
+    """Print on the main process only."""
+    if processes.main:
+        print(text, flush=True)
+
+
 def pick_device(device: str, local_rank: int | None = None) -> torch.device:
     """The device a name stands for, known to be there. With a local rank, 'cuda' is that rank's GPU."""
     if device == "auto":

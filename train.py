@@ -29,6 +29,7 @@ from distributed import (
     finish,
     gather_to_main,
     pick_dtype,
+    print0,
     start,
 )
 from model import GPT, GPTConfig, padded_vocab_size
@@ -101,7 +102,7 @@ tokens_per_iter = batch_size * block_size * gradient_accumulation_steps
 data = open_dataset(dataset, block_size)
 
 # model
-torch.manual_seed(seed)
+checkpoint.seed_random_states(seed)
 resumed = checkpoint.find(out_dir) if init_from == "resume" else None
 if init_from == "scratch":
     used_vocab_size, vocab_size = padded_vocab_size(data.meta)
@@ -126,6 +127,11 @@ if resumed is not None:
     scaler.load_state_dict(resumed.state["scaler"])
     first_iter, first_sample = resumed.step, resumed.state["sample"]
     best_val_loss = resumed.state["best_val_loss"]
+
+    if first_iter >= max_iters and not eval_only:
+        print0(f"nothing left to do: {resumed.path} is at max_iters={max_iters}", processes)
+        finish(processes)
+        raise SystemExit(0)
 
 # from here on files are written
 if main and init_from != "resume" and not eval_only:
@@ -196,7 +202,7 @@ if eval_only:
 # training loop
 loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device,
                     processes.rank, processes.world_size, sample=first_sample)
-torch.manual_seed(seed + processes.rank)  # dropout differs between processes
+checkpoint.seed_random_states(seed + processes.rank)  # dropout differs between processes
 if resumed is not None and resumed.state["world_size"] == processes.world_size:
     states = {name.partition(".")[2]: t for name, t in resumed.tensors("rng").items()
               if name.startswith(f"{processes.rank}.")}

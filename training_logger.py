@@ -15,6 +15,8 @@ import time
 
 import torch
 
+from data.files import unused_path
+
 PEAK_TFLOPS = {  # dense, by a part of the device's name: (bf16 and fp16, tf32); the vendors' data sheets
     "H200": (989.5, 494.7), "H100 PCIe": (756.0, 378.0), "H100": (989.5, 494.7), "GH200": (989.5, 494.7),
     "B200": (2250.0, 1125.0), "A100": (312.0, 156.0), "A800": (312.0, 156.0), "A10G": (70.0, 35.0),
@@ -64,10 +66,10 @@ class TrainingLogger:
         if not active or out_dir is None:
             return
         os.makedirs(out_dir, exist_ok=True)
-        text, events = (os.path.join(out_dir, name) for name in
-                        ("log.txt", time.strftime("run_%Y%m%d-%H%M%S.jsonl")))
+        text = os.path.join(out_dir, "log.txt")
+        events = unused_path(os.path.join(out_dir, time.strftime("run_%Y%m%d-%H%M%S")), ".jsonl")
         self._text = open(text, "a" if resumed else "w", encoding="utf-8", buffering=1)
-        self._events = open(events, "a", encoding="utf-8", buffering=1)
+        self._events = open(events, "w", encoding="utf-8", buffering=1)
         self.event("start", config=config, environment=environment, resumed=resumed)
 
     def start_wandb(self, project: str, name: str, config: dict) -> None:

@@ -198,6 +198,15 @@ def is_published(folder: str, **expected) -> bool:
     return counts == {"train": meta.get("train_tokens"), "val": meta.get("val_tokens")}
 
 
+def unused_path(stem: str, ending: str = "") -> str:
+    """stem + ending, or, if that exists, stem_1 + ending and so on."""
+    path, n = stem + ending, 0
+    while os.path.exists(path):
+        n += 1
+        path = f"{stem}_{n}{ending}"
+    return path
+
+
 def json_text(value) -> str:
     """A value as write_json writes it, to the byte."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

@@ -69,7 +69,7 @@ def _script_process(script: str, args: list[str], cwd: str, env: dict, out: str,
         runpy.run_path(script, run_name="__main__")
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
-    except BaseException:  # noqa: B036 - what the interpreter does with it
+    except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
     sys.stdout.flush()

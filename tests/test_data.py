@@ -209,7 +209,7 @@ def test_shakespeare_in_gpt2_tokens(tmp_path):
 
 def test_no_network_and_no_tokenizer_files(tmp_path):
     """Every name resolves to nothing through a proxy that is not there."""
-    nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     (tmp_path / "text.txt").write_text("some text " * 100)
     cases = [("shakespeare_char/prepare.py", [], "--input"),
              ("shakespeare/prepare.py", [f"--input={tmp_path / 'text.txt'}"], "TIKTOKEN_CACHE_DIR"),

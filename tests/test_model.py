@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import UserError
 from kernels.cross_entropy import linear_cross_entropy
-from model import GPT, GPT2_SIZES, GPTConfig, MLP, init_weights, padded_vocab_size
+from model import GPT, GPT2_SIZES, MLP, GPTConfig, init_weights, padded_vocab_size
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 

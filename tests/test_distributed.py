@@ -1,0 +1,119 @@
+"""Data parallel on real processes (gloo): 1, 2, 4, two nodes on loopback, and 8 to see that it starts. CPU; a minute.
+
+    python -m pytest tests/test_distributed.py
+"""
+
+import json
+import socket
+import threading
+
+import pytest
+import torch
+from conftest import TINY, torchrun
+
+import checkpoint
+
+# 16 sequences an update, however they are divided; evaluation windows that no number of ranks divides
+RUN = [*TINY, "--batch_size=2", "--gradient_accumulation_steps=8", "--max_iters=50", "--learning_rate=1e-2",
+       "--eval_interval=25", "--eval_iters=13", "--bias=True"]
+
+
+def losses(out_dir):
+    """Of every iteration, and (train, val) of every evaluation, in full precision."""
+    events = [json.loads(line) for line in sorted(out_dir.glob("run_*.jsonl"))[-1].read_text().splitlines()]
+    return ([e["loss"] for e in events if e["event"] == "iter"],
+            [loss for e in events if e["event"] == "eval" for loss in (e["train_loss"], e["val_loss"])],
+            [e["norm"] for e in events if e["event"] == "iter"])
+
+
+@pytest.fixture(scope="module")
+def single(tiny_data, tmp_path_factory):
+    """The run on one process."""
+    folder = tmp_path_factory.mktemp("single")
+    done = torchrun(1, "train.py", *RUN, f"--dataset={tiny_data}", "--out_dir=out", cwd=folder)
+    assert done.code == 0, done.err
+    return losses(folder / "out")
+
+
+def assert_equal_run(out_dir, single):
+    """1e-6 relative: fp32 sums over 16 sequences in another order, through 50 updates."""
+    for mine, expected in zip(losses(out_dir), single):
+        assert mine == pytest.approx(expected, rel=1e-6) and len(mine) == len(expected) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_same_losses_on_more_processes(n, single, tiny_data, tmp_path):
+    done = torchrun(n, "train.py", *RUN, f"--dataset={tiny_data}", "--out_dir=out", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert f"2 sequences x 16 tokens x {8 // n} accumulation x {n} ranks = 256" in done.out
+    assert done.out.count("step 25:") == 1  # one process prints
+    assert_equal_run(tmp_path / "out", single)
+    found = checkpoint.find(str(tmp_path / "out"))
+    assert {name.split(".")[0] for name in found.tensors("rng")} == set(map(str, range(n)))
+
+
+@pytest.mark.slow
+def test_two_nodes(single, tiny_data, tmp_path):
+    """Two launchers of one process each, as on two machines, which meet at 127.0.0.1."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    results = [None, None]
+
+    def node(rank):
+        launcher = ("--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}")
+        results[rank] = torchrun(1, "train.py", *RUN, f"--dataset={tiny_data}", "--out_dir=out", cwd=tmp_path,
+                                 launcher=launcher)
+
+    threads = [threading.Thread(target=node, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [r.code for r in results] == [0, 0], results
+    assert "step 25:" in results[0].out and "step 25:" not in results[1].out
+    assert_equal_run(tmp_path / "out", single)
+
+
+@pytest.mark.slow
+def test_resume_on_another_number_of_processes(tiny_data, tmp_path):
+    """25 updates on two processes, saved, 25 more on one: the losses of one process throughout."""
+    args = [*RUN, f"--dataset={tiny_data}", "--out_dir=out"]
+    assert torchrun(2, "train.py", *args, "--max_iters=25", cwd=tmp_path).code == 0
+    first = losses(tmp_path / "out")[0]
+    whole = torchrun(1, "train.py", *args, "--out_dir=whole", cwd=tmp_path)
+    assert whole.code == 0
+    assert torchrun(1, "train.py", *args, "--init_from=resume", cwd=tmp_path).code == 0
+    assert first + losses(tmp_path / "out")[0] == pytest.approx(losses(tmp_path / "whole")[0], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_dropout_resumes_exactly_on_two_processes(tiny_data, tmp_path):
+    """Each process has its own dropout masks, and its own random state in the checkpoint."""
+    args = [*RUN, f"--dataset={tiny_data}", "--dropout=0.3", "--eval_interval=5", "--bias=False"]
+    assert torchrun(2, "train.py", *args, "--max_iters=10", "--out_dir=whole", cwd=tmp_path).code == 0
+    assert torchrun(2, "train.py", *args, "--max_iters=5", "--out_dir=parts", cwd=tmp_path).code == 0
+    assert torchrun(2, "train.py", *args, "--max_iters=10", "--out_dir=parts", "--init_from=resume",
+                    cwd=tmp_path).code == 0
+    whole, parts = (checkpoint.find(str(tmp_path / name)) for name in ("whole", "parts"))
+    for which in ("model", "optim", "rng"):
+        expected = whole.tensors(which)
+        for name, tensor in parts.tensors(which).items():
+            assert torch.equal(tensor, expected[name]), name
+    assert not torch.equal(whole.tensors("rng")["0.torch"], whole.tensors("rng")["1.torch"])
+
+
+@pytest.mark.slow
+def test_eight_processes_start_train_and_leave(tiny_data, tmp_path):
+    done = torchrun(8, "train.py", *RUN, f"--dataset={tiny_data}", "--max_iters=2", "--out_dir=out", cwd=tmp_path)
+    assert done.code == 0 and "x 8 ranks = 256" in done.out, done.err
+
+
+@pytest.mark.slow
+def test_a_users_error_is_said_once(tiny_data, tmp_path):
+    done = torchrun(2, "train.py", *RUN, f"--dataset={tiny_data}", "--gradient_accumulation_steps=3", "--out_dir=out",
+                    cwd=tmp_path)
+    assert done.code != 0 and done.err.count("must be a multiple of their number, 2") == 1
+    assert "Traceback (most recent call last):\n  File \"" + str(tmp_path) not in done.err
+    assert not (tmp_path / "out").exists()
