@@ -132,7 +132,6 @@ class Training:
 
     def __init__(self, name: str, distributed: bool = False):
         self.name = name
-        torch.compiler.reset()
         before = allocated()
         self.model = make_model(name)
         if name == "peer":
@@ -257,12 +256,14 @@ class Generation:
 def measure(contenders: list) -> dict[str, list[float]]:
     """Seconds a step of each contender in each round; they take turns."""
     times = {c.name: [] for c in contenders}
-    for _ in range(rounds):
+    for round_ in range(-1, rounds):  # the first does not count
         for contender in contenders:
             barrier(processes.group)
             if contender.name == "one GPU" and not processes.main:
                 continue  # the others stand still meanwhile
-            times[contender.name].append(contender.turn())
+            seconds = contender.turn()
+            if round_ >= 0:
+                times[contender.name].append(seconds)
     barrier(processes.group)
     return times
 

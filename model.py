@@ -17,15 +17,11 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import UserError
 from kernels import decode
 from kernels.cross_entropy import linear_cross_entropy
 
-# cuDNN's attention is the fastest on Hopper, flash on older GPUs; the others serve fp32, fp64 and CPU.
-ATTENTION_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
-                      SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
@@ -84,12 +80,6 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
-def causal_attention(q, k, v, dropout: float):
-    """q, k, v: (B, H, T, D) -> (B, H, T, D); a position sees itself and what is before it."""
-    with sdpa_kernel(ATTENTION_BACKENDS, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -108,7 +98,9 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache[0, :, :, :T] = k
             cache[1, :, :, :T] = v
-        y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        # PyTorch takes the fastest kernel it has: cuDNN's on Hopper, flash on other GPUs
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0,
+                                           is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 

@@ -21,6 +21,8 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_
         "--gradient_accumulation_steps=1", "--compile=False", "--eval_iters=2", "--eval_interval=1000",
         "--warmup_iters=2", "--lr_decay_iters=50"]
 
+NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+
 
 @dataclass
 class Result:
@@ -87,7 +89,7 @@ def _forkserver():
 
 @pytest.fixture
 def run_script(_forkserver, tmp_path):
-    """run_script("train.py", *args, cwd=..., env=...) -> Result. Forks a process in which torch is imported."""
+    """run_script("train.py", *args, cwd=..., ENV=...) -> Result. Forks a process that has imported torch."""
 
     def run(script: str, *args: str, cwd: Path = tmp_path, timeout: float = 300, **env: str) -> Result:
         out, err = tmp_path / "stdout.txt", tmp_path / "stderr.txt"

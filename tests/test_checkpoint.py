@@ -23,8 +23,9 @@ CPU = torch.device("cpu")
 def save(out_dir, step, keep=10, model=None, **state):
     model = random_model(torch.float32) if model is None else model
     description = checkpoint.model_description("gpt", model)
-    return checkpoint.save(str(out_dir), step, dict(model.named_parameters()), {"a.exp_avg": torch.arange(3.0)},
-                           {f"0.{k}": v for k, v in checkpoint.random_states(CPU).items()},
+    rng = {f"0.{name}": t for name, t in checkpoint.random_states(CPU).items()}
+    optim = {"a.exp_avg": torch.arange(3.0)}
+    return checkpoint.save(str(out_dir), step, dict(model.named_parameters()), optim, rng,
                            {"model": description, **state}, keep)
 
 
@@ -68,7 +69,8 @@ def test_pruning_keeps_the_last_the_best_and_the_protected(tmp_path):
 def test_a_step_can_be_saved_again(tmp_path):
     save(tmp_path, 5, sample=1)
     save(tmp_path, 5, sample=2)
-    assert checkpoint.find(str(tmp_path)).state["sample"] == 2 and os.listdir(tmp_path / "ckpt") == ["step-00000005"]
+    assert checkpoint.find(str(tmp_path)).state["sample"] == 2
+    assert os.listdir(tmp_path / "ckpt") == ["step-00000005"]
 
 
 def damage_truncate(path):
@@ -126,7 +128,7 @@ class Malicious:
 
 
 def test_nothing_is_unpickled(tmp_path, monkeypatch):
-    """A pickle that passes for the tensors, with a manifest to match, is refused by the safetensors reader."""
+    """A pickle that passes for the tensors, with a manifest to match, is refused by safetensors' reader."""
     monkeypatch.chdir(tmp_path)
     path = save(tmp_path, 1)
     file = os.path.join(path, "model.safetensors")
@@ -155,8 +157,9 @@ def test_parameters_that_do_not_fit():
     model, wider = random_model(torch.float32), random_model(torch.float32, n_embd=64)
     with pytest.raises(UserError, match=r"wte\.weight is \(61, 64\) there and \(61, 32\) here"):
         checkpoint.load_parameters(model, dict(wider.named_parameters()), "it")
+    fewer = random_model(torch.float32, bias=False)
     with pytest.raises(UserError, match="in only one of them"):
-        checkpoint.load_parameters(model, dict(random_model(torch.float32, bias=False).named_parameters()), "it")
+        checkpoint.load_parameters(model, dict(fewer.named_parameters()), "it")
 
 
 def test_set_aside(tmp_path):
@@ -164,5 +167,6 @@ def test_set_aside(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "log.txt").write_text("x")
     folder = checkpoint.set_aside(str(tmp_path))
-    assert sorted(os.listdir(folder)) == ["ckpt", "latest", "log.txt"] and not checkpoint.steps_in(str(tmp_path))
+    assert sorted(os.listdir(folder)) == ["ckpt", "latest", "log.txt"]
+    assert not checkpoint.steps_in(str(tmp_path))
     assert checkpoint.find(folder).step == 1

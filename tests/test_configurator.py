@@ -126,6 +126,6 @@ def test_help(settings, capsys):
         settings("--help")
     text = capsys.readouterr().out
     assert exit_.value.code == 0
-    for part in ("A script.", "# I/O", "--out_dir='out'", "where results go", "--steps=40", "# model", "one a layer"):
+    for part in ("A script.", "# I/O", "--out_dir='out'", "where results go", "--steps=40", "# model"):
         assert part in text
     assert "after" not in text

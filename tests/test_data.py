@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_data.py
 
-The tests with GPT-2's tokenizer or tiny Shakespeare need their files in ../shared and skip where those are not.
+Tests with GPT-2's tokenizer or tiny Shakespeare need their files in ../shared and skip where those are not.
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, needs_gpt2_tokenizer, tinyshakespeare
+from conftest import NO_NETWORK, ROOT, needs_gpt2_tokenizer, tinyshakespeare
 
 from configurator import UserError
 from data import tokenizers
@@ -89,9 +89,9 @@ def test_malformed_npy(tmp_path):
         open_tokens(str(path), "npy")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"vocab_size": "3", "tokenizer": "char"}', '{"vocab_size": 3}',
-                                  '{"vocab_size": 0, "tokenizer": "char"}',
-                                  '{"vocab_size": 3, "tokenizer": "char", "dtype": "uint32"}'])
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", '{"vocab_size": 3}', '{"vocab_size": "3", "tokenizer": "char"}',
+    '{"vocab_size": 0, "tokenizer": "char"}', '{"vocab_size": 3, "tokenizer": "char", "dtype": "uint32"}'])
 def test_malformed_meta(tmp_path, text):
     (tmp_path / "meta.json").write_text(text)
     with pytest.raises(UserError):
@@ -157,7 +157,8 @@ def test_python_source_by_character(sources, tmp_path):
     meta = read_meta(str(out))
     assert meta["vocab_size"] == 98 == len(meta["chars"])
     tokenizer = tokenizers.from_meta(meta)
-    texts = {split: tokenizer.decode(open_tokens(*split_files(str(out), split)[1], "bin")) for split in ("train", "val")}
+    texts = {split: tokenizer.decode(open_tokens(str(out / f"{split}.bin"), "bin"))
+             for split in ("train", "val")}
     in_split = {split: {i for i in range(60) if f"def f{i}(" in text} for split, text in texts.items()}
     assert in_split["train"] | in_split["val"] == set(range(60)) and not in_split["train"] & in_split["val"]
     assert texts["train"].count("def f3(") + texts["val"].count("def f3(") == 1  # its copy was left out
@@ -182,8 +183,8 @@ def test_python_source_as_gpt2_shards(sources, tmp_path):
         open_tokens(*split_files(str(tmp_path), "val")[1], kind) == 50256).sum()
 
 
-@pytest.mark.parametrize("args", [["--roots=/no/such/folder"], ["--roots="], ["--format=parquet"], ["--workers=0"],
-                                  ["--shard_tokens=0"], ["--what"]])
+@pytest.mark.parametrize("args", [["--roots=/no/such/folder"], ["--roots="], ["--format=parquet"],
+                                  ["--workers=0"], ["--shard_tokens=0"], ["--what"]])
 def test_python_source_errors(args, tmp_path):
     done = prepare("python_source/prepare.py", *args, f"--out={tmp_path / 'out'}")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -209,13 +210,13 @@ def test_shakespeare_in_gpt2_tokens(tmp_path):
 
 def test_no_network_and_no_tokenizer_files(tmp_path):
     """Every name resolves to nothing through a proxy that is not there."""
-    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     (tmp_path / "text.txt").write_text("some text " * 100)
     cases = [("shakespeare_char/prepare.py", [], "--input"),
              ("shakespeare/prepare.py", [f"--input={tmp_path / 'text.txt'}"], "TIKTOKEN_CACHE_DIR"),
              ("shakespeare_char/prepare.py", ["--input=/no/such/file"], "cannot read")]
     for script, args, words in cases:
-        done = prepare(script, *args, f"--out={tmp_path / 'out'}", env=nowhere | {"TIKTOKEN_CACHE_DIR": str(tmp_path)})
+        env = NO_NETWORK | {"TIKTOKEN_CACHE_DIR": str(tmp_path)}
+        done = prepare(script, *args, f"--out={tmp_path / 'out'}", env=env)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
         assert not (tmp_path / "out").exists()
 
@@ -226,7 +227,8 @@ def test_openwebtext_from_local_parquet(tmp_path):
 
     texts = [f"Document {i} says {'word ' * (i % 7)}." for i in range(40)]
     (tmp_path / "parquet").mkdir()
-    datasets.Dataset.from_dict({"text": texts, "url": texts}).to_parquet(str(tmp_path / "parquet" / "a.parquet"))
+    documents = datasets.Dataset.from_dict({"text": texts, "url": texts})
+    documents.to_parquet(str(tmp_path / "parquet" / "a.parquet"))
     args = (f"--parquet={tmp_path / 'parquet'}", f"--out={tmp_path / 'out'}", "--workers=2")
     env = {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_CACHE": str(tmp_path / "hf")}
     done = prepare("openwebtext/prepare.py", *args, env=env)
@@ -237,7 +239,8 @@ def test_openwebtext_from_local_parquet(tmp_path):
                  for part in np.split(tokens, np.flatnonzero(tokens == 50256) + 1) if len(part)]
     assert sorted(d.removesuffix("<|endoftext|>") for d in documents) == sorted(texts)
     assert "up to date" in prepare("openwebtext/prepare.py", *args, env=env).stdout
-    empty = prepare("openwebtext/prepare.py", f"--parquet={tmp_path / 'none'}", f"--out={tmp_path / 'o'}", env=env)
+    empty = prepare("openwebtext/prepare.py", f"--parquet={tmp_path / 'none'}", f"--out={tmp_path / 'o'}",
+                    env=env)
     assert empty.returncode == 2 and empty.stderr.count("\n") == 1
 
 

@@ -46,7 +46,7 @@ def test_every_window_once_an_epoch(kind, request):
     epochs = [starts(split, 3, e * n, n) for e in range(4)]
     for epoch in epochs:
         ordered = np.sort(epoch)
-        assert len(set(epoch)) == n and (np.diff(ordered) >= T).all()  # side by side: no token is served twice
+        assert len(set(epoch)) == n and (np.diff(ordered) >= T).all()  # side by side: no token twice
         assert n * T >= split.n_tokens - 2 * T * len(split.files)
     assert len(set(map(tuple, epochs))) == 4
     windows = split.gather(WindowOrder(split, 3).places(0, n))
@@ -94,7 +94,8 @@ def test_order_does_not_change_between_versions(flat):
 def test_global_batches_are_the_same_for_any_number_of_ranks(flat, world_size):
     split = Split(str(flat), "train", T)
     accumulation, B = 8 // world_size, 2
-    loaders = [DataLoader(split, B, accumulation, 500, 11, CPU, rank, world_size) for rank in range(world_size)]
+    loaders = [DataLoader(split, B, accumulation, 500, 11, CPU, rank, world_size)
+               for rank in range(world_size)]
     for update in range(8):  # into the third epoch
         rows = [x[i, 0].item() for loader in loaders for _ in range(accumulation)
                 for x, y in [loader.next()] for i in range(B)]

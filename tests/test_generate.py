@@ -14,7 +14,7 @@ from model import Decoder, sample_tokens
 
 
 def compare_with_uncached(model, decoder, idx, steps, slide=1):
-    """The largest difference between the decoder's logits and the model's on the same window, at every step."""
+    """The largest difference between the decoder's logits and the model's on the same window, at any step."""
     T, block_size = idx.shape[1], model.config.block_size
     worst, length = 0.0, min(T, block_size)
     for all_tokens, n in decoder.run(idx, steps):
@@ -98,7 +98,8 @@ def test_under_autocast_a_copy_of_the_weights_is_used():
     with torch.autocast("cpu", torch.bfloat16):
         decoder = Decoder(model, 2)
         logits = [decoder.logits.clone() for _ in decoder.run(tokens(2, 5), 20)]
-    assert decoder.model.lm_head.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
+    assert decoder.model.lm_head.weight.dtype == torch.bfloat16
+    assert model.lm_head.weight.dtype == torch.float32
     exact = Decoder(model, 2)
     for _ in exact.run(tokens(2, 5), 1):
         assert torch.allclose(logits[0], exact.logits, atol=0.1, rtol=0.1)
@@ -119,7 +120,7 @@ LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
     (dict(temperature=2.0, top_p=0.5), [0, 1], 2.0),
 ])
 def test_sampling_draws_from_the_distribution(options, kept, temperature):
-    """Frequencies of 40,000 draws within four standard errors of the probabilities; rows permuted differently."""
+    """Frequencies of 40,000 draws within four standard errors of the probabilities, whatever the order."""
     n = 40_000
     torch.manual_seed(1)
     order = torch.stack([torch.randperm(5) for _ in range(7)]).repeat(-(-n // 7), 1)[:n]
