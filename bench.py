@@ -176,8 +176,7 @@ class Training:
         return loss
 
     def train_and_evaluate(self) -> float:
-        """Val loss over 16 fixed batches after loss_steps further steps; the learning rate warms up over
-        40."""
+        """Val loss over 16 fixed batches after loss_steps further steps, 40 of them warm-up."""
         for i in range(loss_steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate * min(1.0, (i + 1) / 40)

@@ -189,8 +189,7 @@ def find(out_dir: str, which: str | int = "latest", warn=print) -> Checkpoint:
 
 
 def set_aside(out_dir: str) -> str | None:
-    """Move what an earlier run left in out_dir to a folder of its own; its name, or None if there was
-    nothing."""
+    """Move what an earlier run left in out_dir to a folder of its own; its name, None if there was none."""
     if not steps_in(out_dir):
         return None
     folder = unused_path(os.path.join(out_dir, time.strftime("earlier-%Y%m%d-%H%M%S")))
@@ -237,8 +236,7 @@ def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: s
 
 
 def load_model(checkpoint: Checkpoint, **overrides) -> nn.Module:
-    """The model of a checkpoint, on the CPU; overrides are fields of its configuration that change no
-    shape."""
+    """The model of a checkpoint, on the CPU; overrides are configuration fields that change no shape."""
     model = build_model(checkpoint.state["model"], **overrides)
     load_parameters(model, checkpoint.tensors("model"), checkpoint.path)
     return model

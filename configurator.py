@@ -194,8 +194,7 @@ def parse_argument(arg: str, settings: dict[str, Setting]) -> tuple[str, object]
 
 
 def evaluate(text: str):
-    """The value of a literal, in which lists may be repeated and joined and numbers calculated: "['spd']*6",
-    "5*8"."""
+    """The value of a literal, in which + - * / // may stand too: "['spd']*6", "5*8"."""
     return _evaluate(ast.parse(text.strip(), mode="eval").body)
 
 
@@ -218,8 +217,7 @@ def _allowed(setting: Setting) -> tuple[type, ...]:
 
 
 def check_type(setting: Setting, value, where: str):
-    """`value`, an int turned into a float where a float is meant. Raises UserError if its type is not the
-    setting's."""
+    """`value`, as a float where that is meant and an int given. Raises UserError for another type."""
     allowed = _allowed(setting)
     if isinstance(value, tuple) and list in allowed:
         value = list(value)

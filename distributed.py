@@ -100,8 +100,7 @@ def pick_device(device: str, local_rank: int | None = None) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The compute dtype a name stands for; 'auto' is bfloat16 (float16 on older GPUs) on CUDA and float32
-    elsewhere."""
+    """The compute dtype of a name; 'auto': bfloat16 on CUDA (float16 on older GPUs), else float32."""
     if dtype == "auto":
         if device.type != "cuda":
             return torch.float32

@@ -90,8 +90,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, cache=None):
-        """x: (B, T, C) -> (B, T, C). `cache` (2, B, H, block_size, D), if given, receives this prompt's k and
-        v."""
+        """x: (B, T, C) -> (B, T, C). `cache` (2, B, H, block_size, D) receives this prompt's k and v."""
         B, T, C = x.size()
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
                    for part in self.c_attn(x).split(C, dim=2))
@@ -106,8 +105,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def gelu(x):
-    """GELU in GPT-2's tanh form. Compiled code gets it as x * sigmoid(2u), the same function without a slow
-    tanh."""
+    """GELU in GPT-2's tanh form; compiled, as x * sigmoid(2u), the same function without a slow tanh."""
     if torch.compiler.is_compiling():
         return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     return F.gelu(x, approximate="tanh")
@@ -153,8 +151,7 @@ class GPT(nn.Module):
         init_weights(self, config.n_layer)
 
     def hidden(self, idx, cache=None):
-        """Token ids (B, T) -> the final hidden states (B, T, C), after ln_f. `cache`: (L, 2, B, H,
-        block_size, D)."""
+        """Token ids (B, T) -> the hidden states after ln_f (B, T, C). cache: (L, 2, B, H, block_size, D)."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise UserError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
@@ -179,8 +176,7 @@ class GPT(nn.Module):
         return self.lm_head(x if all_logits else x[:, -1:]), None
 
     def generate(self, idx, max_new_tokens: int, stop_token: int | None = None, **sampling):
-        """Token ids (B, T) -> (B, T + new). `sampling`: what Decoder takes, which to keep when there are more
-        prompts."""
+        """Token ids (B, T) -> (B, T + new). `sampling` is what Decoder takes; keep one for more prompts."""
         return Decoder(self, idx.shape[0], **sampling).generate(idx, max_new_tokens, stop_token)
 
     def n_parameters(self) -> int:
@@ -291,8 +287,7 @@ def _read_huggingface_config(folder: str) -> dict:
 
 @torch.no_grad()
 def _load_huggingface_weights(model: GPT, folder: str) -> None:
-    """Copy model.safetensors into the model. Raises UserError if a parameter is missing or of another
-    shape."""
+    """Copy model.safetensors into the model. Raises UserError for what is missing or of another shape."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -393,16 +388,14 @@ class Decoder:
         self.graphs = {}
 
     def prefill(self, idx):
-        """Fill the cache with idx (B, T), T <= block_size; leave the logits of the token after it, and draw
-        it."""
+        """Fill the cache with idx (B, T), T <= block_size; compute and draw the token after it."""
         x = self.model.hidden(idx, self.cache)
         self.logits.copy_(self.model.lm_head(x[:, -1]))
         self.position.fill_(idx.shape[1])
         self._draw()
 
     def step(self):
-        """Feed `token` at `position`, likewise. Static shapes and addresses, no synchronisation with the
-        host."""
+        """Feed `token` at `position`, likewise. Static shapes and addresses, no wait for the host."""
         transformer = self.model.transformer
         self.x.copy_(transformer.wte(self.token) + transformer.wpe(self.position))
         for block, cache in zip(transformer.h, self.cache):
@@ -497,8 +490,7 @@ def _wait(fetched, event) -> list[int]:
 
 
 def capture_graph(function, restore=()) -> torch.cuda.CUDAGraph:
-    """Capture what `function` launches, after a warm-up run that leaves `restore` and the random state as
-    they were."""
+    """Capture what `function` launches, after a warm-up run that changes neither `restore` nor the RNG."""
     before, rng = [t.clone() for t in restore], torch.cuda.get_rng_state()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,5 +1,4 @@
-"""Parameter groups, AdamW, learning-rate schedules, the gradient norm, and optimizer state by parameter
-name."""
+"""Parameter groups, AdamW, learning-rate schedules, the gradient norm, optimizer state by name."""
 
 import math
 
@@ -10,8 +9,7 @@ from configurator import UserError
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and embeddings decay, vectors (biases, LayerNorm) do not. Covers every parameter exactly
-    once."""
+    """Matrices and embeddings decay, vectors (biases, LayerNorm) do not. Each parameter is in one group."""
     parameters = [p for p in model.parameters() if p.requires_grad]  # a tied weight comes once
     return [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
@@ -32,8 +30,7 @@ def build_adamw(model: nn.Module, learning_rate: float, betas: tuple[float, floa
 
 def cosine_learning_rate(step: int, peak: float, minimum: float, warmup_steps: int,
                          decay_steps: int) -> float:
-    """Linear from near 0 to `peak` over warmup_steps, then half a cosine to `minimum` at decay_steps, then
-    that."""
+    """Linear to `peak` over warmup_steps, then half a cosine to `minimum` at decay_steps, then that."""
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     if step > decay_steps:

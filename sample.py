@@ -1,8 +1,8 @@
 """Generate text from a checkpoint of this repository or from GPT-2 weights, printed as it comes.
 
-$ python sample.py --out_dir=out-python-char --start="def " $ python sample.py --init_from=gpt2-xl
---start="What is the answer to life?" --num_samples=5 --max_new_tokens=100 $ python sample.py
---start=FILE:prompt.txt
+$ python sample.py --out_dir=out-python-char --start="def "
+$ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5
+$ python sample.py --start=FILE:prompt.txt
 """
 
 import torch

@@ -26,8 +26,7 @@ REQUIRED_META = {"vocab_size": int, "tokenizer": str}
 
 
 def split_files(folder: str, split: str) -> tuple[str, list[str]]:
-    """The format ('bin', 'shards', 'npy') and the sorted files of a split ('train' or 'val'). Raises
-    UserError."""
+    """The format ('bin', 'shards', 'npy') and sorted files of 'train' or 'val'. Raises UserError."""
     flat = os.path.join(folder, f"{split}.bin")
     if os.path.isfile(flat):
         return "bin", [flat]
@@ -44,8 +43,7 @@ def split_files(folder: str, split: str) -> tuple[str, list[str]]:
 
 
 def open_tokens(path: str, kind: str) -> np.ndarray:
-    """The tokens of one file as a read-only memory map of uint16. Raises UserError if the file is not what it
-    claims."""
+    """The tokens of one file as a read-only memory map of uint16. Raises UserError if it is malformed."""
     size = os.path.getsize(path)
     if kind == "npy":
         try:
@@ -97,8 +95,7 @@ class TokenWriter:
     """Writes the tokens of one split as a flat file or as shards, under temporary names until `publish`."""
 
     def __init__(self, folder: str, split: str, prefix: str | None = None, shard_tokens: int | None = None):
-        """A flat {split}.bin, or, with `shard_tokens`, shards {prefix}_{split}_000000.bin of at most that
-        many."""
+        """A flat {split}.bin; with `shard_tokens`, files {prefix}_{split}_000000.bin of at most so many."""
         self.folder, self.split, self.prefix, self.shard_tokens = folder, split, prefix, shard_tokens
         self.total = 0  # tokens so far, in all files
         self.finished = {}  # final path -> SHA-256 of the finished file

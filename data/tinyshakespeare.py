@@ -1,5 +1,4 @@
-"""Tiny Shakespeare (1.1 MB), shared by data/shakespeare_char and data/shakespeare, which differ in the
-tokenizer."""
+"""Tiny Shakespeare (1.1 MB): what data/shakespeare_char and data/shakespeare have in common."""
 
 import os
 

@@ -15,8 +15,7 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 class CharTokenizer:
-    """One token a character. Characters outside `chars` become UNKNOWN if that is among them, else are an
-    error."""
+    """One token a character. Others than `chars` become UNKNOWN if that is among them, else an error."""
 
     eot_token = None
 
@@ -74,8 +73,7 @@ class GPT2Tokenizer:
         return self._encoding.decode([int(i) for i in ids], errors="replace")
 
     def stream(self):
-        """A function that turns one id after the other into text; a character comes with the last of its
-        bytes."""
+        """A function from one id after the other to text; a character comes with the last of its bytes."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda token: decoder.decode(self._encoding.decode_single_token_bytes(token))
 
@@ -84,8 +82,7 @@ class GPT2Tokenizer:
 
 
 def from_meta(meta: dict | None):
-    """The tokenizer that a meta.json describes; GPT-2's if there is none, as nanoGPT assumes. Raises
-    UserError."""
+    """The tokenizer of a meta.json; GPT-2's if there is none, as in nanoGPT. Raises UserError."""
     kind = "gpt2" if meta is None else meta["tokenizer"]
     if kind == "gpt2":
         return GPT2Tokenizer()

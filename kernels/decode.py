@@ -92,8 +92,7 @@ if triton is not None:
         NORM: tl.constexpr, BETA: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
-        """One program: BLOCK_N outputs of one row, all of K in registers, so that every load is in flight at
-        once."""
+        """One program: BLOCK_N outputs of one row; all of K in registers, so all loads fly at once."""
         row = tl.program_id(1)
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
@@ -269,8 +268,7 @@ def _launch(x, weight, bias, out, norm, gelu, add):
 
 
 def _matrix_tile(B: int, N: int) -> dict:
-    """Narrow tiles spread a layer over all multiprocessors; the head has rows enough to fill them with wide
-    ones."""
+    """Narrow tiles spread a layer over all multiprocessors; the head has rows enough for wide ones."""
     block_n = 16 if N <= 8192 else 64
     if B <= 32:
         return dict(BLOCK_N=block_n, BLOCK_K=256, num_warps=2 if N <= 8192 else 4, num_stages=3)
