@@ -152,16 +152,20 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None):
         """Token ids (B, T) -> the hidden states after ln_f (B, T, C). cache: (L, 2, B, H, block_size, D)."""
+        x = self.transformer.drop(self.embed(idx))
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, None if cache is None else cache[i])
+        return self.transformer.ln_f(x)
+
+    def embed(self, idx):
+        """Token ids (B, T) -> their embeddings with that of their position (B, T, C)."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise UserError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))
         if torch.is_autocast_enabled(x.device.type):  # the residual stream is in the compute dtype throughout
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.transformer.drop(x)
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache[i])
-        return self.transformer.ln_f(x)
+        return x
 
     def forward(self, idx, targets=None, all_logits: bool = False):
         """Token ids (B, T) -> (logits, loss).
@@ -176,8 +180,12 @@ class GPT(nn.Module):
         return self.lm_head(x if all_logits else x[:, -1:]), None
 
     def generate(self, idx, max_new_tokens: int, stop_token: int | None = None, **sampling):
-        """Token ids (B, T) -> (B, T + new). `sampling` is what Decoder takes; keep one for more prompts."""
-        return Decoder(self, idx.shape[0], **sampling).generate(idx, max_new_tokens, stop_token)
+        """Token ids (B, T) -> (B, T + new). `sampling` is what Decoder takes."""
+        return self.decoder(idx.shape[0], **sampling).generate(idx, max_new_tokens, stop_token)
+
+    def decoder(self, batch_size: int, **sampling) -> "Decoder":
+        """What generates from this model, to be kept for more prompts; see Decoder."""
+        return Decoder(self, batch_size, **sampling)
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -374,18 +382,24 @@ class Decoder:
         self.used_vocab_size = config.used_vocab_size
         self.block_size, self.keep = config.block_size, config.block_size - slide + 1
 
-        B, C, D = batch_size, config.n_embd, config.n_embd // config.n_head
+        B = batch_size
         make = partial(torch.zeros, device=self.device, dtype=dtype)
-        residual_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.cache = make(config.n_layer, 2, B, config.n_head, self.block_size, D)
-        self.attention = decode.Attention(self.cache)
-        self.x = make(B, C, dtype=residual_dtype)
-        self.qkv, self.y, self.h = make(B, 3 * C), make(B, C), make(B, 4 * C)
-        self.logits = make(B, config.vocab_size, dtype=residual_dtype)
+        self.residual_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.allocate(B, make)
         self.token = make(B, dtype=torch.int64)  # the newest token, not yet in the cache
         self.position = make(1, dtype=torch.int64)  # how many tokens the cache holds
         self.window = make(B, self.keep, dtype=torch.int64)
         self.graphs = {}
+
+    def allocate(self, B: int, make):
+        """Cache and buffers of a step; `make` makes a tensor of zeros in the weights' dtype."""
+        config = self.model.config
+        C, H = config.n_embd, config.n_head
+        self.cache = make(config.n_layer, 2, B, H, self.block_size, C // H)
+        self.attention = decode.Attention(self.cache)
+        self.x = make(B, C, dtype=self.residual_dtype)
+        self.qkv, self.y, self.h = make(B, 3 * C), make(B, C), make(B, 4 * C)
+        self.logits = make(B, config.vocab_size, dtype=self.residual_dtype)
 
     def prefill(self, idx):
         """Fill the cache with idx (B, T), T <= block_size; compute and draw the token after it."""
@@ -402,9 +416,9 @@ class Decoder:
             attn, mlp = block.attn, block.mlp
             decode.linear(self.x, attn.c_attn.weight, attn.c_attn.bias, self.qkv, norm=block.ln_1)
             self.attention(self.qkv, cache, self.position, self.y)
-            decode.linear(self.y, attn.c_proj.weight, attn.c_proj.bias, self.x, add=True)
+            decode.linear(self.y, attn.c_proj.weight, attn.c_proj.bias, self.x, residual=self.x)
             decode.linear(self.x, mlp.c_fc.weight, mlp.c_fc.bias, self.h, norm=block.ln_2, gelu=True)
-            decode.linear(self.h, mlp.c_proj.weight, mlp.c_proj.bias, self.x, add=True)
+            decode.linear(self.h, mlp.c_proj.weight, mlp.c_proj.bias, self.x, residual=self.x)
         decode.linear(self.x, self.model.lm_head.weight, None, self.logits, norm=transformer.ln_f)
         self.position += 1
         self._draw()
@@ -501,7 +515,7 @@ def capture_graph(function, restore=()) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.set_rng_state(rng)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog has a thread, too
         function()
     return graph
 

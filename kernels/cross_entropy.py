@@ -64,6 +64,10 @@ def _loss_and_grads(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 
 @_loss_and_grads.register_fake
 def _(x, weight, targets, ignore_index, need_grads):
+    return _loss_and_grads_shapes(x, weight, need_grads)
+
+
+def _loss_and_grads_shapes(x, weight, need_grads):
     grad_x = torch.empty_like(x) if need_grads else x.new_empty(0)
     grad_w = torch.empty_like(weight) if need_grads else weight.new_empty(0)
     return x.new_empty((), dtype=_loss_dtype(x)), grad_x, grad_w
@@ -118,31 +122,103 @@ def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads):
     return losses, logits.copy_(probs * valid[:, None])
 
 
+def vocab_parallel_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, first: int,
+                                 group, ignore_index: int = -1) -> torch.Tensor:
+    """linear_cross_entropy where each process of a group has some rows of the weight, and no one all logits.
+
+    x: (N, C), the same on all; weight: (V_p, C), rows `first` to `first + V_p` of the vocabulary; targets:
+    (N,) in all of it. Returns the mean loss, the same on all. The gradient of x is this process's share,
+    still to be summed over the group; that of weight is whole. A chunk of rows costs one exchange of two
+    numbers a row and process: log-sum-exp and target logit.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    need_grads = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    loss_sum, _, _ = _vocab_parallel(x, weight, targets, first, group.size(), group.group_name, ignore_index,
+                                     need_grads)
+    return loss_sum / (targets != ignore_index).sum()
+
+
+@torch.library.custom_op("nanosync::vocab_parallel_cross_entropy", mutates_args=())
+def _vocab_parallel(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, first: int, processes: int,
+                    group_name: str, ignore_index: int, need_grads: bool
+                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    N, V = x.shape[0], weight.shape[0]
+    w = weight.to(x.dtype)
+    losses = x.new_empty(N, dtype=_loss_dtype(x))
+    grad_x = torch.empty_like(x) if need_grads else x.new_empty(0)
+    grad_w = weight.new_zeros(weight.shape) if need_grads else weight.new_empty(0)
+    mine = (targets >= first) & (targets < first + V)
+    index = (targets - first).where(mine, -1)
+    rows = _chunk_rows(x, max(V, 1))
+    for start in range(0, N, rows):
+        part = slice(start, min(start + rows, N))
+        logits = x[part] @ w.T  # (rows, V)
+        stats = torch.stack(_lse_and_target_logit(logits, index[part]), dim=1)  # (rows, 2)
+        stats = _all_gather(stats, processes, group_name)  # (processes, rows, 2)
+        lse = stats[:, :, 0].logsumexp(dim=0)
+        valid = targets[part] != ignore_index
+        losses[part] = (lse - stats[:, :, 1].sum(dim=0)).where(valid, 0)
+        if need_grads:
+            grad_logits = _grad_logits_(logits, lse.where(valid, float("inf")), index[part])
+            torch.mm(grad_logits, w, out=grad_x[part])
+            _add_matmul_(grad_w, grad_logits.T, x[part])
+    return losses.sum(), grad_x, grad_w
+
+
+@_vocab_parallel.register_fake
+def _(x, weight, targets, first, processes, group_name, ignore_index, need_grads):
+    return _loss_and_grads_shapes(x, weight, need_grads)
+
+
+def _scale_vocab_parallel_grads(ctx, *grads):
+    return *_scale_grads(ctx, *grads), None, None, None
+
+
+_vocab_parallel.register_autograd(_scale_vocab_parallel_grads, setup_context=_keep_grads)
+
+
+def _all_gather(x: torch.Tensor, processes: int, group_name: str) -> torch.Tensor:
+    """x of every process of a group: (processes, *x.shape)."""
+    ops = torch.ops._c10d_functional
+    gathered = ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous(), processes, group_name))
+    return gathered.view(processes, *x.shape)
+
+
+def _lse_and_target_logit(logits, index):
+    """Log-sum-exp (rows,) of these columns and the logit in column `index`, 0 where that is -1."""
+    if usable(logits):
+        lse, target = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+        _lse_kernel[(logits.shape[0],)](logits, index, lse, target, logits.shape[1], logits.stride(0),
+                                        LANES=4096, UNROLL=8, num_warps=16)
+        return lse, target
+    full = logits.to(_loss_dtype(logits))
+    target = full.gather(1, index.clamp(min=0)[:, None])[:, 0] if full.shape[1] else full.new_zeros(len(full))
+    return full.logsumexp(dim=1), target.where(index >= 0, 0)
+
+
+def _grad_logits_(logits, lse, index):
+    """softmax - onehot over `logits`, given log-sum-exp over all columns; index -1: nothing to take off."""
+    if usable(logits):
+        _grad_kernel[(logits.shape[0],)](logits, index, lse, logits.shape[1], logits.stride(0),
+                                         LANES=4096, UNROLL=8, num_warps=16)
+        return logits
+    probs = (logits.to(_loss_dtype(logits)) - lse[:, None]).exp_()
+    there = (index >= 0) & lse.isfinite()
+    if probs.shape[1]:
+        probs.scatter_add_(1, index.clamp(min=0)[:, None], -there.to(probs.dtype)[:, None])
+    return logits.copy_(probs)
+
+
 if triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def _cross_entropy_kernel(
-        logits_ptr,  # (rows, V), overwritten by the gradient if WRITE_GRAD
-        targets_ptr,  # (rows,)
-        losses_ptr,  # (rows,) fp32
-        V, row_stride, ignore_index,
-        WRITE_GRAD: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    ):
-        """One program a row: a running softmax in fp32, then, from L2, softmax minus one-hot.
-
-        Every one of LANES lanes keeps its own maximum and sum over UNROLL entries at a time, so the loop
-        needs one exponential an entry and no exchange between threads. Base 2, the exponential that the
-        hardware has.
+    def _log2_sum_exp2(logits_ptr, V, LANES: tl.constexpr, UNROLL: tl.constexpr):
+        """log2 of the sum of e^logit over a row: every one of LANES lanes keeps its own maximum and sum over
+        UNROLL entries at a time, so the loop needs one exponential an entry and no exchange between threads.
         """
         LOG2E: tl.constexpr = 1.4426950408889634
-        row = tl.program_id(0).to(tl.int64)
-        logits_ptr += row * row_stride
-        target = tl.load(targets_ptr + row)
-        valid = target != ignore_index
-        target_ptr = logits_ptr + tl.where(valid, target, 0)
-        target_logit = tl.load(target_ptr).to(tl.float32)
-
         offsets = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         lane_max = tl.full((LANES,), -1e30, tl.float32)  # finite: -inf - -inf would be NaN
         lane_sum = tl.zeros((LANES,), tl.float32)
@@ -153,19 +229,75 @@ if triton is not None:
             lane_sum = lane_sum * tl.exp2(lane_max - new_max) + tl.sum(tl.exp2(z - new_max[None, :]), axis=0)
             lane_max = new_max
         row_max = tl.max(lane_max, axis=0)
-        lse = row_max + tl.log2(tl.sum(lane_sum * tl.exp2(lane_max - row_max), axis=0))
-        loss = lse / LOG2E - target_logit
-        tl.store(losses_ptr + row, tl.where(valid, loss, 0.0))
+        return row_max + tl.log2(tl.sum(lane_sum * tl.exp2(lane_max - row_max), axis=0))
 
+    @triton.jit
+    def _store_softmax(logits_ptr, lse2, V, LANES: tl.constexpr, UNROLL: tl.constexpr):
+        """Overwrite a row with 2^(logit / ln 2 - lse2): all zeros where lse2 is infinite."""
+        LOG2E: tl.constexpr = 1.4426950408889634
+        offsets = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+        for start in range(0, V, LANES * UNROLL):
+            mask = start + offsets < V
+            z = tl.load(logits_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+            p = tl.exp2(z * LOG2E - lse2)
+            tl.store(logits_ptr + start + offsets, p.to(logits_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _lse_kernel(
+        logits_ptr,  # (rows, V)
+        index_ptr,  # (rows,), -1 for no column
+        lse_ptr, target_ptr,  # (rows,) fp32
+        V, row_stride, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        logits_ptr += row * row_stride
+        index = tl.load(index_ptr + row)
+        target = tl.load(logits_ptr + index, mask=index >= 0, other=0.0).to(tl.float32)
+        tl.store(target_ptr + row, target)
+        tl.store(lse_ptr + row, _log2_sum_exp2(logits_ptr, V, LANES, UNROLL) / 1.4426950408889634)
+
+    @triton.jit
+    def _grad_kernel(
+        logits_ptr,  # (rows, V), overwritten
+        index_ptr,  # (rows,), -1 for no column
+        lse_ptr,  # (rows,) fp32, infinite for rows that do not count
+        V, row_stride, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        logits_ptr += row * row_stride
+        index = tl.load(index_ptr + row)
+        lse2 = tl.load(lse_ptr + row) * 1.4426950408889634
+        counts = (index >= 0) & (lse2 != float("inf"))
+        target = tl.load(logits_ptr + index, mask=counts, other=0.0).to(tl.float32)
+        _store_softmax(logits_ptr, lse2, V, LANES, UNROLL)
+        tl.debug_barrier()  # the row is written: now the one entry of the target
+        p = tl.exp2(target * 1.4426950408889634 - lse2) - 1.0
+        tl.store(logits_ptr + index, p.to(logits_ptr.dtype.element_ty), mask=counts)
+
+    @triton.jit
+    def _cross_entropy_kernel(
+        logits_ptr,  # (rows, V), overwritten by the gradient if WRITE_GRAD
+        targets_ptr,  # (rows,)
+        losses_ptr,  # (rows,) fp32
+        V, row_stride, ignore_index,
+        WRITE_GRAD: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    ):
+        """One program a row: a running softmax in fp32, then, from L2, softmax minus one-hot. Base 2, the
+        exponential that the hardware has."""
+        LOG2E: tl.constexpr = 1.4426950408889634
+        row = tl.program_id(0).to(tl.int64)
+        logits_ptr += row * row_stride
+        target = tl.load(targets_ptr + row)
+        valid = target != ignore_index
+        target_ptr = logits_ptr + tl.where(valid, target, 0)
+        target_logit = tl.load(target_ptr).to(tl.float32)
+        lse2 = _log2_sum_exp2(logits_ptr, V, LANES, UNROLL)
+        tl.store(losses_ptr + row, tl.where(valid, lse2 / LOG2E - target_logit, 0.0))
         if WRITE_GRAD:
-            lse = tl.where(valid, lse, float("inf"))  # makes every softmax of an ignored row zero
-            for start in range(0, V, LANES * UNROLL):
-                mask = start + offsets < V
-                z = tl.load(logits_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-                p = tl.exp2(z * LOG2E - lse)
-                tl.store(logits_ptr + start + offsets, p.to(logits_ptr.dtype.element_ty), mask=mask)
+            lse2 = tl.where(valid, lse2, float("inf"))  # makes every softmax of an ignored row zero
+            _store_softmax(logits_ptr, lse2, V, LANES, UNROLL)
             tl.debug_barrier()  # the row is written: now the one entry of the target
-            p_target = tl.exp2(target_logit * LOG2E - lse)
+            p_target = tl.exp2(target_logit * LOG2E - lse2)
             tl.store(target_ptr, (p_target - 1.0).to(logits_ptr.dtype.element_ty), mask=valid)
 
 

@@ -22,22 +22,28 @@ from kernels import triton, usable
 MAX_ROWS = 64  # from here on cuBLAS beats the kernel, whose tile holds all rows of the batch
 
 
-def linear(x, weight, bias, out, norm=None, gelu: bool = False, add: bool = False):
-    """out = act(LayerNorm(x) @ weight.T + bias), or out += ... with `add`.
+def linear(x, weight, bias, out, norm=None, gelu: bool = False, residual=None, also=None,
+           also_add: bool = False, also_bias: bool = True):
+    """out = act(LayerNorm(x) @ weight.T + bias) + residual.
 
     x: (B, K); weight: (N, K); bias: (N,) or None; out: (B, N), written; norm: a LayerNorm module of width K,
-    or None. The product is in weight's dtype with fp32 sums; LayerNorm and residual are in x's and out's
-    dtype, or fp32.
+    or None; residual: (B, N), which may be `out`, or None. `also` (B, N), if given, receives the product,
+    with the bias if `also_bias`, in place of or, with `also_add`, on top of what it holds. The product is in
+    weight's dtype with fp32 sums; LayerNorm and residual are in x's and out's dtype, or fp32.
     """
     if usable(weight) and x.shape[0] <= MAX_ROWS:
-        return _launch(x, weight, bias, out, norm, gelu, add)
+        return _launch(x, weight, bias, out, norm, gelu, residual, also, also_add, also_bias)
     if norm is not None:
         beta = None if norm.bias is None else norm.bias.to(x.dtype)
         x = F.layer_norm(x, norm.weight.shape, norm.weight.to(x.dtype), beta, 1e-5)
-    y = F.linear(x.to(weight.dtype), weight, bias)
+    x = x.to(weight.dtype)
+    y = F.linear(x, weight, bias)
+    if also is not None:
+        plain = y if also_bias else F.linear(x, weight)
+        also.copy_(also + plain if also_add else plain)
     if gelu:
         y = F.gelu(y, approximate="tanh")
-    return out.add_(y) if add else out.copy_(y)
+    return out.copy_(y if residual is None else residual + y)
 
 
 class Attention:
@@ -83,13 +89,34 @@ if triton is not None:
         return x * tl.sigmoid(2.0 * inner)  # 0.5 x (1 + tanh(inner))
 
     @triton.jit
+    def _finish(y, offsets, mask, n, n_mask, bias_ptr, out_ptr, residual_ptr, also_ptr,
+                BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, ALSO: tl.constexpr,
+                ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr):
+        """All that follows the product y, of the outputs n: see `linear`."""
+        also = y
+        if BIAS:
+            y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
+        if ALSO:
+            if ALSO_BIAS:
+                also = y
+            if ALSO_ADD:
+                also += tl.load(also_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            tl.store(also_ptr + offsets, also.to(also_ptr.dtype.element_ty), mask=mask)
+        if GELU:
+            y = _gelu(y)
+        if RESIDUAL:
+            y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
     def _vector_kernel(
         x_ptr,  # (B, K)
         weight_ptr,  # (N, K)
         bias_ptr, gamma_ptr, beta_ptr,  # (N,), (K,), (K,)
-        out_ptr,  # (B, N)
+        out_ptr, residual_ptr, also_ptr,  # (B, N) each
         N, K,
-        NORM: tl.constexpr, BETA: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+        NORM: tl.constexpr, BETA: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
+        RESIDUAL: tl.constexpr, ALSO: tl.constexpr, ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
         """One program: BLOCK_N outputs of one row; all of K in registers, so all loads fly at once."""
@@ -107,14 +134,8 @@ if triton is not None:
             if BETA:
                 x += tl.load(beta_ptr + k, mask=k_mask, other=0.0).to(tl.float32)
         y = tl.sum(w.to(tl.float32) * x.to(w.dtype).to(tl.float32)[None, :], axis=1)
-        if BIAS:
-            y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
-        if GELU:
-            y = _gelu(y)
-        out = out_ptr + row * N + n
-        if ADD:
-            y += tl.load(out, mask=n_mask, other=0.0).to(tl.float32)
-        tl.store(out, y.to(out_ptr.dtype.element_ty), mask=n_mask)
+        _finish(y, row * N + n, n_mask, n, n_mask, bias_ptr, out_ptr, residual_ptr, also_ptr,
+                BIAS, GELU, RESIDUAL, ALSO, ALSO_ADD, ALSO_BIAS)
 
     @triton.jit
     def _norm_kernel(x_ptr, gamma_ptr, beta_ptr, out_ptr, K, BETA: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -135,9 +156,10 @@ if triton is not None:
         x_ptr,  # (B, K), weight's dtype
         weight_ptr,  # (N, K)
         bias_ptr,  # (N,)
-        out_ptr,  # (B, N)
+        out_ptr, residual_ptr, also_ptr,  # (B, N) each
         B, N, K: tl.constexpr,
-        BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+        BIAS: tl.constexpr, GELU: tl.constexpr,
+        RESIDUAL: tl.constexpr, ALSO: tl.constexpr, ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr,
         BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
         """One program: BLOCK_N outputs of all rows, by the matrix units."""
@@ -153,15 +175,9 @@ if triton is not None:
             x_mask = b_mask[:, None] & k_mask[None, :]
             x = tl.load(x_ptr + b[:, None] * K + k[None, :], mask=x_mask, other=0.0)
             total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
-        if BIAS:
-            total += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-        if GELU:
-            total = _gelu(total)
-        out = out_ptr + b[:, None] * N + n[None, :]
-        mask = b_mask[:, None] & n_mask[None, :]
-        if ADD:
-            total += tl.load(out, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
+        _finish(total, b[:, None] * N + n[None, :], b_mask[:, None] & n_mask[None, :],
+                n[None, :], n_mask[None, :], bias_ptr, out_ptr, residual_ptr, also_ptr,
+                BIAS, GELU, RESIDUAL, ALSO, ALSO_ADD, ALSO_BIAS)
 
     @triton.jit
     def _attention_kernel(
@@ -245,17 +261,18 @@ if triton is not None:
 VECTOR_ROWS = 2  # up to here a program a row beats the matrix units, which take 16 rows at least
 
 
-def _launch(x, weight, bias, out, norm, gelu, add):
+def _launch(x, weight, bias, out, norm, gelu, residual, also, also_add, also_bias):
     B, K = x.shape
     N = weight.shape[0]
     gamma, beta = (None, None) if norm is None else (norm.weight, norm.bias)
-    flags = dict(BIAS=bias is not None, GELU=gelu, ADD=add)
+    flags = dict(BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None, ALSO=also is not None,
+                 ALSO_ADD=also_add, ALSO_BIAS=also_bias)
     block_k = triton.next_power_of_2(K)
     if B <= VECTOR_ROWS:
         block_n = max(1, min(16, 16384 // block_k))
         _vector_kernel[(triton.cdiv(N, block_n), B)](
-            x, weight, bias, gamma, beta, out, N, K, NORM=norm is not None, BETA=beta is not None, **flags,
-            BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
+            x, weight, bias, gamma, beta, out, residual, also, N, K, NORM=norm is not None,
+            BETA=beta is not None, **flags, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
         return out
     if norm is not None:
         normed = torch.empty(B, K, dtype=weight.dtype, device=x.device)
@@ -263,7 +280,8 @@ def _launch(x, weight, bias, out, norm, gelu, add):
         x = normed
     tile = _matrix_tile(B, N)
     _matrix_kernel[(triton.cdiv(N, tile["BLOCK_N"]),)](
-        x, weight, bias, out, B, N, K, **flags, BLOCK_B=max(16, triton.next_power_of_2(B)), **tile)
+        x, weight, bias, out, residual, also, B, N, K, **flags,
+        BLOCK_B=max(16, triton.next_power_of_2(B)), **tile)
     return out
 
 

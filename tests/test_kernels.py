@@ -68,30 +68,59 @@ def test_cross_entropy_of_extreme_logits():
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("B", [1, 2, 3, 17, 64])
 @pytest.mark.parametrize("K, N", [(32, 70), (100, 33), (768, 48)])
-@pytest.mark.parametrize("norm, bias, gelu, add", [
-    (True, True, False, False), (True, False, True, False), (False, True, False, True),
-    (False, False, False, False)])
-def test_linear(B, K, N, norm, bias, gelu, add, dtype):
+@pytest.mark.parametrize("case", [
+    dict(norm=True, bias=True), dict(norm=True, gelu=True), dict(bias=True, residual="out"), dict(),
+    dict(bias=True, residual="other", also=True), dict(bias=True, residual="out", also=True, also_add=True),
+    dict(bias=True, residual="out", also=True, also_add=True, also_bias=False)], ids=str)
+def test_linear(B, K, N, case, dtype):
     if kernels.INTERPRETED and dtype == torch.bfloat16 and B > decode.VECTOR_ROWS:
         pytest.skip("Triton's interpreter multiplies the bits of bfloat16 matrices as integers")
     x, w, out = randn(B, K), randn(N, K, dtype=dtype, seed=1) / K**0.5, randn(B, N, seed=2)
-    b = randn(N, dtype=dtype, seed=3) if bias else None
-    ln = LayerNorm(K, bias).to(DEVICE, dtype)
+    b = randn(N, dtype=dtype, seed=3) if "bias" in case else None
+    residual = {None: None, "out": out, "other": randn(B, N, seed=5)}[case.get("residual")]
+    also = randn(B, N, seed=6) if "also" in case else None
+    ln = LayerNorm(K, b is not None).to(DEVICE, dtype)
     with torch.no_grad():
         for p in ln.parameters():
             p.add_(0.3 * randn(K, dtype=dtype, seed=4))
-    if not norm:
-        x = x.to(dtype)  # what the kernels before it hand over
     y = x.double()
-    if norm:
+    if "norm" in case:
         y = F.layer_norm(y, (K,), ln.weight.double(), None if ln.bias is None else ln.bias.double())
-    y = F.linear(y, w.double(), None if b is None else b.double())
-    if gelu:
+    else:
+        x = x.to(dtype)  # what the kernels before it hand over
+        y = x.double()
+    product = F.linear(y, w.double())
+    y = product if b is None else product + b.double()
+    expected_also = None if also is None else (y if case.get("also_bias", True) else product)
+    if case.get("also_add"):
+        expected_also = expected_also + also.double()
+    if "gelu" in case:
         y = F.gelu(y, approximate="tanh")
-    if add:
-        y = y + out.double()
-    decode._launch(x, w, b, out, ln if norm else None, gelu, add)
+    if residual is not None:
+        y = y + residual.double()
+    decode._launch(x, w, b, out, ln if "norm" in case else None, "gelu" in case, residual, also,
+                   case.get("also_add", False), case.get("also_bias", True))
     assert error(out, y.detach()) < TOLERANCE[dtype]
+    if also is not None:
+        assert error(also, expected_also.detach()) < TOLERANCE[dtype]
+
+
+@runs
+@pytest.mark.parametrize("V", [1, 100, 33000])
+def test_cross_entropy_in_two_parts(V):
+    """Log-sum-exp of a part of the columns, then its gradient given that of all, here of twice as many."""
+    logits, index = randn(6, V), torch.tensor([0, V - 1, -1, V // 2, 0, -1], device=DEVICE)
+    lse, target = cross_entropy._lse_and_target_logit(logits, index)
+    assert error(lse, logits.double().logsumexp(dim=1)) < 1e-5
+    assert torch.equal(target, logits.gather(1, index.clamp(min=0)[:, None])[:, 0].where(index >= 0, 0))
+    lse_of_all = (lse + 0.6931472).double()
+    lse_of_all[4] = float("inf")  # a row that does not count
+    expected = (logits.double() - lse_of_all[:, None]).exp()
+    for row, column in enumerate(index.tolist()):
+        if column >= 0 and row != 4:
+            expected[row, column] -= 1
+    grad = cross_entropy._grad_logits_(logits, lse_of_all.float(), index)
+    assert error(grad, expected) < 1e-5 and (grad[4] == 0).all()
 
 
 @runs
@@ -133,14 +162,18 @@ def test_compiles_without_a_gpu(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    flags = dict(BIAS=True, GELU=True, ADD=True)
+    flags = dict(BIAS=True, GELU=True, RESIDUAL=True, ALSO=True, ALSO_ADD=True, ALSO_BIAS=True)
     cases = [
         (cross_entropy._cross_entropy_kernel, "*bf16 *i64 *fp32 i32 i32 i32",
          dict(WRITE_GRAD=True, LANES=4096, UNROLL=8), dict(num_warps=16)),
-        (decode._vector_kernel, "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 i32 i32",
+        (cross_entropy._lse_kernel, "*bf16 *i64 *fp32 *fp32 i32 i32", dict(LANES=4096, UNROLL=8),
+         dict(num_warps=16)),
+        (cross_entropy._grad_kernel, "*bf16 *i64 *fp32 i32 i32", dict(LANES=4096, UNROLL=8),
+         dict(num_warps=16)),
+        (decode._vector_kernel, "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
          flags | dict(NORM=True, BETA=True, BLOCK_N=16, BLOCK_K=1024), {}),
         (decode._norm_kernel, "*fp32 *bf16 *bf16 *bf16 i32", dict(BETA=True, BLOCK_K=1024), {}),
-        (decode._matrix_kernel, "*bf16 *bf16 *bf16 *bf16 i32 i32",
+        (decode._matrix_kernel, "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
          flags | dict(K=768, BLOCK_B=32, BLOCK_N=16, BLOCK_K=256), dict(num_warps=2, num_stages=3)),
         (decode._attention_kernel, "*bf16 *bf16 *i64 *fp32 *i32 *bf16 i32 i32 fp32",
          dict(SPAN=128, D=64, BLOCK_D=64, BLOCK_S=64), {}),

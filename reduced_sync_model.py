@@ -1,0 +1,78 @@
+"""Sync strategies: named ways for tensor-parallel ranks to synchronise less often, as schedules of one model.
+
+    strategy    all-reduces of a forward pass after                                      L = 12
+    standard    every attention and every MLP                                            24
+    spd         every MLP (Sync-Point Drop, arXiv 2502.20727)                            12
+    selective   every MLP, and the attention of the layers in attn_sync_layers           12 + their number
+    grouped     the MLP of every k-th layer, k = layers_per_group                        12 / k
+    custom      the sublayers in sync_points (2i: attention, 2i + 1: MLP of layer i)     their number, + 1 if
+                                                                                         the last is not one
+All of them have the parameters of the dense GPT. All but `standard` compute another function than it does,
+so a model is trained with the strategy it is to run with; see tensor_parallel_model.py.
+"""
+
+from dataclasses import dataclass
+
+from configurator import UserError
+from distributed import env_rank
+from tensor_parallel_model import DistributedGPT, Ranks, RanksConfig, SyncSchedule
+
+STRATEGIES = ("standard", "spd", "selective", "grouped", "custom")
+
+
+@dataclass
+class GPTConfig(RanksConfig):
+    """RanksConfig and a sync strategy. Raises UserError for one that does not fit the layers."""
+
+    sync_strategy: str = "standard"
+    attn_sync_layers: list | None = None  # selective: layers that synchronise after attention, too
+    layers_per_group: int = 2  # grouped
+    sync_points: list | None = None  # custom: sublayers after which to synchronise
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sync_strategy not in STRATEGIES:
+            raise UserError(f"sync_strategy={self.sync_strategy!r} is unknown: use {', '.join(STRATEGIES)}")
+        if self.sync_strategy == "grouped" and (self.layers_per_group < 1
+                                                or self.n_layer % self.layers_per_group):
+            raise UserError(f"layers_per_group={self.layers_per_group} does not divide "
+                            f"n_layer={self.n_layer}")
+        for name, strategy, count in (("attn_sync_layers", "selective", self.n_layer),
+                                      ("sync_points", "custom", 2 * self.n_layer)):
+            numbers = getattr(self, name)
+            if self.sync_strategy != strategy:
+                continue
+            if numbers is None:
+                raise UserError(f"sync_strategy={strategy!r} needs {name}: a list of numbers from 0 to "
+                                f"{count - 1}")
+            for number in numbers:
+                if type(number) is not int or not 0 <= number < count:
+                    raise UserError(f"{name} has {number!r}: with n_layer={self.n_layer} its entries are "
+                                    f"whole numbers from 0 to {count - 1}")
+            setattr(self, name, sorted(set(numbers)))
+
+    def schedule(self) -> SyncSchedule:
+        L = self.n_layer
+        mlps = range(1, 2 * L, 2)
+        points = {
+            "standard": lambda: range(2 * L),
+            "spd": lambda: mlps,
+            "selective": lambda: [*mlps, *(2 * i for i in self.attn_sync_layers)],
+            "grouped": lambda: range(2 * self.layers_per_group - 1, 2 * L, 2 * self.layers_per_group),
+            "custom": lambda: self.sync_points,
+        }[self.sync_strategy]()
+        return SyncSchedule.at(L, points)
+
+
+class GPT(DistributedGPT):
+    """DistributedGPT by a strategy's schedule; says how often it synchronises."""
+
+    def __init__(self, config: GPTConfig, ranks: Ranks | None = None):
+        super().__init__(config)
+        syncs = self.count_syncs()
+        if env_rank() == 0:
+            print(f"Sync strategy: {config.sync_strategy}")
+            print(f"Synchronization points per forward pass: {syncs} (baseline {2 * config.n_layer})",
+                  flush=True)
+        if ranks is not None and ranks.group is not None:
+            self.place(ranks)
