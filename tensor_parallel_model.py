@@ -36,6 +36,7 @@ from configurator import UserError
 from distributed import GroupSum
 from kernels import decode
 from kernels.cross_entropy import vocab_parallel_cross_entropy
+from kernels.pending_norm import pending_layer_norm
 from model import GPT, Decoder, GPTConfig, gelu
 
 BLOCK_TYPES = ("tp", "spd", "parallel")
@@ -157,7 +158,7 @@ def f_op(base: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 def g_op(partial: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """The sum over all ranks: (local, ...) -> (...), one all-reduce over the group. The adjoint of f_op."""
-    total = partial[0] if partial.shape[0] == 1 else partial.sum(dim=0)
+    total = partial.squeeze(0) if partial.shape[0] == 1 else partial.sum(dim=0)
     if ranks.trace is not None:
         ranks.trace.append(tuple(total.shape))
     return total if ranks.group is None else _Reduce.apply(total, ranks.group_name)
@@ -203,35 +204,46 @@ class Residual:
     def _restart(self, base):
         self.base = base  # (B, T, C)
         self.shared = f_op(base, self.ranks.as_one)  # (1, B, T, C); one f for all sublayers until a sync
-        self.pending = None  # (local, B, T, C)
         self.biases = None  # (C,), or (B, T, C) with dropout: those added since the last sync
+        self.pending = None  # (local, B, T, C), but for
+        self.latest = None  # (local, B, T, C): what the last sublayer gave
+        self.total = None  # (1, B, T, C): the sum over local ranks, once a sync is next
 
-    def view(self):
-        """What the ranks see: (m, B, T, C)."""
+    def normed(self, norm: nn.Module, sync: bool):
+        """LayerNorm of what the ranks see, (m, B, T, C), for a sublayer with or without a sync after it."""
         x = self.shared if self.biases is None else self.shared + self.biases
-        return x if self.pending is None else x + self.pending
+        if self.latest is None:
+            return norm(x)
+        shape = self.latest.shape
+        pending = None if self.pending is None else self.pending.flatten(1, 2)
+        y, carried = pending_layer_norm(x.flatten(0, 2), pending, self.latest.flatten(1, 2), norm.weight,
+                                        norm.bias, last=sync)
+        self.latest = None
+        if sync:
+            self.total = carried.view(1, *shape[1:])
+        else:
+            self.pending = carried.view(shape)
+        return y.view(shape)
 
     def add(self, y, projection: nn.Linear, sync: bool):
         """Take in a sublayer's y (m, B, T, K / m) through its row-parallel projection."""
-        dense = sync and self.pending is None and self.ranks.group is None
+        dense = sync and self.total is None and self.ranks.group is None
         out = row_parallel(y, projection.weight, self.ranks.local, together=sync)
         bias = None if projection.bias is None else projection.bias.to(out.dtype)
         if dense and bias is not None:
             out, bias = out + bias, None
         out, bias = self.dropout(out, bias)
-        if not sync:
-            self.pending = out if self.pending is None else self.pending + out
-            if bias is not None:
-                self.biases = bias if self.biases is None else self.biases + bias
+        if sync:
+            self._synchronise(out if self.total is None else out + self.total, bias)
             return
-        if self.pending is not None:
-            out = out + self.pending.sum(dim=0, keepdim=True)
-        self._synchronise(out, bias)
+        self.latest = out
+        if bias is not None:
+            self.biases = bias if self.biases is None else self.biases + bias
 
     def close(self):
         """The base (B, T, C) with everything that was pending."""
-        if self.pending is not None:
-            self._synchronise(self.pending, None)
+        if self.latest is not None:
+            self._synchronise(self.latest if self.pending is None else self.latest + self.pending, None)
         return self.base
 
     def _synchronise(self, partial, bias):
@@ -335,14 +347,16 @@ class DistributedGPT(GPT):
     def hidden(self, idx, cache=None):
         """Token ids (B, T) -> the hidden states after ln_f (B, T, C). cache: a (local, 2, B, H / R,
         block_size, D) for each layer."""
-        base = self._residual_dropout(self.embed(idx)[None])[0][0]
+        base = self._residual_dropout(self.embed(idx)[None])[0].squeeze(0)
         residual = Residual(base, self.ranks, self._residual_dropout)
         for i, block in enumerate(self.transformer.h):
             after_attention, after_mlp = self.schedule.sublayers[2 * i:2 * i + 2]
             layer_cache = None if cache is None else cache[i]
-            y = split_attention(block.attn, block.ln_1(residual.view()), layer_cache)
+            x = residual.normed(block.ln_1, after_attention.sync)
+            y = split_attention(block.attn, x, layer_cache)
             residual.add(y, block.attn.c_proj, after_attention.sync)
-            y = gelu(column_parallel(block.ln_2(residual.view()), block.mlp.c_fc))
+            x = residual.normed(block.ln_2, after_mlp.sync)
+            y = gelu(column_parallel(x, block.mlp.c_fc))
             residual.add(y, block.mlp.c_proj, after_mlp.sync)
         return self.transformer.ln_f(residual.close())
 
@@ -352,9 +366,9 @@ class DistributedGPT(GPT):
         if self.ranks.group is None:
             return super().forward(idx, targets, all_logits)
         one = self.ranks.as_one
-        x = f_op(self.hidden(idx), one)[0]
+        x = f_op(self.hidden(idx), one).squeeze(0)
         first, last = self.vocab_range()
-        weight = f_op(self.lm_head.weight, one)[0, first:last]
+        weight = f_op(self.lm_head.weight, one).squeeze(0)[first:last]
         if targets is not None:
             return None, vocab_parallel_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), first,
                                                       self.ranks.group)
