@@ -132,6 +132,20 @@ def data_parallel(model: torch.nn.Module, processes: Processes, compiled: bool) 
         bucket_cap_mb=1000 if compiled else 25, gradient_as_bucket_view=True)
 
 
+def functional_all_reduce(x: torch.Tensor, group_name: str) -> torch.Tensor:
+    """The sum over a group in a new tensor, in a form that torch.compile knows. Not for autograd: PyTorch's
+    derivative of it is another all-reduce, which is right for neither of its uses in tensor parallelism."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group_name))
+
+
+def functional_all_gather(x: torch.Tensor, processes: int, group_name: str) -> torch.Tensor:
+    """x of every process of a group, (processes, *x.shape), likewise."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous(), processes, group_name)).view(
+        processes, *x.shape)
+
+
 def all_reduce_sum(tensor: torch.Tensor, group) -> torch.Tensor:
     """Sum in place over the group, and return it."""
     if group is not None:
@@ -187,11 +201,11 @@ class GroupSum:
 
 
 def from_main(value, group):
-    """Rank 0's value of any picklable object, on every rank."""
+    """The value that the group's first process has of any picklable object, on every process."""
     if group is None:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=group)
+    dist.broadcast_object_list(box, group_src=0, group=group)
     return box[0]
 
 

@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from distributed import GroupSum
+from distributed import GroupSum, from_main, functional_all_gather, functional_all_reduce
 from kernels import decode
 from kernels.cross_entropy import vocab_parallel_cross_entropy
 from kernels.pending_norm import pending_layer_norm
@@ -114,13 +114,6 @@ class Ranks:
         return replace(self, local=1)
 
 
-def _all_reduce(x: torch.Tensor, group_name: str) -> torch.Tensor:
-    """The sum over a group in a new tensor, in a form that torch.compile knows. Only f and g make it
-    differentiable: PyTorch's own derivative of it is another all-reduce."""
-    ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group_name))
-
-
 class _Share(torch.autograd.Function):
     """f over a group: identity forward, all-reduce backward (Megatron-LM, arXiv 1909.08053, figure 3)."""
 
@@ -131,7 +124,7 @@ class _Share(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _all_reduce(grad, ctx.group_name), None
+        return functional_all_reduce(grad, ctx.group_name), None
 
 
 class _Reduce(torch.autograd.Function):
@@ -139,7 +132,7 @@ class _Reduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, group_name):
-        return _all_reduce(x, group_name)
+        return functional_all_reduce(x, group_name)
 
     @staticmethod
     def backward(ctx, grad):
@@ -227,11 +220,11 @@ class Residual:
 
     def add(self, y, projection: nn.Linear, sync: bool):
         """Take in a sublayer's y (m, B, T, K / m) through its row-parallel projection."""
-        dense = sync and self.total is None and self.ranks.group is None
-        out = row_parallel(y, projection.weight, self.ranks.local, together=sync)
-        bias = None if projection.bias is None else projection.bias.to(out.dtype)
-        if dense and bias is not None:
-            out, bias = out + bias, None
+        if sync and self.latest is None and self.total is None and self.ranks.group is None:
+            out, bias = projection(y), None  # to the bit what the dense model does
+        else:
+            out = row_parallel(y, projection.weight, self.ranks.local, together=sync)
+            bias = None if projection.bias is None else projection.bias.to(out.dtype)
         out, bias = self.dropout(out, bias)
         if sync:
             self._synchronise(out if self.total is None else out + self.total, bias)
@@ -385,10 +378,9 @@ class DistributedGPT(GPT):
         if self.ranks.group is None:
             return part
         V, P = self.config.vocab_size, self.ranks.processes
-        padded = F.pad(part, (0, -(-V // P) - part.shape[-1])).contiguous()
-        parts = [torch.empty_like(padded) for _ in range(P)]
-        dist.all_gather(parts, padded, group=self.ranks.group)
-        return torch.cat(parts, dim=-1)[..., :V]
+        padded = F.pad(part, (0, -(-V // P) - part.shape[-1]))
+        parts = functional_all_gather(padded, P, self.ranks.group_name)  # (P, ..., rows)
+        return torch.cat(parts.unbind(), dim=-1)[..., :V]
 
     def _residual_dropout(self, *tensors):
         """Dropout with one mask for all tensors of a call, and for all ranks; None stays None."""
@@ -426,7 +418,11 @@ class DistributedGPT(GPT):
         """Sum the partial gradients over the group, in one all-reduce. Once before each update."""
         if self.ranks.group is None:
             return
-        grads = [p.grad for p in self.partial_gradients() if p.grad is not None]
+        grads = []
+        for p in self.partial_gradients():
+            if p.grad is None:  # a bias that only the first process counts, as no sublayer saw it
+                p.grad = torch.zeros_like(p)
+            grads.append(p.grad)
         bucket = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(bucket, group=self.ranks.group)
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad
@@ -442,9 +438,8 @@ class DistributedGPT(GPT):
             if split_dimension(name) is None or tensor.dim() == 0:
                 result[name] = tensor
                 continue
-            parts = [torch.empty_like(tensor) for _ in range(self.ranks.processes)]
-            dist.all_gather(parts, tensor.contiguous(), group=self.ranks.group)
-            result[name] = join_parts(name, parts)
+            parts = functional_all_gather(tensor, self.ranks.processes, self.ranks.group_name)
+            result[name] = join_parts(name, list(parts))
         return result
 
     def own_part(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -531,7 +526,16 @@ class RankDecoder(Decoder):
         self.head = head if len(head) == rows else F.pad(head, (0, 0, 0, rows - len(head)))
         self.logits = make_residual(B, rows * ranks.processes)
         self.part = self.logits if ranks.group is None else make_residual(B, rows)
-        self.parts = make_residual(ranks.processes, B, rows)
+
+    def run(self, idx, max_new_tokens: int):
+        group = self.model.ranks.group
+        if group is not None:  # all processes draw the same tokens from the same logits
+            device = None if self.device.type == "cpu" else self.device
+            states = from_main((torch.get_rng_state(), device and torch.cuda.get_rng_state(device)), group)
+            torch.set_rng_state(states[0])
+            if device is not None:
+                torch.cuda.set_rng_state(states[1], device)
+        return super().run(idx, max_new_tokens)
 
     def prefill(self, idx):
         x = self.model.hidden(idx, self.cache)
@@ -588,12 +592,11 @@ class RankDecoder(Decoder):
 
     def _gather(self, part):
         """Each process's logits (B, rows) -> `logits`, the same bits for all: they draw the same token."""
-        if self.model.ranks.group is None:
-            self.logits.copy_(part)
-            return
-        dist.all_gather_into_tensor(self.parts.flatten(0, 1), part.to(self.parts.dtype),
-                                    group=self.model.ranks.group)
-        self.logits.copy_(self.parts.transpose(0, 1).flatten(1))
+        ranks = self.model.ranks
+        if ranks.group is not None:
+            parts = functional_all_gather(part.to(self.residual_dtype), ranks.processes, ranks.group_name)
+            part = parts.transpose(0, 1).flatten(1)  # (P, B, rows) -> (B, V)
+        self.logits.copy_(part)
 
 
 def rank_weights(block, r: int, local: int) -> dict:

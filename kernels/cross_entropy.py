@@ -18,6 +18,7 @@ Rows N, vocabulary V, width C.
 
 import torch
 
+from distributed import functional_all_gather
 from kernels import triton, usable
 
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25, "mps": 1 << 28}  # logits held at a time; see records/
@@ -155,7 +156,7 @@ def _vocab_parallel(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
         part = slice(start, min(start + rows, N))
         logits = x[part] @ w.T  # (rows, V)
         stats = torch.stack(_lse_and_target_logit(logits, index[part]), dim=1)  # (rows, 2)
-        stats = _all_gather(stats, processes, group_name)  # (processes, rows, 2)
+        stats = functional_all_gather(stats, processes, group_name)  # (processes, rows, 2)
         lse = stats[:, :, 0].logsumexp(dim=0)
         valid = targets[part] != ignore_index
         losses[part] = (lse - stats[:, :, 1].sum(dim=0)).where(valid, 0)
@@ -176,13 +177,6 @@ def _scale_vocab_parallel_grads(ctx, *grads):
 
 
 _vocab_parallel.register_autograd(_scale_vocab_parallel_grads, setup_context=_keep_grads)
-
-
-def _all_gather(x: torch.Tensor, processes: int, group_name: str) -> torch.Tensor:
-    """x of every process of a group: (processes, *x.shape)."""
-    ops = torch.ops._c10d_functional
-    gathered = ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous(), processes, group_name))
-    return gathered.view(processes, *x.shape)
 
 
 def _lse_and_target_logit(logits, index):
