@@ -34,6 +34,11 @@ class Processes:
     local_rank: int
     device: torch.device
     group: dist.ProcessGroup | None  # None: alone
+    # a (dp, tp) mesh: tp_processes neighbours hold the ranks of one model, each a part of it
+    dp_rank: int = 0  # which of the dp_size models this process belongs to: it has that share of the data
+    dp_size: int = 1
+    dp_group: dist.ProcessGroup | None = None  # the processes with the same part of their model
+    tp_group: dist.ProcessGroup | None = None  # the processes of one model
 
     @property
     def main(self) -> bool:
@@ -41,9 +46,11 @@ class Processes:
         return self.rank == 0
 
 
-def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 600.0) -> Processes:
-    """Choose the device and, under torchrun, join the process group.
+def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 600.0,
+          tp_processes: int = 1) -> Processes:
+    """Choose the device and, under torchrun, join the process group and the two groups of the mesh.
 
+    tp_processes: how many processes hold one model; the others hold more models, on other data.
     device: 'auto' (cuda, else mps, else cpu), or as torch.device takes it; under torchrun a process takes the
     GPU of its local rank. backend: 'auto' (nccl on CUDA, else gloo), or as init_process_group takes it.
     Raises UserError.
@@ -52,6 +59,9 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
     chosen = pick_device(device, local_rank if "RANK" in os.environ else None)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    if tp_processes < 1 or world_size % tp_processes:
+        raise UserError(f"tp_processes={tp_processes} does not divide the {world_size} processes: start a "
+                        f"multiple of it, torchrun --nproc_per_node={max(1, tp_processes)}")
     if "RANK" not in os.environ:
         return Processes(0, 1, 0, chosen, None)
     if backend == "auto":
@@ -62,7 +72,18 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
         raise UserError(f"backend={backend!r} is unknown: use auto, nccl or gloo")
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds),
                             device_id=chosen if backend == "nccl" else None)
-    return Processes(env_rank(), world_size, local_rank, chosen, dist.group.WORLD)
+    return Processes(env_rank(), world_size, local_rank, chosen, dist.group.WORLD,
+                     *_mesh(env_rank(), world_size, tp_processes))
+
+
+def _mesh(rank: int, world_size: int, tp_processes: int):
+    """(dp_rank, dp_size, dp_group, tp_group); a group of one process is None."""
+    dp_rank, dp_size = rank // tp_processes, world_size // tp_processes
+    if tp_processes == 1:
+        return dp_rank, dp_size, dist.group.WORLD, None
+    tp_groups = [dist.new_group(range(i, i + tp_processes)) for i in range(0, world_size, tp_processes)]
+    dp_groups = [dist.new_group(range(i, world_size, tp_processes)) for i in range(tp_processes)]
+    return dp_rank, dp_size, dp_groups[rank % tp_processes] if dp_size > 1 else None, tp_groups[dp_rank]
 
 
 def print0(text: str, processes: Processes) -> None:
@@ -120,15 +141,16 @@ def check_compile(device: torch.device) -> None:
 
 
 def data_parallel(model: torch.nn.Module, processes: Processes, compiled: bool) -> torch.nn.Module:
-    """The model with its gradients averaged over all processes; the model itself if there is only one.
+    """The model with its gradients averaged over dp_group; the model itself if there is none.
 
     A compiled backward pass hands over all gradients at its end, so there is nothing for several buckets to
     overlap with, and one large bucket costs the least (see records/).
     """
-    if processes.group is None:
+    if processes.dp_group is None:
         return model
+    device_ids = [processes.device.index] if processes.device.type == "cuda" else None
     return DistributedDataParallel(
-        model, device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
+        model, device_ids=device_ids, process_group=processes.dp_group,
         bucket_cap_mb=1000 if compiled else 25, gradient_as_bucket_view=True)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from configurator import UserError
+from distributed import all_reduce_sum
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -40,14 +41,23 @@ def cosine_learning_rate(step: int, peak: float, minimum: float, warmup_steps: i
 
 
 @torch.no_grad()
-def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
+def clip_gradients(parameters, max_norm: float, split=(), group=None) -> torch.Tensor:
     """Scale all gradients so that their joint L2 norm is at most max_norm (0: leave them); return the norm
-    before.
+    before, a scalar on the device; nothing waits for it.
 
-    A scalar on the device; nothing waits for it.
+    split, group: parameters of which each process of the group has a part; the others it has whole. The norm
+    is that of the whole gradient, the same on all.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    parameters = [p for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in parameters]
+    if group is None:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    else:
+        in_parts = {id(p) for p in split}
+        here = [p.grad for p in parameters if id(p) in in_parts]
+        whole = [p.grad for p in parameters if id(p) not in in_parts]
+        squares = [torch.stack(torch._foreach_norm(grads)).square().sum() for grads in (here, whole)]
+        norm = (all_reduce_sum(squares[0], group) + squares[1]).sqrt()
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

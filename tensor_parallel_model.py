@@ -245,8 +245,9 @@ class Residual:
             base = base + bias
         if self.biases is not None:
             # The ranks saw these biases behind f, which leaves a partial gradient on each process; the
-            # gradient of the base itself, the same on all, is to be counted once.
-            base = base + (self.biases if self.ranks.index == 0 else self.biases.detach())
+            # gradient of the base itself, the same on all, is to be counted once: elsewhere it is zero.
+            biases = self.biases
+            base = base + (biases if self.ranks.index == 0 else biases.detach() + 0 * biases)
         self._restart(base)
 
 
@@ -418,11 +419,7 @@ class DistributedGPT(GPT):
         """Sum the partial gradients over the group, in one all-reduce. Once before each update."""
         if self.ranks.group is None:
             return
-        grads = []
-        for p in self.partial_gradients():
-            if p.grad is None:  # a bias that only the first process counts, as no sublayer saw it
-                p.grad = torch.zeros_like(p)
-            grads.append(p.grad)
+        grads = [p.grad for p in self.partial_gradients() if p.grad is not None]
         bucket = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(bucket, group=self.ranks.group)
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad
