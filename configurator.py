@@ -16,8 +16,10 @@ config files are interchangeable.
 import ast
 import difflib
 import io
+import math
 import os
 import sys
+import tempfile
 import time
 import tokenize
 import types
@@ -133,6 +135,8 @@ def run_config_file(path: str, values: dict, settings: dict[str, Setting]) -> di
     except OSError as e:
         hint = "; settings are given as --key=value" if not path.endswith(".py") else _nearest_file(path)
         raise UserError(f"cannot read config file {path}: {e.strerror}{hint}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"cannot read config file {path}: byte {e.start} is not UTF-8") from None
     names = dict(values) | {"__file__": path, "__name__": "__config__"}
     before = dict(names)
     try:
@@ -217,18 +221,34 @@ def _allowed(setting: Setting) -> tuple[type, ...]:
 
 
 def check_type(setting: Setting, value, where: str):
-    """`value`, as a float where that is meant and an int given. Raises UserError for another type."""
+    """`value`, as a float where that is meant and an int given.
+
+    Raises UserError for another type, for a float that is infinite or no number, for what is not Unicode.
+    """
     allowed = _allowed(setting)
     if isinstance(value, tuple) and list in allowed:
         value = list(value)
+    if float in allowed and type(value) is int and int not in allowed:
+        value = float(value) if abs(value) < sys.float_info.max else math.inf
+    if float in allowed and type(value) is float and not math.isfinite(value):
+        raise UserError(f"{setting.name}={value!r} ({where}) must be a finite number")
+    if type(value) is str and not _is_unicode(value):
+        raise UserError(f"{setting.name}={value!r} ({where}) is not UTF-8")
     if not allowed or type(value) in allowed:
         return value
-    if float in allowed and type(value) is int:
-        return float(value)
     names = {bool: "True/False", type(None): "None"}
     expected = " or ".join(names.get(t, t.__name__) for t in allowed)
     raise UserError(f"{setting.name}={value!r} ({where}) is of type {type(value).__name__}; "
                     f"it must be {expected}")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a string is text; bytes of the command line that are not UTF-8 become lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_at_least(config: dict, minimum: float, *names: str) -> None:
@@ -238,6 +258,32 @@ def check_at_least(config: dict, minimum: float, *names: str) -> None:
             raise UserError(f"{name}={config[name]} must be at least {minimum}")
 
 
+def check_seed(config: dict) -> None:
+    """Raise UserError for a seed that PyTorch's generators cannot take."""
+    if not -2**63 <= config["seed"] < 2**63:
+        raise UserError(f"seed={config['seed']} does not fit into 64 bits: use one from -2**63 to 2**63 - 1")
+
+
+def check_can_write(path: str, setting: str) -> None:
+    """Raise UserError, naming the setting, unless files can be made in a folder, which need not exist yet."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or "it is no path"
+        raise UserError(f"{setting}={path!r} cannot be a folder: {reason}") from None
+    folder = path
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder) or os.curdir
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # permission bits alone do not tell
+            pass
+    except OSError as e:
+        raise UserError(f"{setting}={path!r}: cannot write in {folder}: {e.strerror}; name another "
+                        f"folder") from None
+
+
 def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserError:
     near = difflib.get_close_matches(name, settings, 1)
     hint = f": did you mean {near[0]!r}?" if near else ""
@@ -245,8 +291,8 @@ def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserErro
 
 
 def install_error_hook(rank: int = 0) -> None:
-    """End the process on a UserError with one line on stderr and exit code 2; other errors keep their
-    traceback.
+    """End the process on a UserError, or when memory runs out, with one line on stderr and exit code 2; other
+    errors keep their traceback.
 
     Most such errors meet every rank. Rank 0 speaks at once; the others wait, are ended meanwhile by the
     launcher that sees rank 0 go, and speak only if the error was theirs alone.
@@ -254,13 +300,26 @@ def install_error_hook(rank: int = 0) -> None:
     previous = sys.excepthook
 
     def hook(kind, error, traceback):
-        if not issubclass(kind, UserError):
+        text = _for_users(kind, error)
+        if text is None:
             return previous(kind, error, traceback)
         if rank != 0:
             time.sleep(3)
         who = "error" if rank == 0 else f"error on rank {rank}"
         sys.stdout.flush()
-        os.write(2, f"{who}: {error}\n".encode())  # torch.distributed's own hook holds sys.stderr back
+        # torch.distributed's own hook holds sys.stderr back; a file name need not be UTF-8
+        os.write(2, f"{who}: {text}\n".encode(errors="backslashreplace"))
         os._exit(2)  # threads and process groups that are still up must not hold the exit back
 
     sys.excepthook = hook
+
+
+def _for_users(kind: type, error: BaseException) -> str | None:
+    """What to say of an error that the user can mend, None for any other."""
+    if issubclass(kind, UserError):
+        return str(error)
+    # PyTorch's, known by name because it is not imported here: on a GPU, and on the CPU a RuntimeError
+    if kind.__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+        detail = str(error).splitlines()[0]
+        return f"out of memory: use a smaller batch_size, block_size or model ({detail})"
+    return None

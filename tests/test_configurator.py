@@ -3,11 +3,14 @@
     python -m pytest tests/test_configurator.py
 """
 
+import subprocess
+import sys
 import textwrap
 
 import pytest
+from conftest import ROOT
 
-from configurator import UserError, configure, evaluate
+from configurator import UserError, check_can_write, check_seed, configure, evaluate
 
 SCRIPT = '''
 """A script."""
@@ -96,6 +99,10 @@ def test_file_then_command_line(settings):
     (["--after=3"], None, "unknown key 'after'"),
     (["--steps=3.5"], None, "steps=3.5 (the command line) is of type float; it must be int"),
     (["--steps=True"], None, "it must be int"),
+    (["--lr=1e999"], None, "lr=inf (the command line) must be a finite number"),
+    (["--lr=1" + 400 * "0"], None, "lr=inf (the command line) must be a finite number"),
+    (["--out_dir=\udcff"], None, "out_dir='\\udcff' (the command line) is not UTF-8"),
+    ([], "lr = float('nan')", "lr=nan ("),
     (["--lr=fast"], None, "lr='fast' (the command line) is of type str; it must be float"),
     (["--compile=1"], None, "it must be True/False"),
     (["--top_p=x"], None, "it must be float or None"),
@@ -112,6 +119,43 @@ def test_errors(settings, argv, file, words):
     with pytest.raises(UserError) as error:
         settings(*argv, file=file)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_config_file_that_is_not_utf8(settings, tmp_path):
+    (tmp_path / "latin1.py").write_bytes(b"# a caf\xe9\nsteps = 3\n")
+    with pytest.raises(UserError, match=r"cannot read config file .*latin1\.py: byte 7 is not UTF-8"):
+        settings(str(tmp_path / "latin1.py"))
+
+
+@pytest.mark.parametrize("seed", [-2**63, 0, 2**63 - 1])
+def test_seeds(seed):
+    check_seed({"seed": seed})
+    for other in (seed + 2**64, seed - 2**64):
+        with pytest.raises(UserError, match="does not fit into 64 bits"):
+            check_seed({"seed": other})
+
+
+def test_where_files_can_be_made(tmp_path):
+    check_can_write(str(tmp_path), "a")
+    check_can_write(str(tmp_path / "new" / "newer"), "a")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for path in ("file", "file/x", "dangling", "x" * 300, "nul\0"):
+        with pytest.raises(UserError, match="a='"):
+            check_can_write(str(tmp_path / path), "a")
+
+
+@pytest.mark.parametrize("raised, words", [
+    ("UserError('one line')", "error: one line"),
+    (r"UserError('not UTF-8: \udcff')", r"error: not UTF-8: \udcff"),
+    ("RuntimeError('DefaultCPUAllocator: no\\nmore')", "error: out of memory: use a smaller batch"),
+    ("type('OutOfMemoryError', (RuntimeError,), {})('GPU')", "error: out of memory: use a smaller batch"),
+])
+def test_errors_that_are_one_line(raised, words):
+    code = f"from configurator import *\ninstall_error_hook()\nraise {raised}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith(words) and done.stderr.count("\n") == 1
 
 
 def test_nothing_on_the_command_line_is_executed(tmp_path):
