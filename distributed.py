@@ -18,11 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BACKENDS = ("nccl", "gloo", "mpi", "ucc")
 
 
 def env_rank() -> int:
     """This process's rank by torchrun's environment, 0 outside it; known before any group exists."""
-    return int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0  # `start` says what is wrong with another
 
 
 @dataclass(frozen=True)
@@ -55,25 +57,32 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
     GPU of its local rank. backend: 'auto' (nccl on CUDA, else gloo), or as init_process_group takes it.
     Raises UserError.
     """
-    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    chosen = pick_device(device, local_rank if "RANK" in os.environ else None)
+    if backend not in ("auto", *BACKENDS):
+        raise UserError(f"backend={backend!r} is unknown: use auto, nccl or gloo")
+    ranks = _torchrun_ranks()
+    local_rank = None if ranks is None else ranks[2]
+    chosen = pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    world_size = 1 if ranks is None else ranks[1]
     if tp_processes < 1 or world_size % tp_processes:
         raise UserError(f"tp_processes={tp_processes} does not divide the {world_size} processes: start a "
                         f"multiple of it, torchrun --nproc_per_node={max(1, tp_processes)}")
-    if "RANK" not in os.environ:
+    if ranks is None:
         return Processes(0, 1, 0, chosen, None)
     if backend == "auto":
         backend = "nccl" if chosen.type == "cuda" else "gloo"
     if backend == "nccl" and chosen.type != "cuda":
         raise UserError(f"backend='nccl' needs CUDA and the device is {chosen}: use --backend=gloo")
-    if backend not in ("nccl", "gloo", "mpi", "ucc"):
-        raise UserError(f"backend={backend!r} is unknown: use auto, nccl or gloo")
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds),
-                            device_id=chosen if backend == "nccl" else None)
-    return Processes(env_rank(), world_size, local_rank, chosen, dist.group.WORLD,
-                     *_mesh(env_rank(), world_size, tp_processes))
+    if not getattr(dist, f"is_{backend}_available")():
+        raise UserError(f"backend={backend!r} is not built into this PyTorch: use --backend=auto")
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds),
+                                device_id=chosen if backend == "nccl" else None)
+    except (dist.DistError, ValueError) as e:  # of the network, or of what the environment says about it
+        raise UserError(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:"
+                        f"{os.environ['MASTER_PORT']}: {str(e).splitlines()[0]}") from None
+    return Processes(*ranks, chosen, dist.group.WORLD, *_mesh(ranks[0], world_size, tp_processes))
 
 
 def _mesh(rank: int, world_size: int, tp_processes: int):
@@ -84,6 +93,20 @@ def _mesh(rank: int, world_size: int, tp_processes: int):
     tp_groups = [dist.new_group(range(i, i + tp_processes)) for i in range(0, world_size, tp_processes)]
     dp_groups = [dist.new_group(range(i, world_size, tp_processes)) for i in range(tp_processes)]
     return dp_rank, dp_size, dp_groups[rank % tp_processes] if dp_size > 1 else None, tp_groups[dp_rank]
+
+
+def _torchrun_ranks() -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) by torchrun's environment, None outside it. Raises UserError."""
+    if "RANK" not in os.environ:
+        return None
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(f"the environment has RANK but no {name}: start with torchrun, or unset RANK")
+    texts = os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ.get("LOCAL_RANK", "0")
+    if not all(text.isdecimal() for text in texts) or int(texts[0]) >= int(texts[1]):
+        raise UserError("the environment's RANK={}, WORLD_SIZE={}, LOCAL_RANK={} are no ranks: start with "
+                        "torchrun, or unset RANK".format(*texts))
+    return tuple(map(int, texts))
 
 
 def print0(text: str, processes: Processes) -> None:
@@ -229,6 +252,25 @@ def from_main(value, group):
     box = [value]
     dist.broadcast_object_list(box, group_src=0, group=group)
     return box[0]
+
+
+def on_main(function, group):
+    """What function() returns on rank 0, on every rank; a UserError that it raises there, likewise.
+
+    For what only one process may do or should decide; the others wait.
+    """
+    if group is None:
+        return function()
+    result, problem = None, None
+    if dist.get_rank(group) == 0:
+        try:
+            result = function()
+        except UserError as e:
+            problem = e
+    result, problem = from_main((result, problem), group)
+    if problem is not None:
+        raise problem
+    return result
 
 
 def gather_to_main(value, group) -> list | None:
