@@ -286,7 +286,8 @@ def _read_huggingface_config(folder: str) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is no configuration of a GPT-2 ({type(e).__name__}: {e})") from None
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-              "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "n_inner": None}
+              "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+              "tie_word_embeddings": True, "n_inner": None}
     for key, value in wanted.items():
         if c.get(key, value) != value and not (key == "n_inner" and c[key] == 4 * fields["n_embd"]):
             raise UserError(f"{path} has {key}={c[key]!r}; this model has {value!r}")
@@ -295,7 +296,9 @@ def _read_huggingface_config(folder: str) -> dict:
 
 @torch.no_grad()
 def _load_huggingface_weights(model: GPT, folder: str) -> None:
-    """Copy model.safetensors into the model. Raises UserError for what is missing or of another shape."""
+    """Copy model.safetensors into the model. Raises UserError for what is missing, of another shape, or of
+    layers that the model does not have.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -314,6 +317,13 @@ def _load_huggingface_weights(model: GPT, folder: str) -> None:
             shape = None if tensor is None else tuple(tensor.shape)
             raise UserError(f"{path}: {name} should be {tuple(p.shape)} and is {shape}")
         p.copy_(tensor)
+    expected = {name.removeprefix("transformer.") for name, _ in model.named_parameters()}
+    masks = (".attn.bias", ".attn.masked_bias")
+    unused = sorted(name for name in set(tensors) - expected
+                    if name.startswith("h.") and not name.endswith(masks))
+    if unused:
+        raise UserError(f"{path} has {len(unused)} weights that the model of config.json has no place for, "
+                        f"such as {unused[0]}: the two files do not belong together")
 
 
 @torch.no_grad()
