@@ -75,13 +75,21 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 @torch.no_grad()
 def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
                        state: dict[str, torch.Tensor]) -> None:
-    """The inverse of `state_by_name`. Raises ValueError if the names do not match the model's parameters."""
+    """The inverse of `state_by_name`. Raises UserError if names or shapes are not those of the model's
+    parameters.
+    """
     entries = sorted({key.rpartition(".")[2] for key in state})
     expected = {f"{name}.{entry}" for name, _ in model.named_parameters() for entry in entries}
     if expected != set(state):
         odd = sorted(expected ^ set(state))
-        raise ValueError(f"the optimizer's state does not fit the model: {len(odd)} entries differ, such as "
-                         f"{odd[0]}")
+        raise UserError(f"the optimizer's state does not fit the model: {len(odd)} entries differ, such as "
+                        f"{odd[0]}")
+    for name, parameter in model.named_parameters():
+        for entry in entries:
+            shape = state[f"{name}.{entry}"].shape
+            if shape not in (parameter.shape, torch.Size()):  # a step counter is a scalar
+                raise UserError(f"the optimizer's state does not fit the model: {name}.{entry} is "
+                                f"{tuple(shape)} and the parameter {tuple(parameter.shape)}")
     for name, parameter in model.named_parameters():
         for entry in entries:
             value = state[f"{name}.{entry}"]

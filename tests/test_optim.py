@@ -105,6 +105,9 @@ def test_state_by_name_continues_exactly():
         assert step(model, optimizer, seed) == step(twin, twin_optimizer, seed)
     for p, q in zip(model.parameters(), twin.parameters()):
         assert torch.equal(p, q)
+    cropped = state | {"transformer.wpe.weight.exp_avg": state["transformer.wpe.weight.exp_avg"][:8]}
+    with pytest.raises(UserError, match=r"wpe\.weight\.exp_avg is \(8, 32\) and the parameter \(16, 32\)"):
+        load_state_by_name(twin_optimizer, twin, cropped)
     del state["transformer.wte.weight.exp_avg"]
-    with pytest.raises(ValueError, match=r"transformer\.wte\.weight\.exp_avg"):
+    with pytest.raises(UserError, match=r"transformer\.wte\.weight\.exp_avg"):
         load_state_by_name(twin_optimizer, twin, state)
