@@ -16,6 +16,7 @@ nothing is unpickled.
 import dataclasses
 import importlib
 import json
+import math
 import os
 import random
 import re
@@ -27,15 +28,19 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from configurator import UserError
+from configurator import Config, UserError, check_can_write
 from data.files import json_text, sha256_of, unused_path, write_json
+from distributed import on_main
+from model import GPT, GPTConfig
 
 FORMAT = 1
 FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json")
 MODELS = {  # the one table from model kind to module, class and configuration class
     "gpt": ("model", "GPT", "GPTConfig"),
 }
+ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "bias")  # the settings that a checkpoint decides
 STEP_NAME = re.compile(r"step-(\d{8})")
+OF_A_RUN = ("ckpt", "latest", "best.json", "log.txt")  # what a new run would overwrite or prune
 
 
 @dataclass(frozen=True)
@@ -47,17 +52,37 @@ class Checkpoint:
     state: dict  # of state.json
 
     def tensors(self, which: str) -> dict[str, torch.Tensor]:
-        """'model', 'optim' or 'rng' -> tensors by name, on the CPU."""
+        """'model', 'optim' or 'rng' -> tensors by name, on the CPU. Raises UserError."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(os.path.join(self.path, f"{which}.safetensors"))
+        path = os.path.join(self.path, f"{which}.safetensors")
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as e:  # another machine of the run may not see the folder
+            raise UserError(f"cannot read {path}: {e}") from None
+
+
+def check_out_dir(out_dir: str) -> None:
+    """Raise UserError unless a run can write into out_dir, which need not exist yet. Leaves nothing there."""
+    if not out_dir:
+        raise UserError("out_dir='' is no folder: name one with --out_dir=...")
+    check_can_write(out_dir, "out_dir")
+    for name in OF_A_RUN:
+        path = os.path.join(out_dir, name)
+        if os.path.lexists(path) and os.path.isdir(path) != (name == "ckpt"):
+            kind = "folder" if name == "ckpt" else "file"
+            raise UserError(f"{path} is in the way of the run's {kind} of that name: move it, or name "
+                            f"another out_dir")
+    check_can_write(os.path.join(out_dir, "ckpt"), "out_dir")
 
 
 def save(out_dir: str, step: int, model: dict, optim: dict, rng: dict, state: dict, keep: int,
-         protect: tuple[int, ...] = ()) -> str:
+         protect: tuple[int, ...] = (), best: bool = False) -> str:
     """Write the checkpoint of a step, then drop all but the last `keep`, the best and the steps in `protect`.
 
-    model, optim, rng: tensors by name; state: JSON values. Returns the folder. For one process, rank 0.
+    model, optim, rng: tensors by name; state: JSON values; best: whether its state["val_loss"] is the lowest
+    so far. Returns the folder. For one process, rank 0.
     """
     from safetensors.torch import save_file
 
@@ -83,6 +108,8 @@ def save(out_dir: str, step: int, model: dict, optim: dict, rng: dict, state: di
     with open(os.path.join(out_dir, "latest.tmp"), "w") as f:
         f.write(f"step-{step:08d}\n")
     os.replace(os.path.join(out_dir, "latest.tmp"), os.path.join(out_dir, "latest"))
+    if best:  # before pruning, which must know what to spare
+        write_best(out_dir, step, state["val_loss"])
     _prune(out_dir, keep, protect)
     return final
 
@@ -127,6 +154,22 @@ def best_step(out_dir: str) -> int | None:
         return None
 
 
+def mend_best(out_dir: str) -> None:
+    """Let best.json name the best checkpoint there is; a run cut off while saving can leave it behind."""
+    losses = {}
+    for step in steps_in(out_dir):
+        try:
+            with open(os.path.join(out_dir, "ckpt", f"step-{step:08d}", "state.json"), encoding="utf-8") as f:
+                losses[step] = float(json.load(f)["val_loss"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    for step in sorted((s for s in losses if math.isfinite(losses[s])), key=losses.get):
+        if step == best_step(out_dir):
+            return
+        if verify(os.path.join(out_dir, "ckpt", f"step-{step:08d}")) is None:
+            return write_best(out_dir, step, losses[step])
+
+
 def verify(path: str) -> str | None:
     """What is wrong with a checkpoint folder, None if its files are those of its manifest."""
     if os.path.islink(path) or not os.path.isdir(path):
@@ -165,12 +208,26 @@ def open_checkpoint(path: str) -> Checkpoint:
     return Checkpoint(path, int(state["step"]), state)
 
 
-def find(out_dir: str, which: str | int = "latest", warn=print) -> Checkpoint:
+def find(out_dir: str, which: str | int = "latest", warn=print, group=None) -> Checkpoint:
     """The checkpoint 'latest' (newest that verifies; one warning for each newer that does not), 'best' or a
     step.
 
-    Raises UserError if there is none.
+    With a group, rank 0 decides for all. Raises UserError if there is none.
     """
+    return on_main(lambda: _find(out_dir, which, warn), group)
+
+
+def find_weights(name: str, which: str | int = "latest", warn=print, group=None) -> Checkpoint | None:
+    """The checkpoint that `name` holds: a folder step-XXXXXXXX itself, of an out_dir what `find` chooses.
+
+    None if it is neither, but what GPT.from_pretrained takes. Raises UserError.
+    """
+    if STEP_NAME.fullmatch(os.path.basename(os.path.normpath(name))):
+        return on_main(lambda: open_checkpoint(name), group)
+    return on_main(lambda: _find(name, which, warn) if steps_in(name) else None, group)
+
+
+def _find(out_dir: str, which: str | int, warn) -> Checkpoint:
     steps = steps_in(out_dir)
     if not steps:
         raise UserError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first, or name another")
@@ -190,19 +247,72 @@ def find(out_dir: str, which: str | int = "latest", warn=print) -> Checkpoint:
 
 def set_aside(out_dir: str) -> str | None:
     """Move what an earlier run left in out_dir to a folder of its own; its name, None if there was none."""
-    if not steps_in(out_dir):
+    there = [name for name in OF_A_RUN if os.path.lexists(os.path.join(out_dir, name))]
+    if not there:
         return None
     folder = unused_path(os.path.join(out_dir, time.strftime("earlier-%Y%m%d-%H%M%S")))
     os.makedirs(folder)
-    for name in ("ckpt", "latest", "best.json", "log.txt"):
-        if os.path.exists(os.path.join(out_dir, name)):
-            os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
+    for name in there:
+        os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
     return folder
+
+
+def take_architecture(config: Config, model_config: dict, path: str,
+                      names: tuple[str, ...] = ARCHITECTURE) -> None:
+    """Give the settings of the architecture the values of weights that are there already, so that what is
+    used, printed and recorded is the same.
+
+    model_config: of those weights; path: where they are. Raises UserError for a setting that the user gave
+    and that differs.
+    """
+    for name in names:
+        value = model_config[name]
+        if config.origin[name] and config[name] != value:
+            hint = f"leave {name} out to go on with that"
+            if name == "block_size" and config[name] < value:
+                hint += f", or start a new run from its weights with --init_from={path}"
+            raise UserError(f"{name}={config[name]} ({config.origin[name]}), but {path} has {name}={value}: "
+                            f"{hint}")
+        if not config.origin[name]:
+            config[name], config.origin[name] = value, "checkpoint"
+
+
+def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict) -> None:
+    """Raise UserError if a data set is not the one that the checkpoint's data cursor points into.
+
+    Digests count only where both were known: a meta.json may have been written later.
+    """
+    then, tokens = checkpoint.state["data"], ("train_tokens", "val_tokens")
+    differ = [f"{then[key]:,} {key.replace('_', ' ')} then, {fingerprint[key]:,} now"
+              for key in tokens if then[key] != fingerprint[key]]
+    if not differ and then["sha256"] and fingerprint["sha256"] and then["sha256"] != fingerprint["sha256"]:
+        differ = ["its tokens have changed"]
+    if differ:
+        raise UserError(f"{folder} is not the data set that {checkpoint.path} was trained on "
+                        f"({', '.join(differ)}): name that one with --dataset=..., or start a new run from "
+                        f"its weights with --init_from={checkpoint.path}")
 
 
 def model_description(kind: str, model: nn.Module) -> dict:
     """The `model` entry of state.json."""
     return {"kind": kind, "config": dataclasses.asdict(model.config)}
+
+
+def check_size(config: GPTConfig) -> None:
+    """Raise UserError for a model that this machine's memory cannot hold, where each is built, in fp32.
+
+    Without this, Linux grants the memory and kills the process that uses it.
+    """
+    c = config
+    n_bytes = 4 * (12 * c.n_layer * c.n_embd**2 + (c.vocab_size + c.block_size) * c.n_embd)
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not every system tells
+        return
+    if n_bytes > memory:
+        raise UserError(f"n_layer={c.n_layer}, n_embd={c.n_embd}, vocab_size={c.vocab_size} and block_size="
+                        f"{c.block_size} make {n_bytes // 2**30:,} GB of parameters, and this machine has "
+                        f"{memory // 2**30:,} GB of memory: choose a smaller model")
 
 
 def build_model(description: dict, **overrides) -> nn.Module:
@@ -217,6 +327,7 @@ def build_model(description: dict, **overrides) -> nn.Module:
         config = config_class(**{**description["config"], **overrides})
     except TypeError as e:
         raise UserError(f"the checkpoint's model configuration does not fit {config_name}: {e}") from None
+    check_size(config)
     return getattr(module, class_name)(config)
 
 
@@ -240,6 +351,16 @@ def load_model(checkpoint: Checkpoint, **overrides) -> nn.Module:
     model = build_model(checkpoint.state["model"], **overrides)
     load_parameters(model, checkpoint.tensors("model"), checkpoint.path)
     return model
+
+
+def load_weights(name: str, warn=print, group=None, **overrides) -> nn.Module:
+    """A model for a new run to begin with, on the CPU: of an out_dir or a checkpoint folder of this
+    repository, of a Hugging Face folder, or of a name on its hub.
+
+    overrides: as of load_model. Raises UserError.
+    """
+    found = find_weights(name, warn=warn, group=group)
+    return GPT.from_pretrained(name, **overrides) if found is None else load_model(found, **overrides)
 
 
 def seed_random_states(seed: int) -> None:

@@ -18,7 +18,7 @@ import math
 import torch
 
 import checkpoint
-from configurator import UserError, check_at_least, configure
+from configurator import UserError, check_at_least, check_seed, configure
 from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
 from distributed import (
     all_reduce_sum,
@@ -28,8 +28,8 @@ from distributed import (
     env_rank,
     finish,
     gather_to_main,
+    on_main,
     pick_dtype,
-    print0,
     start,
 )
 from model import GPT, GPTConfig, padded_vocab_size
@@ -46,7 +46,7 @@ eval_iters = 200  # batches of batch_size that an evaluation looks at, in all
 eval_only = False  # evaluate once and exit, writing nothing
 always_save_checkpoint = True  # save at every evaluation, not only when the val loss is the best so far
 keep_checkpoints = 10  # how many to keep besides the best, the oldest go first
-init_from = "scratch"  # 'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a folder
+init_from = "scratch"  # 'scratch', 'resume', 'gpt2', ..., 'gpt2-xl', or a folder of weights, also an out_dir
 # wandb
 wandb_log = False  # log to Weights & Biases as well
 wandb_project = "owt"
@@ -87,6 +87,7 @@ config = configure(globals(), rank=env_rank())
 check_at_least(config, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval",
                "log_interval", "eval_iters", "keep_checkpoints", "lr_decay_iters")
 check_at_least(config, 0, "max_iters", "warmup_iters", "grad_clip", "min_lr")
+check_seed(config)
 processes = start(device, backend)
 main, group, device = processes.main, processes.group, processes.device
 compute_dtype = pick_dtype(dtype, device)
@@ -96,26 +97,46 @@ if gradient_accumulation_steps % processes.world_size:
     raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is the total over all "
                     f"processes and must be a multiple of their number, {processes.world_size}")
 micro_steps = gradient_accumulation_steps // processes.world_size
+if not eval_only:
+    on_main(lambda: checkpoint.check_out_dir(out_dir), group)
+log = TrainingLogger(active=main)
+
+# what is continued decides the architecture, and with it which windows the data is cut into
+resumed = checkpoint.find(out_dir, warn=log.line, group=group) if init_from == "resume" else None
+if resumed is not None:
+    checkpoint.take_architecture(config, resumed.state["model"]["config"], resumed.path)
+    block_size = config["block_size"]
 tokens_per_iter = batch_size * block_size * gradient_accumulation_steps
 
 # data
 data = open_dataset(dataset, block_size)
+if resumed is not None and not eval_only:
+    checkpoint.check_same_data(resumed, data.folder, data.fingerprint)
 
-# model
+
+def check_tokens(vocab_size: int) -> None:
+    for split in (data.train, data.val):
+        split.check_tokens(vocab_size)
+
+
+# model; the tokens are checked as soon as its vocabulary is known
 checkpoint.seed_random_states(seed)
-resumed = checkpoint.find(out_dir) if init_from == "resume" else None
 if init_from == "scratch":
     used_vocab_size, vocab_size = padded_vocab_size(data.meta)
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
-                          n_embd=n_embd, dropout=dropout, bias=bias, used_vocab_size=used_vocab_size))
+    architecture = GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                             n_embd=n_embd, dropout=dropout, bias=bias, used_vocab_size=used_vocab_size)
+    checkpoint.check_size(architecture)
+    check_tokens(vocab_size)
+    model = GPT(architecture)
 elif resumed is not None:
+    check_tokens(resumed.state["model"]["config"]["vocab_size"])
     model = checkpoint.load_model(resumed, dropout=dropout)
 else:
-    model = GPT.from_pretrained(init_from, dropout=dropout)
-if block_size != model.config.block_size:
-    model.crop_block_size(block_size)
-for split in (data.train, data.val):
-    split.check_tokens(model.config.vocab_size)
+    model = checkpoint.load_weights(init_from, warn=log.line, group=group, dropout=dropout)
+    check_tokens(model.config.vocab_size)
+    if block_size != model.config.block_size:
+        model.crop_block_size(block_size)
+    checkpoint.take_architecture(config, vars(model.config), init_from)
 model.to(device)
 
 # optimizer; the scaler does nothing unless the dtype is float16
@@ -124,22 +145,31 @@ scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float1
 first_iter, first_sample, best_val_loss = 0, 0, math.inf
 if resumed is not None:
     load_state_by_name(optimizer, model, resumed.tensors("optim"))
-    scaler.load_state_dict(resumed.state["scaler"])
+    if resumed.state["scaler"]:  # empty unless the dtype was float16 then
+        scaler.load_state_dict(resumed.state["scaler"])
     first_iter, first_sample = resumed.step, resumed.state["sample"]
     best_val_loss = resumed.state["best_val_loss"]
 
     if first_iter >= max_iters and not eval_only:
-        print0(f"nothing left to do: {resumed.path} is at max_iters={max_iters}", processes)
+        log.open_files(out_dir, config, environment(device), resumed=True)
+        log.line(f"nothing left to do: {resumed.path} is at max_iters={max_iters}")
+        log.close(step=first_iter, best_val_loss=best_val_loss)
         finish(processes)
         raise SystemExit(0)
 
-# from here on files are written
-if main and init_from != "resume" and not eval_only:
-    earlier = checkpoint.set_aside(out_dir)
-    if earlier is not None:
-        print(f"moved the checkpoints of an earlier run to {earlier}")
-log = TrainingLogger(None if eval_only else out_dir, config, environment(device), active=main,
-                     resumed=resumed is not None)
+if not eval_only:
+    if wandb_log:
+        on_main(lambda: log.start_wandb(wandb_project, wandb_run_name, config), group)
+    barrier(group)  # nobody still reads weights that are moved now
+    # from here on files are written
+    if main and resumed is None:
+        earlier = checkpoint.set_aside(out_dir)
+        if earlier is not None:
+            what = "checkpoints" if checkpoint.steps_in(earlier) else "log"
+            log.line(f"moved the {what} of an earlier run to {earlier}")
+    elif main:
+        checkpoint.mend_best(out_dir)
+    log.open_files(out_dir, config, environment(device), resumed=resumed is not None)
 log.line("settings, with where they differ from the script's:\n" + config.table())
 log.line(f"device {environment(device)['device']}, {str(compute_dtype).removeprefix('torch.')}, "
          f"{processes.world_size} process{'es' if processes.world_size > 1 else ''}; "
@@ -149,8 +179,6 @@ log.line(f"tokens per iteration: {batch_size} sequences x {block_size} tokens x 
          f"{processes.world_size} ranks = {tokens_per_iter:,}")
 if data.meta is None and init_from == "scratch":
     log.line(f"{data.folder} has no meta.json: taking GPT-2's vocabulary of 50257")
-if wandb_log and not eval_only:
-    log.start_wandb(wandb_project, wandb_run_name, config)
 
 # speed
 torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
@@ -175,7 +203,7 @@ def estimate_losses() -> dict[str, float]:
     return losses
 
 
-def save_checkpoint(step: int, val_loss: float) -> None:
+def save_checkpoint(step: int, val_loss: float, best: bool) -> None:
     """Save everything that the run depends on; all processes take part."""
     rng = gather_to_main(checkpoint.random_states(device), group)
     if main:
@@ -187,7 +215,7 @@ def save_checkpoint(step: int, val_loss: float) -> None:
              "scaler": scaler.state_dict(), "model": checkpoint.model_description("gpt", model),
              "schedule": None, "config": config, "data": data.fingerprint, "meta": data.meta,
              "environment": environment(device)},
-            keep=keep_checkpoints, protect=() if resumed is None else (resumed.step,))
+            keep=keep_checkpoints, protect=() if resumed is None else (resumed.step,), best=best)
         log.line(f"saved checkpoint {path}")
         log.event("checkpoint", step=step, path=path, val_loss=val_loss)
     barrier(group)
@@ -223,9 +251,7 @@ for it in range(first_iter, max_iters + 1):
         improved = losses["val"] < best_val_loss
         best_val_loss = min(best_val_loss, losses["val"])
         if it > 0 and (improved or always_save_checkpoint):
-            save_checkpoint(it, losses["val"])
-            if improved and main:
-                checkpoint.write_best(out_dir, it, best_val_loss)
+            save_checkpoint(it, losses["val"], improved)
         stopwatch.go_on()
     if it == max_iters:
         break

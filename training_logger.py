@@ -1,42 +1,54 @@
 """What a run says: console and log.txt, JSON Lines, wandb; throughput, memory and MFU.
 
-    out_dir/log.txt                  every printed line
-    out_dir/run_<timestamp>.jsonl    one JSON object an event: start, iter, eval, checkpoint, end
+    out_dir/log.txt                  every printed line, also those from before the files are opened
+    out_dir/run_<timestamp>.jsonl    one JSON object an event: start, iter, eval, checkpoint, end; null stands
+                                     for a loss that is NaN or infinite, which JSON does not have
 
 Only the main process logs. Times are wall-clock between two log lines, each of which reads the loss and so
 waits for the device.
 """
 
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import time
 
 import torch
 
+from configurator import UserError
 from data.files import unused_path
 
-PEAK_TFLOPS = {  # dense, by a part of the device's name: (bf16 and fp16, tf32); the vendors' data sheets
-    "H200": (989.5, 494.7), "H100 PCIe": (756.0, 378.0), "H100": (989.5, 494.7), "GH200": (989.5, 494.7),
-    "B200": (2250.0, 1125.0), "A100": (312.0, 156.0), "A800": (312.0, 156.0), "A10G": (70.0, 35.0),
-    "L40S": (362.0, 183.0), "L4": (121.0, 60.0), "RTX 4090": (165.2, 82.6), "RTX 3090": (71.0, 35.6),
-    "V100": (125.0, None), "T4": (65.0, None),
+PEAK_TFLOPS = {  # dense, by what named_peak_flops leaves of a name: (bf16 and fp16, tf32); the data sheets
+    "H200": (989.5, 494.7), "H100": (989.5, 494.7), "H100 PCIE": (756.0, 378.0), "GH200": (989.5, 494.7),
+    "B200": (2250.0, 1125.0), "A100": (312.0, 156.0), "A100 PCIE": (312.0, 156.0), "A800": (312.0, 156.0),
+    "A800 PCIE": (312.0, 156.0), "A10G": (70.0, 35.0), "L40S": (362.0, 183.0), "L4": (121.0, 60.0),
+    "RTX 4090": (165.2, 82.6), "RTX 3090": (71.0, 35.6), "V100": (125.0, None), "V100 PCIE": (112.0, None),
+    "T4": (65.0, None),
 }
+NO_BF16 = ("V100", "V100 PCIE", "T4")
+# words of a name that change no peak: maker and family, memory, and the module of the fastest version
+BESIDE_THE_POINT = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB?|HBM3E?|SXM\d")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s that the device reaches at most with matrices of this dtype, None if that is not known."""
-    if device.type != "cuda":
+    return None if device.type != "cuda" else named_peak_flops(torch.cuda.get_device_name(device), dtype)
+
+
+def named_peak_flops(name: str, dtype: torch.dtype) -> float | None:
+    """The same for a device's name. Every word counts: an H100 NVL, a MIG slice or a laptop's RTX 4090 is
+    another device than the one that its name begins with.
+    """
+    words = re.split(r"[ -]+", name.strip().upper())
+    bare = " ".join(word for word in words if not BESIDE_THE_POINT.fullmatch(word))
+    half, tf32 = PEAK_TFLOPS.get(bare, (None, None))
+    tflops = half if dtype in (torch.bfloat16, torch.float16) else tf32
+    if tflops is None or (dtype == torch.bfloat16 and bare in NO_BF16):
         return None
-    name = torch.cuda.get_device_name(device)
-    for part, (half, tf32) in PEAK_TFLOPS.items():
-        if part in name:
-            tflops = half if dtype in (torch.bfloat16, torch.float16) else tf32
-            if dtype == torch.bfloat16 and part in ("V100", "T4"):
-                tflops = None
-            return None if tflops is None else tflops * 1e12
-    return None
+    return tflops * 1e12
 
 
 def environment(device: torch.device) -> dict:
@@ -57,39 +69,56 @@ def environment(device: torch.device) -> dict:
 class TrainingLogger:
     """Prints and writes what a run says; every method does nothing in processes that do not log."""
 
-    def __init__(self, out_dir: str | None, config: dict, environment: dict, active: bool = True,
-                 resumed: bool = False):
-        """out_dir: None to write no files. A run that was not resumed begins its log.txt anew."""
+    def __init__(self, active: bool = True):
+        """Only the console, until `open_files`."""
         self.active = active
         self._text = self._events = self._wandb = None
-        self.tokens_per_second = None
-        if not active or out_dir is None:
+        self._early = []  # lines from before there is a log.txt
+
+    def open_files(self, out_dir: str, config: dict, environment: dict, resumed: bool = False) -> None:
+        """Write to out_dir as well from now on, with the lines so far first; log.txt is appended to."""
+        if not self.active:
             return
         os.makedirs(out_dir, exist_ok=True)
-        text = os.path.join(out_dir, "log.txt")
         events = unused_path(os.path.join(out_dir, time.strftime("run_%Y%m%d-%H%M%S")), ".jsonl")
-        self._text = open(text, "a" if resumed else "w", encoding="utf-8", buffering=1)
+        self._text = open(os.path.join(out_dir, "log.txt"), "a", encoding="utf-8", buffering=1)
         self._events = open(events, "w", encoding="utf-8", buffering=1)
+        self._text.writelines(line + "\n" for line in self._early)
         self.event("start", config=config, environment=environment, resumed=resumed)
 
     def start_wandb(self, project: str, name: str, config: dict) -> None:
-        """Send evaluations and iterations to Weights & Biases as well."""
-        if self.active:
+        """Send evaluations and iterations to Weights & Biases as well. Raises UserError."""
+        if not self.active:
+            return
+        try:
             import wandb
 
             self._wandb = wandb.init(project=project, name=name, config=config)
+        except ImportError:
+            raise UserError("wandb_log=True needs the package wandb: pip install wandb, or use "
+                            "--wandb_log=False") from None
+        except Exception as e:  # of wandb or of its HTTP library
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise UserError(f"wandb does not start ({reason}): run wandb login, or use "
+                            f"--wandb_log=False") from None
 
     def line(self, text: str) -> None:
         """A line for people: console and log.txt."""
-        if self.active:
-            print(text, flush=True)
-            if self._text is not None:
-                self._text.write(text + "\n")
+        if not self.active:
+            return
+        print(text, flush=True)
+        if self._text is None:
+            self._early.append(text)
+        else:
+            self._text.write(text + "\n")
 
     def event(self, kind: str, **fields) -> None:
         """A line for programs: the JSON Lines file."""
         if self._events is not None:
-            self._events.write(json.dumps({"event": kind, "time": time.time(), **fields}) + "\n")
+            fields = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                      for name, value in fields.items()}
+            event = {"event": kind, "time": time.time(), **fields}
+            self._events.write(json.dumps(event, allow_nan=False) + "\n")
 
     def evaluation(self, step: int, train_loss: float, val_loss: float, lr: float) -> None:
         self.line(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")

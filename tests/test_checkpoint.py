@@ -14,19 +14,20 @@ import torch
 from test_model import random_model
 
 import checkpoint
-from configurator import UserError
+from configurator import Config, UserError
 from data.files import json_text
+from model import GPTConfig
 
 CPU = torch.device("cpu")
 
 
-def save(out_dir, step, keep=10, model=None, **state):
+def save(out_dir, step, keep=10, model=None, best=False, **state):
     model = random_model(torch.float32) if model is None else model
     description = checkpoint.model_description("gpt", model)
     rng = {f"0.{name}": t for name, t in checkpoint.random_states(CPU).items()}
     optim = {"a.exp_avg": torch.arange(3.0)}
     return checkpoint.save(str(out_dir), step, dict(model.named_parameters()), optim, rng,
-                           {"model": description, **state}, keep)
+                           {"model": description, **state}, keep, best=best)
 
 
 def test_round_trip(tmp_path):
@@ -66,6 +67,34 @@ def test_pruning_keeps_the_last_the_best_and_the_protected(tmp_path):
         checkpoint.find(str(tmp_path), 3)
 
 
+def test_the_best_is_known_before_pruning(tmp_path, monkeypatch):
+    """Cut off in the middle of saving or right after, with room for one checkpoint: the best stays."""
+    save(tmp_path, 1, keep=1, best=True, val_loss=2.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_prune", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save(tmp_path, 2, keep=1, best=True, val_loss=1.5)
+    assert checkpoint.find(str(tmp_path), "best").step == 2
+    save(tmp_path, 3, keep=1, val_loss=1.7)
+    assert checkpoint.steps_in(str(tmp_path)) == [2, 3] and checkpoint.best_step(str(tmp_path)) == 2
+
+
+def test_a_best_that_is_behind_is_mended(tmp_path):
+    for step, val_loss in ((1, 2.0), (2, 1.5), (3, 1.7), (4, float("nan"))):
+        save(tmp_path, step, val_loss=val_loss)
+    for known in (None, 1, 9):  # missing, behind, or of a step that is not there
+        if known is None:
+            assert not (tmp_path / "best.json").exists()
+        else:
+            checkpoint.write_best(str(tmp_path), known, 1.0)
+        checkpoint.mend_best(str(tmp_path))
+        assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "val_loss": 1.5}
+    damage_flip(tmp_path / "ckpt" / "step-00000002" / "model.safetensors")
+    os.remove(tmp_path / "best.json")
+    checkpoint.mend_best(str(tmp_path))
+    assert checkpoint.best_step(str(tmp_path)) == 3
+
+
 def test_a_step_can_be_saved_again(tmp_path):
     save(tmp_path, 5, sample=1)
     save(tmp_path, 5, sample=2)
@@ -98,9 +127,10 @@ def test_damage_is_seen_and_the_one_before_is_used(tmp_path, name, damage):
     save(tmp_path, 1)
     path = save(tmp_path, 2)
     damage(tmp_path / "ckpt" / "step-00000002" / name)
-    if (name, damage) == ("MANIFEST.json", damage_link):
-        return  # the same bytes: no damage
     warnings = []
+    if (name, damage) == ("MANIFEST.json", damage_link):  # the same bytes: no damage
+        assert checkpoint.find(str(tmp_path), warn=warnings.append).step == 2 and not warnings
+        return
     assert checkpoint.find(str(tmp_path), warn=warnings.append).step == 1
     assert len(warnings) == 1 and path in warnings[0] and "\n" not in warnings[0]
     with pytest.raises(UserError, match="cannot be used"):
@@ -137,7 +167,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     manifest = json.loads(open(os.path.join(path, "MANIFEST.json")).read())
     manifest["model.safetensors"] = {"size": os.path.getsize(file), "sha256": checkpoint.sha256_of(file)}
     (tmp_path / "ckpt" / "step-00000001" / "MANIFEST.json").write_text(json_text(manifest))
-    with pytest.raises(Exception, match="header"):
+    with pytest.raises(UserError, match="header"):
         checkpoint.find(str(tmp_path)).tensors("model")
     assert not (tmp_path / "executed").exists()
 
@@ -170,3 +200,81 @@ def test_set_aside(tmp_path):
     assert sorted(os.listdir(folder)) == ["ckpt", "latest", "log.txt"]
     assert not checkpoint.steps_in(str(tmp_path))
     assert checkpoint.find(folder).step == 1
+    (tmp_path / "log.txt").write_text("of a run that saved nothing")
+    folder = checkpoint.set_aside(str(tmp_path))
+    assert os.listdir(folder) == ["log.txt"] and not (tmp_path / "log.txt").exists()
+
+
+def test_check_out_dir(tmp_path):
+    (tmp_path / "file").touch()
+    checkpoint.check_out_dir(str(tmp_path / "new" / "newer"))
+    save(tmp_path / "run", 1)
+    checkpoint.check_out_dir(str(tmp_path / "run"))
+    assert sorted(os.listdir(tmp_path)) == ["file", "run"]
+    for name, other in (("ckpt", "a_file"), ("log.txt", "a_folder"), ("latest", "a_folder")):
+        path = tmp_path / name.replace(".", "_") / name
+        path.parent.mkdir()
+        path.touch() if other == "a_file" else path.mkdir()
+        with pytest.raises(UserError, match="is in the way of"):
+            checkpoint.check_out_dir(str(path.parent))
+    for out_dir in ("", str(tmp_path / "file"), str(tmp_path / "file" / "x"), "/proc/nanosync"):
+        with pytest.raises(UserError, match="out_dir="):
+            checkpoint.check_out_dir(out_dir)
+
+
+def test_load_weights_of_runs_checkpoints_and_hugging_face(tmp_path):
+    model = random_model(torch.float32)
+    save(tmp_path / "run", 1, model=random_model(torch.float32, n_embd=64))
+    step = save(tmp_path / "run", 2, model=model)
+    model.save_pretrained(str(tmp_path / "hf"))
+    for name in (str(tmp_path / "run"), step, step + "/", str(tmp_path / "hf")):
+        loaded = checkpoint.load_weights(name, dropout=0.25)
+        assert loaded.config.dropout == 0.25
+        for (name_, p), q in zip(model.named_parameters(), loaded.parameters()):
+            assert torch.equal(p, q), name_
+    damage_flip(tmp_path / "run" / "ckpt" / "step-00000002" / "model.safetensors")
+    warnings = []
+    assert checkpoint.load_weights(str(tmp_path / "run"), warn=warnings.append).config.n_embd == 64
+    assert len(warnings) == 1
+    with pytest.raises(UserError, match=r"model\.safetensors does not match its SHA-256"):
+        checkpoint.load_weights(step)
+    with pytest.raises(UserError, match="it is not a folder"):
+        checkpoint.load_weights(str(tmp_path / "run" / "ckpt" / "step-00000009"))
+
+
+def test_take_architecture():
+    described = dict(block_size=16, n_layer=2, n_head=2, n_embd=32, bias=True)
+    config = Config(dict(block_size=16, n_layer=12, n_head=2, n_embd=768, bias=True, seed=1),
+                    dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd", "bias", "seed"), ""))
+    config.origin["block_size"] = "command line"
+    checkpoint.take_architecture(config, described, "there")
+    assert config == described | {"seed": 1}
+    assert config.origin.pop("seed") == "" and config.origin.pop("block_size") == "command line"
+    assert set(config.origin.values()) == {"checkpoint"}
+    for name, value, hint in (("n_layer", 3, "leave n_layer out"), ("bias", False, "leave bias out"),
+                              ("block_size", 32, "leave block_size out"),
+                              ("block_size", 8, "start a new run from its weights with --init_from=there")):
+        given = Config(config | {name: value}, dict.fromkeys(config, "") | {name: "a.py"})
+        with pytest.raises(UserError, match=rf"{name}={value} \(a\.py\), but there has {name}=") as error:
+            checkpoint.take_architecture(given, described, "there")
+        assert hint in str(error.value)
+
+
+def test_same_data(tmp_path):
+    def check(**now):
+        then = {"train_tokens": 1000, "val_tokens": 100, "sha256": {"train.bin": "aa"}}
+        checkpoint.check_same_data(checkpoint.Checkpoint("there", 1, {"data": then}), "data/x", then | now)
+
+    check()
+    check(sha256=None)  # its meta.json is gone
+    for now, words in ((dict(train_tokens=900), "1,000 train tokens then, 900 now"),
+                       (dict(sha256={"train.bin": "bb"}), "its tokens have changed")):
+        with pytest.raises(UserError, match=words) as error:
+            check(**now)
+        assert "data/x" in str(error.value) and "--init_from=there" in str(error.value)
+
+
+def test_a_model_that_no_memory_holds():
+    with pytest.raises(UserError, match=r"n_embd=100000000,.* GB of parameters"):
+        checkpoint.check_size(GPTConfig(n_embd=10**8, n_head=1))
+    checkpoint.check_size(GPTConfig())
