@@ -5,16 +5,18 @@ $ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --n
 $ python sample.py --start=FILE:prompt.txt
 """
 
+import signal
+
 import torch
 
 import checkpoint
-from configurator import UserError, check_at_least, configure
+from configurator import UserError, check_at_least, check_seed, configure
 from data import tokenizers
 from distributed import pick_device, pick_dtype
 from model import GPT, Decoder
 
 # -----------------------------------------------------------------------------
-init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', or a folder of weights
+init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', a folder of weights
 out_dir = "out"  # where to look for checkpoints
 checkpoint_step = "latest"  # 'latest', 'best' or a step
 start = "\n"  # the prompt; "FILE:prompt.txt" takes it from a file; may hold <|endoftext|>
@@ -32,6 +34,7 @@ dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16'
 config = configure(globals())
 check_at_least(config, 1, "num_samples")
 check_at_least(config, 0, "max_new_tokens")
+check_seed(config)
 
 # prompt and model
 if start.startswith("FILE:"):
@@ -43,10 +46,12 @@ if start.startswith("FILE:"):
 device = pick_device(device)
 if init_from == "resume":
     found = checkpoint.find(out_dir, checkpoint_step)
-    model, meta = checkpoint.load_model(found, dropout=0.0), found.state["meta"]
-    print(f"{found.path}: step {found.step}, val loss {found.state['val_loss']:.4f}")
 else:
+    found = checkpoint.find_weights(init_from, checkpoint_step)
+if found is None:
     model, meta = GPT.from_pretrained(init_from), None
+else:
+    model, meta = checkpoint.load_model(found, dropout=0.0), found.state["meta"]
 tokenizer = tokenizers.from_meta(meta)
 prompt = tokenizer.encode(start)
 if len(prompt) == 0:
@@ -56,9 +61,20 @@ if isinstance(stop_token, str):
     if len(ids) != 1:
         raise UserError(f"stop_token={stop_token!r} is {len(ids)} tokens, not one")
     stop_token = int(ids[0])
+vocab_size = model.config.used_vocab_size
+if prompt.max() >= vocab_size:
+    raise UserError(f"the prompt has token {prompt.max()}, and the model's are 0 to {vocab_size - 1}: it was "
+                    f"trained with another tokenizer")
+if stop_token is not None and not 0 <= stop_token < vocab_size:
+    raise UserError(f"stop_token={stop_token} is none of the model's tokens, 0 to {vocab_size - 1}")
+model.config.used_vocab_size = min(vocab_size, tokenizer.vocab_size)  # others have no text to print
 model.to(device, pick_dtype(dtype, device)).eval()
 
 # generation
+if hasattr(signal, "SIGPIPE"):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as `cat` does where `| head` has seen enough
+if found is not None:
+    print(f"{found.path}: step {found.step}, val loss {found.state['val_loss']:.4f}")
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")
 decoder = Decoder(model, batch_size=1, temperature=temperature, top_k=top_k, top_p=top_p, slide=slide)
