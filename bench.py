@@ -19,7 +19,8 @@ import time
 
 import torch
 
-from configurator import UserError, check_at_least, configure
+import checkpoint
+from configurator import UserError, check_at_least, check_can_write, check_seed, configure
 from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
 from distributed import barrier, check_compile, data_parallel, env_rank, finish, pick_dtype, start
 from model import GPT, Decoder, GPTConfig
@@ -63,15 +64,26 @@ config = configure(globals(), rank=env_rank())
 check_at_least(config, 1, "batch_size", "steps", "rounds", "warmup", "prompt_tokens")
 check_at_least(config, 2, "max_new_tokens")
 check_at_least(config, 0, "loss_steps", "grad_clip")
+check_seed(config)
 if mode not in ("train", "generate"):
     raise UserError(f"mode={mode!r} is unknown: use train or generate")
 if peer and not os.path.isfile(os.path.join(peer, "model.py")) and not (peer == "hf" and mode == "generate"):
     raise UserError(f"peer={peer!r} is no folder with a model.py" + ", nor 'hf'" * (mode == "generate"))
+if peer == "hf" and importlib.util.find_spec("transformers") is None:
+    raise UserError("peer='hf' needs the package transformers: pip install transformers")
+if peer and mode == "generate" and temperature == 0:
+    raise UserError("temperature=0 (always the most likely token) is nothing that a peer can do: compare at "
+                    "a temperature above 0")
 if loss_steps and not dataset:
     raise UserError("loss_steps needs real text: name a data set with --dataset=...")
 if mode == "generate" and prompt_tokens + max_new_tokens > block_size:
     raise UserError(f"prompt_tokens={prompt_tokens} and max_new_tokens={max_new_tokens} together exceed "
                     f"block_size={block_size}")
+if json:
+    folder = os.path.dirname(json) or os.curdir
+    if os.path.isdir(json) or not os.path.isdir(folder):
+        raise UserError(f"json={json!r} names no file in a folder that is there: make the folder first")
+    check_can_write(folder, "json")
 processes = start(device)
 device = processes.device
 if peer and processes.world_size > 1:
@@ -84,6 +96,7 @@ if compile and mode == "train":
 data = open_dataset(dataset, block_size) if dataset else None
 architecture = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
                     n_embd=n_embd, dropout=dropout, bias=bias)
+checkpoint.check_size(GPTConfig(**architecture))
 if data is not None:
     data.train.check_tokens(vocab_size)
 torch.set_float32_matmul_precision("high")
@@ -108,11 +121,23 @@ def random_tokens(*shape: int) -> torch.Tensor:
 
 
 def load_peer_module(folder: str):
-    """The module FOLDER/model.py, under a name that does not collide with ours."""
-    spec = importlib.util.spec_from_file_location("peer_model", os.path.join(folder, "model.py"))
+    """The module FOLDER/model.py, under a name that does not collide with ours. Raises UserError."""
+    path = os.path.join(folder, "model.py")
+    spec = importlib.util.spec_from_file_location("peer_model", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # it is the user's code
+        raise UserError(f"peer {path} cannot be imported: {type(e).__name__}: {first_line(e)}") from None
+    method = "configure_optimizers" if mode == "train" else "generate"
+    for owner, name in ((module, "GPTConfig"), (module, "GPT"), (getattr(module, "GPT", None), method)):
+        if not hasattr(owner, name):
+            raise UserError(f"peer {path} has no {name}: a peer's model.py has what nanoGPT's has")
     return module
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def make_model(name: str):
@@ -121,10 +146,16 @@ def make_model(name: str):
     ours = GPT(GPTConfig(**architecture))
     if name != "peer":
         return ours.to(device)
-    module = load_peer_module(peer)
-    theirs = module.GPT(module.GPTConfig(**architecture))
-    theirs.load_state_dict(ours.state_dict(), strict=False)  # buffers such as a causal mask stay theirs
+    try:
+        theirs = peer_module.GPT(peer_module.GPTConfig(**architecture))
+        theirs.load_state_dict(ours.state_dict(), strict=False)  # buffers such as a causal mask stay theirs
+    except Exception as e:
+        raise UserError(f"peer {peer}/model.py makes no model with the weights of ours: {type(e).__name__}: "
+                        f"{first_line(e)}") from None
     return theirs.to(device)
+
+
+peer_module = load_peer_module(peer) if peer not in ("", "hf") else None
 
 
 class Training:
@@ -279,7 +310,7 @@ def report(contenders: list, times: dict[str, list[float]]) -> dict:
             row["tokens_per_second"] = scale * batch_size * block_size / seconds
             flops = GPT.flops_per_token(contenders[0].model, block_size) * row["tokens_per_second"] / scale
             row["mfu"] = None if peak is None else flops / peak
-            row["peak_memory_gb"] = c.peak_bytes / 2**30
+            row["peak_memory_gb"] = c.peak_bytes / 2**30 if device.type == "cuda" else None
             if loss_steps:
                 row["val_loss"] = c.val_loss
         else:
@@ -291,7 +322,8 @@ def report(contenders: list, times: dict[str, list[float]]) -> dict:
         extra = ""
         if mode == "train":
             mfu = "n/a" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%"
-            extra = f"  mfu {mfu:>6}  peak {row['peak_memory_gb']:5.1f} GB"
+            gb = row["peak_memory_gb"]
+            extra = f"  mfu {mfu:>6}  peak " + ("n/a" if gb is None else f"{gb:5.1f} GB")
             extra += f"  val loss after {loss_steps + 2} steps {row['val_loss']:.4f}" if loss_steps else ""
         else:
             extra = f"  first token {row['prefill_ms']:.2f} ms"
