@@ -112,8 +112,31 @@ def test_eight_processes_start_train_and_leave(tiny_data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_users_error_is_said_once(tiny_data, tmp_path):
-    done = torchrun(2, "train.py", *RUN, f"--dataset={tiny_data}", "--gradient_accumulation_steps=3",
-                    "--out_dir=out", cwd=tmp_path)
-    assert done.code != 0 and done.err.count("must be a multiple of their number, 2") == 1
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("arg, words", [
+    ("--gradient_accumulation_steps=3", "must be a multiple of their number, 2"),
+    ("--out_dir=file", "out_dir='file': cannot write in file"),
+    ("--backend=mpi", "backend='mpi' is not built into this PyTorch"),
+    ("--init_from=resume", "no checkpoint in out"),
+    ("--init_from=gpt5", "'gpt5' is neither a folder nor one of gpt2"),
+])
+def test_a_users_error_is_said_once(tiny_data, tmp_path, arg, words):
+    if arg == "--backend=mpi" and torch.distributed.is_mpi_available():
+        pytest.skip("this PyTorch has MPI")
+    (tmp_path / "file").touch()
+    done = torchrun(2, "train.py", *RUN, f"--dataset={tiny_data}", "--out_dir=out", arg, cwd=tmp_path)
+    assert done.code != 0 and done.err.count(words) == 1, done.err
+    assert "error on rank" not in done.err and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.slow
+def test_rank_0_decides_what_is_resumed(tiny_data, tmp_path):
+    """The newest checkpoint is damaged: one warning, and both processes go on from the one before."""
+    args = [*RUN, f"--dataset={tiny_data}", "--out_dir=out", "--eval_interval=2"]
+    assert torchrun(2, "train.py", *args, "--max_iters=4", cwd=tmp_path).code == 0
+    model = tmp_path / "out" / "ckpt" / "step-00000004" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
+    done = torchrun(2, "train.py", *args, "--max_iters=6", "--init_from=resume", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.count("warning: ") == 1 and "iter 2:" in done.out and "iter 1:" not in done.out
+    assert "warning: checkpoint out/ckpt/step-00000004 cannot" in (tmp_path / "out" / "log.txt").read_text()
+    assert checkpoint.verify(str(model.parent)) is None  # saved again, whole

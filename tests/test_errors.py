@@ -5,15 +5,20 @@
 """
 
 import os
+import runpy
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import NO_NETWORK, TINY, write_dataset
+from conftest import NO_NETWORK, ROOT, TINY, needs_gpt2_tokenizer, write_dataset
 from test_checkpoint import damage_flip, save
 from test_data import write_shard
 from test_model import random_model
+
+import model
+from configurator import UserError
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +27,7 @@ def sets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")
     counting = np.arange(400) % 26
     write_dataset(folder / "data" / "good", counting, counting, 26)
-    for name in ("truncated", "no_val", "large_token", "bad_meta", "short"):
+    for name in ("truncated", "no_val", "large_token", "bad_meta", "short", "shorter"):
         write_dataset(folder / "data" / name, counting, counting, 26)
     data = folder / "data"
     (data / "truncated" / "train.bin").write_bytes((data / "good" / "train.bin").read_bytes()[:-1])
@@ -37,8 +42,21 @@ def sets(tmp_path_factory):
     (folder / "bad_key.py").write_text("batchsize = 8\n")
     (folder / "bad_type.py").write_text("batch_size = '8'\n")
     (folder / "bad_syntax.py").write_text("batch_size = \n")
-    save(folder / "run", 3, model=random_model(torch.float32), sample=12, val_loss=1.0,
-         best_val_loss=1.0, world_size=1, scaler={}, meta={"vocab_size": 61, "tokenizer": "gpt2"})
+    (folder / "latin1.py").write_bytes(b"# caf\xe9\n")
+    (folder / "nan.py").write_text("weight_decay = float('nan')\n")
+    chars = "".join(map(chr, range(64, 124))) + "\n"
+    for name, tokenizer in (("run", {"tokenizer": "char", "chars": chars}),
+                            ("run_gpt2", {"tokenizer": "gpt2"})):
+        save(folder / name, 3, model=random_model(torch.float32), sample=12, val_loss=1.0,
+             best_val_loss=1.0, world_size=1, scaler={}, meta={"vocab_size": 61, **tokenizer},
+             data={"train_tokens": 400, "val_tokens": 400, "sha256": None})
+    (folder / "blocked").mkdir()
+    (folder / "blocked" / "ckpt").touch()
+    for name, text in (("raises", "import no_such_module"), ("syntax", "x ="), ("no_gpt", "GPTConfig = int"),
+                       ("no_optimizer", "GPT = GPTConfig = int")):
+        (folder / "peers" / name).mkdir(parents=True)
+        (folder / "peers" / name / "model.py").write_text(text + "\n")
+    counting[:300].astype("<u2").tofile(data / "shorter" / "train.bin")
     shutil.copytree(folder / "run", folder / "damaged")
     damage_flip(folder / "damaged" / "ckpt" / "step-00000003" / "model.safetensors")
     (folder / "model").mkdir()
@@ -58,6 +76,17 @@ TRAIN = [  # arguments after TINY and the good data set, words of the line
     (["--max_iters=-1"], "max_iters=-1 must be at least 0"),
     (["--learning_rate=-1"], "learning_rate=-1.0 must not be negative"),
     (["--beta2=1"], "beta2=1.0 must be at least 0 and below 1"),
+    (["--learning_rate=1e999"], "learning_rate=inf (the command line) must be a finite number"),
+    (["--seed=99999999999999999999"], "seed=99999999999999999999 does not fit into 64 bits"),
+    (["latin1.py"], "cannot read config file latin1.py: byte 5 is not UTF-8"),
+    (["nan.py"], "weight_decay=nan (nan.py) must be a finite number"),
+    (["--n_embd=100000000"], "GB of memory: choose a smaller model"),
+    (["--backend=foo"], "backend='foo' is unknown: use auto, nccl or gloo"),
+    (["--out_dir="], "out_dir='' is no folder"),
+    (["--out_dir=bad_key.py"], "out_dir='bad_key.py': cannot write in bad_key.py: Not a directory"),
+    (["--out_dir=bad_key.py/x"], "out_dir='bad_key.py/x' cannot be a folder: Not a directory"),
+    (["--out_dir=/proc/x"], "out_dir='/proc/x': cannot write in /proc"),
+    (["--out_dir=blocked"], "blocked/ckpt is in the way of the run's folder of that name"),
     (["--n_head=3"], "n_embd=32 is not divisible by n_head=3"),
     (["--n_layer=0"], "n_layer=0 must be at least 1"),
     (["--dropout=1.5"], "dropout=1.5 must be at least 0 and below 1"),
@@ -76,7 +105,17 @@ TRAIN = [  # arguments after TINY and the good data set, words of the line
     (["--block_size=5000"], "block_size=5000 needs 5001 tokens"),
     (["--init_from=resume"], "no checkpoint in out"),
     (["--init_from=resume", "--out_dir=damaged"], "none of the 1 checkpoints in damaged can be used"),
-    (["--init_from=resume", "--out_dir=run", "--block_size=32"], "block_size=32 is not among the model's"),
+    (["--init_from=resume", "--out_dir=run", "--block_size=32"],
+     "block_size=32 (command line), but run/ckpt/step-00000003 has block_size=16: leave block_size out"),
+    (["--init_from=resume", "--out_dir=run", "--block_size=8"],
+     "start a new run from its weights with --init_from=run/ckpt/step-00000003"),
+    (["--init_from=resume", "--out_dir=run", "--n_layer=3"], "has n_layer=2: leave n_layer out"),
+    (["--init_from=resume", "--out_dir=run", "--bias=False"], "has bias=True: leave bias out"),
+    (["--init_from=resume", "--out_dir=run", "--dataset=shorter"],
+     "not the data set that run/ckpt/step-00000003 was trained on (400 train tokens then, 300 now)"),
+    (["--init_from=run", "--block_size=32"], "block_size=32 is not among the model's 1 to 16 positions"),
+    (["--init_from=run", "--n_head=4"], "n_head=4 (command line), but run has n_head=2: leave n_head out"),
+    (["--init_from=damaged/ckpt/step-00000003"], "model.safetensors does not match its SHA-256"),
     (["--init_from=gpt5"], "'gpt5' is neither a folder nor one of gpt2"),
     (["--init_from=model"], "model/config.json is no configuration of a GPT-2"),
 ]
@@ -92,7 +131,12 @@ SAMPLE = [
     (["--out_dir=run", "--temperature=-1"], "temperature=-1.0 must be at least 0"),
     (["--out_dir=run", "--top_k=0"], "top_k=0 must be at least 1"),
     (["--out_dir=run", "--top_p=2"], "top_p=2.0 must be above 0"),
-    (["--out_dir=run", "--stop_token=two words"], "is 2 tokens, not one"),
+    (["--out_dir=run", "--stop_token=AB"], "is 2 tokens, not one"),
+    (["--out_dir=run", "--stop_token=61"], "stop_token=61 is none of the model's tokens, 0 to 60"),
+    (["--out_dir=run", "--seed=99999999999999999999"], "does not fit into 64 bits"),
+    (["--out_dir=run", "--start='\\ud800'"], "start='\\ud800' (the command line) is not UTF-8"),
+    (["--init_from=damaged"], "none of the 1 checkpoints in damaged can be used"),
+    (["--out_dir=run_gpt2"], "the prompt has token 198, and the model's are 0 to 60: it was trained with"),
 ]
 
 BENCH = [
@@ -101,9 +145,26 @@ BENCH = [
     (["--loss_steps=5"], "loss_steps needs real text"),
     (["--mode=generate", "--prompt_tokens=1000"], "together exceed block_size=1024"),
     (["--rounds=0"], "rounds=0 must be at least 1"),
+    (["--seed=99999999999999999999"], "does not fit into 64 bits"),
+    (["--json=nodir/x.json"], "json='nodir/x.json' names no file in a folder that is there"),
+    (["--json=peers"], "json='peers' names no file"),
+    (["--n_embd=100000000", "--n_head=1"], "GB of memory: choose a smaller model"),
+    (["--mode=generate", "--temperature=0", "--peer=hf"], "temperature=0 (always the most likely token) is"),
+    (["--mode=generate", "--temperature=0", "--peer=peers/no_gpt"], "temperature=0 (always the most likely"),
+    (["--peer=peers/raises"], "peers/raises/model.py cannot be imported: ModuleNotFoundError: No module"),
+    (["--peer=peers/syntax"], "peers/syntax/model.py cannot be imported: SyntaxError"),
+    (["--peer=peers/no_gpt"], "peers/no_gpt/model.py has no GPT: a peer's model.py has what nanoGPT's has"),
+    (["--peer=peers/no_optimizer"], "peers/no_optimizer/model.py has no configure_optimizers"),
 ]
 
-NEEDS_TOKENIZER = {"--stop_token=two words", "--start=", "--temperature=-1", "--top_k=0", "--top_p=2"}
+ENVIRONMENT = [
+    (dict(RANK="0"), "the environment has RANK but no WORLD_SIZE: start with torchrun, or unset RANK"),
+    (dict(RANK="0", WORLD_SIZE="1"), "RANK but no MASTER_ADDR"),
+    (dict(RANK="x", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "RANK=x, WORLD_SIZE=1"),
+    (dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="x"), "cannot meet at 127.0.0.1:x"),
+    (dict(WANDB_API_KEY="short", args=["--wandb_log", "--out_dir=run"]),
+     "run wandb login, or use --wandb_log=False"),
+]
 
 
 def check(result, words, before, folder):
@@ -122,16 +183,38 @@ def listing(folder):
 def test_train(run_script, sets, args, words):
     before = listing(sets)
     result = run_script("train.py", *TINY, "--dataset=good", *args, cwd=sets, HF_HUB_OFFLINE="1")
-    if "--out_dir=damaged" in args:  # which also warns, on stdout, of each that cannot be used
+    if {"--out_dir=damaged", "--init_from=damaged"} & set(args):  # which also warns, on stdout, of each
         assert result.out.count("warning: ") == 1
     check(result, words, before, sets)
 
 
+@pytest.mark.parametrize("env, words", ENVIRONMENT, ids=lambda v: " ".join(v) if isinstance(v, dict) else "")
+def test_train_in_environments(run_script, sets, env, words):
+    args, before = env.get("args", []), listing(sets)
+    env = {name: value for name, value in env.items() if name != "args"}
+    check(run_script("train.py", *TINY, "--dataset=good", *args, cwd=sets, **env), words, before, sets)
+
+
+@pytest.mark.parametrize("args", [[], ["--init_from=resume", "--out_dir=run"]], ids=["scratch", "resume"])
+def test_tokens_are_checked_before_the_model_is_built(sets, monkeypatch, args):
+    def build(self, config):
+        raise AssertionError("built")
+
+    np.full(400, 61, "<u2").tofile(sets / "data" / "good" / "val.bin")  # above either vocabulary
+    try:
+        monkeypatch.setattr(model.GPT, "__init__", build)
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # to be put back
+        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--dataset=good", *args])
+        monkeypatch.chdir(sets)
+        with pytest.raises(UserError, match="has token 61 at position 0"):
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    finally:
+        (np.arange(400) % 26).astype("<u2").tofile(sets / "data" / "good" / "val.bin")
+
+
 @pytest.mark.parametrize("args, words", SAMPLE, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_sample(run_script, sets, args, words):
-    if NEEDS_TOKENIZER & set(args):
-        from conftest import needs_gpt2_tokenizer
-
+    if "--out_dir=run_gpt2" in args:
         needs_gpt2_tokenizer()
     before = listing(sets)
     check(run_script("sample.py", "--device=cpu", *args, cwd=sets), words, before, sets)
@@ -139,7 +222,7 @@ def test_sample(run_script, sets, args, words):
 
 def test_sample_without_tokenizer_files(run_script, sets, tmp_path):
     before = listing(sets)
-    result = run_script("sample.py", "--device=cpu", "--out_dir=run", cwd=sets,
+    result = run_script("sample.py", "--device=cpu", "--out_dir=run_gpt2", cwd=sets,
                         TIKTOKEN_CACHE_DIR=str(tmp_path), **NO_NETWORK)
     check(result, "set TIKTOKEN_CACHE_DIR to a folder that has them", before, sets)
 

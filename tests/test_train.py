@@ -5,6 +5,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from conftest import ROOT, TINY
 
 import checkpoint
 from configurator import Config, read_settings, run_config_file
+from model import GPT, GPTConfig
 
 
 def events(out_dir, kind):
@@ -85,6 +88,8 @@ def test_resume_is_exact(train, tmp_path, dropout):
             assert torch.equal(tensor, expected[name]), name
     done = train("--max_iters=20", "--init_from=resume", *options)
     assert done.code == 0 and "nothing left to do" in done.out
+    text = (tmp_path / "out" / "log.txt").read_text()
+    assert again.out + resumed.out + done.out == text  # every printed line
 
 
 def test_accumulation_is_a_larger_batch(train):
@@ -104,6 +109,65 @@ def test_low_precision(train, tmp_path, dtype):
     scaler = checkpoint.find(str(tmp_path / "out")).state["scaler"]
     assert (scaler["scale"] > 1) if dtype == "float16" else scaler == {}
     assert train("--max_iters=32", "--init_from=resume", *options[1:]).code == 0
+
+
+@pytest.mark.parametrize("then, now", [("float32", "float16"), ("float16", "float32")])
+def test_resume_in_another_dtype(train, then, now):
+    options = ("--learning_rate=1e-2", "--decay_lr=False", "--warmup_iters=0")
+    first = train("--max_iters=20", f"--dtype={then}", *options)
+    done = train("--max_iters=30", "--init_from=resume", f"--dtype={now}", *options)
+    assert done.code == 0, done.err
+    assert len(done.losses) == 10 and done.losses[-1] < first.losses[-1]
+
+
+def test_resume_takes_the_architecture_from_the_checkpoint(train, run_script, tiny_data, tmp_path):
+    """Settings that are not given again are the checkpoint's, in what is used, printed and recorded."""
+    assert train("--max_iters=4", "--bias=True").code == 0
+    other = ("n_layer", "n_head", "n_embd", "block_size")
+    again = [arg for arg in TINY if not arg.startswith(tuple("--" + name for name in other))]
+    out = tmp_path / "out"
+    done = run_script("train.py", *again, f"--dataset={tiny_data}", f"--out_dir={out}", "--max_iters=6",
+                      "--init_from=resume")
+    assert done.code == 0, done.err
+    assert re.search(r"n_layer +=+ 2  \(checkpoint\)", done.out)
+    assert "tokens per iteration: 4 sequences x 16 tokens" in done.out
+    for config in (checkpoint.find(str(out)).state["config"], events(out, "start")[0]["config"]):
+        assert [config[name] for name in (*other, "bias")] == [2, 2, 32, 16, True]
+
+
+def test_a_new_run_from_a_runs_weights(train, tmp_path):
+    """Into the out_dir the weights come from, whose checkpoints move aside, and with a shorter context."""
+    train("--max_iters=20", "--learning_rate=1e-2")
+    tuned = train("--max_iters=2", f"--init_from={tmp_path / 'out'}", "--block_size=8", "--learning_rate=0",
+                  "--min_lr=0")
+    assert tuned.code == 0 and tuned.out.startswith("moved the checkpoints of an earlier run to"), tuned.err
+    assert tuned.losses[0] < 2.5  # it began where the other ended
+    earlier = next((tmp_path / "out").glob("earlier-*"))
+    before, now = (checkpoint.find(str(folder)).tensors("model") for folder in (earlier, tmp_path / "out"))
+    for name, tensor in now.items():
+        assert torch.equal(tensor, before[name][:8] if "wpe" in name else before[name]), name
+
+
+def test_the_log_of_a_run_that_saved_nothing_is_kept(train, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.txt").write_text("precious\n")
+    done = train("--max_iters=1")
+    assert done.out.startswith("moved the log of an earlier run to")
+    assert next((tmp_path / "out").glob("earlier-*/log.txt")).read_text() == "precious\n"
+    assert (tmp_path / "out" / "log.txt").read_text() == done.out
+
+
+def test_the_best_survives_a_lost_best_json(train, tmp_path):
+    """Cut off between saving the best checkpoint and best.json; resumed with room for one more."""
+    options = ("--eval_interval=5", "--learning_rate=1e-2", "--decay_lr=False", "--grad_clip=0")
+    train("--max_iters=20", *options)
+    out = tmp_path / "out"
+    best = checkpoint.best_step(str(out))
+    (out / "best.json").unlink()
+    ruined = train("--max_iters=40", "--init_from=resume", "--keep_checkpoints=1",
+                   *(o.replace("1e-2", "3") for o in options))
+    assert ruined.code == 0, ruined.err
+    assert checkpoint.best_step(str(out)) == best and best in checkpoint.steps_in(str(out))
 
 
 def test_only_the_best_is_kept_when_asked(train, tmp_path):
@@ -187,6 +251,22 @@ def test_sample(train, run_script, tmp_path):
     assert stopped.out.splitlines()[1] == text[:1 + text[1:].index(text[5])]
 
 
+def test_sample_from_a_folder(run_script, tmp_path):
+    """An out_dir as weights, whose model has more tokens than its tokenizer: only the tokenizer's come."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=1, n_embd=8))
+    checkpoint.save(str(tmp_path / "run"), 1, dict(model.named_parameters()), {}, {},
+                    {"model": checkpoint.model_description("gpt", model), "val_loss": 1.0,
+                     "meta": {"vocab_size": 3, "tokenizer": "char", "chars": "ABC"}}, keep=1)
+    done = run_script("sample.py", f"--init_from={tmp_path / 'run'}", "--device=cpu", "--num_samples=1",
+                      "--max_new_tokens=50", "--start=A")
+    assert done.code == 0, done.err
+    assert re.fullmatch(r".*step 1, val loss 1\.0000\nA[ABC]{50}\n-+\n", done.out)
+    pipe = f"{sys.executable} {ROOT / 'sample.py'} --init_from=run --device=cpu --start=A | head -n1"
+    piped = subprocess.run(["sh", "-c", pipe], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert piped.stdout == "run/ckpt/step-00000001: step 1, val loss 1.0000\n" and not piped.stderr
+
+
 PEER = '''
 import torch
 from dataclasses import dataclass
@@ -217,6 +297,7 @@ def test_bench(run_script, tiny_data, tmp_path):
     figures = json.loads((tmp_path / "b.json").read_text())["contenders"]
     assert list(figures) == ["ours", "peer"] and f"ours / peer = {figures['peer']['ratio']:.3f}x" in done.out
     assert figures["ours"]["val_loss"] == pytest.approx(figures["peer"]["val_loss"], abs=2e-2)
+    assert done.out.count("  peak n/a") == 2 and figures["ours"]["peak_memory_gb"] is None
     assert figures["ours"]["val_loss"] < 3.2 and len(figures["ours"]["ms_all"]) == 2
     done = run_script("bench.py", *size, "--block_size=64", "--mode=generate", "--max_new_tokens=8")
     assert done.code == 0 and "ours / peer = " in done.out and "ms/step" in done.out, done.err
