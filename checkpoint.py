@@ -37,6 +37,14 @@ FORMAT = 1
 FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json")
 MODELS = {  # the one table from model kind to module, class and configuration class
     "gpt": ("model", "GPT", "GPTConfig"),
+    "distributed_gpt": ("tensor_parallel_model", "DistributedGPT", "DistributedGPTConfig"),
+    "reduced_sync_gpt": ("reduced_sync_model", "GPT", "GPTConfig"),
+}
+# fields of their configurations besides those of the dense GPT; a checkpoint decides these settings, too
+VARIANT = {
+    "gpt": (),
+    "distributed_gpt": ("tp_size", "block_types"),
+    "reduced_sync_gpt": ("tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points"),
 }
 ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "bias")  # the settings that a checkpoint decides
 STEP_NAME = re.compile(r"step-(\d{8})")
@@ -257,6 +265,18 @@ def set_aside(out_dir: str) -> str | None:
     return folder
 
 
+def take_model(config: Config, resumed: Checkpoint, kinds: tuple[str, ...]) -> None:
+    """take_architecture of a run that is resumed: its kind of model, one of `kinds`, and all of its shape."""
+    kind = resumed.state["model"]["kind"]
+    if kind not in kinds:
+        script = "train_reduced_sync.py" if kind == "reduced_sync_gpt" else "train.py"
+        raise UserError(f"{resumed.path} holds a model of kind {kind!r}: resume it with {script}, or start a "
+                        f"new run from its weights with --init_from={resumed.path}")
+    kind_of_model = ("model_type",) if "model_type" in config else ()
+    take_architecture(config, {"model_type": kind, **resumed.state["model"]["config"]}, resumed.path,
+                      (*kind_of_model, *ARCHITECTURE, *VARIANT[kind]))
+
+
 def take_architecture(config: Config, model_config: dict, path: str,
                       names: tuple[str, ...] = ARCHITECTURE) -> None:
     """Give the settings of the architecture the values of weights that are there already, so that what is
@@ -296,6 +316,20 @@ def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict) -> N
 def model_description(kind: str, model: nn.Module) -> dict:
     """The `model` entry of state.json."""
     return {"kind": kind, "config": dataclasses.asdict(model.config)}
+
+
+def schedule_description(model: nn.Module) -> dict | None:
+    """The `schedule` entry of state.json; None for the dense model."""
+    schedule = getattr(model, "schedule", None)
+    return None if schedule is None else {"syncs": model.syncs, **dataclasses.asdict(schedule)}
+
+
+def as_kind(model: nn.Module, kind: str, **fields) -> nn.Module:
+    """The same weights in a model of another kind, on the CPU. fields: those of VARIANT[kind]."""
+    shared = {f.name: getattr(model.config, f.name) for f in dataclasses.fields(GPTConfig)}
+    other = build_model({"kind": kind, "config": shared | fields})
+    load_parameters(other, dict(model.named_parameters()), "the model")
+    return other
 
 
 def check_size(config: GPTConfig) -> None:
@@ -370,8 +404,11 @@ def seed_random_states(seed: int) -> None:
     random.seed(seed)
 
 
-def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """The random states of this process: torch's on CPU and GPU, numpy's and Python's, as tensors."""
+def random_states(device: torch.device, shared: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+    """The random states of this process: torch's on CPU and GPU, numpy's and Python's, as tensors.
+
+    shared: the generator that the processes of one model have in common, if there is one.
+    """
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     states = {
@@ -383,10 +420,13 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
     }
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
+    if shared is not None:
+        states["shared"] = shared.get_state()
     return states
 
 
-def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+def set_random_states(states: dict[str, torch.Tensor], device: torch.device,
+                      shared: torch.Generator | None = None) -> None:
     """The inverse of `random_states`."""
     torch.set_rng_state(states["torch"])
     position, has_gauss, cached = states["numpy_rest"].tolist()
@@ -396,3 +436,5 @@ def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> 
     random.setstate((int(version), tuple(states["python"].tolist()), gauss if has_gauss else None))
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+    if shared is not None and "shared" in states:
+        shared.set_state(states["shared"])

@@ -190,6 +190,23 @@ class GPT(nn.Module):
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    # For models that lie in parts on several processes; this one never does.
+
+    def whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by name, of this process's parameters or their optimizer state -> those of all of them."""
+        return tensors
+
+    def own_part(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inverse of `whole`."""
+        return tensors
+
+    def split_parameters(self) -> list[nn.Parameter]:
+        """Those of which this process has only a part."""
+        return []
+
+    def reduce_partial_gradients(self) -> None:
+        """Complete the gradients of which this process has computed only a share. Before each update."""
+
     def flops_per_token(self, T: int) -> int:
         """Floating-point operations of a training step (forward, and backward as twice that) per token, at
         length T.

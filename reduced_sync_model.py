@@ -68,11 +68,8 @@ class GPT(DistributedGPT):
     """DistributedGPT by a strategy's schedule; says how often it synchronises."""
 
     def __init__(self, config: GPTConfig, ranks: Ranks | None = None):
-        super().__init__(config)
-        syncs = self.count_syncs()
+        super().__init__(config, ranks)
         if env_rank() == 0:
             print(f"Sync strategy: {config.sync_strategy}")
-            print(f"Synchronization points per forward pass: {syncs} (baseline {2 * config.n_layer})",
+            print(f"Synchronization points per forward pass: {self.syncs} (baseline {2 * config.n_layer})",
                   flush=True)
-        if ranks is not None and ranks.group is not None:
-            self.place(ranks)

@@ -114,6 +114,15 @@ class Ranks:
         return replace(self, local=1)
 
 
+def ranks_on(group, tp_size: int) -> Ranks:
+    """tp_size ranks, divided among the processes of a group. Raises UserError."""
+    processes = dist.get_world_size(group)
+    if tp_size % processes:
+        raise UserError(f"tp_processes={processes} does not divide tp_size={tp_size}: each process holds as "
+                        f"many ranks as the others")
+    return Ranks(tp_size // processes, group)
+
+
 class _Share(torch.autograd.Function):
     """f over a group: identity forward, all-reduce backward (Megatron-LM, arXiv 1909.08053, figure 3)."""
 
@@ -323,9 +332,21 @@ class DistributedGPT(GPT):
         super().__init__(config)
         self.ranks = Ranks(config.tp_size)
         self.schedule = config.schedule()
+        self.syncs = self._count_syncs()  # all-reduces of a forward pass through the layers
+        self._n_parameters = super().n_parameters()
         self.shared_generator = None  # draws the dropout masks that are the same on all real ranks
         if ranks is not None and ranks.group is not None:
             self.place(ranks)
+
+    def _count_syncs(self) -> int:
+        """Counted, not calculated: one token goes through the layers."""
+        ranks, training, trace = self.ranks, self.training, []
+        self.ranks = replace(ranks, trace=trace)
+        with torch.no_grad():
+            self.eval().hidden(self.lm_head.weight.new_zeros(1, 1, dtype=torch.int64))
+        self.ranks = ranks
+        self.train(training)
+        return len(trace)
 
     @torch.no_grad()
     def place(self, ranks: Ranks) -> None:
@@ -398,10 +419,10 @@ class DistributedGPT(GPT):
             keep = keep.bernoulli_(1 - p, generator=self.shared_generator).div_(1 - p)
         return tuple(None if t is None else t * keep for t in tensors)
 
-    # what training on real ranks needs besides
+    def n_parameters(self) -> int:
+        return self._n_parameters  # of all processes of the model
 
     def split_parameters(self) -> list[nn.Parameter]:
-        """Those of which this process has only a part."""
         if self.ranks.group is None:
             return []
         return [p for name, p in self.named_parameters() if split_dimension(name) is not None]
@@ -416,7 +437,7 @@ class DistributedGPT(GPT):
 
     @torch.no_grad()
     def reduce_partial_gradients(self) -> None:
-        """Sum the partial gradients over the group, in one all-reduce. Once before each update."""
+        """Sum them over the group, in one all-reduce."""
         if self.ranks.group is None:
             return
         grads = [p.grad for p in self.partial_gradients() if p.grad is not None]
@@ -426,8 +447,7 @@ class DistributedGPT(GPT):
                                      in zip(bucket.split([grad.numel() for grad in grads]), grads)])
 
     def whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors by name, of parameters or `{parameter}.{entry}` of optimizer state, of which this process
-        has its part -> the whole ones, as the dense model has them. All processes of the group take part."""
+        """What the dense model has under these names. All processes of the group take part."""
         if self.ranks.group is None:
             return tensors
         result = {}
@@ -440,22 +460,10 @@ class DistributedGPT(GPT):
         return result
 
     def own_part(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inverse of `whole`."""
         if self.ranks.group is None:
             return tensors
         return {name: part_of(name, tensor, self.ranks.index, self.ranks.processes)
                 for name, tensor in tensors.items()}
-
-    def count_syncs(self) -> int:
-        """All-reduces of a forward pass through the layers, counted while one token goes through them."""
-        assert self.ranks.group is None, "count before the model is placed on real ranks"
-        ranks, training, trace = self.ranks, self.training, []
-        self.ranks = replace(ranks, trace=trace)
-        with torch.no_grad():
-            self.eval().hidden(self.lm_head.weight.new_zeros(1, 1, dtype=torch.int64))
-        self.ranks = ranks
-        self.train(training)
-        return len(trace)
 
     def decoder(self, batch_size: int, **options) -> Decoder:
         """What generates from this model; see Decoder."""

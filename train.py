@@ -3,6 +3,10 @@
 One process:
 $ python train.py config/train_python_char.py
 
+Ranks that synchronise less often, simulated, and on the 2 GPUs of each model (4 GPUs: 2 models):
+$ python train.py config/train_shakespeare_char_spd.py
+$ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2_distributed.py --tp_processes=2
+
 4 GPUs on one machine:
 $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 
@@ -32,8 +36,9 @@ from distributed import (
     pick_dtype,
     start,
 )
-from model import GPT, GPTConfig, padded_vocab_size
+from model import padded_vocab_size
 from optim import build_adamw, clip_gradients, cosine_learning_rate, load_state_by_name, state_by_name
+from tensor_parallel_model import ranks_on
 from training_logger import Stopwatch, TrainingLogger, environment, peak_flops
 
 # -----------------------------------------------------------------------------
@@ -53,7 +58,7 @@ wandb_project = "owt"
 wandb_run_name = "gpt2"
 # data
 dataset = "openwebtext"  # a folder in data/, or a path
-gradient_accumulation_steps = 5 * 8  # micro-batches of an update, over all processes
+gradient_accumulation_steps = 5 * 8  # micro-batches of an update, over all processes (models)
 batch_size = 12  # sequences of a micro-batch
 block_size = 1024  # tokens of a sequence
 # model
@@ -62,6 +67,9 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 is good for pretraining, 0.1 and more for finetuning
 bias = False  # biases in Linear and LayerNorm
+model_type = "gpt"  # 'gpt', or 'distributed_gpt': tensor-parallel ranks, each layer with its kind of block
+tp_size = 2  # ranks of a distributed_gpt
+block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer, e.g. ['spd']*12; None: all 'tp'
 # AdamW
 learning_rate = 6e-4  # the highest
 max_iters = 600000  # updates in all
@@ -80,6 +88,7 @@ device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', '
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16' (scales the loss)
 compile = True  # torch.compile the model
 backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
+tp_processes = 1  # processes that hold the ranks of one model; 1 simulates them, under data parallelism
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 
@@ -88,15 +97,18 @@ check_at_least(config, 1, "batch_size", "block_size", "gradient_accumulation_ste
                "log_interval", "eval_iters", "keep_checkpoints", "lr_decay_iters")
 check_at_least(config, 0, "max_iters", "warmup_iters", "grad_clip", "min_lr")
 check_seed(config)
-processes = start(device, backend)
+if model_type not in ("gpt", "distributed_gpt"):
+    raise UserError(f"model_type={model_type!r} is unknown: use gpt or distributed_gpt")
+processes = start(device, backend, tp_processes=tp_processes)
 main, group, device = processes.main, processes.group, processes.device
 compute_dtype = pick_dtype(dtype, device)
 if compile:
     check_compile(device)
-if gradient_accumulation_steps % processes.world_size:
+if gradient_accumulation_steps % processes.dp_size:
+    what = "processes" if tp_processes == 1 else f"groups of {tp_processes} processes"
     raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is the total over all "
-                    f"processes and must be a multiple of their number, {processes.world_size}")
-micro_steps = gradient_accumulation_steps // processes.world_size
+                    f"{what} and must be a multiple of their number, {processes.dp_size}")
+micro_steps = gradient_accumulation_steps // processes.dp_size
 if not eval_only:
     on_main(lambda: checkpoint.check_out_dir(out_dir), group)
 log = TrainingLogger(active=main)
@@ -104,8 +116,17 @@ log = TrainingLogger(active=main)
 # what is continued decides the architecture, and with it which windows the data is cut into
 resumed = checkpoint.find(out_dir, warn=log.line, group=group) if init_from == "resume" else None
 if resumed is not None:
-    checkpoint.take_architecture(config, resumed.state["model"]["config"], resumed.path)
-    block_size = config["block_size"]
+    checkpoint.take_model(config, resumed, ("gpt", "distributed_gpt"))
+    block_size, model_type = config["block_size"], config["model_type"]
+ranks = None  # those of this process, if they are real
+if tp_processes > 1:
+    if model_type != "distributed_gpt":
+        raise UserError(f"tp_processes={tp_processes} needs --model_type=distributed_gpt: the dense model is "
+                        f"not divided")
+    if compute_dtype == torch.float16:
+        raise UserError("dtype='float16' scales losses for one process at a time: with tp_processes use "
+                        "--dtype=bfloat16")
+    ranks = ranks_on(processes.tp_group, config["tp_size"])
 tokens_per_iter = batch_size * block_size * gradient_accumulation_steps
 
 # data
@@ -121,13 +142,13 @@ def check_tokens(vocab_size: int) -> None:
 
 # model; the tokens are checked as soon as its vocabulary is known
 checkpoint.seed_random_states(seed)
+variant = {name: config[name] for name in checkpoint.VARIANT[model_type]}
 if init_from == "scratch":
     used_vocab_size, vocab_size = padded_vocab_size(data.meta)
-    architecture = GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
-                             n_embd=n_embd, dropout=dropout, bias=bias, used_vocab_size=used_vocab_size)
-    checkpoint.check_size(architecture)
+    architecture = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                        n_embd=n_embd, dropout=dropout, bias=bias, used_vocab_size=used_vocab_size)
     check_tokens(vocab_size)
-    model = GPT(architecture)
+    model = checkpoint.build_model({"kind": model_type, "config": architecture | variant})
 elif resumed is not None:
     check_tokens(resumed.state["model"]["config"]["vocab_size"])
     model = checkpoint.load_model(resumed, dropout=dropout)
@@ -137,6 +158,9 @@ else:
     if block_size != model.config.block_size:
         model.crop_block_size(block_size)
     checkpoint.take_architecture(config, vars(model.config), init_from)
+    model = checkpoint.as_kind(model, model_type, **variant)
+if ranks is not None:
+    model.place(ranks)
 model.to(device)
 
 # optimizer; the scaler does nothing unless the dtype is float16
@@ -144,7 +168,7 @@ optimizer = build_adamw(model, learning_rate, (beta1, beta2), weight_decay)
 scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
 first_iter, first_sample, best_val_loss = 0, 0, math.inf
 if resumed is not None:
-    load_state_by_name(optimizer, model, resumed.tensors("optim"))
+    load_state_by_name(optimizer, model, model.own_part(resumed.tensors("optim")))
     if resumed.state["scaler"]:  # empty unless the dtype was float16 then
         scaler.load_state_dict(resumed.state["scaler"])
     first_iter, first_sample = resumed.step, resumed.state["sample"]
@@ -176,14 +200,20 @@ log.line(f"device {environment(device)['device']}, {str(compute_dtype).removepre
          f"{model.n_parameters() / 1e6:.2f}M parameters; {data.folder}: {data.train.n_tokens:,} train and "
          f"{data.val.n_tokens:,} val tokens, {data.train.n_windows:,} windows an epoch")
 log.line(f"tokens per iteration: {batch_size} sequences x {block_size} tokens x {micro_steps} accumulation x "
-         f"{processes.world_size} ranks = {tokens_per_iter:,}")
+         f"{processes.dp_size} ranks = {tokens_per_iter:,}")
+if model_type == "distributed_gpt":
+    log.line(f"synchronization points per forward pass: {model.syncs} (baseline {2 * model.config.n_layer}), "
+             f"{model.config.tp_size} ranks on {tp_processes} process{'es' if tp_processes > 1 else ''}")
+    log.event("schedule", **checkpoint.schedule_description(model))
 if data.meta is None and init_from == "scratch":
     log.line(f"{data.folder} has no meta.json: taking GPT-2's vocabulary of 50257")
 
 # speed
 torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
 autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
-if compile:
+if compile and ranks is not None and model.config.dropout > 0:
+    log.line("not compiling: the dropout masks of real ranks come from a generator that they share")
+elif compile:
     log.line("compiling the model (about a minute)")
     model.compile()
 trained = data_parallel(model, processes, compile)
@@ -195,26 +225,29 @@ def estimate_losses() -> dict[str, float]:
     model.eval()
     losses = {}
     for split in (data.train, data.val):
-        batches = evaluation_batches(split, eval_iters * batch_size, batch_size, device, processes.rank,
-                                     processes.world_size)
+        batches = evaluation_batches(split, eval_iters * batch_size, batch_size, device, processes.dp_rank,
+                                     processes.dp_size)
         with autocast:
-            losses[split.name] = evaluate(model, batches, group)
+            losses[split.name] = evaluate(model, batches, processes.dp_group)
     model.train()
     return losses
 
 
 def save_checkpoint(step: int, val_loss: float, best: bool) -> None:
     """Save everything that the run depends on; all processes take part."""
-    rng = gather_to_main(checkpoint.random_states(device), group)
+    rng = gather_to_main(checkpoint.random_states(device, shared_generator), group)
+    parameters = model.whole(dict(model.named_parameters()))
+    moments = model.whole(state_by_name(optimizer, model))
     if main:
         path = checkpoint.save(
-            out_dir, step, dict(model.named_parameters()), state_by_name(optimizer, model),
+            out_dir, step, parameters, moments,
             {f"{rank}.{name}": t for rank, states in enumerate(rng) for name, t in states.items()},
             {"sample": loader.sample, "epoch": loader.epoch, "seed": seed, "val_loss": val_loss,
              "best_val_loss": best_val_loss, "world_size": processes.world_size,
-             "scaler": scaler.state_dict(), "model": checkpoint.model_description("gpt", model),
-             "schedule": None, "config": config, "data": data.fingerprint, "meta": data.meta,
-             "environment": environment(device)},
+             "tp_processes": tp_processes, "scaler": scaler.state_dict(),
+             "model": checkpoint.model_description(model_type, model),
+             "schedule": checkpoint.schedule_description(model), "config": config,
+             "data": data.fingerprint, "meta": data.meta, "environment": environment(device)},
             keep=keep_checkpoints, protect=() if resumed is None else (resumed.step,), best=best)
         log.line(f"saved checkpoint {path}")
         log.event("checkpoint", step=step, path=path, val_loss=val_loss)
@@ -229,12 +262,16 @@ if eval_only:
 
 # training loop
 loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device,
-                    processes.rank, processes.world_size, sample=first_sample)
+                    processes.dp_rank, processes.dp_size, sample=first_sample)
 checkpoint.seed_random_states(seed + processes.rank)  # dropout differs between processes
-if resumed is not None and resumed.state["world_size"] == processes.world_size:
+shared_generator = None  # but for the masks that all ranks of a model have in common
+if ranks is not None:
+    shared_generator = model.shared_generator = torch.Generator(device).manual_seed(seed + processes.dp_rank)
+if resumed is not None and (resumed.state["world_size"], resumed.state["tp_processes"]) == (
+        processes.world_size, tp_processes):
     states = {name.partition(".")[2]: t for name, t in resumed.tensors("rng").items()
               if name.startswith(f"{processes.rank}.")}
-    checkpoint.set_random_states(states, device)
+    checkpoint.set_random_states(states, device, shared_generator)
 stopwatch, last_logged = Stopwatch(), first_iter
 for it in range(first_iter, max_iters + 1):
     lr = learning_rate
@@ -260,7 +297,7 @@ for it in range(first_iter, max_iters + 1):
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         x, y = loader.next()
-        if group is not None:  # gradients are averaged over processes once an update
+        if processes.dp_group is not None:  # gradients are averaged over processes once an update
             trained.require_backward_grad_sync = micro_step == micro_steps - 1
         with autocast:
             _, loss = trained(x, y)
@@ -268,14 +305,15 @@ for it in range(first_iter, max_iters + 1):
         loss_sum += loss.detach()
 
     # update
+    model.reduce_partial_gradients()
     scaler.unscale_(optimizer)
-    norm = clip_gradients(model.parameters(), grad_clip)
+    norm = clip_gradients(model.parameters(), grad_clip, model.split_parameters(), processes.tp_group)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
     if it % log_interval == 0:
-        loss_sum = all_reduce_sum(loss_sum, group).item()  # waits for the device
+        loss_sum = all_reduce_sum(loss_sum, processes.dp_group).item()  # waits for the device
         seconds = stopwatch.lap() / (it + 1 - last_logged)
         mfu = None if peak is None else flops_per_iter / seconds / (peak * processes.world_size)
         log.iteration(it, loss_sum / gradient_accumulation_steps, lr, norm.item(), seconds, tokens_per_iter,

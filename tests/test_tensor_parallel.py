@@ -110,7 +110,7 @@ def test_simulated_ranks_are_the_definition(number, R):
     assert (model(idx, all_logits=True)[0] - expected).abs().max() < EXACT
     assert abs(model(idx, targets)[1] - loss) < EXACT
     assert largest_difference(gradients(model, model(idx, targets)[1]), expected_gradients) < EXACT
-    assert model.count_syncs() == SYNCS[number]
+    assert model.syncs == SYNCS[number]
 
 
 @pytest.mark.parametrize("R", [1, 2, 3, 4, 6])
