@@ -7,7 +7,8 @@ resuming is exact.
 
 An epoch is a grid of windows side by side, each served once. Of a flat file (`bin`) every epoch has its own
 grid offset and a random order, as nanoGPT's random windows have on average. Shards are read as they were
-written in epoch 0, and in every later epoch in a new order of shards and of the windows inside.
+written in epoch 0, and in every later epoch in a new order of shards and of the windows inside. Evaluation
+has one grid, which begins at the first token of each file.
 
 B sequences in a micro-batch, T = block_size.
 """
@@ -37,15 +38,17 @@ class Split:
         self.kind, self.paths = split_files(folder, split)
         self.files = [open_tokens(path, self.kind) for path in self.paths]
         T = block_size
-        # leave room for any grid offset below T, except where that would leave no window
-        self.windows = [max((len(f) - T) // T, min((len(f) - 1) // T, 1)) for f in self.files]
+        # to evaluate: as many as fit; to train: leave room for any grid offset below T, except where that
+        # would leave no window
+        self.eval_windows = [(len(f) - 1) // T for f in self.files]
+        self.windows = [max((len(f) - T) // T, min(fit, 1)) for f, fit in zip(self.files, self.eval_windows)]
         if sum(self.windows) == 0:
             raise UserError(f"block_size={T} needs {T + 1} tokens and the {split} files of {folder} have at "
                             f"most {max(map(len, self.files))}: lower block_size or prepare more data")
 
     @property
     def n_windows(self) -> int:
-        """Windows of an epoch."""
+        """Windows of an epoch of training."""
         return sum(self.windows)
 
     @property
@@ -243,14 +246,15 @@ def evaluation_batches(split: Split, n_windows: int, batch_size: int, device: to
                        world_size: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Fixed windows spread evenly over the split, the same for any number of ranks, each rank its share.
 
-    All windows of the split once if it has no more than n_windows. Every rank gets the same number of
-    batches, all of (B, T): rows that fill up a batch have targets -1.
+    All that fit side by side in its files, once, if they are no more than n_windows. Every rank gets the same
+    number of batches, all of (B, T): rows that fill up a batch have targets -1.
     """
-    n = min(n_windows, split.n_windows)
-    numbers = np.arange(n) * split.n_windows // n
-    ends = np.cumsum(split.windows)
+    total = sum(split.eval_windows)
+    n = min(n_windows, total)
+    numbers = np.arange(n) * total // n
+    ends = np.cumsum(split.eval_windows)
     files = np.searchsorted(ends, numbers, side="right")
-    starts = (numbers - (ends - split.windows)[files]) * split.block_size
+    starts = (numbers - (ends - split.eval_windows)[files]) * split.block_size
     places = np.stack((files, starts), axis=1)
     per_rank = -(-n // world_size)
     mine = places[rank * per_rank:(rank + 1) * per_rank]

@@ -179,7 +179,7 @@ def test_evaluation_windows_are_fixed_and_spread(shards, n_windows, world_size):
         seen += [row[0].item() for x, y in parts for row, target in zip(x, y) if target[0] != -1]
     assert len(set(batches)) == 1  # every rank enters the model as often
     alone = [row[0].item() for x, y in evaluation_batches(split, n_windows, 1, CPU) for row in x]
-    assert seen == alone and len(seen) == min(n_windows, split.n_windows) == len(set(seen))
+    assert seen == alone and len(seen) == min(n_windows, sum(split.eval_windows)) == len(set(seen))
     assert max(seen) > 150 or n_windows == 5  # to the end of the split
 
 
@@ -192,4 +192,12 @@ def test_evaluation_is_a_mean_over_targets(shards, batch_size):
     split = Split(str(shards), "train", T)
     targets = [y for _, row in evaluation_batches(split, 100, 1, CPU) for y in row[0].tolist()]
     loss = evaluate(model, evaluation_batches(split, 100, batch_size, CPU))
-    assert loss == pytest.approx(np.mean(targets), rel=1e-12) and len(targets) == 21 * T
+    assert loss == pytest.approx(np.mean(targets), rel=1e-12) and len(targets) == (12 + 7 + 5) * T
+
+
+@pytest.mark.parametrize("tokens, targets", [(T + 1, T), (2 * T, T), (2 * T + 1, 2 * T), (5 * T, 4 * T)])
+def test_evaluation_leaves_out_less_than_a_window(tmp_path, tokens, targets):
+    write_dataset(tmp_path / "small", np.arange(tokens), np.arange(tokens), 500, chars="")
+    split = Split(str(tmp_path / "small"), "val", T)
+    seen = [t for _, y in evaluation_batches(split, 100, 1, CPU) for t in y[0].tolist()]
+    assert seen == list(range(1, targets + 1))
