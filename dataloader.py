@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from data.files import open_tokens, read_meta, split_files
+from data.files import check_counts, open_tokens, read_meta, split_files
 from distributed import all_reduce_sum
 
 CHECK_TOKENS = 500_000_000  # so many tokens of a split, evenly spread, are compared with the vocabulary
@@ -154,7 +154,10 @@ def open_dataset(name: str, block_size: int) -> DataSet:
             raise UserError(f"no data set {name!r}: there is no folder {folder} (in data/: {there})")
         folder = os.path.join(root, folder)
     train, val = (Split(folder, split, block_size) for split in ("train", "val"))
-    return DataSet(folder, read_meta(folder), train, val)
+    meta = read_meta(folder)
+    for split in (train, val):
+        check_counts(folder, meta, split.name, split.n_tokens)
+    return DataSet(folder, meta, train, val)
 
 
 class DataLoader:

@@ -10,6 +10,7 @@ meta.json: format, tokenizer, vocab_size, chars (of a char tokenizer), dtype, tr
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import json
@@ -23,6 +24,11 @@ from configurator import UserError, install_error_hook
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 TOKEN_DTYPE = np.dtype("<u2")
 REQUIRED_META = {"vocab_size": int, "tokenizer": str}
+MAX_VOCAB_SIZE = 1 << 16
+PICKLED_META = (  # nanoGPT's data sets by character have one, those in GPT-2's tokens none
+    "{folder} has its vocabulary in meta.pkl, a pickle, which can run code and is never loaded: run a "
+    "prepare.py of data/ with --out={folder}, or write {folder}/meta.json, with all characters in the "
+    'order of their ids: {{"tokenizer": "char", "vocab_size": 3, "chars": "abc"}}')
 
 
 def split_files(folder: str, split: str) -> tuple[str, list[str]]:
@@ -44,22 +50,20 @@ def split_files(folder: str, split: str) -> tuple[str, list[str]]:
 
 def open_tokens(path: str, kind: str) -> np.ndarray:
     """The tokens of one file as a read-only memory map of uint16. Raises UserError if it is malformed."""
+    with os_error_as_user_error(f"cannot read {path}"):
+        return {"bin": _open_flat, "shards": _open_shard, "npy": _open_npy}[kind](path)
+
+
+def _open_flat(path: str) -> np.ndarray:
     size = os.path.getsize(path)
-    if kind == "npy":
-        try:
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as e:
-            raise UserError(f"{path} is not a readable .npy file ({str(e).splitlines()[0]})") from None
-        if tokens.dtype != TOKEN_DTYPE or tokens.ndim != 1:
-            raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; tokens are uint16 in one "
-                            f"dimension")
-        return tokens
-    if kind == "bin":
-        if size == 0 or size % 2:
-            raise UserError(f"{path} has {size} bytes, which is no number of uint16 tokens: it is truncated; "
-                            f"prepare the data set again")
-        return np.memmap(path, TOKEN_DTYPE, mode="r")
-    offset = 4 * HEADER_INTS
+    if size == 0 or size % 2:
+        raise UserError(f"{path} has {size} bytes, which is no number of uint16 tokens: it is truncated; "
+                        f"prepare the data set again")
+    return np.memmap(path, TOKEN_DTYPE, mode="r")
+
+
+def _open_shard(path: str) -> np.ndarray:
+    size, offset = os.path.getsize(path), 4 * HEADER_INTS
     header = np.fromfile(path, "<i4", count=3)
     if size < offset or header[0] != SHARD_MAGIC:
         first = header[0] if len(header) else "missing"
@@ -72,23 +76,64 @@ def open_tokens(path: str, kind: str) -> np.ndarray:
     return np.memmap(path, TOKEN_DTYPE, mode="r", offset=offset)
 
 
+def _open_npy(path: str) -> np.ndarray:
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as e:
+        raise UserError(f"{path} is not a readable .npy file ({first_line(e)})") from None
+    if not isinstance(tokens, np.ndarray):
+        raise UserError(f"{path} is an .npz archive; tokens are one array in the .npy format")
+    if tokens.dtype != TOKEN_DTYPE or tokens.ndim != 1 or len(tokens) == 0:
+        raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; tokens are uint16 in one "
+                        f"dimension, at least one")
+    return tokens
+
+
 def read_meta(folder: str) -> dict | None:
-    """meta.json as a dict, None if there is none. Raises UserError if it cannot be used."""
+    """meta.json as a dict, None if there is none. Raises UserError if it cannot be used, or if what it would
+    say is in a pickle.
+    """
     path = os.path.join(folder, "meta.json")
     try:
         with open(path, encoding="utf-8") as f:
             meta = json.load(f)
     except FileNotFoundError:
+        if os.path.exists(os.path.join(folder, "meta.pkl")):
+            raise UserError(PICKLED_META.format(folder=folder)) from None
         return None
     except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e}; prepare the data set again") from None
+        raise UserError(f"cannot read {path}: {first_line(e)}; prepare the data set again") from None
     for key, kind in REQUIRED_META.items():
         if not isinstance(meta, dict) or type(meta.get(key)) is not kind:
             raise UserError(f"{path} has no usable {key!r}; prepare the data set again")
-    if meta["vocab_size"] < 1 or meta.get("dtype", "uint16") != "uint16":
-        raise UserError(f"{path}: vocab_size={meta['vocab_size']}, dtype={meta.get('dtype')!r} cannot be "
-                        f"used; prepare the data set again")
+    if not 1 <= meta["vocab_size"] <= MAX_VOCAB_SIZE or meta.get("dtype", "uint16") != "uint16":
+        raise UserError(f"{path}: vocab_size={meta['vocab_size']}, dtype={meta.get('dtype', 'uint16')!r} "
+                        f"cannot be used: tokens are uint16, so up to {MAX_VOCAB_SIZE} symbols; prepare the "
+                        f"data set again")
     return meta
+
+
+def check_counts(folder: str, meta: dict | None, split: str, n_tokens: int) -> None:
+    """Raise UserError if meta.json, where it counts tokens at all, counts others than the files have."""
+    said = (meta or {}).get(f"{split}_tokens")
+    if said not in (None, n_tokens):
+        raise UserError(f"{folder}/meta.json says {said!r} {split} tokens and the files have {n_tokens}: "
+                        f"they are unfinished or an earlier data set's are among them; prepare the data set "
+                        f"again")
+
+
+@contextlib.contextmanager
+def os_error_as_user_error(what: str):
+    """Of files the user chose: an OSError becomes a UserError "what: reason"."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{what}: {e.strerror or first_line(e)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as it fits a message of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class TokenWriter:

@@ -56,6 +56,12 @@ def test_malformed_flat_files(tmp_path, make, words):
         open_tokens(str(tmp_path / "train.bin"), "bin")
 
 
+@pytest.mark.parametrize("kind", ["bin", "shards", "npy"])
+def test_folder_in_the_place_of_a_file(tmp_path, kind):
+    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
+        open_tokens(str(tmp_path), kind)
+
+
 @pytest.mark.parametrize("options, words", [
     (dict(magic=1), "no token shard: its first number is 1"),
     (dict(version=2), "version 2"),
@@ -84,6 +90,16 @@ def test_malformed_npy(tmp_path):
         np.save(path, array)
         with pytest.raises(UserError, match=words):
             open_tokens(str(path), "npy")
+    np.save(path, np.zeros(0, np.uint16))
+    with pytest.raises(UserError, match="at least one"):
+        open_tokens(str(path), "npy")
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="not a readable"):
+        open_tokens(str(path), "npy")
+    with open(path, "wb") as f:
+        np.savez(f, np.zeros(3, np.uint16))
+    with pytest.raises(UserError, match="npz"):
+        open_tokens(str(path), "npy")
     np.save(path, np.array([print], dtype=object), allow_pickle=True)  # would have to be unpickled
     with pytest.raises(UserError, match="not a readable"):
         open_tokens(str(path), "npy")
@@ -91,11 +107,14 @@ def test_malformed_npy(tmp_path):
 
 @pytest.mark.parametrize("text", [
     "", "{", "[]", '{"vocab_size": 3}', '{"vocab_size": "3", "tokenizer": "char"}',
-    '{"vocab_size": 0, "tokenizer": "char"}', '{"vocab_size": 3, "tokenizer": "char", "dtype": "uint32"}'])
+    '{"vocab_size": 0, "tokenizer": "char"}', '{"vocab_size": 3, "tokenizer": "char", "dtype": "uint32"}',
+    '{"vocab_size": 65537, "tokenizer": "char"}'])
 def test_malformed_meta(tmp_path, text):
     (tmp_path / "meta.json").write_text(text)
     with pytest.raises(UserError):
         read_meta(str(tmp_path))
+    (tmp_path / "meta.json").write_text('{"vocab_size": 65536, "tokenizer": "own"}')
+    assert read_meta(str(tmp_path))["vocab_size"] == 65536
 
 
 def test_char_tokenizer():

@@ -3,6 +3,8 @@
     python -m pytest tests/test_dataloader.py
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -159,12 +161,31 @@ def test_block_size_longer_than_the_data(tmp_path):
 def test_nanogpt_folder_without_meta(tmp_path, monkeypatch):
     folder = write_dataset(tmp_path / "data" / "mine", np.arange(99), np.arange(99), 500, chars="")
     (folder / "meta.json").unlink()
-    (folder / "meta.pkl").write_bytes(b"not to be read")
     monkeypatch.chdir(tmp_path)
     data = open_dataset("mine", T)
     assert data.meta is None and data.train.n_tokens == 99
+    (folder / "meta.pkl").write_bytes(b"not to be read")  # it would be taken for GPT-2's tokens
+    with pytest.raises(UserError, match=r'meta.pkl, a pickle.*"tokenizer": "char", "vocab_size": 3, "chars"'):
+        open_dataset("mine", T)
+    (folder / "meta.json").write_text('{"tokenizer": "char", "vocab_size": 3, "chars": "abc"}')
+    assert open_dataset("mine", T).meta["chars"] == "abc"
     with pytest.raises(UserError, match="no data set 'yours'"):
         open_dataset("yours", T)
+
+
+def test_other_files_than_meta_counts(shards):
+    """As a prepare.py leaves them that was killed before it deleted shards of an earlier, larger data set."""
+    meta = {"vocab_size": 500, "tokenizer": "char"}
+    (shards / "meta.json").write_text(json.dumps(meta))
+    assert open_dataset(str(shards), T).meta == meta  # as FineWeb's: it counts nothing
+    (shards / "meta.json").write_text(json.dumps({**meta, "train_tokens": 201, "val_tokens": 60}))
+    assert open_dataset(str(shards), T).train.n_tokens == 201
+    for stale, words in (("x_train_000003.bin", "201 train tokens and the files have 241"),
+                         ("x_val_000001.bin", "60 val tokens and the files have 100")):
+        write_shard(shards / stale, range(40))
+        with pytest.raises(UserError, match=f"says {words}.*prepare the data set again"):
+            open_dataset(str(shards), T)
+        (shards / stale).unlink()
 
 
 @pytest.mark.parametrize("n_windows", [5, 8, 16, 1000])
