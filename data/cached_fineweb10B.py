@@ -6,6 +6,8 @@ Without a number all 103. What is there and whole is kept, so a download that wa
 was.
 """
 
+import contextlib
+import glob
 import os
 import shutil
 import sys
@@ -14,7 +16,14 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 
 from configurator import UserError  # noqa: E402
-from data.files import Parser, open_tokens, write_json  # noqa: E402
+from data.files import (  # noqa: E402
+    Parser,
+    check_out,
+    check_space,
+    made_folder,
+    open_tokens,
+    write_json,
+)
 
 REPOSITORY, SHARDS, SHARD_MB = "kjj0/fineweb10B-gpt2", 103, 200
 
@@ -23,7 +32,7 @@ def is_whole(path: str) -> bool:
     """Whether a shard is there and as long as its header says."""
     try:
         open_tokens(path, "shards")
-    except (UserError, OSError):
+    except UserError:
         return False
     return True
 
@@ -45,6 +54,21 @@ def fetch(name: str, folder: str) -> None:
     open_tokens(path, "shards")
 
 
+@contextlib.contextmanager
+def no_traces(folder: str):
+    """Remove what huggingface_hub keeps beside its downloads, unless it was there before or has a part of a
+    file from which it can go on.
+    """
+    cache = os.path.join(folder, ".cache")
+    was_there = os.path.exists(cache)
+    try:
+        yield
+    finally:
+        parts = glob.glob(os.path.join(glob.escape(cache), "**", "*.incomplete"), recursive=True)
+        if not was_there and not any(map(os.path.getsize, parts)):
+            shutil.rmtree(cache, ignore_errors=True)
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("shards", nargs="?", type=int, default=SHARDS, help=f"train shards, 1 to {SHARDS}")
@@ -53,19 +77,17 @@ def main() -> None:
     if not 1 <= args.shards <= SHARDS:
         raise UserError(f"{args.shards} shards: there are 1 to {SHARDS}")
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, args.shards + 1)]
-    os.makedirs(args.out, exist_ok=True)
+    check_out(args.out, "fineweb", "gpt2", "shards")
     missing = [name for name in names if not is_whole(os.path.join(args.out, name))]
-    free = shutil.disk_usage(args.out).free // 10**6
     print(f"{len(names)} shards, {len(missing)} to download: {len(missing) * SHARD_MB:,} MB to {args.out}")
-    if len(missing) * SHARD_MB > free:
-        raise UserError(f"{args.out} has {free:,} MB free: ask for fewer shards or choose another folder "
-                        f"with --out")
-    for i, name in enumerate(missing):
-        print(f"[{i + 1}/{len(missing)}] {name}", flush=True)
-        fetch(name, args.out)
-    write_json(os.path.join(args.out, "meta.json"), {
-        "format": "shards", "tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16",
-        "source": f"https://huggingface.co/datasets/{REPOSITORY}"})
+    check_space(args.out, len(missing) * SHARD_MB * 1e6, "ask for fewer shards or ")
+    with made_folder(args.out), no_traces(args.out):
+        for i, name in enumerate(missing):
+            print(f"[{i + 1}/{len(missing)}] {name}", flush=True)
+            fetch(name, args.out)
+        write_json(os.path.join(args.out, "meta.json"), {
+            "name": "fineweb", "format": "shards", "tokenizer": "gpt2", "vocab_size": 50257,
+            "dtype": "uint16", "source": f"https://huggingface.co/datasets/{REPOSITORY}"})
     print(f"{args.out}: {len(names) - 1} train shards and 1 val shard are there")
 
 

@@ -5,8 +5,8 @@
                                           as the cached FineWeb shards of modded-nanogpt
     npy     *_train_*.npy, *_val_*.npy    one-dimensional uint16 arrays, as build-nanogpt's
 
-meta.json: format, tokenizer, vocab_size, chars (of a char tokenizer), dtype, train_tokens, val_tokens, sha256
-(file name to digest), source. Only numpy is imported here, so preparing data does not load PyTorch.
+meta.json: name, format, tokenizer, vocab_size, chars (of a char tokenizer), dtype, train_tokens, val_tokens,
+sha256 (file name to digest), source. Only numpy is imported here, so preparing data does not load PyTorch.
 """
 
 import argparse
@@ -15,7 +15,10 @@ import glob
 import hashlib
 import json
 import os
+import shutil
+import signal
 import sys
+import tempfile
 
 import numpy as np
 
@@ -113,6 +116,14 @@ def read_meta(folder: str) -> dict | None:
     return meta
 
 
+def usable_meta(folder: str) -> dict | None:
+    """meta.json for those who prepare a data set: one that cannot be used is as good as none."""
+    try:
+        return read_meta(folder)
+    except UserError:
+        return None
+
+
 def check_counts(folder: str, meta: dict | None, split: str, n_tokens: int) -> None:
     """Raise UserError if meta.json, where it counts tokens at all, counts others than the files have."""
     said = (meta or {}).get(f"{split}_tokens")
@@ -144,25 +155,28 @@ class TokenWriter:
         self.folder, self.split, self.prefix, self.shard_tokens = folder, split, prefix, shard_tokens
         self.total = 0  # tokens so far, in all files
         self.finished = {}  # final path -> SHA-256 of the finished file
-        self._file = None
+        self._file = self._path = None
 
     def write(self, tokens: np.ndarray) -> None:
-        tokens = tokens.astype(TOKEN_DTYPE, copy=False)
-        while len(tokens):
-            if self._file is None:
-                self._open()
-            room = len(tokens) if self.shard_tokens is None else self.shard_tokens - self._in_file
-            tokens[:room].tofile(self._file)
-            self._in_file += len(tokens[:room])
-            self.total += len(tokens[:room])
-            tokens = tokens[room:]
-            if self._in_file == self.shard_tokens:
-                self._close()
+        """Raises UserError, here and in close, if the disk is full or will not have it."""
+        tokens = np.ascontiguousarray(tokens, TOKEN_DTYPE)
+        with os_error_as_user_error(f"cannot write to {self.folder}"):
+            while len(tokens):
+                if self._file is None:
+                    self._open()
+                room = len(tokens) if self.shard_tokens is None else self.shard_tokens - self._in_file
+                self._file.write(tokens[:room])  # unlike tofile, it says why it fails
+                self._in_file += len(tokens[:room])
+                self.total += len(tokens[:room])
+                tokens = tokens[room:]
+                if self._in_file == self.shard_tokens:
+                    self._close()
 
     def close(self) -> None:
         """Finish the last file, under its temporary name still."""
         if self._file is not None:
-            self._close()
+            with os_error_as_user_error(f"cannot write to {self.folder}"):
+                self._close()
 
     def publish(self) -> None:
         """Give the files their final names."""
@@ -170,10 +184,21 @@ class TokenWriter:
             os.replace(path + ".tmp", path)
 
     def discard(self) -> None:
-        """Delete what was written under temporary names."""
-        self.close()
-        for path in self.finished:
-            os.remove(path + ".tmp")
+        """Delete what is there under temporary names still."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk, again
+                self._file.close()
+            self._file = None
+        for path in {*self.finished, self._path} - {None}:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path + ".tmp")
+
+    def earlier_shards(self) -> set[str]:
+        """Names of the shards in the folder that this or an earlier run wrote, finished or not."""
+        if self.shard_tokens is None:
+            return set()
+        stem = os.path.join(glob.escape(self.folder), f"{self.prefix}_{self.split}_" + "[0-9]" * 6)
+        return {os.path.basename(path) for end in (".bin", ".bin.tmp") for path in glob.glob(stem + end)}
 
     def _open(self):
         name = f"{self.split}.bin" if self.shard_tokens is None else \
@@ -182,17 +207,90 @@ class TokenWriter:
         self._file = open(self._path + ".tmp", "wb")
         self._in_file = 0
         if self.shard_tokens is not None:
-            np.zeros(HEADER_INTS, "<i4").tofile(self._file)  # filled in when the count is known
+            self._file.write(np.zeros(HEADER_INTS, "<i4"))  # filled in when the count is known
 
     def _close(self):
         if self.shard_tokens is not None:
             self._file.seek(0)
-            np.array([SHARD_MAGIC, SHARD_VERSION, self._in_file], "<i4").tofile(self._file)
+            self._file.write(np.array([SHARD_MAGIC, SHARD_VERSION, self._in_file], "<i4"))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
         self.finished[self._path] = sha256_of(self._path + ".tmp")
+
+
+@contextlib.contextmanager
+def dataset_writers(folder: str, prefix: str | None = None, shard_tokens: int | None = None):
+    """TokenWriters of train and val in a folder that is made for them. What they have not published by the
+    end, because it failed, was interrupted or is not wanted, is deleted.
+    """
+    with made_folder(folder):
+        writers = [TokenWriter(folder, split, prefix, shard_tokens) for split in ("train", "val")]
+        try:
+            yield writers
+        finally:
+            for writer in writers:
+                writer.discard()
+
+
+@contextlib.contextmanager
+def made_folder(folder: str):
+    """Make a folder and its parents; if the body fails, remove those again that are new and still empty."""
+    new, path = [], os.path.abspath(folder)
+    while path != existing_parent(folder):
+        new.append(path)
+        path = os.path.dirname(path)
+    try:
+        with os_error_as_user_error(f"cannot make {folder}"):
+            os.makedirs(folder, exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for path in new:
+                os.rmdir(path)
+        raise
+
+
+def existing_parent(folder: str) -> str:
+    """The folder, or what is the nearest of its parents that exists."""
+    path = os.path.abspath(folder)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def check_out(folder: str, name: str, tokenizer: str, kind: str) -> None:
+    """Raise UserError unless data set `name`, in this tokenizer's tokens and format `kind`, can be written to
+    --out=folder and would be what is read from there. To be called before any work.
+    """
+    parent = existing_parent(folder)
+    if not folder or not os.path.isdir(parent):
+        raise UserError(f"--out={folder}: {parent if folder else 'the empty name'} is not a folder")
+    with os_error_as_user_error(f"--out={folder}: cannot write to {parent}"):
+        tempfile.TemporaryFile(dir=parent).close()
+    advice = "choose another folder with --out, or delete what is there"
+    there = usable_meta(folder)
+    if there is not None:
+        holds = (there.get("name", name), there["tokenizer"], there.get("format"))
+        if holds != (name, tokenizer, kind):
+            raise UserError(f"{folder} holds another data set, {holds[0]} in {holds[1]} tokens (format "
+                            f"{holds[2]}): {advice}")
+    if kind == "shards":  # which are read with all other shards, and not at all beside a flat file
+        for split in ("train", "val"):
+            others = glob.glob(os.path.join(glob.escape(folder), f"*_{split}_*.bin"))
+            others = [path for path in others if not os.path.basename(path).startswith(f"{name}_{split}_")]
+            others += glob.glob(os.path.join(glob.escape(folder), f"{split}.bin"))
+            if others:
+                raise UserError(f"{others[0]} would be read with the new shards or in their place: {advice}")
+
+
+def check_space(folder: str, needed: float, advice: str = "") -> None:
+    """Raise UserError if the disk has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(existing_parent(folder)).free
+    if needed > free:
+        raise UserError(f"{folder} needs about {needed / 1e6:,.0f} MB and has {free / 1e6:,.0f} MB free: "
+                        f"{advice}choose another folder with --out")
 
 
 def sha256_of(path: str) -> str:
@@ -207,19 +305,22 @@ def publish_dataset(folder: str, meta: dict, train: TokenWriter, val: TokenWrite
     """Name meta.json first, then the token files it counts: a folder cut off in between is seen to be
     unfinished.
 
-    Files of an earlier data set here that the new one has no use for are deleted.
+    Files of an earlier data set here that the new one has no use for are deleted, also those that a run
+    which was killed before it came to that has left.
     """
     train.close()
     val.close()
-    old_files = (read_meta(folder) or {}).get("sha256", {})
+    old_files = (usable_meta(folder) or {}).get("sha256")
+    old_files = {name for name in old_files if name == os.path.basename(name) and name.endswith(".bin")} \
+        if isinstance(old_files, dict) else set()
     meta = {"format": "bin" if train.shard_tokens is None else "shards", **meta, "dtype": "uint16",
             "train_tokens": train.total, "val_tokens": val.total,
             "sha256": {os.path.basename(p): d for w in (train, val) for p, d in w.finished.items()}}
     write_json(os.path.join(folder, "meta.json"), meta)
     val.publish()
     train.publish()
-    for name in set(old_files) - set(meta["sha256"]):
-        if name == os.path.basename(name) and os.path.exists(os.path.join(folder, name)):
+    for name in (old_files | train.earlier_shards() | val.earlier_shards()) - set(meta["sha256"]):
+        with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, name))
     print(f"{folder}: train has {train.total:,} tokens, val has {val.total:,} tokens, "
           f"vocabulary {meta['vocab_size']:,}")
@@ -227,7 +328,7 @@ def publish_dataset(folder: str, meta: dict, train: TokenWriter, val: TokenWrite
 
 def is_published(folder: str, **expected) -> bool:
     """Whether the folder holds a whole data set made with these values in its meta.json."""
-    meta = read_meta(folder)
+    meta = usable_meta(folder)
     if meta is None or any(meta.get(key) != value for key, value in expected.items()):
         return False
     counts = {}
@@ -264,13 +365,54 @@ def write_json(path: str, value) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Arguments of a prepare.py: `--help` as usual, an error as one line with exit code 2."""
+    """Arguments of a prepare.py: `--help` as usual, an error as one line with exit code 2, and Ctrl-C as one
+    with 130.
+    """
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
         install_error_hook()
+        install_interrupt_hook()
+
+    def parse_args(self, args=None, namespace=None):
+        for arg in sys.argv[1:] if args is None else args:
+            if not is_utf8(arg):  # it could be neither printed nor written to meta.json
+                self.error(f"argument {arg!r} is not valid UTF-8")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         print(f"error: {message} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
+
+
+def is_utf8(text: str) -> bool:
+    """False for a file name or argument with bytes that are not, which Python keeps as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def install_interrupt_hook() -> None:
+    """End the process on Ctrl-C with one line and exit code 130, once all that was to be tidied up is."""
+    previous, process = sys.excepthook, os.getpid()
+
+    def hook(kind, error, traceback):
+        cause = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__context__  # `datasets` fails with a timeout while it handles the interruption
+        if cause is None:
+            return previous(kind, error, traceback)
+        sys.stdout.flush()
+        os.write(2, b"interrupted\n")
+        os._exit(130)  # as a shell says of Ctrl-C; threads of libraries must not hold the exit back
+
+    def on_interrupt(signum, frame):
+        if os.getpid() == process:  # forked workers get the signal as well and would each print a traceback;
+            raise KeyboardInterrupt  # the process that forked them ends them
+
+    sys.excepthook = hook
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in a background job
+        signal.signal(signal.SIGINT, on_interrupt)

@@ -3,12 +3,12 @@
 import os
 
 from configurator import UserError
-from data.files import Parser, TokenWriter, is_published, publish_dataset
+from data.files import Parser, check_out, dataset_writers, is_published, made_folder, publish_dataset
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
-def prepare(folder: str, description: str, make_tokenizer) -> None:
+def prepare(folder: str, description: str, tokenizer_name: str, make_tokenizer) -> None:
     """The command line of both prepare.py: get the text, split it 90/10 as nanoGPT does, write train.bin and
     val.bin.
 
@@ -18,23 +18,22 @@ def prepare(folder: str, description: str, make_tokenizer) -> None:
     parser.add_argument("--input", help="a text file that is there already, instead of the download")
     parser.add_argument("--out", default=folder, help="folder of the data set (this one)")
     args = parser.parse_args()
+    name = os.path.basename(folder)
+    check_out(args.out, name, tokenizer_name, "bin")
     text = read_text(args.input or os.path.join(args.out, "input.txt"), download=args.input is None)
     if len(text) < 100:
         raise UserError(f"the text has {len(text)} characters: too few to split into train and val")
     print(f"{len(text):,} characters: at most {2 * len(text) / 1e6:.1f} MB of tokens to write to {args.out}")
     tokenizer = make_tokenizer(text)
     cut = int(len(text) * 0.9)
-    os.makedirs(args.out, exist_ok=True)
-    train, val = TokenWriter(args.out, "train"), TokenWriter(args.out, "val")
-    train.write(tokenizer.encode_ordinary(text[:cut]))
-    val.write(tokenizer.encode_ordinary(text[cut:]))
-    if is_published(args.out, **tokenizer.meta(), train_tokens=train.total, val_tokens=val.total):
-        train.discard()
-        val.discard()
-        print(f"{args.out} is up to date")
-        return
-    source = URL if args.input is None else "--input"
-    publish_dataset(args.out, {**tokenizer.meta(), "source": source}, train, val)
+    with dataset_writers(args.out) as (train, val):
+        train.write(tokenizer.encode_ordinary(text[:cut]))
+        val.write(tokenizer.encode_ordinary(text[cut:]))
+        if is_published(args.out, **tokenizer.meta(), train_tokens=train.total, val_tokens=val.total):
+            print(f"{args.out} is up to date")
+            return
+        source = URL if args.input is None else "--input"
+        publish_dataset(args.out, {"name": name, **tokenizer.meta(), "source": source}, train, val)
 
 
 def read_text(path: str, download: bool) -> str:
@@ -48,8 +47,7 @@ def read_text(path: str, download: bool) -> str:
         except requests.RequestException as e:
             raise UserError(f"could not download {URL} ({type(e).__name__}): without a network, give the "
                             f"file as --input=FILE, or use data/python_source, which needs none") from None
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path + ".tmp", "wb") as f:
+        with made_folder(os.path.dirname(path)), open(path + ".tmp", "wb") as f:
             f.write(response.content)
         os.replace(path + ".tmp", path)
     try:

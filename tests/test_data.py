@@ -16,7 +16,17 @@ from conftest import NO_NETWORK, ROOT, needs_gpt2_tokenizer, tinyshakespeare
 
 from configurator import UserError
 from data import tokenizers
-from data.files import TokenWriter, is_published, open_tokens, publish_dataset, read_meta, split_files
+from data.files import (
+    TokenWriter,
+    check_out,
+    check_space,
+    dataset_writers,
+    is_published,
+    open_tokens,
+    publish_dataset,
+    read_meta,
+    split_files,
+)
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):
@@ -30,6 +40,11 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 def prepare(script, *args, env=None):
     return subprocess.run([sys.executable, str(ROOT / "data" / script), *map(str, args)], capture_output=True,
                           text=True, timeout=240, env=os.environ | (env or {}))
+
+
+def check_error(done, words):
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_three_formats_read_the_same_tokens(tmp_path):
@@ -154,6 +169,106 @@ def test_writer_splits_into_shards_and_publishes_at_the_end(tmp_path):
     val.write(np.arange(3))
     publish_dataset(str(tmp_path), {"vocab_size": 30, "tokenizer": "none"}, train, val)
     assert sorted(os.listdir(tmp_path)) == ["meta.json", "x_train_000000.bin", "x_val_000000.bin"]
+
+
+def publish_shards(folder, train_tokens, val_tokens=3):
+    with dataset_writers(str(folder), "x", 10) as (train, val):
+        train.write(np.arange(train_tokens))
+        val.write(np.arange(val_tokens))
+        publish_dataset(str(folder), {"vocab_size": 30, "tokenizer": "none"}, train, val)
+
+
+def test_shards_that_a_killed_run_left_are_deleted_by_the_next(tmp_path):
+    publish_shards(tmp_path, 25)
+    whole = sorted(os.listdir(tmp_path))
+    for name in ("x_train_000003.bin", "x_val_000001.bin", "x_train_000007.bin.tmp"):
+        write_shard(tmp_path / name, range(5))  # of a larger data set that meta.json no longer lists
+    (tmp_path / "notes_train_1.bin").write_text("not ours")
+    assert not is_published(str(tmp_path), vocab_size=30)
+    publish_shards(tmp_path, 25)
+    assert sorted(os.listdir(tmp_path)) == sorted([*whole, "notes_train_1.bin"])
+    (tmp_path / "notes_train_1.bin").unlink()
+    assert is_published(str(tmp_path), vocab_size=30)
+
+
+def test_killed_between_the_names_and_the_deletion(tmp_path, monkeypatch):
+    publish_shards(tmp_path, 25)
+
+    def kill(path):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "remove", kill)
+        with pytest.raises(SystemExit):
+            publish_shards(tmp_path, 12)
+    assert "x_train_000002.bin" in os.listdir(tmp_path) and not is_published(str(tmp_path))
+    publish_shards(tmp_path, 12)
+    assert sorted(os.listdir(tmp_path)) == ["meta.json", "x_train_000000.bin", "x_train_000001.bin",
+                                            "x_val_000000.bin"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "", '{"sha256": ["a"], "vocab_size": 3, "tokenizer": "none"}'])
+def test_broken_meta_does_not_stop_preparing(tmp_path, text):
+    (tmp_path / "meta.json").write_text(text)
+    assert not is_published(str(tmp_path), vocab_size=30)
+    publish_shards(tmp_path, 12)
+    assert is_published(str(tmp_path), vocab_size=30)
+
+
+def test_earlier_meta_cannot_name_other_files_for_deletion(tmp_path):
+    (tmp_path / "keep.txt").write_text("mine")
+    names = {"keep.txt": "", "meta.json": "", "../keep.bin": "", "old_train_000000.bin": ""}
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 3, "tokenizer": "none", "sha256": names}))
+    write_shard(tmp_path / "old_train_000000.bin", range(5))
+    publish_shards(tmp_path, 5)
+    assert sorted(os.listdir(tmp_path)) == ["keep.txt", "meta.json", "x_train_000000.bin", "x_val_000000.bin"]
+
+
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_a_failed_run_leaves_nothing(tmp_path, error):
+    for folder in (tmp_path / "new" / "er", tmp_path):
+        with pytest.raises(error), dataset_writers(str(folder), "x", 10) as (train, _):
+            train.write(np.arange(25))
+            raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_full_disk(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write to .*: No space left on device"):
+        with dataset_writers(str(tmp_path)) as (train, _):
+            os.symlink("/dev/full", tmp_path / "train.bin.tmp")
+            train.write(np.arange(10**6))
+            train.close()
+    with pytest.raises(UserError, match=r"needs about 1,000,000,000,000 MB and has .* free: choose another"):
+        check_space(str(tmp_path / "not" / "there"), 1e18)
+
+
+def test_out_must_be_a_folder_that_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, words in ((tmp_path / "file", "is not a folder"), (tmp_path / "file" / "x", "is not a folder"),
+                       ("/proc/x/y", "cannot write to /proc"), ("", "is not a folder")):
+        with pytest.raises(UserError, match=words):
+            check_out(str(out), "x", "char", "bin")
+    check_out(str(tmp_path / "new" / "er"), "x", "char", "bin")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_out_must_not_hold_another_data_set(tmp_path):
+    out = str(tmp_path)
+    publish_shards(tmp_path, 5)
+    check_out(out, "x", "none", "shards")
+    for name, tokenizer, kind in (("x", "char", "shards"), ("x", "none", "bin"), ("y", "none", "shards")):
+        with pytest.raises(UserError, match="choose another folder with --out"):
+            check_out(out, name, tokenizer, kind)
+    (tmp_path / "meta.json").unlink()
+    check_out(out, "x", "char", "shards")
+    check_out(out, "x", "char", "bin")  # which is read, and not the shards
+    with pytest.raises(UserError, match=r"x_train_000000.bin would be read with"):
+        check_out(out, "y", "char", "shards")
+    (tmp_path / "val.bin").write_bytes(b"ab")
+    with pytest.raises(UserError, match=r"val.bin would be read with the new shards or in their place"):
+        check_out(out, "x", "none", "shards")
+    check_out(out, "x", "none", "bin")
 
 
 @pytest.fixture(scope="module")
@@ -283,10 +398,28 @@ def test_fineweb_downloads_what_is_missing_or_broken(tmp_path, monkeypatch, caps
     fineweb.main()
     assert fetched == names + names[1:2] and "1 to download" in capsys.readouterr().out
 
-    def fail(**_):
+    part = b""
+
+    def fail(local_dir, **_):
+        """As huggingface_hub does, which keeps locks, and parts of files to go on with."""
+        cache = os.path.join(local_dir, ".cache", "huggingface", "download")
+        os.makedirs(cache)
+        for name, content in (("x.lock", b""), ("x.incomplete", part)):
+            with open(os.path.join(cache, name), "wb") as f:
+                f.write(content)
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     (tmp_path / names[2]).unlink()
     with pytest.raises(UserError, match="copy the shards"):
         fineweb.main()
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[:2], "meta.json"])
+    part = b"some of it"
+    with pytest.raises(UserError, match="copy the shards"):
+        fineweb.main()
+    assert ".cache" in os.listdir(tmp_path)
+    part = b""
+    monkeypatch.setattr(sys, "argv", ["cached_fineweb10B.py", "2", f"--out={tmp_path / 'new' / 'er'}"])
+    with pytest.raises(UserError, match="copy the shards"):
+        fineweb.main()
+    assert not (tmp_path / "new").exists()

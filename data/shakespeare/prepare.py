@@ -15,4 +15,4 @@ from data.tinyshakespeare import prepare
 from data.tokenizers import GPT2Tokenizer
 
 if __name__ == "__main__":
-    prepare(HERE, __doc__, lambda text: GPT2Tokenizer())
+    prepare(HERE, __doc__, "gpt2", lambda text: GPT2Tokenizer())

@@ -14,4 +14,4 @@ from data.tinyshakespeare import prepare
 from data.tokenizers import CharTokenizer
 
 if __name__ == "__main__":
-    prepare(HERE, __doc__, lambda text: CharTokenizer("".join(sorted(set(text)))))
+    prepare(HERE, __doc__, "char", lambda text: CharTokenizer("".join(sorted(set(text)))))
