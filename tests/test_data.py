@@ -5,10 +5,13 @@
 Tests with GPT-2's tokenizer or tiny Shakespeare need their files in ../shared and skip where those are not.
 """
 
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -40,6 +43,14 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 def prepare(script, *args, env=None):
     return subprocess.run([sys.executable, str(ROOT / "data" / script), *map(str, args)], capture_output=True,
                           text=True, timeout=240, env=os.environ | (env or {}))
+
+
+def script_module(script):
+    """A prepare.py as a module, for what in it deserves a test of its own."""
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def check_error(done, words):
@@ -271,6 +282,15 @@ def test_out_must_not_hold_another_data_set(tmp_path):
     check_out(out, "x", "none", "bin")
 
 
+def test_shakespeare_does_not_replace_another_data_set(sources, tmp_path):
+    assert prepare("python_source/prepare.py", f"--roots={sources}", f"--out={tmp_path}").returncode == 0
+    (tmp_path / "text.txt").write_text("some text " * 100)
+    before = (tmp_path / "train.bin").read_bytes()
+    done = prepare("shakespeare_char/prepare.py", f"--input={tmp_path / 'text.txt'}", f"--out={tmp_path}")
+    check_error(done, "holds another data set, python_source in char tokens")
+    assert (tmp_path / "train.bin").read_bytes() == before
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """60 Python files, two of them equal, one not UTF-8, one not Python."""
@@ -315,6 +335,54 @@ def test_python_source_as_gpt2_shards(sources, tmp_path):
     tokens = np.concatenate([open_tokens(p, kind) for p in paths])
     assert tokens[0] == 50256 and (tokens == 50256).sum() == 60 - (
         open_tokens(*split_files(str(tmp_path), "val")[1], kind) == 50256).sum()
+
+
+def test_python_source_roots_of_the_same_name(sources, tmp_path):
+    find_roots = script_module("python_source/prepare.py").find_roots
+    for name in ("one/src", "two/src", "stdlib", "src"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / f"{name.replace('/', '_')}.py").write_text(f"# {name}\n" * 40)
+    one, two, src, stdlib = (str(tmp_path / name) for name in ("one/src", "two/src", "src", "stdlib"))
+    assert find_roots(one) == {"src": one}  # the name decides what is train and what val
+    assert find_roots(f"{one},{one}/") == {"src": f"{one}/"}  # the same, once
+    assert find_roots(f"{one},{two}") == {"one/src": one, "two/src": two}
+    here = tmp_path.name
+    found = find_roots(f"stdlib,{one},{two},{src},{stdlib}")
+    assert os.path.isfile(os.path.join(found.pop("stdlib"), "dataclasses.py"))  # not the folder of that name
+    assert found == {"one/src": one, "two/src": two, f"{here}/src": src, f"{here}/stdlib": stdlib}
+    done = prepare("python_source/prepare.py", f"--roots={sources},{one},{two}", "--workers=1",
+                   f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0 and "62 files" in done.stdout, done.stderr
+
+
+def test_python_source_below_file_names_that_are_not_utf8(sources, tmp_path):
+    folder = tmp_path / "src"
+    folder.mkdir()
+    for path in sources.glob("m*.py"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    with open(os.path.join(os.fsencode(folder), b"\xff.py"), "w") as f:
+        f.write("def odd():\n    return 'xyz'\n")
+    done = prepare("python_source/prepare.py", f"--roots={folder}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0 and "61 files" in done.stdout, done.stderr
+
+
+def test_interrupted(tmp_path):
+    """Ctrl-C goes to all processes of the terminal, the workers as well."""
+    folder, out = tmp_path / "src", tmp_path / "new" / "out"
+    folder.mkdir()
+    for i in range(200):
+        (folder / f"m{i}.py").write_text(f"x{i} = {'1' * 999}\n" * 500)
+    command = [sys.executable, str(ROOT / "data" / "python_source" / "prepare.py"), "--workers=2",
+               f"--roots={folder}", f"--out={out}"]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True)  # a process group, which stands for the terminal
+    while not list(out.glob("*.tmp")) and process.poll() is None:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert [line for line in err.splitlines() if line and "batch" not in line] == ["interrupted"]
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("args", [["--roots=/no/such/folder"], ["--roots="], ["--format=parquet"],

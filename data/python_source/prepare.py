@@ -12,10 +12,11 @@ need tiktoken's files (TIKTOKEN_CACHE_DIR); a document then begins with <|endoft
 import hashlib
 import multiprocessing
 import os
-import shutil
+import signal
 import string
 import sys
 import sysconfig
+from collections.abc import Collection
 from dataclasses import dataclass
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -24,9 +25,18 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 import numpy as np
 
 from configurator import UserError
-from data.files import Parser, TokenWriter, is_published, publish_dataset, read_meta
+from data.files import (
+    Parser,
+    TokenWriter,
+    check_out,
+    check_space,
+    dataset_writers,
+    is_published,
+    publish_dataset,
+)
 from data.tokenizers import UNKNOWN, CharTokenizer, GPT2Tokenizer
 
+NAME = "python_source"
 CHARS = "\t\n" + "".join(sorted(c for c in string.printable if c >= " ")) + UNKNOWN  # 98 of them
 TOKENS_PER_BYTE = {"char": 1.0, "gpt2": 0.49}  # of Python source, for the estimate
 VAL_SHARE = 0.05
@@ -43,22 +53,41 @@ class Document:
     @property
     def place(self) -> float:
         """A number in [0, 1) that orders and splits the documents."""
-        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big") / 2**64
+        return int.from_bytes(hashlib.sha256(file_name_bytes(self.name)).digest()[:8], "big") / 2**64
+
+
+def file_name_bytes(name: str) -> bytes:
+    """As the name is on disk, where it need not be valid UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def find_roots(roots: str) -> dict[str, str]:
     """'stdlib', 'site-packages' and folders, comma-separated -> folder by name. Raises UserError."""
     paths = sysconfig.get_paths()
     known = {"stdlib": paths["stdlib"], "site-packages": paths["purelib"]}
-    found = {}
+    found, folders = {}, {}
     for root in filter(None, roots.split(",")):
-        folder = known.get(root, root)
-        if not os.path.isdir(folder):
+        if not os.path.isdir(known.get(root, root)):
             raise UserError(f"--roots: {root!r} is neither stdlib, site-packages nor a folder")
-        found[root if root in known else os.path.basename(os.path.abspath(folder))] = folder
+        if root in known:
+            found[root] = known[root]
+        else:
+            folders[os.path.abspath(root).replace(os.sep, "/")] = root
+    for path, folder in folders.items():
+        found[root_name(path, [p for p in folders if p != path], known)] = folder
     if not found:
         raise UserError("--roots is empty: name stdlib, site-packages or folders")
     return found
+
+
+def root_name(path: str, others: list[str], taken: Collection[str]) -> str:
+    """The last part of a path, or, where another path ends in the same, as many parts as tell them apart."""
+    parts = path.split("/")
+    for n in range(1, len(parts) + 1):
+        name = "/".join(parts[-n:])
+        if name not in taken and not any(f"/{other}".endswith(f"/{name}") for other in others):
+            break
+    return name
 
 
 def find_documents(roots: dict[str, str]) -> list[Document]:
@@ -93,6 +122,7 @@ def make_tokenizer(name: str):
 
 
 def _start_worker(name: str):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's, which ends the workers
     global _tokenizer
     _tokenizer = make_tokenizer(name)
 
@@ -134,6 +164,7 @@ def main() -> None:
     if args.shard_tokens < 1 or args.workers < 1:
         raise UserError("--shard_tokens and --workers must be at least 1")
 
+    check_out(args.out, NAME, args.tokenizer, args.format)
     tokenizer = make_tokenizer(args.tokenizer)
     documents = find_documents(find_roots(args.roots))
     train = [d for d in documents if d.place >= VAL_SHARE]
@@ -143,33 +174,24 @@ def main() -> None:
                         f"and val")
     size = sum(d.size for d in documents)
     tokens = size * TOKENS_PER_BYTE[args.tokenizer]
-    free = shutil.disk_usage(os.path.dirname(os.path.abspath(args.out))).free
     print(f"{len(documents):,} files, {size / 1e6:,.1f} MB of source: about {tokens / 1e6:,.1f}M tokens, "
-          f"{2 * tokens / 1e6:,.1f} MB to write to {args.out}")
-    if 2.2 * tokens > free:
-        raise UserError(f"{args.out} needs about {2.2 * tokens / 1e6:,.0f} MB and has {free / 1e6:,.0f} MB "
-                        f"free: choose another folder with --out")
+          f"{2 * tokens / 1e6:,.1f} MB to write to {args.out}", flush=True)
 
-    contents = "".join(d.name + d.digest for d in documents)
+    contents = b"".join(file_name_bytes(d.name) + d.digest.encode() for d in documents)
     meta = {"format": args.format, **tokenizer.meta(),
             "source": {"roots": args.roots, "files": len(documents),
-                       "digest": hashlib.sha256(contents.encode()).hexdigest()}}
+                       "digest": hashlib.sha256(contents).hexdigest()}}
     if args.format == "shards":
         meta["source"]["shard_tokens"] = args.shard_tokens
     if is_published(args.out, **meta):
         print(f"{args.out} is up to date")
         return
-    there = read_meta(args.out)
-    if there is not None and (there["tokenizer"], there.get("format")) != (args.tokenizer, args.format):
-        raise UserError(f"{args.out} holds {there['tokenizer']} tokens as {there.get('format')}: choose "
-                        f"another folder with --out, or delete what is there")
-    os.makedirs(args.out, exist_ok=True)
+    check_space(args.out, 2.2 * tokens)
     shard_tokens = args.shard_tokens if args.format == "shards" else None
-    train_writer, val_writer = (TokenWriter(args.out, split, "python_source", shard_tokens)
-                                for split in ("train", "val"))
-    write_split(val_writer, val, args.tokenizer, args.workers)
-    write_split(train_writer, train, args.tokenizer, args.workers)
-    publish_dataset(args.out, meta, train_writer, val_writer)
+    with dataset_writers(args.out, NAME, shard_tokens) as (train_writer, val_writer):
+        write_split(val_writer, val, args.tokenizer, args.workers)
+        write_split(train_writer, train, args.tokenizer, args.workers)
+        publish_dataset(args.out, {"name": NAME, **meta}, train_writer, val_writer)
 
 
 if __name__ == "__main__":
