@@ -282,6 +282,22 @@ def test_out_must_not_hold_another_data_set(tmp_path):
     check_out(out, "x", "none", "bin")
 
 
+@pytest.mark.parametrize("script", ["python_source/prepare.py", "shakespeare/prepare.py",
+                                    "shakespeare_char/prepare.py", "openwebtext/prepare.py",
+                                    "cached_fineweb10B.py"])
+def test_out_is_checked_before_any_work(script, tmp_path):
+    (tmp_path / "file").write_text("")
+    env = NO_NETWORK | {"TIKTOKEN_CACHE_DIR": str(tmp_path)}
+    check_error(prepare(script, f"--out={tmp_path / 'file' / 'x'}", env=env), "is not a folder")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "meta.json").write_text(json.dumps(
+        {"vocab_size": 3, "tokenizer": "own", "format": "npy", "name": "mine"}))
+    check_error(prepare(script, f"--out={tmp_path / 'other'}", env=env),
+                "holds another data set, mine in own tokens (format npy): choose another folder with --out")
+    check_error(prepare(script, f"--out={tmp_path}/\udcff", env=env), "not valid UTF-8")
+    assert sorted(os.listdir(tmp_path)) == ["file", "other"]
+
+
 def test_shakespeare_does_not_replace_another_data_set(sources, tmp_path):
     assert prepare("python_source/prepare.py", f"--roots={sources}", f"--out={tmp_path}").returncode == 0
     (tmp_path / "text.txt").write_text("some text " * 100)
@@ -441,9 +457,47 @@ def test_openwebtext_from_local_parquet(tmp_path):
                  for part in np.split(tokens, np.flatnonzero(tokens == 50256) + 1) if len(part)]
     assert sorted(d.removesuffix("<|endoftext|>") for d in documents) == sorted(texts)
     assert "up to date" in prepare("openwebtext/prepare.py", *args, env=env).stdout
-    empty = prepare("openwebtext/prepare.py", f"--parquet={tmp_path / 'none'}", f"--out={tmp_path / 'o'}",
-                    env=env)
-    assert empty.returncode == 2 and empty.stderr.count("\n") == 1
+
+    texts = [text.replace("says", "said") for text in texts]
+    other = datasets.Dataset.from_dict({"text": texts, "url": texts})
+    other.to_parquet(str(tmp_path / "parquet" / "a.parquet"))  # of the same name, number and size
+    again = prepare("openwebtext/prepare.py", *args, env=env)
+    assert again.returncode == 0 and "up to date" not in again.stdout
+    assert "said" in tokenizer.decode(open_tokens(str(tmp_path / "out" / "train.bin"), "bin"))
+
+
+def test_openwebtext_says_the_size_before_the_download(tmp_path):
+    needs_gpt2_tokenizer()
+    env = NO_NETWORK | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = prepare("openwebtext/prepare.py", f"--out={tmp_path / 'out'}", env=env)
+    check_error(done, "without a network" if "8,013,769 documents, 39.77 GB" in done.stdout else "MB free")
+    assert not (tmp_path / "out").exists()
+
+
+def test_openwebtext_from_bad_parquet(tmp_path):
+    needs_gpt2_tokenizer()
+    import datasets
+
+    env = NO_NETWORK | {"HF_HOME": str(tmp_path / "hf")}
+    random = np.random.RandomState(1)
+    texts = ["".join(map(chr, random.randint(97, 123, 3000))) for _ in range(100)]
+    for name, columns in (("damaged", {"text": texts}), ("cut", {"text": texts}), ("one", {"text": ["a"]}),
+                          ("columns", {"words": texts}), ("numbers", {"text": [1, 2]})):
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / name / "a.parquet"))
+    (tmp_path / "none").mkdir()
+    content = (tmp_path / "cut" / "a.parquet").read_bytes()
+    (tmp_path / "cut" / "a.parquet").write_bytes(content[:-100])
+    (tmp_path / "damaged" / "a.parquet").write_bytes(content[:4] + bytes(5000) + content[5004:])
+    for name, words in (("none", "no *.parquet files"), ("cut", "a.parquet is no whole parquet file"),
+                        ("columns", "has columns ['words'], and no 'text' of strings"),
+                        ("numbers", "no 'text' of strings"), ("one", "1 document is too little"),
+                        ("damaged", "could not load the parquet files")):
+        done = prepare("openwebtext/prepare.py", f"--parquet={tmp_path / name}", f"--out={tmp_path / 'out'}",
+                       "--workers=2", env=env)
+        error = done.stderr.splitlines()[-1]  # below a bar of `datasets`
+        assert done.returncode == 2 and error.startswith("error: ") and words in error, done.stderr
+        assert "network" not in error and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_fineweb_downloads_what_is_missing_or_broken(tmp_path, monkeypatch, capsys):

@@ -1,15 +1,16 @@
-"""OpenWebText in GPT-2's tokens: 8,013,769 documents, about 9.0B train and 4.4M val tokens (17 GB and 9 MB).
+"""OpenWebText in GPT-2's tokens: 8,013,769 documents, about 9.0B train and 4.4M val tokens (18 GB and 9 MB).
 
     python data/openwebtext/prepare.py                     # downloads parquet files from the Hugging Face hub
     python data/openwebtext/prepare.py --parquet=FOLDER    # or takes them from a folder
 
-`datasets` keeps downloads and tokenised parts in its cache (54 GB and more), so a run that was cut off
-resumes. Val is 0.05% of the documents with the seed of nanoGPT. A document ends with <|endoftext|>, as
-nanoGPT's do. Needs tiktoken's GPT-2 files: downloaded at first use, or in the folder that TIKTOKEN_CACHE_DIR
-names.
+`datasets` keeps downloads, text and tokenised parts in its cache (24 + 40 + 18 GB; HF_HOME says where), so a
+run that was cut off resumes. Val is 0.05% of the documents with the seed of nanoGPT. A document ends with
+<|endoftext|>, as nanoGPT's do. Needs tiktoken's GPT-2 files: downloaded at first use, or in the folder that
+TIKTOKEN_CACHE_DIR names.
 """
 
 import glob
+import hashlib
 import os
 import sys
 
@@ -19,34 +20,84 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 import numpy as np
 
 from configurator import UserError
-from data.files import Parser, TokenWriter, is_published, publish_dataset
+from data.files import (
+    Parser,
+    TokenWriter,
+    check_out,
+    check_space,
+    dataset_writers,
+    first_line,
+    is_published,
+    is_utf8,
+    publish_dataset,
+)
 from data.tokenizers import GPT2Tokenizer
 
+NAME = "openwebtext"
 REPOSITORY, REVISION = "Skylion007/openwebtext", "refs/convert/parquet"  # the hub's own parquet export
+DOCUMENTS, TEXT_BYTES, DOWNLOAD_BYTES = 8_013_769, 39_769_491_688, 24_193_092_408  # as its card says
 TOKENS_PER_BYTE = 0.23  # of this text, for the estimate
 
 
-def load(parquet: str | None, workers: int):
-    """The documents as a `datasets` data set with a column `text`. Raises UserError."""
-    from datasets import load_dataset
+def find_parquet(folder: str) -> list[str]:
+    """The parquet files below a folder. Raises UserError if there is none."""
+    files = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.parquet"), recursive=True))
+    if not files:
+        raise UserError(f"--parquet: no *.parquet files below {folder!r}")
+    odd = [path for path in files if not is_utf8(path)]
+    if odd:
+        raise UserError(f"--parquet: the name of {odd[0]!r} is not valid UTF-8: rename it")
+    return files
 
+
+def survey(files: list[str], folder: str) -> tuple[int, int, dict]:
+    """Documents and bytes of text that the footers of parquet files count, and what tells whether these are
+    the files of an earlier run: names, sizes, and the last 64 KB, where the footers are. Raises UserError.
+    """
+    from pyarrow import ArrowException, parquet, types
+
+    documents, text_bytes, digest = 0, 0, hashlib.sha256()
+    for path in files:
+        try:
+            footer = parquet.read_metadata(path)
+            schema = footer.schema.to_arrow_schema()
+            with open(path, "rb") as f:
+                size = f.seek(0, os.SEEK_END)
+                f.seek(max(0, size - (1 << 16)))
+                digest.update(f"{os.path.relpath(path, folder)} {size}\n".encode() + f.read())
+        except (OSError, ArrowException) as e:
+            raise UserError(f"{path} is no whole parquet file ({first_line(e)}): get it again") from None
+        text = schema.get_field_index("text")
+        if text < 0 or not (types.is_string(schema.types[text]) or types.is_large_string(schema.types[text])):
+            raise UserError(f"{path} has columns {schema.names}, and no 'text' of strings among them")
+        documents += footer.num_rows
+        for group in map(footer.row_group, range(footer.num_row_groups)):
+            text_bytes += sum(column.total_uncompressed_size for column in map(group.column, range(
+                group.num_columns)) if column.path_in_schema == "text")
+    return documents, text_bytes, {"parquet_files": len(files), "digest": digest.hexdigest()}
+
+
+def load(files: list[str] | None, workers: int):
+    """The documents as a `datasets` data set with a column `text`. Raises UserError."""
+    import datasets
+    import huggingface_hub
+
+    for logging in (datasets.logging, huggingface_hub.logging):
+        logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, once
     try:
-        if parquet is None:
-            documents = load_dataset(REPOSITORY, revision=REVISION, split="train", num_proc=workers)
+        if files is None:
+            documents = datasets.load_dataset(REPOSITORY, revision=REVISION, split="train", num_proc=workers)
         else:
-            files = sorted(glob.glob(os.path.join(glob.escape(parquet), "**", "*.parquet"), recursive=True))
-            if not files:
-                raise UserError(f"--parquet: no *.parquet files below {parquet!r}")
-            documents = load_dataset("parquet", data_files=files, split="train",
-                                     num_proc=min(workers, len(files)))
-    except UserError:
-        raise
+            documents = datasets.load_dataset("parquet", data_files=files, split="train",
+                                              num_proc=min(workers, len(files)))
     except Exception as e:  # of datasets, fsspec, pyarrow or the HTTP library
-        reason = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
-        raise UserError(f"could not load OpenWebText ({reason}): without a network, give a folder of its "
-                        f"parquet files as --parquet=FOLDER") from None
-    if "text" not in documents.column_names:
-        raise UserError(f"the parquet files have columns {documents.column_names}, not 'text'")
+        cause = e.__cause__ or e
+        reason = f"{type(cause).__name__}: {first_line(cause)[:120]}"
+        if files is None:
+            raise UserError(f"could not load OpenWebText ({reason}): without a network, give a folder of its "
+                            f"parquet files as --parquet=FOLDER") from None
+        raise UserError(f"could not load the parquet files ({reason}): get a damaged one again, and see that "
+                        f"there is room in the cache of `datasets`") from None
     return documents.select_columns(["text"])
 
 
@@ -54,7 +105,8 @@ def encode(example: dict) -> dict:
     """Ids of one document, closed by <|endoftext|>."""
     global _tokenizer
     _tokenizer = globals().get("_tokenizer") or GPT2Tokenizer()
-    return {"ids": np.append(_tokenizer.encode_ordinary(example["text"]), np.uint16(_tokenizer.eot_token))}
+    ids = _tokenizer.encode_ordinary(example["text"] or "")  # a null is no text
+    return {"ids": np.append(ids, np.uint16(_tokenizer.eot_token))}
 
 
 def write(writer: TokenWriter, documents, rows: int = 4096) -> None:
@@ -75,25 +127,32 @@ def main() -> None:
     args = parser.parse_args()
     if args.workers < 1:
         raise UserError("--workers must be at least 1")
-    meta = {**GPT2Tokenizer().meta(), "source": args.parquet or f"{REPOSITORY}@{REVISION}"}
-    if is_published(args.out, **meta):
+    check_out(args.out, NAME, "gpt2", "bin")
+    meta, files = GPT2Tokenizer().meta(), None
+    if args.parquet is None:
+        n_documents, text_bytes, source = DOCUMENTS, TEXT_BYTES, f"{REPOSITORY}@{REVISION}"
+    else:
+        files = find_parquet(args.parquet)
+        n_documents, text_bytes, source = survey(files, args.parquet)
+    if is_published(args.out, **meta, source=source):
         print(f"{args.out} is up to date (delete its meta.json to prepare it again)")
         return
-    documents = load(args.parquet, args.workers)
-    size = documents.data.nbytes
-    tokens = size * TOKENS_PER_BYTE
-    print(f"{len(documents):,} documents, {size / 1e9:,.2f} GB: about {tokens / 1e6:,.1f}M tokens, "
-          f"{2 * tokens / 1e9:,.2f} GB to write to {args.out}")
-    if len(documents) < 2:
-        raise UserError(f"{len(documents)} document is too little to split into train and val")
+    tokens, download = text_bytes * TOKENS_PER_BYTE, 0 if files else DOWNLOAD_BYTES
+    cached = download + text_bytes + 2 * tokens
+    print(f"{n_documents:,} documents, {text_bytes / 1e9:,.2f} GB of text: about {tokens / 1e6:,.1f}M "
+          f"tokens, {2 * tokens / 1e9:,.2f} GB to write to {args.out}; {download / 1e9:,.2f} GB to "
+          f"download, {cached / 1e9:,.2f} GB in the cache of `datasets`", flush=True)
+    if n_documents < 2:
+        raise UserError(f"{n_documents} document is too little to split into train and val")
+    check_space(args.out, 2.2 * tokens)
+    documents = load(files, args.workers)
     splits = documents.train_test_split(test_size=max(0.0005, 1.5 / len(documents)), seed=2357, shuffle=True)
     ids = splits.map(encode, remove_columns=["text"], num_proc=min(args.workers, len(splits["test"])),
                      desc="tokenising")
-    os.makedirs(args.out, exist_ok=True)
-    train, val = TokenWriter(args.out, "train"), TokenWriter(args.out, "val")
-    write(val, ids["test"])
-    write(train, ids["train"])
-    publish_dataset(args.out, meta, train, val)
+    with dataset_writers(args.out) as (train, val):
+        write(val, ids["test"])
+        write(train, ids["train"])
+        publish_dataset(args.out, {"name": NAME, **meta, "source": source}, train, val)
 
 
 if __name__ == "__main__":
