@@ -11,6 +11,7 @@ All of them have the parameters of the dense GPT. All but `standard` compute ano
 so a model is trained with the strategy it is to run with; see tensor_parallel_model.py.
 """
 
+import math
 from dataclasses import dataclass
 
 from configurator import UserError
@@ -73,3 +74,16 @@ class GPT(DistributedGPT):
             print(f"Sync strategy: {config.sync_strategy}")
             print(f"Synchronization points per forward pass: {self.syncs} (baseline {2 * config.n_layer})",
                   flush=True)
+
+
+def parse_stop_if(text: str) -> tuple[float, float]:
+    """'5000:3.8' -> (5000, 3.8), a step and a loss; '' -> never. Raises UserError."""
+    if not text:
+        return math.inf, math.inf
+    step, colon, loss = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return int(step), float(loss)
+    except ValueError:
+        raise UserError(f"stop_if={text!r} is no step and loss: write it as in --stop_if=5000:3.8") from None

@@ -3,6 +3,10 @@
 $ python sample.py --out_dir=out-python-char --start="def "
 $ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5
 $ python sample.py --start=FILE:prompt.txt
+
+Weights of any kind under another sync schedule, and on real ranks, one process each:
+$ python sample.py --init_from=gpt2 --tp_size=2 --block_types="['spd']*12"
+$ torchrun --standalone --nproc_per_node=2 sample.py --out_dir=out-spd --tp_processes=2 --tp_allreduce=oneshot
 """
 
 import signal
@@ -12,8 +16,10 @@ import torch
 import checkpoint
 from configurator import UserError, check_at_least, check_seed, configure
 from data import tokenizers
-from distributed import pick_device, pick_dtype
-from model import GPT, Decoder
+from distributed import env_rank, finish, pick_dtype
+from distributed import start as start_processes
+from model import GPT
+from tensor_parallel_model import DistributedGPT, ranks_on
 
 # -----------------------------------------------------------------------------
 init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', a folder of weights
@@ -26,12 +32,16 @@ temperature = 0.8  # 0 always takes the most likely token, 1 samples what the mo
 top_k: int | None = 200  # sample from this many most likely tokens, None for all
 top_p: float | None = None  # sample from the fewest tokens that together have this probability, None for all
 stop_token: int | str | None = None  # end a sample at this token, an id or a text of one token
+tp_size: int | None = None  # run the weights on this many ranks with block_types, not as they were trained
+block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer; None: all 'tp'
+tp_processes = 1  # processes that hold the ranks, under torchrun; 1 simulates them
+tp_allreduce = "nccl"  # how they add up in a step: 'nccl' (the group's all-reduce), 'oneshot' (CUDA, quicker)
 slide = 1  # past block_size: tokens to drop at once; 1 keeps the longest context, more is faster
 seed = 1337
 device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16'
 # -----------------------------------------------------------------------------
-config = configure(globals())
+config = configure(globals(), rank=env_rank())
 check_at_least(config, 1, "num_samples")
 check_at_least(config, 0, "max_new_tokens")
 check_seed(config)
@@ -43,15 +53,20 @@ if start.startswith("FILE:"):
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read the prompt from {start[5:]}: {e}") from None
-device = pick_device(device)
+processes = start_processes(device, tp_processes=tp_processes)
+if processes.dp_size > 1:
+    raise UserError(f"{processes.world_size} processes for tp_processes={tp_processes}: start as many")
+main, group, device = processes.main, processes.group, processes.device
 if init_from == "resume":
-    found = checkpoint.find(out_dir, checkpoint_step)
+    found = checkpoint.find(out_dir, checkpoint_step, group=group)
 else:
-    found = checkpoint.find_weights(init_from, checkpoint_step)
+    found = checkpoint.find_weights(init_from, checkpoint_step, group=group)
 if found is None:
     model, meta = GPT.from_pretrained(init_from), None
 else:
     model, meta = checkpoint.load_model(found, dropout=0.0), found.state["meta"]
+if tp_size is not None or block_types is not None:
+    model = checkpoint.as_kind(model, "distributed_gpt", tp_size=tp_size or 2, block_types=block_types)
 tokenizer = tokenizers.from_meta(meta)
 prompt = tokenizer.encode(start)
 if len(prompt) == 0:
@@ -68,22 +83,37 @@ if prompt.max() >= vocab_size:
 if stop_token is not None and not 0 <= stop_token < vocab_size:
     raise UserError(f"stop_token={stop_token} is none of the model's tokens, 0 to {vocab_size - 1}")
 model.config.used_vocab_size = min(vocab_size, tokenizer.vocab_size)  # others have no text to print
+options = {}
+if tp_processes > 1:
+    if not isinstance(model, DistributedGPT):
+        raise UserError(f"tp_processes={tp_processes}: the model is the dense GPT; give it ranks with "
+                        f"--tp_size={tp_processes}")
+    model.place(ranks_on(processes.tp_group, model.config.tp_size))
+    options["tp_allreduce"] = tp_allreduce
 model.to(device, pick_dtype(dtype, device)).eval()
+
+
+
+def say(text: str) -> None:
+    if main:
+        print(text, end="", flush=True)
+
 
 # generation
 if hasattr(signal, "SIGPIPE"):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as `cat` does where `| head` has seen enough
 if found is not None:
-    print(f"{found.path}: step {found.step}, val loss {found.state['val_loss']:.4f}")
+    say(f"{found.path}: step {found.step}, val loss {found.state['val_loss']:.4f}\n")
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")
-decoder = Decoder(model, batch_size=1, temperature=temperature, top_k=top_k, top_p=top_p, slide=slide)
+decoder = model.decoder(1, temperature=temperature, top_k=top_k, top_p=top_p, slide=slide, **options)
 idx = torch.tensor(prompt.astype("int64"), device=device)[None]
 for _ in range(num_samples):
     to_text = tokenizer.stream()
-    print(start, end="", flush=True)
+    say(start)
     for (token,) in decoder.stream(idx, max_new_tokens):
         if token == stop_token:
             break
-        print(to_text(token), end="", flush=True)
-    print("\n---------------", flush=True)
+        say(to_text(token))
+    say("\n---------------\n")
+finish(processes)

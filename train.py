@@ -321,5 +321,5 @@ for it in range(first_iter, max_iters + 1):
         last_logged = it + 1
 
 loader.close()
-log.close(step=max_iters, best_val_loss=best_val_loss)
+log.close(status="finished", step=max_iters, best_val_loss=best_val_loss)
 finish(processes)

@@ -1,0 +1,126 @@
+"""Compare runs of different sync schedules: final val loss against all-reduces of a forward pass.
+
+    python experiments/results_summary.py out-python-24sync out-python-12sync out-python-6sync
+    python experiments/results_summary.py out-*sync --out=records/my-study/results
+
+Reads the newest log of each out_dir, prints a table and writes it as OUT.json, OUT.md and, drawn, OUT.png.
+The baseline is the run with the most syncs (of several, their mean). Runs that differ in more than schedule
+and seed are not comparable, which the table says.
+"""
+
+import glob
+import json
+import os
+import statistics
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from configurator import UserError, check_can_write
+from data.files import Parser
+
+CLOSE = 2.0  # percent above the baseline's val loss that still count as close
+OF_THE_SCHEDULE = {"sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points", "block_types",
+                   "model_type", "tp_processes", "out_dir", "seed", "wandb_log", "wandb_project",
+                   "wandb_run_name", "log_interval", "device", "compile", "init_from", "stop_if"}
+
+
+def read_run(out_dir: str) -> dict:
+    """What the newest log of a run says. Raises UserError."""
+    logs = sorted(glob.glob(os.path.join(glob.escape(out_dir), "run_*.jsonl")), key=os.path.getmtime)
+    if not logs:
+        raise UserError(f"{out_dir} has no run_*.jsonl: it is no out_dir of a training run")
+    events = {"eval": []}
+    with open(logs[-1], encoding="utf-8") as f:
+        for line in f:
+            try:
+                event = json.loads(line)
+            except ValueError:  # the last line of a run that was cut off
+                continue
+            if event["event"] == "eval":
+                events["eval"].append(event)
+            else:
+                events[event["event"]] = event
+    evaluated = [event for event in events["eval"] if event["val_loss"] is not None]
+    if "start" not in events or not evaluated:
+        raise UserError(f"{logs[-1]} has no evaluation: let the run get to its first")
+    config = events["start"]["config"]
+    dense = {"syncs": 2 * config["n_layer"]}  # a dense model, split over ranks, would synchronise everywhere
+    return {"run": os.path.basename(os.path.normpath(out_dir)), "config": config,
+            "syncs": events.get("schedule", dense)["syncs"], "step": evaluated[-1]["step"],
+            "val_loss": evaluated[-1]["val_loss"], "best_val_loss": min(e["val_loss"] for e in evaluated),
+            "status": events.get("end", {}).get("status", "not ended")}
+
+
+def compare(runs: list[dict]) -> None:
+    """Add to each run its distance from the baseline, in percent, and what else it differs in."""
+    most = max(run["syncs"] for run in runs)
+    baseline = [run for run in runs if run["syncs"] == most]
+    loss = statistics.mean(run["val_loss"] for run in baseline)
+    reference = baseline[0]["config"]
+    for run in runs:
+        run["percent"] = 100 * (run["val_loss"] / loss - 1)
+        run["within"] = run["percent"] <= CLOSE
+        keys = (set(run["config"]) | set(reference)) - OF_THE_SCHEDULE
+        run["differs"] = sorted(k for k in keys if run["config"].get(k) != reference.get(k))
+        if run["step"] != baseline[0]["step"]:
+            run["differs"].append("step")
+
+
+def table(runs: list[dict]) -> str:
+    """The runs as a Markdown table, most syncs first."""
+    lines = [f"| run | ranks | syncs | step | val loss | vs. baseline | within {CLOSE:g}% | status | not "
+             "comparable in |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for run in runs:
+        lines.append(f"| {run['run']} | {run['config'].get('tp_size', 1)} | {run['syncs']} | {run['step']} | "
+                     f"{run['val_loss']:.4f} | {run['percent']:+.2f}% | {'yes' if run['within'] else 'no'} | "
+                     f"{run['status']} | {', '.join(run['differs']) or '-'} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(runs: list[dict], path: str) -> None:
+    """Val loss against syncs, a colour for each number of ranks, a line through the means."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for ranks in sorted({run["config"].get("tp_size", 1) for run in runs}):
+        points = [(r["syncs"], r["val_loss"]) for r in runs if r["config"].get("tp_size", 1) == ranks]
+        axes.plot(*zip(*points), "o", markersize=5, label=f"{ranks} ranks")
+        counts = sorted({syncs for syncs, _ in points})
+        means = [statistics.mean(loss for syncs, loss in points if syncs == count) for count in counts]
+        axes.plot(counts, means, "-", color=axes.lines[-1].get_color(), linewidth=1)
+    axes.set_xscale("log", base=2)
+    counts = sorted({run["syncs"] for run in runs})
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set_xlabel("all-reduces of a forward pass")
+    axes.set_ylabel("val loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("out_dirs", nargs="+", metavar="OUT_DIR")
+    parser.add_argument("--out", default="results_summary", help="of the files, without ending")
+    args = parser.parse_args()
+    check_can_write(os.path.dirname(args.out) or ".", "--out")
+    runs = [read_run(out_dir) for out_dir in args.out_dirs]
+    compare(runs)
+    runs.sort(key=lambda run: (-run["syncs"], run["config"].get("tp_size", 1), run["val_loss"]))
+    print(table(runs), end="")
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    with open(args.out + ".md", "w", encoding="utf-8") as f:
+        f.write(table(runs))
+    with open(args.out + ".json", "w", encoding="utf-8") as f:
+        json.dump(runs, f, indent=1)
+    draw(runs, args.out + ".png")
+    print(f"written: {args.out}.md, {args.out}.json, {args.out}.png")
+
+
+if __name__ == "__main__":
+    main()

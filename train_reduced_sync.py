@@ -1,0 +1,329 @@
+"""Train a GPT whose tensor-parallel ranks synchronise less often, by a named strategy.
+
+Simulated ranks on one process, and on 8 GPUs under data parallelism:
+$ python train_reduced_sync.py config/train_python_6sync.py
+$ torchrun --standalone --nproc_per_node=8 train_reduced_sync.py config/train_grouped_6sync.py
+
+Real ranks, 2 GPUs a model; two runs side by side on the halves of a machine:
+$ CUDA_VISIBLE_DEVICES=0,1,2,3 torchrun --standalone --nproc_per_node=4 train_reduced_sync.py \\
+      config/train_spd_12sync.py --tp_processes=2
+$ CUDA_VISIBLE_DEVICES=4,5,6,7 torchrun --standalone --nproc_per_node=4 train_reduced_sync.py \\
+      config/train_tp_24sync.py --tp_processes=2
+
+What weights that are there lose when syncs are dropped (GPT-2's, or those of another run):
+$ python train_reduced_sync.py --eval_only --init_from=gpt2 --dataset=shakespeare --sync_strategy=spd
+
+The strategies are those of reduced_sync_model.py. All but `standard` compute another function than the dense
+GPT, and a model is good only with the schedule that it was trained with.
+"""
+
+import math
+
+import torch
+
+import checkpoint
+from configurator import UserError, check_at_least, check_seed, configure
+from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
+from distributed import (
+    all_reduce_sum,
+    barrier,
+    check_compile,
+    data_parallel,
+    env_rank,
+    finish,
+    gather_to_main,
+    on_main,
+    pick_dtype,
+    start,
+)
+from model import padded_vocab_size
+from optim import build_adamw, clip_gradients, cosine_learning_rate, load_state_by_name, state_by_name
+from reduced_sync_model import parse_stop_if
+from tensor_parallel_model import ranks_on
+from training_logger import Stopwatch, TrainingLogger, environment, peak_flops
+
+# -----------------------------------------------------------------------------
+# The defaults train GPT-2 (124M) on OpenWebText, synchronised everywhere.
+# synchronisation
+sync_strategy = "standard"  # 'standard', 'spd', 'selective', 'grouped' or 'custom'
+attn_sync_layers: list | None = None  # selective: layers that synchronise after attention, too
+layers_per_group = 2  # grouped: layers between two syncs
+sync_points: list | None = None  # custom: sublayers to sync after (2i: attention, 2i + 1: MLP of layer i)
+tp_size = 2  # tensor-parallel ranks
+tp_processes = 1  # processes that hold the ranks of one model; 1 simulates them, under data parallelism
+stop_if = ""  # '5000:3.8' ends a run whose val loss is above 3.8 at an evaluation from step 5000 on
+# I/O
+out_dir = "out-reduced-sync"  # checkpoints and logs go here
+eval_interval = 2000  # iterations between evaluations
+log_interval = 1  # iterations between log lines
+eval_iters = 200  # batches of batch_size that an evaluation looks at, in all
+eval_only = False  # evaluate once and exit, writing nothing
+always_save_checkpoint = True  # save at every evaluation, not only when the val loss is the best so far
+keep_checkpoints = 10  # how many to keep besides the best, the oldest go first
+init_from = "scratch"  # 'scratch', 'resume', 'gpt2', ..., 'gpt2-xl', or a folder of weights, also an out_dir
+# wandb
+wandb_log = False  # log to Weights & Biases as well
+wandb_project = "reduced-sync"
+wandb_run_name = "gpt2"
+# data
+dataset = "openwebtext"  # a folder in data/, or a path
+gradient_accumulation_steps = 5 * 8  # micro-batches of an update, over all processes (models)
+batch_size = 12  # sequences of a micro-batch
+block_size = 1024  # tokens of a sequence
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 is good for pretraining, 0.1 and more for finetuning
+bias = False  # biases in Linear and LayerNorm
+# AdamW
+learning_rate = 6e-4  # the highest
+max_iters = 600000  # updates in all
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient, 0 for no limit
+# learning-rate schedule
+decay_lr = True  # cosine from learning_rate to min_lr; otherwise constant
+warmup_iters = 2000
+lr_decay_iters = 600000  # about max_iters
+min_lr = 6e-5  # about learning_rate / 10
+# system
+seed = 1337  # of initialisation, data order and dropout
+device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16' (scales the loss)
+compile = True  # torch.compile the model
+backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
+# -----------------------------------------------------------------------------
+config = configure(globals(), rank=env_rank())
+
+# what can be known to be wrong before anything is built
+check_at_least(config, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval",
+               "log_interval", "eval_iters", "keep_checkpoints", "lr_decay_iters")
+check_at_least(config, 0, "max_iters", "warmup_iters", "grad_clip", "min_lr")
+check_seed(config)
+stop_step, stop_loss = parse_stop_if(stop_if)
+processes = start(device, backend, tp_processes=tp_processes)
+main, group, device = processes.main, processes.group, processes.device
+compute_dtype = pick_dtype(dtype, device)
+if compile:
+    check_compile(device)
+if gradient_accumulation_steps % processes.dp_size:
+    what = "processes" if tp_processes == 1 else f"groups of {tp_processes} processes"
+    raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is the total over all "
+                    f"{what} and must be a multiple of their number, {processes.dp_size}")
+micro_steps = gradient_accumulation_steps // processes.dp_size
+if not eval_only:
+    on_main(lambda: checkpoint.check_out_dir(out_dir), group)
+log = TrainingLogger(active=main)
+
+# what is continued decides the architecture, and with it which windows the data is cut into
+resumed = checkpoint.find(out_dir, warn=log.line, group=group) if init_from == "resume" else None
+if resumed is not None:
+    checkpoint.take_model(config, resumed, ("reduced_sync_gpt",))
+    block_size = config["block_size"]
+ranks = None  # those of this process, if they are real
+if tp_processes > 1:
+    if compute_dtype == torch.float16:
+        raise UserError("dtype='float16' scales losses for one process at a time: with tp_processes use "
+                        "--dtype=bfloat16")
+    ranks = ranks_on(processes.tp_group, config["tp_size"])
+tokens_per_iter = batch_size * block_size * gradient_accumulation_steps
+
+# data
+data = open_dataset(dataset, block_size)
+if resumed is not None and not eval_only:
+    checkpoint.check_same_data(resumed, data.folder, data.fingerprint)
+
+
+def check_tokens(vocab_size: int) -> None:
+    for split in (data.train, data.val):
+        split.check_tokens(vocab_size)
+
+
+# model; the tokens are checked as soon as its vocabulary is known
+checkpoint.seed_random_states(seed)
+variant = {name: config[name] for name in checkpoint.VARIANT["reduced_sync_gpt"]}
+if init_from == "scratch":
+    used_vocab_size, vocab_size = padded_vocab_size(data.meta)
+    architecture = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                        n_embd=n_embd, dropout=dropout, bias=bias, used_vocab_size=used_vocab_size)
+    check_tokens(vocab_size)
+    model = checkpoint.build_model({"kind": "reduced_sync_gpt", "config": architecture | variant})
+elif resumed is not None:
+    check_tokens(resumed.state["model"]["config"]["vocab_size"])
+    model = checkpoint.load_model(resumed, dropout=dropout)
+else:
+    model = checkpoint.load_weights(init_from, warn=log.line, group=group, dropout=dropout)
+    check_tokens(model.config.vocab_size)
+    if block_size != model.config.block_size:
+        model.crop_block_size(block_size)
+    checkpoint.take_architecture(config, vars(model.config), init_from)
+    model = checkpoint.as_kind(model, "reduced_sync_gpt", **variant)
+if ranks is not None:
+    model.place(ranks)
+model.to(device)
+
+# optimizer; the scaler does nothing unless the dtype is float16
+optimizer = build_adamw(model, learning_rate, (beta1, beta2), weight_decay)
+scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
+first_iter, first_sample, best_val_loss = 0, 0, math.inf
+if resumed is not None:
+    load_state_by_name(optimizer, model, model.own_part(resumed.tensors("optim")))
+    if resumed.state["scaler"]:  # empty unless the dtype was float16 then
+        scaler.load_state_dict(resumed.state["scaler"])
+    first_iter, first_sample = resumed.step, resumed.state["sample"]
+    best_val_loss = resumed.state["best_val_loss"]
+
+    if first_iter >= max_iters and not eval_only:
+        log.open_files(out_dir, config, environment(device), resumed=True)
+        log.line(f"nothing left to do: {resumed.path} is at max_iters={max_iters}")
+        log.close(step=first_iter, best_val_loss=best_val_loss)
+        finish(processes)
+        raise SystemExit(0)
+
+if not eval_only:
+    if wandb_log:
+        on_main(lambda: log.start_wandb(wandb_project, wandb_run_name, config), group)
+    barrier(group)  # nobody still reads weights that are moved now
+    # from here on files are written
+    if main and resumed is None:
+        earlier = checkpoint.set_aside(out_dir)
+        if earlier is not None:
+            what = "checkpoints" if checkpoint.steps_in(earlier) else "log"
+            log.line(f"moved the {what} of an earlier run to {earlier}")
+    elif main:
+        checkpoint.mend_best(out_dir)
+    log.open_files(out_dir, config, environment(device), resumed=resumed is not None)
+log.line("settings, with where they differ from the script's:\n" + config.table())
+log.line(f"device {environment(device)['device']}, {str(compute_dtype).removeprefix('torch.')}, "
+         f"{processes.world_size} process{'es' if processes.world_size > 1 else ''}; "
+         f"{model.n_parameters() / 1e6:.2f}M parameters; {data.folder}: {data.train.n_tokens:,} train and "
+         f"{data.val.n_tokens:,} val tokens, {data.train.n_windows:,} windows an epoch")
+log.line(f"tokens per iteration: {batch_size} sequences x {block_size} tokens x {micro_steps} accumulation x "
+         f"{processes.dp_size} ranks = {tokens_per_iter:,}")
+log.line(f"{model.syncs} of {2 * model.config.n_layer} synchronization points, {model.config.tp_size} ranks "
+         f"on {tp_processes} process{'es' if tp_processes > 1 else ''}")
+log.event("schedule", **checkpoint.schedule_description(model))
+if data.meta is None and init_from == "scratch":
+    log.line(f"{data.folder} has no meta.json: taking GPT-2's vocabulary of 50257")
+
+# speed
+torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
+autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+if compile and ranks is not None and model.config.dropout > 0:
+    log.line("not compiling: the dropout masks of real ranks come from a generator that they share")
+elif compile:
+    log.line("compiling the model (about a minute)")
+    model.compile()
+trained = data_parallel(model, processes, compile)
+flops_per_iter, peak = model.flops_per_token(block_size) * tokens_per_iter, peak_flops(device, compute_dtype)
+
+
+def estimate_losses() -> dict[str, float]:
+    """Mean loss of fixed windows of both splits, the same for any number of processes."""
+    model.eval()
+    losses = {}
+    for split in (data.train, data.val):
+        batches = evaluation_batches(split, eval_iters * batch_size, batch_size, device, processes.dp_rank,
+                                     processes.dp_size)
+        with autocast:
+            losses[split.name] = evaluate(model, batches, processes.dp_group)
+    model.train()
+    return losses
+
+
+def save_checkpoint(step: int, val_loss: float, best: bool) -> None:
+    """Save everything that the run depends on; all processes take part."""
+    rng = gather_to_main(checkpoint.random_states(device, shared_generator), group)
+    parameters = model.whole(dict(model.named_parameters()))
+    moments = model.whole(state_by_name(optimizer, model))
+    if main:
+        path = checkpoint.save(
+            out_dir, step, parameters, moments,
+            {f"{rank}.{name}": t for rank, states in enumerate(rng) for name, t in states.items()},
+            {"sample": loader.sample, "epoch": loader.epoch, "seed": seed, "val_loss": val_loss,
+             "best_val_loss": best_val_loss, "world_size": processes.world_size,
+             "tp_processes": tp_processes, "scaler": scaler.state_dict(),
+             "model": checkpoint.model_description("reduced_sync_gpt", model),
+             "schedule": checkpoint.schedule_description(model), "config": config,
+             "data": data.fingerprint, "meta": data.meta, "environment": environment(device)},
+            keep=keep_checkpoints, protect=() if resumed is None else (resumed.step,), best=best)
+        log.line(f"saved checkpoint {path}")
+        log.event("checkpoint", step=step, path=path, val_loss=val_loss)
+    barrier(group)
+
+
+if eval_only:
+    losses = estimate_losses()
+    log.line(f"step {first_iter}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    finish(processes)
+    raise SystemExit(0)
+
+# training loop
+loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device,
+                    processes.dp_rank, processes.dp_size, sample=first_sample)
+checkpoint.seed_random_states(seed + processes.rank)  # dropout differs between processes
+shared_generator = None  # but for the masks that all ranks of a model have in common
+if ranks is not None:
+    shared_generator = model.shared_generator = torch.Generator(device).manual_seed(seed + processes.dp_rank)
+if resumed is not None and (resumed.state["world_size"], resumed.state["tp_processes"]) == (
+        processes.world_size, tp_processes):
+    states = {name.partition(".")[2]: t for name, t in resumed.tensors("rng").items()
+              if name.startswith(f"{processes.rank}.")}
+    checkpoint.set_random_states(states, device, shared_generator)
+stopwatch, last_logged, status = Stopwatch(), first_iter, "finished"
+for it in range(first_iter, max_iters + 1):
+    lr = learning_rate
+    if decay_lr:
+        lr = cosine_learning_rate(it, learning_rate, min_lr, warmup_iters, lr_decay_iters)
+    for parameter_group in optimizer.param_groups:
+        parameter_group["lr"] = lr
+
+    # evaluate and save, before update `it`
+    if (it % eval_interval == 0 or it == max_iters) and not (resumed is not None and it == first_iter):
+        stopwatch.pause()
+        losses = estimate_losses()
+        log.evaluation(it, losses["train"], losses["val"], lr)
+        improved = losses["val"] < best_val_loss
+        best_val_loss = min(best_val_loss, losses["val"])
+        if it > 0 and (improved or always_save_checkpoint):
+            save_checkpoint(it, losses["val"], improved)
+        stopwatch.go_on()
+        if it >= stop_step and losses["val"] > stop_loss:
+            log.line(f"stopped: val loss {losses['val']:.4f} at step {it} is above {stop_loss} ({stop_if=})")
+            status = "stopped"
+            break
+    if it == max_iters:
+        break
+
+    # forward and backward; the loss of an update is the mean over its micro-batches and processes
+    loss_sum = torch.zeros((), device=device)
+    for micro_step in range(micro_steps):
+        x, y = loader.next()
+        if processes.dp_group is not None:  # gradients are averaged over processes once an update
+            trained.require_backward_grad_sync = micro_step == micro_steps - 1
+        with autocast:
+            _, loss = trained(x, y)
+        scaler.scale(loss / micro_steps).backward()
+        loss_sum += loss.detach()
+
+    # update
+    model.reduce_partial_gradients()
+    scaler.unscale_(optimizer)
+    norm = clip_gradients(model.parameters(), grad_clip, model.split_parameters(), processes.tp_group)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+    if it % log_interval == 0:
+        loss_sum = all_reduce_sum(loss_sum, processes.dp_group).item()  # waits for the device
+        seconds = stopwatch.lap() / (it + 1 - last_logged)
+        mfu = None if peak is None else flops_per_iter / seconds / (peak * processes.world_size)
+        log.iteration(it, loss_sum / gradient_accumulation_steps, lr, norm.item(), seconds, tokens_per_iter,
+                      mfu, loader.epoch)
+        last_logged = it + 1
+
+loader.close()
+log.close(status=status, step=it, best_val_loss=best_val_loss)
+finish(processes)
