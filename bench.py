@@ -5,12 +5,23 @@ $ python bench.py --batch_size=64 --peer=FOLDER      # alternating with the GPT 
 $ python bench.py --mode=generate --batch_size=32    # ms a step of generation; --peer=FOLDER or --peer=hf
 $ torchrun --standalone --nproc_per_node=4 bench.py --batch_size=64    # DDP against one GPU alone
 
+Tensor-parallel ranks, beside the dense GPT: simulated, and on real ranks
+$ python bench.py --model_type=distributed_gpt --tp_size=2 --block_types="['spd']*12"
+$ python bench.py --model_type=distributed_gpt --tp_size=2 --syncs="[24,12,6,3,1]"
+$ torchrun --standalone --nproc_per_node=4 bench.py --model_type=distributed_gpt --tp_size=4 --tp_processes=4
+$ torchrun --standalone --nproc_per_node=4 bench.py --mode=decode --tp_allreduce=oneshot  # or --mode=prefill
+
 All contenders do the same work on the same tokens. Each is warmed up, then they take turns, `steps` steps a
 turn, for `rounds` rounds; a figure is the median over rounds, with the range. A training step is forward,
 backward, clipping and AdamW. A step of generation is the time that one more token takes a batch: that of
 max_new_tokens less that of one.
+
+decode and prefill measure latency, each as a CUDA graph, for every width and batch size: of one GPU (TP=1),
+of all of them by schedules with so many all-reduces, and without any (0 syncs: what communication costs, not
+a model). Weights are random; a schedule's speed does not depend on them.
 """
 
+import dataclasses
 import importlib.util
 import json as json_
 import os
@@ -22,13 +33,14 @@ import torch
 import checkpoint
 from configurator import UserError, check_at_least, check_can_write, check_seed, configure
 from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
-from distributed import barrier, check_compile, data_parallel, env_rank, finish, pick_dtype, start
-from model import GPT, Decoder, GPTConfig
+from distributed import Processes, barrier, check_compile, data_parallel, env_rank, finish, pick_dtype, start
+from model import GPT, Decoder, GPTConfig, capture_graph
 from optim import build_adamw, clip_gradients
+from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, Ranks, SyncSchedule, ranks_on
 from training_logger import environment, peak_flops
 
 # -----------------------------------------------------------------------------
-mode = "train"  # 'train' or 'generate'
+mode = "train"  # 'train', 'generate', or, under torchrun, 'decode' or 'prefill'
 peer = ""  # a folder with a nanoGPT-like model.py to alternate with; to generate, also 'hf' (transformers)
 json = ""  # write the figures to this file as well
 # model: GPT-2 (124M) with nanoGPT's padded vocabulary
@@ -40,6 +52,14 @@ n_embd = 768
 vocab_size = 50304
 bias = False
 dropout = 0.0
+model_type = "gpt"  # 'distributed_gpt' measures tensor-parallel ranks beside the dense GPT
+tp_size = 2  # ranks of a distributed_gpt
+block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer; None: all 'tp'
+syncs: list | None = None  # instead: several schedules, with so many all-reduces each, equally far apart
+tp_processes = 1  # processes that hold the ranks of one model when training; 1 simulates them
+tp_allreduce = "nccl"  # decode: 'nccl' (the group's all-reduce) or 'oneshot' (through symmetric memory)
+batch_sizes: list = [1, 16]  # decode, prefill
+widths: list = [768, 2048]  # decode, prefill: n_embd, in heads of 64
 # measurement
 steps = 10  # training steps a turn
 warmup = 5  # training steps before the first turn, after the one that compiles
@@ -65,8 +85,14 @@ check_at_least(config, 1, "batch_size", "steps", "rounds", "warmup", "prompt_tok
 check_at_least(config, 2, "max_new_tokens")
 check_at_least(config, 0, "loss_steps", "grad_clip")
 check_seed(config)
-if mode not in ("train", "generate"):
-    raise UserError(f"mode={mode!r} is unknown: use train or generate")
+if mode not in ("train", "generate", "decode", "prefill"):
+    raise UserError(f"mode={mode!r} is unknown: use train, generate, decode or prefill")
+if model_type not in ("gpt", "distributed_gpt"):
+    raise UserError(f"model_type={model_type!r} is unknown: use gpt or distributed_gpt")
+latency = mode in ("decode", "prefill")
+if syncs is None:
+    syncs = [2 * n_layer // n for n in (1, 2, 4, 8, 24) if 2 * n_layer % n == 0] if latency else []
+schedules = {f"{n} syncs": SyncSchedule.evenly(n_layer, n) for n in syncs}
 if peer and not os.path.isfile(os.path.join(peer, "model.py")) and not (peer == "hf" and mode == "generate"):
     raise UserError(f"peer={peer!r} is no folder with a model.py" + ", nor 'hf'" * (mode == "generate"))
 if peer == "hf" and importlib.util.find_spec("transformers") is None:
@@ -84,8 +110,12 @@ if json:
     if os.path.isdir(json) or not os.path.isdir(folder):
         raise UserError(f"json={json!r} names no file in a folder that is there: make the folder first")
     check_can_write(folder, "json")
-processes = start(device)
+processes = start(device, tp_processes=tp_processes)
 device = processes.device
+if tp_processes > 1 and (mode != "train" or model_type != "distributed_gpt"):
+    raise UserError("tp_processes is for training a distributed_gpt: decode and prefill use all processes")
+if peer and (latency or model_type != "gpt"):
+    raise UserError("a peer is measured against the dense GPT, in mode train or generate")
 if peer and processes.world_size > 1:
     raise UserError("a peer is measured on one process: start bench.py with python, not torchrun")
 if mode == "generate" and processes.world_size > 1:
@@ -97,6 +127,9 @@ data = open_dataset(dataset, block_size) if dataset else None
 architecture = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
                     n_embd=n_embd, dropout=dropout, bias=bias)
 checkpoint.check_size(GPTConfig(**architecture))
+if model_type == "distributed_gpt" and not schedules:
+    blocks = DistributedGPTConfig(**architecture, tp_size=tp_size, block_types=block_types)
+    schedules = {f"{tp_size} ranks": blocks.schedule()}
 if data is not None:
     data.train.check_tokens(vocab_size)
 torch.set_float32_matmul_precision("high")
@@ -141,8 +174,14 @@ def first_line(error: Exception) -> str:
 
 
 def make_model(name: str):
-    """A freshly initialised model on the device, both with the weights of ours."""
+    """A freshly initialised model on the device, all with the weights of ours."""
     torch.manual_seed(seed)
+    if name in schedules:
+        model = DistributedGPT(DistributedGPTConfig(**architecture, tp_size=tp_size))
+        model.reschedule(schedules[name])
+        if tp_processes > 1:
+            model.place(ranks_on(processes.tp_group, tp_size))
+        return model.to(device)
     ours = GPT(GPTConfig(**architecture))
     if name != "peer":
         return ours.to(device)
@@ -161,8 +200,10 @@ peer_module = load_peer_module(peer) if peer not in ("", "hf") else None
 class Training:
     """A contender that trains: `step()` is one update on its next batch."""
 
-    def __init__(self, name: str, distributed: bool = False):
-        self.name = name
+    def __init__(self, name: str, on: Processes):
+        """on: the processes it runs on. A model on several of them gets the batches that they would have."""
+        self.name, self.on = name, on
+        self.batch_size = batch_size * (on.world_size // on.dp_size)
         before = allocated()
         self.model = make_model(name)
         if name == "peer":
@@ -171,8 +212,8 @@ class Training:
             self.optimizer = build_adamw(self.model, learning_rate, (0.9, 0.95), 0.1)
         if compile:
             self.model.compile()
-        self.trained = data_parallel(self.model, processes, compile) if distributed else self.model
-        self.batches = self.make_batches(distributed)
+        self.trained = data_parallel(self.model, on, compile)
+        self.batches = self.make_batches()
         started = time.perf_counter()
         self.step()
         synchronize()
@@ -186,11 +227,11 @@ class Training:
         for _ in range(warmup):
             self.step()
 
-    def make_batches(self, distributed: bool):
+    def make_batches(self):
         if data is not None:
-            rank, world_size = (processes.rank, processes.world_size) if distributed else (0, 1)
-            return DataLoader(data.train, batch_size, 1, vocab_size, seed, device, rank, world_size).next
-        x, y = random_tokens(2, batch_size, block_size)
+            return DataLoader(data.train, self.batch_size, 1, vocab_size, seed, device, self.on.dp_rank,
+                              self.on.dp_size).next
+        x, y = random_tokens(2, self.batch_size, block_size)
         return lambda: (x, y)
 
     def step(self):
@@ -201,7 +242,9 @@ class Training:
         if self.name == "peer":
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip)
         else:
-            clip_gradients(self.model.parameters(), grad_clip)
+            model = self.model
+            model.reduce_partial_gradients()
+            clip_gradients(model.parameters(), grad_clip, model.split_parameters(), self.on.tp_group)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
@@ -305,8 +348,8 @@ def report(contenders: list, times: dict[str, list[float]]) -> dict:
         seconds = statistics.median(times[c.name])
         row = {"ms": 1e3 * seconds, "ms_all": [1e3 * t for t in times[c.name]],
                "first_step_s": c.first_step_seconds}
-        scale = processes.world_size if c.name == "DDP" else 1
         if mode == "train":
+            scale = c.on.world_size
             row["tokens_per_second"] = scale * batch_size * block_size / seconds
             flops = GPT.flops_per_token(contenders[0].model, block_size) * row["tokens_per_second"] / scale
             row["mfu"] = None if peak is None else flops / peak
@@ -334,17 +377,124 @@ def report(contenders: list, times: dict[str, list[float]]) -> dict:
         if name == "one GPU":
             ratio /= processes.world_size
             print(f"DDP reaches {ratio:.3f} of {processes.world_size} times one GPU")
+        elif name in schedules:
+            ratio = 1 / ratio
+            print(f"{name} / {contenders[0].name} = {ratio:.3f}x in tokens/s")
         else:
             print(f"ours / {name} = {ratio:.3f}x in tokens/s")
         row["ratio"] = ratio
     return rows
 
 
+class Latency:
+    """A contender that answers one request at a time: `turn()` is seconds a token, or a prefill."""
+
+    def __init__(self, name: str, model, B: int, **options):
+        self.name, self.model = name, model
+        self.variant = (model.schedule, model.ranks) if name != "TP=1" else None
+        self.prompt = torch.randint(min(vocab_size, 50257), (B, prompt_tokens), device=device)
+        self.decoder = model.decoder(B, temperature=temperature, top_k=top_k, **options)
+        self.graph = None
+        with torch.no_grad():
+            if mode == "prefill" and device.type == "cuda":
+                self.decoder.prefill(self.prompt)
+                self.graph = capture_graph(lambda: self.decoder.prefill(self.prompt))
+            self.turn()
+
+    @torch.no_grad()
+    def turn(self) -> float:
+        if self.variant is not None:  # contenders share a model
+            self.model.reschedule(self.variant[0])
+            self.model.ranks = self.variant[1]
+        synchronize()
+        if mode == "prefill":
+            started = time.perf_counter()
+            for _ in range(steps):
+                self.graph.replay() if self.graph else self.decoder.prefill(self.prompt)
+            synchronize()
+            return (time.perf_counter() - started) / steps
+        for n, _ in enumerate(self.decoder.run(self.prompt, max_new_tokens)):  # prefill and capture first
+            if n == 1:
+                synchronize()
+                started = time.perf_counter()
+        synchronize()
+        return (time.perf_counter() - started) / (max_new_tokens - 2)
+
+
+def measure_latency(C: int, B: int) -> list[dict]:
+    """A row for each contender of one width and batch size."""
+    P = processes.world_size
+    shape = architecture | dict(n_embd=C, n_head=C // 64)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = DistributedGPT(DistributedGPTConfig(**shape, tp_size=P))
+        dense = GPT(GPTConfig(**shape)) if processes.main else None
+    if P > 1:
+        model.place(Ranks(1, processes.group))
+    contenders = []
+    for name, schedule in schedules.items() if P > 1 else ():
+        model.reschedule(schedule)
+        contenders.append(Latency(name, model.to(compute_dtype).eval(), B, tp_allreduce=tp_allreduce))
+    if P > 1:
+        model.reschedule(SyncSchedule.evenly(n_layer, 1))
+        model.ranks = dataclasses.replace(model.ranks, dry=True)
+        contenders.append(Latency("0 syncs", model, B))
+    if dense is not None:
+        contenders.append(Latency("TP=1", dense.to(compute_dtype).eval(), B))
+    times = {c.name: [] for c in contenders}
+    for round_ in range(-1, rounds):  # the first does not count
+        for name in [*schedules, "0 syncs"] * (P > 1) + ["TP=1"]:
+            barrier(processes.group)
+            for c in contenders:
+                if c.name == name:
+                    seconds = c.turn()
+                    if round_ >= 0:
+                        times[name].append(1e6 * seconds)
+    barrier(processes.group)
+    if not processes.main:
+        return []
+    alone = statistics.median(times["TP=1"])
+    return [{"n_embd": C, "batch_size": B, "processes": 1 if name == "TP=1" else P, "name": name,
+             "us": statistics.median(t), "us_all": t, "of_one_gpu": statistics.median(t) / alone}
+            for name, t in times.items()]
+
+
+if latency:
+    for C in widths:
+        if C % 64 or (C // 64) % processes.world_size:
+            raise UserError(f"widths: {C} is not made of heads of 64, equally many for each of "
+                            f"{processes.world_size} processes")
+    if prompt_tokens + (max_new_tokens if mode == "decode" else 0) > block_size:
+        raise UserError(f"prompt_tokens={prompt_tokens} and max_new_tokens={max_new_tokens} exceed "
+                        f"block_size={block_size}")
+    where, figures = environment(device), []
+    if processes.main:
+        print(f"{mode}: {processes.world_size} x {where['device']}, torch {where['torch']}, "
+              f"{str(compute_dtype).removeprefix('torch.')}, L={n_layer}, V={vocab_size}, prompt "
+              f"{prompt_tokens}, {tp_allreduce}; us a {'token' if mode == 'decode' else 'prefill'}, median "
+              f"of {rounds} rounds (range)")
+    for C in widths:
+        for B in batch_sizes:
+            for row in measure_latency(C, B):
+                figures.append(row)
+                print(f"C={C:5} B={B:3} {row['name']:>9} on {row['processes']}  {row['us']:9.1f} "
+                      f"({min(row['us_all']):.1f}-{max(row['us_all']):.1f})  {row['of_one_gpu']:.3f} of TP=1",
+                      flush=True)
+    if processes.main and json:
+        with open(json, "w") as f:
+            json_.dump({"config": config, "environment": where, "world_size": processes.world_size,
+                        "rows": figures}, f, indent=1)
+    finish(processes)
+    raise SystemExit(0)
+
+alone = Processes(0, 1, 0, device, None)
+everyone = dataclasses.replace(processes, dp_rank=processes.rank, dp_size=processes.world_size,
+                               dp_group=processes.group, tp_group=None)
 if mode == "train" and processes.world_size > 1:
-    names = ["DDP", "one GPU"]
-    contenders = [Training("DDP", distributed=True), Training("one GPU")]
+    contenders = [Training("DDP", everyone), *(Training(name, processes) for name in schedules)]
+    contenders += [Training("one GPU", alone)] * (not schedules)
 elif mode == "train":
-    contenders = [Training(name) for name in ["ours", *["peer"] * bool(peer)]]
+    contenders = [Training(name, alone) for name in ["ours", *["peer"] * bool(peer), *schedules]]
 else:
     peers = ["hf-dynamic", "hf-static"] if peer == "hf" else ["peer"] * bool(peer)
     contenders = [Generation(name) for name in ["ours", *peers]]

@@ -61,6 +61,13 @@ class SyncSchedule:
         return cls(tuple(Sublayer(j in set(points)) for j in range(2 * n_layer)))
 
     @classmethod
+    def evenly(cls, n_layer: int, syncs: int) -> "SyncSchedule":
+        """So many syncs, equally far apart, the last at the end. Raises UserError if that cannot be."""
+        if syncs < 1 or 2 * n_layer % syncs:
+            raise UserError(f"{syncs} syncs do not divide the {2 * n_layer} sublayers of n_layer={n_layer}")
+        return cls.at(n_layer, range(2 * n_layer // syncs - 1, 2 * n_layer, 2 * n_layer // syncs))
+
+    @classmethod
     def from_block_types(cls, block_types: list[str]) -> "SyncSchedule":
         """'tp' synchronises after attention and MLP, 'spd' after the MLP, a run of 'parallel' at its end."""
         points = []
@@ -91,6 +98,7 @@ class Ranks:
     local: int = 1
     group: dist.ProcessGroup | None = None
     trace: list | None = field(default=None, compare=False)  # g_op appends the shape of what it reduces
+    dry: bool = False  # leave out all-reduces: wrong sums, but the time of everything else
     processes: int = field(init=False)
     index: int = field(init=False)  # of this process in the group
     group_name: str = field(init=False)  # by which compiled code knows the group
@@ -153,7 +161,7 @@ def f_op(base: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
     Backward sums over this process's ranks and all-reduces over the group.
     """
-    if ranks.group is not None:
+    if ranks.group is not None and not ranks.dry:
         base = _Share.apply(base, ranks.group_name)
     return base.expand(ranks.local, *base.shape)
 
@@ -163,7 +171,7 @@ def g_op(partial: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     total = partial.squeeze(0) if partial.shape[0] == 1 else partial.sum(dim=0)
     if ranks.trace is not None:
         ranks.trace.append(tuple(total.shape))
-    return total if ranks.group is None else _Reduce.apply(total, ranks.group_name)
+    return total if ranks.group is None or ranks.dry else _Reduce.apply(total, ranks.group_name)
 
 
 def column_parallel(x, linear: nn.Linear, parts: int = 1):
@@ -348,6 +356,12 @@ class DistributedGPT(GPT):
         self.train(training)
         return len(trace)
 
+    def reschedule(self, schedule: SyncSchedule) -> None:
+        """The same weights by another schedule: which computes another function."""
+        assert len(schedule.sublayers) == len(self.schedule.sublayers), "a schedule for another n_layer"
+        self.schedule = schedule
+        self.syncs = self._count_syncs() if self.ranks.group is None else None
+
     @torch.no_grad()
     def place(self, ranks: Ranks) -> None:
         """Move from simulated to real ranks: keep this process's part of each weight."""
@@ -522,7 +536,8 @@ class RankDecoder(Decoder):
         make_residual = partial(make, dtype=self.residual_dtype)
         self.base = make_residual(B, C)
         self.seen = make_residual(local, B, C)
-        self.group_sum = GroupSum(self.tp_allreduce, make_residual(B, C), ranks.group)
+        kind = "none" if ranks.dry else self.tp_allreduce
+        self.group_sum = GroupSum(kind, make_residual(B, C), ranks.group)
         self.pending = [self.group_sum.buffer, *make_residual(local - 1, B, C)]
         self.layers = [[rank_weights(block, r, local) for r in range(local)] for block in model.transformer.h]
         first, last = model.vocab_range()
