@@ -3,7 +3,7 @@
 $ python bench.py --batch_size=64                    # tokens/s, MFU, memory of a training step
 $ python bench.py --batch_size=64 --peer=FOLDER      # alternating with the GPT of FOLDER/model.py, a nanoGPT
 $ python bench.py --mode=generate --batch_size=32    # ms a step of generation; --peer=FOLDER or --peer=hf
-$ torchrun --standalone --nproc_per_node=4 bench.py --batch_size=64    # DDP against one GPU alone
+$ torchrun --standalone --nproc_per_node=4 bench.py --batch_size=64    # DDP against GPUs alone
 
 Tensor-parallel ranks, beside the dense GPT: simulated, and on real ranks
 $ python bench.py --model_type=distributed_gpt --tp_size=2 --block_types="['spd']*12"
@@ -21,6 +21,7 @@ of all of them by schedules with so many all-reduces, and without any (0 syncs: 
 a model). Weights are random; a schedule's speed does not depend on them.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import json as json_
@@ -33,7 +34,17 @@ import torch
 import checkpoint
 from configurator import UserError, check_at_least, check_can_write, check_seed, configure
 from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
-from distributed import Processes, barrier, check_compile, data_parallel, env_rank, finish, pick_dtype, start
+from distributed import (
+    Processes,
+    all_values,
+    barrier,
+    check_compile,
+    data_parallel,
+    env_rank,
+    finish,
+    pick_dtype,
+    start,
+)
 from model import GPT, Decoder, GPTConfig, capture_graph
 from optim import build_adamw, clip_gradients
 from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, Ranks, SyncSchedule, ranks_on
@@ -335,6 +346,8 @@ def measure(contenders: list) -> dict[str, list[float]]:
             if contender.name == "one GPU" and not processes.main:
                 continue  # the others stand still meanwhile
             seconds = contender.turn()
+            if contender.name == "each alone":  # of all GPUs at once, without communication: the slowest
+                seconds = max(all_values(seconds, processes.group))
             if round_ >= 0:
                 times[contender.name].append(seconds)
     barrier(processes.group)
@@ -349,7 +362,7 @@ def report(contenders: list, times: dict[str, list[float]]) -> dict:
         row = {"ms": 1e3 * seconds, "ms_all": [1e3 * t for t in times[c.name]],
                "first_step_s": c.first_step_seconds}
         if mode == "train":
-            scale = c.on.world_size
+            scale = processes.world_size if c.name == "each alone" else c.on.world_size
             row["tokens_per_second"] = scale * batch_size * block_size / seconds
             flops = GPT.flops_per_token(contenders[0].model, block_size) * row["tokens_per_second"] / scale
             row["mfu"] = None if peak is None else flops / peak
@@ -377,6 +390,8 @@ def report(contenders: list, times: dict[str, list[float]]) -> dict:
         if name == "one GPU":
             ratio /= processes.world_size
             print(f"DDP reaches {ratio:.3f} of {processes.world_size} times one GPU")
+        elif name == "each alone":
+            print(f"DDP reaches {ratio:.3f} of as many GPUs at once that do not communicate")
         elif name in schedules:
             ratio = 1 / ratio
             print(f"{name} / {contenders[0].name} = {ratio:.3f}x in tokens/s")
@@ -492,7 +507,11 @@ everyone = dataclasses.replace(processes, dp_rank=processes.rank, dp_size=proces
                                dp_group=processes.group, tp_group=None)
 if mode == "train" and processes.world_size > 1:
     contenders = [Training("DDP", everyone), *(Training(name, processes) for name in schedules)]
-    contenders += [Training("one GPU", alone)] * (not schedules)
+    if not schedules:
+        each = Training("each alone", alone)
+        one = copy.copy(each)
+        one.name = "one GPU"
+        contenders += [each, one]
 elif mode == "train":
     contenders = [Training(name, alone) for name in ["ours", *["peer"] * bool(peer), *schedules]]
 else:

@@ -226,16 +226,23 @@ class GroupSum:
                 self.buffer = shared.zero_()
             except (ImportError, AttributeError, RuntimeError) as e:
                 problem = str(e).splitlines()[0]
-        problems = [None] * self.group.size()
-        dist.all_gather_object(problems, problem, group=self.group)  # all or none
-        if any(problems):
+        problems = all_values(problem, self.group)
+        if any(problems):  # all or none
             self.kind = "nccl"
             if dist.get_rank(self.group) == 0:
                 print(f"tp_allreduce='oneshot' does not work here ({next(filter(None, problems))}): using "
                       f"the group's own all-reduce", flush=True)
 
+    def sum(self) -> torch.Tensor:
+        """The sum of all processes' buffers in a new tensor; the buffer keeps its content."""
+        if self.kind == "none":
+            return self.buffer.clone()
+        if self.kind == "oneshot":
+            return torch.ops.symm_mem.one_shot_all_reduce(self.buffer, "sum", self.group.group_name)
+        return functional_all_reduce(self.buffer, self.group.group_name)
+
     def add_to(self, base: torch.Tensor) -> None:
-        """base += the sum of all processes' buffers. The buffer's content is lost."""
+        """base += that sum. The buffer's content is lost."""
         if self.kind == "none":
             base.add_(self.buffer)
         elif self.kind == "oneshot":
@@ -279,6 +286,15 @@ def gather_to_main(value, group) -> list | None:
         return [value]
     box = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
     dist.gather_object(value, box, dst=0, group=group)
+    return box
+
+
+def all_values(value, group) -> list:
+    """Every process's value of any picklable object, in a list, on all of them."""
+    if group is None:
+        return [value]
+    box = [None] * dist.get_world_size(group)
+    dist.all_gather_object(box, value, group=group)
     return box
 
 

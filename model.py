@@ -372,17 +372,18 @@ def sample_tokens(logits, temperature: float = 1.0, top_k: int | None = None, to
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
     V = logits.shape[-1]
     index = None
     if top_p is not None or (top_k is not None and top_k < V):
         logits, index = logits.topk(min(top_k or V, V), dim=-1, sorted=top_p is not None)  # most likely first
     if top_p is not None:
-        probs = logits.softmax(dim=-1)
+        probs = (logits / temperature).softmax(dim=-1)
         logits = logits.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, float("-inf"))
-    noise = torch.empty_like(logits).exponential_().clamp_min_(torch.finfo(torch.float32).tiny)
-    choice = (logits - noise.log_()).argmax(dim=-1, keepdim=True)
-    return (choice if index is None else index.gather(-1, choice)).squeeze(-1)
+    noise = torch.empty_like(logits).exponential_()
+    if index is not None:
+        return decode.draw(logits, index, noise, temperature, torch.empty_like(index[:, 0]))
+    return (logits / temperature - noise.clamp_min_(torch.finfo(torch.float32).tiny).log_()).argmax(dim=-1)
 
 
 class Decoder:
@@ -438,7 +439,7 @@ class Decoder:
     def step(self):
         """Feed `token` at `position`, likewise. Static shapes and addresses, no wait for the host."""
         transformer = self.model.transformer
-        self.x.copy_(transformer.wte(self.token) + transformer.wpe(self.position))
+        decode.embed(self.token, self.position, transformer.wte.weight, transformer.wpe.weight, self.x)
         for block, cache in zip(transformer.h, self.cache):
             attn, mlp = block.attn, block.mlp
             decode.linear(self.x, attn.c_attn.weight, attn.c_attn.bias, self.qkv, norm=block.ln_1)

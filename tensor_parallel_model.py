@@ -37,7 +37,7 @@ from distributed import GroupSum, from_main, functional_all_gather, functional_a
 from kernels import decode
 from kernels.cross_entropy import vocab_parallel_cross_entropy
 from kernels.pending_norm import pending_layer_norm
-from model import GPT, Decoder, GPTConfig, gelu
+from model import GPT, Decoder, GPTConfig, gelu, sample_tokens
 
 BLOCK_TYPES = ("tp", "spd", "parallel")
 
@@ -544,8 +544,15 @@ class RankDecoder(Decoder):
         rows = -(-config.vocab_size // ranks.processes)
         head = model.lm_head.weight[first:last]
         self.head = head if len(head) == rows else F.pad(head, (0, 0, 0, rows - len(head)))
-        self.logits = make_residual(B, rows * ranks.processes)
+        self.logits = make_residual(B, rows * ranks.processes)  # whole only if all are needed
         self.part = self.logits if ranks.group is None else make_residual(B, rows)
+        self.first_row, self.used_rows = first, min(last, self.used_vocab_size) - first
+        top_k, self.candidates = self.sampling["top_k"], None
+        fewest = self.used_vocab_size - (ranks.processes - 1) * rows  # used rows of the last process
+        if ranks.group is not None and top_k is not None and top_k <= fewest:
+            shape = ranks.processes, 2, B, top_k  # logits and ids of each process's most likely tokens
+            self.candidates = GroupSum(kind, make_residual(*shape), ranks.group)
+            self.own_ids = make(B, top_k, dtype=torch.int64)
 
     def run(self, idx, max_new_tokens: int):
         group = self.model.ranks.group
@@ -559,13 +566,13 @@ class RankDecoder(Decoder):
 
     def prefill(self, idx):
         x = self.model.hidden(idx, self.cache)
-        self._gather(F.linear(x[:, -1], self.head))
+        self.part.copy_(F.linear(x[:, -1], self.head))
         self.position.fill_(idx.shape[1])
         self._draw()
 
     def step(self):
         transformer, sublayers = self.model.transformer, self.model.schedule.sublayers
-        self.base.copy_(transformer.wte(self.token) + transformer.wpe(self.position))
+        decode.embed(self.token, self.position, transformer.wte.weight, transformer.wpe.weight, self.base)
         pending = False
         for i, (weights, cache) in enumerate(zip(self.layers, self.cache)):
             attend = partial(self._attend, cache=cache)
@@ -574,8 +581,6 @@ class RankDecoder(Decoder):
         if pending:
             self._synchronise()
         decode.linear(self.base, self.head, None, self.part, norm=transformer.ln_f)
-        if self.model.ranks.group is not None:
-            self._gather(self.part)
         self.position += 1
         self._draw()
 
@@ -610,13 +615,22 @@ class RankDecoder(Decoder):
             self.pending[0].add_(pending)
         self.group_sum.add_to(self.base)
 
-    def _gather(self, part):
-        """Each process's logits (B, rows) -> `logits`, the same bits for all: they draw the same token."""
+    def _draw(self):
+        """The same token on every process: from all logits, or, with top_k, from the most likely ones of
+        each process, among which are the most likely of all."""
         ranks = self.model.ranks
-        if ranks.group is not None:
-            parts = functional_all_gather(part.to(self.residual_dtype), ranks.processes, ranks.group_name)
-            part = parts.transpose(0, 1).flatten(1)  # (P, B, rows) -> (B, V)
-        self.logits.copy_(part)
+        if self.candidates is None:
+            if ranks.group is not None:
+                parts = functional_all_gather(self.part, ranks.processes, ranks.group_name)
+                self.logits.copy_(parts.transpose(0, 1).flatten(1))  # (P, B, rows) -> (B, V)
+            return super()._draw()
+        mine = self.candidates.buffer[ranks.index]  # the others' places stay zero
+        torch.topk(self.part[:, :self.used_rows], self.sampling["top_k"], sorted=False,
+                   out=(mine[0], self.own_ids))
+        torch.add(self.own_ids, self.first_row, out=mine[1])
+        values, ids = self.candidates.sum().transpose(0, 1).transpose(1, 2).flatten(2)  # (2, B, P * top_k)
+        choice = sample_tokens(values, **self.sampling)
+        self.token.copy_(ids.gather(1, choice[:, None])[:, 0])
 
 
 def rank_weights(block, r: int, local: int) -> dict:

@@ -1,5 +1,4 @@
-"""The two operations of a decoding step, each one kernel: a linear layer with all that surrounds it, and
-attention.
+"""The operations of a decoding step, each one kernel.
 
 A step that generates one token reads every weight once and computes next to nothing, so on a GPU it costs its
 number of kernels (2 to 4 microseconds each even inside a CUDA graph) and, from some size on, the bytes of the
@@ -7,8 +6,10 @@ weights. Hence few kernels: five a layer instead of about thirteen.
 
     linear      LayerNorm, matrix product, bias, GELU, residual addition; all but the product optional
     Attention   the new token's k and v into the cache, then attention over what the cache holds
+    embed       the embeddings of token and position
+    draw        a token from some candidates
 
-Both have static shapes and read the position from device memory, so a captured CUDA graph serves every
+All have static shapes and read the position from device memory, so a captured CUDA graph serves every
 position.
 
 Shapes: B sequences, K inputs and N outputs of a linear layer, H heads of D channels, S positions of cache.
@@ -44,6 +45,29 @@ def linear(x, weight, bias, out, norm=None, gelu: bool = False, residual=None, a
     if gelu:
         y = F.gelu(y, approximate="tanh")
     return out.copy_(y if residual is None else residual + y)
+
+
+def embed(token, position, wte, wpe, out):
+    """out (B, C) = wte[token] + wpe[position]: token (B,), position (1,), int64; wte (V, C), wpe (T, C)."""
+    if not usable(wte):
+        return out.copy_(F.embedding(token, wte) + F.embedding(position, wpe))
+    B, C = out.shape
+    _embed_kernel[(B, triton.cdiv(C, 256))](token, position, wte, wpe, out, C, BLOCK=256, num_warps=2)
+    return out
+
+
+def draw(logits, index, noise, temperature: float, out):
+    """out (B,) = index at the largest logits / temperature - log(noise), which with exponential noise is a
+    draw from softmax(logits / temperature). logits, index, noise: (B, K), some thousand candidates at most.
+    """
+    if not usable(logits):
+        tiny = torch.finfo(torch.float32).tiny
+        choice = (logits / temperature - noise.clamp_min(tiny).log()).argmax(dim=-1, keepdim=True)
+        return out.copy_(index.gather(-1, choice).squeeze(-1))
+    B, K = logits.shape
+    _draw_kernel[(B,)](logits, index, noise, out, K, 1 / temperature, BLOCK=triton.next_power_of_2(K),
+                       num_warps=4)
+    return out
 
 
 class Attention:
@@ -87,6 +111,24 @@ if triton is not None:
     def _gelu(x):
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         return x * tl.sigmoid(2.0 * inner)  # 0.5 x (1 + tanh(inner))
+
+    @triton.jit
+    def _embed_kernel(token_ptr, position_ptr, wte_ptr, wpe_ptr, out_ptr, C, BLOCK: tl.constexpr):
+        row, c = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        mask = c < C
+        token, position = tl.load(token_ptr + row), tl.load(position_ptr)
+        x = tl.load(wte_ptr + token * C + c, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(wpe_ptr + position * C + c, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * C + c, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _draw_kernel(logits_ptr, index_ptr, noise_ptr, out_ptr, K, inverse_temperature, BLOCK: tl.constexpr):
+        row, k = tl.program_id(0), tl.arange(0, BLOCK)
+        mask = k < K
+        logits = tl.load(logits_ptr + row * K + k, mask=mask, other=float("-inf")).to(tl.float32)
+        noise = tl.maximum(tl.load(noise_ptr + row * K + k, mask=mask, other=1.0), 1.1754943508222875e-38)
+        choice = tl.argmax(logits * inverse_temperature - tl.log(noise), axis=0)
+        tl.store(out_ptr + row, tl.load(index_ptr + row * K + choice))
 
     @triton.jit
     def _finish(y, offsets, mask, n, n_mask, bias_ptr, out_ptr, residual_ptr, also_ptr,

@@ -13,7 +13,7 @@ from test_generate import compare_with_uncached
 from test_model import random_model, tokens
 
 import kernels
-from kernels import cross_entropy, decode
+from kernels import cross_entropy, decode, pending_norm
 from model import Decoder, LayerNorm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,6 +125,27 @@ def test_cross_entropy_in_two_parts(V):
 
 @runs
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("C", [40, 768])
+def test_embed(C, dtype):
+    wte, wpe = randn(50, C, dtype=dtype), randn(9, C, dtype=dtype, seed=1)
+    token, position = torch.tensor([3, 49, 0], device=DEVICE), torch.tensor([8], device=DEVICE)
+    out = decode.embed(token, position, wte, wpe, torch.empty(3, C, device=DEVICE))
+    assert torch.equal(out, wte[token].float() + wpe[position].float())
+
+
+@runs
+@pytest.mark.parametrize("K", [1, 7, 200])
+def test_draw(K):
+    logits, noise = randn(5, K), randn(5, K, seed=1).abs()
+    noise[0, 0] = 0  # an exponential can be
+    index = torch.randperm(5 * K).view(5, K).to(DEVICE)
+    out = decode.draw(logits, index, noise, 0.7, torch.empty_like(index[:, 0]))
+    score = logits.double() / 0.7 - noise.double().clamp_min(torch.finfo(torch.float32).tiny).log()
+    assert torch.equal(out, index.gather(1, score.argmax(dim=1, keepdim=True))[:, 0])
+
+
+@runs
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("B, H, D, S", [(1, 2, 64, 300), (3, 2, 16, 40), (2, 5, 80, 130), (2, 1, 25, 7)])
 def test_attention(B, H, D, S, dtype):
     """Every kind of position: the first, inside a block, at its end, in the last span, the last one."""
@@ -144,6 +165,29 @@ def test_attention(B, H, D, S, dtype):
         expected = F.scaled_dot_product_attention(q.double()[:, :, None], keys, values)
         assert error(out.view(B, H, D), expected[:, :, 0]) < TOLERANCE[dtype], position
         assert (attention.done == 0).all()
+
+
+@runs
+@pytest.mark.parametrize("R, N, C", [(2, 5, 40), (3, 7, 64), (1, 3, 33)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("pending", [False, True])
+def test_pending_layer_norm(R, N, C, pending, last, bias):
+    """Outputs and every gradient, against the definition in fp64."""
+    inputs = [randn(N, C), randn(R, N, C, seed=1) if pending else None, randn(R, N, C, seed=2),
+              randn(C, seed=3), randn(C, seed=4) if bias else None]
+    ours = [t if t is None else t.requires_grad_() for t in inputs]
+    exact = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
+    results = pending_norm.pending_layer_norm(*ours, last)
+    new = exact[2] if exact[1] is None else exact[1] + exact[2]
+    expected = (F.layer_norm(exact[0] + new, (C,), exact[3], exact[4]), new.sum(dim=0) if last else new)
+    grads = [randn(*y.shape, seed=5 + i) for i, y in enumerate(expected)]
+    torch.autograd.backward(results, grads)
+    torch.autograd.backward(expected, [g.double() for g in grads])
+    for ours_, exact_ in zip(results, expected):
+        assert error(ours_, exact_.detach()) < 1e-5
+    for ours_, exact_ in zip(ours, exact):
+        assert ours_ is None or error(ours_.grad, exact_.grad) < 1e-5
 
 
 @runs
@@ -172,6 +216,13 @@ def test_compiles_without_a_gpu(capability):
          dict(num_warps=16)),
         (decode._vector_kernel, "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
          flags | dict(NORM=True, BETA=True, BLOCK_N=16, BLOCK_K=1024), {}),
+        (decode._embed_kernel, "*i64 *i64 *bf16 *bf16 *fp32 i32", dict(BLOCK=256), {}),
+        (decode._draw_kernel, "*fp32 *i64 *fp32 *i64 i32 fp32", dict(BLOCK=256), {}),
+        (pending_norm._forward_kernel, "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
+         dict(R=4, PENDING=True, NEW=True, LAST=True, BIAS=True, BLOCK=1024), dict(num_warps=1)),
+        (pending_norm._backward_kernel,
+         "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *bf16 *bf16 *fp32 i32 i32",
+         dict(R=4, LAST=False, BIAS=True, BLOCK=1024), dict(num_warps=1)),
         (decode._norm_kernel, "*fp32 *bf16 *bf16 *bf16 i32", dict(BETA=True, BLOCK_K=1024), {}),
         (decode._matrix_kernel, "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
          flags | dict(K=768, BLOCK_B=32, BLOCK_N=16, BLOCK_K=256), dict(num_warps=2, num_stages=3)),

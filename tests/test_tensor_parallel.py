@@ -330,6 +330,29 @@ def check_real_ranks(rank: int, world: int) -> None:
             if number in (0, 3, 10):
                 real.eval()
                 assert compare_decoder(real, real.decoder(2), tokens(2, 5), 14) < EXACT, case
+                greedy = real.decoder(2, temperature=1e-6, top_k=3).generate(tokens(2, 5), 14)
+                assert torch.equal(greedy, real.decoder(2, temperature=0).generate(tokens(2, 5), 14)), case
+
+
+def test_top_k_from_each_process(tmp_path):
+    run_processes(2, check_top_k, tmp_path)
+
+
+def check_top_k(rank: int, world: int) -> None:
+    """Draws follow the distribution over the most likely tokens of all processes, equally on all of them."""
+    model = build(SCHEDULES[3], 2, torch.float32)
+    prompt = tokens(1, 5).expand(4000, 5)
+    logits = model(prompt[:1])[0][0, 0]
+    values, ids = logits.topk(7)
+    expected = torch.zeros(61).scatter(0, ids, (values / 1.5).softmax(0))
+    model.place(Ranks(1, torch.distributed.group.WORLD))
+    drawn = model.eval().decoder(4000, temperature=1.5, top_k=7).generate(prompt, 1)[:, 5]
+    frequencies = drawn.bincount(minlength=61) / 4000
+    # 4000 draws: a standard deviation of at most 0.008
+    assert (frequencies - expected).abs().max() < 0.04
+    others = [torch.empty_like(drawn) for _ in range(world)]
+    torch.distributed.all_gather(others, drawn)
+    assert all(torch.equal(drawn, other) for other in others)
 
 
 @pytest.mark.parametrize("world", [2, 4])
