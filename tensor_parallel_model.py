@@ -410,11 +410,11 @@ class DistributedGPT(GPT):
         return min(self.ranks.index * rows, V), min((self.ranks.index + 1) * rows, V)
 
     def gather_logits(self, part):
-        """This process's (..., part of V) -> all logits (..., V), the same bits on every process."""
+        """This process's (..., part of V) -> all logits (..., V), the same on every process; no gradient."""
         if self.ranks.group is None:
             return part
         V, P = self.config.vocab_size, self.ranks.processes
-        padded = F.pad(part, (0, -(-V // P) - part.shape[-1]))
+        padded = F.pad(part.detach(), (0, -(-V // P) - part.shape[-1]))
         parts = functional_all_gather(padded, P, self.ranks.group_name)  # (P, ..., rows)
         return torch.cat(parts.unbind(), dim=-1)[..., :V]
 

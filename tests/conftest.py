@@ -110,7 +110,7 @@ def torchrun(n: int, script: str, *args: str, cwd: Path, launcher: tuple[str, ..
              timeout: float = 300) -> Result:
     """Run a script of this repository in n real processes."""
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, f"--nproc_per_node={n}",
-               str(ROOT / script), *map(str, args)]
+               "--", str(ROOT / script), *map(str, args)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     return Result(done.returncode, done.stdout, done.stderr)

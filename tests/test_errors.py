@@ -120,7 +120,35 @@ TRAIN = [  # arguments after TINY and the good data set, words of the line
     (["--init_from=model"], "model/config.json is no configuration of a GPT-2"),
 ]
 
+RANKS = [  # of train.py, with --model_type=distributed_gpt
+    (["--block_types=['tp']"], "block_types has 1 entries and n_layer is 2"),
+    (["--block_types=['tp','sdp']"], "block_types[1]='sdp' is unknown: use tp, spd, parallel"),
+    (["--block_types=spd"], "block_types='spd' (the command line) is of type str; it must be list or None"),
+    (["--tp_size=3"], "tp_size=3 must divide n_head=2: choose one of [1, 2]"),
+    (["--tp_processes=2"], "tp_processes=2 does not divide the 1 processes"),
+    (["--tp_processes=0"], "tp_processes=0 does not divide"),
+    (["--init_from=resume", "--out_dir=run"], "model_type=distributed_gpt (command line), but run/ckpt"),
+    (["--init_from=run", "--n_embd=64"], "n_embd=64 (command line), but run has n_embd=32: leave n_embd out"),
+    (["--init_from=run", "--tp_size=4"], "tp_size=4 must divide n_head=2"),
+]
+
+REDUCED_SYNC = [
+    (["--sync_strategy=sdp"], "sync_strategy='sdp' is unknown: use standard, spd, selective, grouped"),
+    (["--sync_strategy=grouped", "--layers_per_group=3"], "layers_per_group=3 does not divide n_layer=2"),
+    (["--sync_strategy=selective"], "sync_strategy='selective' needs attn_sync_layers"),
+    (["--sync_strategy=selective", "--attn_sync_layers=[2]"], "attn_sync_layers has 2: with n_layer=2"),
+    (["--sync_strategy=custom", "--sync_points=[4]"], "sync_points has 4: with n_layer=2"),
+    (["--sync_strategy=custom", "--sync_points=3"], "sync_points=3 (the command line) is of type int"),
+    (["--stop_if=3.8"], "stop_if='3.8' is no step and loss: write it as in --stop_if=5000:3.8"),
+    (["--stop_if=a:b"], "stop_if='a:b' is no step and loss"),
+    (["--init_from=resume", "--out_dir=run"], "step-00000003 holds a model of kind 'gpt': resume it with"),
+    (["--init_from=run", "--n_layer=3"], "n_layer=3 (command line), but run has n_layer=2"),
+]
+
 SAMPLE = [
+    (["--out_dir=run", "--tp_size=3"], "tp_size=3 must divide n_head=2"),
+    (["--out_dir=run", "--block_types=['spd']"], "block_types has 1 entries and n_layer is 2"),
+    (["--out_dir=run", "--tp_processes=2"], "tp_processes=2 does not divide the 1 processes"),
     (["--out_dir=nowhere"], "no checkpoint in nowhere"),
     (["--out_dir=run", "--checkpoint_step=9"], "run has no checkpoint '9'; it has the steps 3"),
     (["--out_dir=run", "--checkpoint_step=best"], "run has no checkpoint 'best'"),
@@ -140,6 +168,11 @@ SAMPLE = [
 ]
 
 BENCH = [
+    (["--mode=decode", "--widths=[100]"], "widths: 100 is not made of heads of 64"),
+    (["--mode=decode", "--syncs=[5]"], "5 syncs do not divide the 24 sublayers of n_layer=12"),
+    (["--mode=decode", "--prompt_tokens=1000"], "exceed block_size=1024"),
+    (["--model_type=moe"], "model_type='moe' is unknown: use gpt or distributed_gpt"),
+    (["--model_type=distributed_gpt", "--peer=peers/no_gpt"], "a peer is measured against the dense GPT"),
     (["--mode=fly"], "mode='fly' is unknown"),
     (["--peer=nowhere"], "peer='nowhere' is no folder with a model.py"),
     (["--loss_steps=5"], "loss_steps needs real text"),
@@ -185,6 +218,20 @@ def test_train(run_script, sets, args, words):
     result = run_script("train.py", *TINY, "--dataset=good", *args, cwd=sets, HF_HUB_OFFLINE="1")
     if {"--out_dir=damaged", "--init_from=damaged"} & set(args):  # which also warns, on stdout, of each
         assert result.out.count("warning: ") == 1
+    check(result, words, before, sets)
+
+
+@pytest.mark.parametrize("args, words", RANKS, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_ranks(run_script, sets, args, words):
+    before = listing(sets)
+    args = ["--dataset=good", "--model_type=distributed_gpt", *args]
+    check(run_script("train.py", *TINY, *args, cwd=sets), words, before, sets)
+
+
+@pytest.mark.parametrize("args, words", REDUCED_SYNC, ids=lambda v: " ".join(v) * isinstance(v, list))
+def test_train_reduced_sync(run_script, sets, args, words):
+    before = listing(sets)
+    result = run_script("train_reduced_sync.py", *TINY, "--dataset=good", *args, cwd=sets)
     check(result, words, before, sets)
 
 

@@ -1,0 +1,213 @@
+"""Training sync schedules: train.py and train_reduced_sync.py on simulated and real ranks, checkpoints from
+every variant into every other, the summary of runs. CPU, gloo; a minute.
+
+    python -m pytest tests/test_reduced_sync_training.py
+"""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_processes, torchrun
+from test_distributed import losses
+from test_model import tokens
+from test_tensor_parallel import ARCHITECTURE, build
+
+import checkpoint
+from tensor_parallel_model import Ranks
+
+RUN = [*TINY, "--n_head=4", "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=20",
+       "--bias=True", "--learning_rate=1e-3", "--eval_interval=10", "--eval_iters=5"]
+BLOCKS = ["--model_type=distributed_gpt", "--tp_size=4", "--block_types=['spd','parallel']"]
+VARIANTS = {"gpt": None, "distributed_gpt": dict(block_types=["tp", "spd", "parallel", "parallel"]),
+            "reduced_sync_gpt": dict(sync_strategy="grouped", layers_per_group=2)}
+
+
+def state_of(out_dir):
+    found = checkpoint.find(str(out_dir))
+    return found.tensors("model"), found.tensors("optim")
+
+
+@pytest.fixture(scope="module")
+def simulated(tiny_data, tmp_path_factory):
+    """The run with all ranks in one process."""
+    folder = tmp_path_factory.mktemp("simulated")
+    done = torchrun(1, "train.py", *RUN, *BLOCKS, f"--dataset={tiny_data}", "--out_dir=out", cwd=folder)
+    assert done.code == 0, done.err
+    assert "synchronization points per forward pass: 2 (baseline 4), 4 ranks on 1 process" in done.out
+    return folder / "out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, tp_processes", [(2, 2), (4, 2), (4, 4)])
+def test_real_ranks_train_as_simulated_ones(simulated, tiny_data, tmp_path, processes, tp_processes):
+    """Losses, norms and the checkpoint, which knows nothing of processes; 4 processes of 2: a (2, 2) mesh."""
+    done = torchrun(processes, "train.py", *RUN, *BLOCKS, f"--tp_processes={tp_processes}",
+                    f"--dataset={tiny_data}", "--out_dir=out", cwd=tmp_path)
+    assert done.code == 0, done.err
+    for mine, expected in zip(losses(tmp_path / "out"), losses(simulated)):
+        # fp32 sums in another order through 20 updates
+        assert mine == pytest.approx(expected, rel=2e-6) and len(mine) == len(expected) > 3
+    for mine, expected in zip(state_of(tmp_path / "out"), state_of(simulated)):
+        assert set(mine) == set(expected)
+        for name in mine:
+            assert mine[name].shape == expected[name].shape
+            # Adam divides small gradients by their size, which leaves 1e-7 of a sum as 1e-3 of an update
+            assert torch.allclose(mine[name], expected[name], atol=1e-4), name
+
+
+@pytest.mark.slow
+def test_resume_from_real_to_simulated_ranks_and_back(simulated, tiny_data, tmp_path):
+    args = [*RUN, *BLOCKS, f"--dataset={tiny_data}", "--out_dir=out"]
+    assert torchrun(2, "train.py", *args, "--tp_processes=2", "--max_iters=10", cwd=tmp_path).code == 0
+    first = losses(tmp_path / "out")[0]
+    assert torchrun(1, "train.py", *args, "--init_from=resume", cwd=tmp_path).code == 0
+    assert first + losses(tmp_path / "out")[0] == pytest.approx(losses(simulated)[0], rel=2e-6)
+    assert torchrun(2, "train.py", *args, "--tp_processes=2", "--init_from=resume", "--max_iters=22",
+                    cwd=tmp_path).code == 0
+
+
+@pytest.mark.slow
+def test_dropout_of_real_ranks_resumes_exactly(tiny_data, tmp_path):
+    """The masks that ranks share and those of their own attention are both in the checkpoint."""
+    args = [*RUN, "--sync_strategy=spd", "--tp_size=2", "--tp_processes=2", f"--dataset={tiny_data}",
+            "--dropout=0.3", "--eval_interval=5"]
+    script = "train_reduced_sync.py"
+    assert torchrun(2, script, *args, "--max_iters=10", "--out_dir=whole", cwd=tmp_path).code == 0
+    assert torchrun(2, script, *args, "--max_iters=5", "--out_dir=parts", cwd=tmp_path).code == 0
+    assert torchrun(2, script, *args, "--max_iters=10", "--out_dir=parts", "--init_from=resume",
+                    cwd=tmp_path).code == 0
+    whole, parts = (checkpoint.find(str(tmp_path / name)) for name in ("whole", "parts"))
+    for which in ("model", "optim", "rng"):
+        expected = whole.tensors(which)
+        assert all(torch.equal(t, expected[name]) for name, t in parts.tensors(which).items())
+    rng = whole.tensors("rng")
+    assert torch.equal(rng["0.shared"], rng["1.shared"]) and not torch.equal(rng["0.torch"], rng["1.torch"])
+
+
+def check_checkpoints(rank: int, world: int, folder: str) -> None:
+    """Every variant at every tp_size on every number of processes gives the same checkpoint, and takes it."""
+    pairs = [torch.distributed.new_group(pair) for pair in ([0, 1], [2, 3])]
+    groups = {1: None, 2: pairs[rank // 2], 4: torch.distributed.group.WORLD}
+    idx = tokens(2, 16)
+    weights = dict(build(None, dtype=torch.float32).named_parameters())
+    for kind, fields in VARIANTS.items():
+        for R in (1,) if kind == "gpt" else (1, 2, 4):
+            simulated = build(fields, R, torch.float32)
+            expected = simulated(idx)[0]
+            for P in (1, 2, 4):
+                if R % P:
+                    continue
+                model = build(fields, R, torch.float32, seed=2)  # other weights
+                checkpoint.load_parameters(model, weights, "the dense model")
+                if P > 1:
+                    model.place(Ranks(R // P, groups[P]))
+                case = kind, R, P
+                assert (model(idx)[0] - expected).abs().max() < 1e-5, case
+                tensors = model.whole({name: p.detach() for name, p in model.named_parameters()})
+                assert all(torch.equal(t, weights[name]) for name, t in tensors.items()), case
+                assert len(tensors) == len(weights)
+
+
+@pytest.mark.slow
+def test_checkpoints_fit_every_number_of_processes(tmp_path):
+    run_processes(4, check_checkpoints, tmp_path, str(tmp_path))
+
+
+@pytest.mark.parametrize("source", VARIANTS)
+def test_a_checkpoint_becomes_any_kind(source, tmp_path):
+    """Through files: saved as one kind, loaded as itself and as every other, at other tp_sizes."""
+    model = build(VARIANTS[source], 2, torch.float32)
+    optim = {f"{name}.exp_avg": torch.zeros_like(p) for name, p in model.named_parameters()}
+    state = {"model": checkpoint.model_description(source, model),
+             "schedule": checkpoint.schedule_description(model)}
+    checkpoint.save(str(tmp_path), 1, dict(model.named_parameters()), optim, {}, state, keep=1)
+    loaded = checkpoint.load_model(checkpoint.find(str(tmp_path)))
+    assert type(loaded) is type(model) and loaded.config == model.config
+    idx = tokens(2, 16)
+    assert torch.equal(loaded(idx)[0], model(idx)[0])
+    for kind, fields in VARIANTS.items():
+        for R in (1,) if kind == "gpt" else (1, 2, 4):
+            options = {} if kind == "gpt" else dict(fields, tp_size=R)
+            other = checkpoint.as_kind(loaded, kind, **options)
+            assert torch.equal(other(idx)[0], build(fields, R, torch.float32)(idx)[0]), (kind, R)
+    assert ARCHITECTURE["n_layer"] == loaded.config.n_layer
+
+
+def test_dropping_syncs_of_trained_weights(simulated, run_script, tiny_data, tmp_path):
+    """Any run's weights, evaluated by each strategy: one line each with its val loss."""
+    found = {}
+    for strategy in ("standard", "spd", "grouped"):
+        done = run_script("train_reduced_sync.py", *RUN, "--eval_only", f"--init_from={simulated}",
+                          f"--sync_strategy={strategy}", "--tp_size=4", f"--dataset={tiny_data}")
+        assert done.code == 0, done.err
+        found[strategy] = float(done.out.splitlines()[-1].split("val loss ")[1])
+    assert len(set(found.values())) == 3 and not (tmp_path / "out-reduced-sync").exists()
+
+
+def test_stopping_a_bad_run_and_the_summary(run_script, tiny_data, tmp_path):
+    out = [tmp_path / name for name in ("standard", "spd", "grouped")]
+    for path, more in zip(out, (["--seed=1"], [], ["--stop_if=5:1.0"])):
+        done = run_script("train_reduced_sync.py", *RUN, f"--sync_strategy={path.name}", "--tp_size=4", *more,
+                          f"--dataset={tiny_data}", f"--out_dir={path}")
+        assert done.code == 0, done.err
+    assert "stopped: val loss" in done.out and "at step 10 is above 1.0" in (out[2] / "log.txt").read_text()
+    summary = run_script("experiments/results_summary.py", *out, f"--out={tmp_path / 'summary'}")
+    assert summary.code == 0, summary.err
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert [(r["run"], r["syncs"], r["status"], r["step"]) for r in rows] == [
+        ("standard", 4, "finished", 20), ("spd", 2, "finished", 20), ("grouped", 1, "stopped", 10)]
+    assert rows[0]["percent"] == 0 and [r["differs"] for r in rows] == [[], [], ["step"]]
+    assert (tmp_path / "summary.md").read_text() in summary.out
+    assert (tmp_path / "summary.png").stat().st_size > 5000
+    none = run_script("experiments/results_summary.py", tmp_path)
+    assert none.code == 2 and none.err.count("\n") == 1 and "no run_*.jsonl" in none.err
+
+
+def test_picture_of_schedules(run_script, tmp_path):
+    done = run_script("experiments/draw_schedules.py", f"--out={tmp_path / 's.png'}")
+    assert done.code == 0 and (tmp_path / "s.png").stat().st_size > 10000, done.err
+
+
+def test_sample_on_ranks(simulated, run_script, tmp_path):
+    options = (f"--out_dir={simulated}", "--num_samples=1", "--max_new_tokens=30", "--device=cpu",
+               "--top_k=5")
+    plain = run_script("sample.py", *options, "--start=AD")
+    real = torchrun(2, "sample.py", *options, "--start=AD", "--tp_processes=2", cwd=tmp_path)
+    dropped = run_script("sample.py", *options, "--start=AD", "--tp_size=2", "--block_types=['parallel']*2")
+    assert plain.code == real.code == dropped.code == 0, plain.err + real.err + dropped.err
+    assert plain.out.count("---------------") == real.out.count("---------------") == 1
+    assert len(plain.out) == len(real.out) == len(dropped.out)
+
+
+def test_bench_of_schedules(run_script, tmp_path):
+    size = ["--device=cpu", "--compile=False", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16",
+            "--vocab_size=64", "--batch_size=2", "--steps=1", "--warmup=1", "--rounds=1"]
+    done = run_script("bench.py", *size, "--model_type=distributed_gpt", "--syncs=[4,2,1]",
+                      f"--json={tmp_path / 'b.json'}")
+    assert done.code == 0, done.err
+    assert list(json.loads((tmp_path / "b.json").read_text())["contenders"]) == ["ours", "4 syncs", "2 syncs",
+                                                                                 "1 syncs"]
+    latency = ["--block_size=64", "--prompt_tokens=4", "--max_new_tokens=6", "--widths=[128]",
+               "--batch_sizes=[1]"]
+    for mode in ("decode", "prefill"):
+        done = torchrun(2, "bench.py", *size, *latency, f"--mode={mode}", f"--json={tmp_path / 'l.json'}",
+                        cwd=ROOT)
+        assert done.code == 0, done.err
+        rows = json.loads((tmp_path / "l.json").read_text())["rows"]
+        assert [r["name"] for r in rows] == ["4 syncs", "2 syncs", "1 syncs", "0 syncs", "TP=1"]
+        assert all(r["us"] > 0 for r in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("args, words", [
+    (["--tp_processes=2", "--model_type=gpt"], "tp_processes=2 needs --model_type=distributed_gpt"),
+    (["--tp_processes=2", *BLOCKS, "--tp_size=1"], "tp_processes=2 does not divide tp_size=1"),
+    (["--tp_processes=3", *BLOCKS], "tp_processes=3 does not divide the 2 processes"),
+    (["--tp_processes=2", *BLOCKS, "--dtype=float16"], "with tp_processes use --dtype=bfloat16")],
+    ids=lambda a: a if isinstance(a, str) else "")
+def test_wrong_ranks(args, words, tiny_data, tmp_path):
+    done = torchrun(2, "train.py", *RUN, *args, f"--dataset={tiny_data}", "--out_dir=out", cwd=tmp_path)
+    lines = [line for line in done.err.splitlines() if line.startswith("error")]
+    assert done.code != 0 and len(lines) == 1 and words in lines[0], done.err
+    assert not (tmp_path / "out").exists()
