@@ -98,6 +98,7 @@ check_at_least(config, 0, "loss_steps", "grad_clip")
 check_seed(config)
 if mode not in ("train", "generate", "decode", "prefill"):
     raise UserError(f"mode={mode!r} is unknown: use train, generate, decode or prefill")
+recorded = {**config, "json": "", "peer": os.path.basename(os.path.normpath(peer)) if peer else ""}
 if model_type not in ("gpt", "distributed_gpt"):
     raise UserError(f"model_type={model_type!r} is unknown: use gpt or distributed_gpt")
 latency = mode in ("decode", "prefill")
@@ -497,7 +498,7 @@ if latency:
                       flush=True)
     if processes.main and json:
         with open(json, "w") as f:
-            json_.dump({"config": config, "environment": where, "world_size": processes.world_size,
+            json_.dump({"config": recorded, "environment": where, "world_size": processes.world_size,
                         "rows": figures}, f, indent=1)
     finish(processes)
     raise SystemExit(0)
@@ -529,6 +530,6 @@ if processes.main:
     figures = report(contenders, times)
     if json:
         with open(json, "w") as f:
-            json_.dump({"config": config, "environment": where, "world_size": processes.world_size,
+            json_.dump({"config": recorded, "environment": where, "world_size": processes.world_size,
                         "contenders": figures}, f, indent=1)
 finish(processes)
