@@ -26,9 +26,9 @@ class GPTConfig(RanksConfig):
     """RanksConfig and a sync strategy. Raises UserError for one that does not fit the layers."""
 
     sync_strategy: str = "standard"
-    attn_sync_layers: list | None = None  # selective: layers that synchronise after attention, too
+    attn_sync_layers: list | None = None  # selective: layers that sync after attention, too; None: no layer
     layers_per_group: int = 2  # grouped
-    sync_points: list | None = None  # custom: sublayers after which to synchronise
+    sync_points: list | None = None  # custom: sublayers after which to synchronise; None: only at the end
 
     def __post_init__(self):
         super().__post_init__()
@@ -40,12 +40,9 @@ class GPTConfig(RanksConfig):
                             f"n_layer={self.n_layer}")
         for name, strategy, count in (("attn_sync_layers", "selective", self.n_layer),
                                       ("sync_points", "custom", 2 * self.n_layer)):
-            numbers = getattr(self, name)
             if self.sync_strategy != strategy:
                 continue
-            if numbers is None:
-                raise UserError(f"sync_strategy={strategy!r} needs {name}: a list of numbers from 0 to "
-                                f"{count - 1}")
+            numbers = getattr(self, name) or []
             for number in numbers:
                 if type(number) is not int or not 0 <= number < count:
                     raise UserError(f"{name} has {number!r}: with n_layer={self.n_layer} its entries are "

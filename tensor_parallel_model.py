@@ -419,7 +419,12 @@ class DistributedGPT(GPT):
         return torch.cat(parts.unbind(), dim=-1)[..., :V]
 
     def _residual_dropout(self, *tensors):
-        """Dropout with one mask for all tensors of a call, and for all ranks; None stays None."""
+        """Dropout with one mask for all tensors of a call, and for all ranks; None stays None.
+
+        A simulated schedule that synchronises everywhere draws what the dense model draws. Real ranks draw
+        these masks from a generator that they share, and those of attention each from its own, as their heads
+        differ: the dense model's distribution, other draws.
+        """
         p = self.config.dropout
         if p == 0 or not self.training:
             return tensors

@@ -46,7 +46,7 @@ from training_logger import Stopwatch, TrainingLogger, environment, peak_flops
 # The defaults train GPT-2 (124M) on OpenWebText, synchronised everywhere.
 # synchronisation
 sync_strategy = "standard"  # 'standard', 'spd', 'selective', 'grouped' or 'custom'
-attn_sync_layers: list | None = None  # selective: layers that synchronise after attention, too
+attn_sync_layers: list | None = None  # selective: layers that sync after attention, too
 layers_per_group = 2  # grouped: layers between two syncs
 sync_points: list | None = None  # custom: sublayers to sync after (2i: attention, 2i + 1: MLP of layer i)
 tp_size = 2  # tensor-parallel ranks

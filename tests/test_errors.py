@@ -135,7 +135,6 @@ RANKS = [  # of train.py, with --model_type=distributed_gpt
 REDUCED_SYNC = [
     (["--sync_strategy=sdp"], "sync_strategy='sdp' is unknown: use standard, spd, selective, grouped"),
     (["--sync_strategy=grouped", "--layers_per_group=3"], "layers_per_group=3 does not divide n_layer=2"),
-    (["--sync_strategy=selective"], "sync_strategy='selective' needs attn_sync_layers"),
     (["--sync_strategy=selective", "--attn_sync_layers=[2]"], "attn_sync_layers has 2: with n_layer=2"),
     (["--sync_strategy=custom", "--sync_points=[4]"], "sync_points has 4: with n_layer=2"),
     (["--sync_strategy=custom", "--sync_points=3"], "sync_points=3 (the command line) is of type int"),

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reduced_sync_model
 from configurator import UserError
+from distributed import GroupSum
 from model import GPT, GPTConfig
 from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, Ranks, f_op, g_op, join_parts, part_of
 
@@ -228,9 +229,7 @@ def test_says_how_often_it_synchronises(strategy, syncs, capsys):
     (dict(sync_strategy="sdp"), "sync_strategy='sdp' is unknown"),
     (dict(sync_strategy="grouped", layers_per_group=5), "layers_per_group=5 does not divide n_layer=12"),
     (dict(sync_strategy="grouped", layers_per_group=0), "layers_per_group=0"),
-    (dict(sync_strategy="selective"), "needs attn_sync_layers"),
     (dict(sync_strategy="selective", attn_sync_layers=[12]), "attn_sync_layers has 12"),
-    (dict(sync_strategy="custom"), "needs sync_points"),
     (dict(sync_strategy="custom", sync_points=[-1]), "sync_points has -1"),
     (dict(sync_strategy="custom", sync_points=[1.0]), "sync_points has 1.0")], ids=str)
 def test_wrong_configurations(config, message):
@@ -238,6 +237,19 @@ def test_wrong_configurations(config, message):
     with pytest.raises(UserError) as error:
         config_class(**config)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("strategy, syncs", [("standard", 24), ("spd", 12), ("selective", 12),
+                                             ("grouped", 6), ("custom", 1)])
+def test_every_strategy_has_gpt2s_parameters(strategy, syncs):
+    """With nothing else set, as it is typed on a command line to have a look."""
+    config = reduced_sync_model.GPTConfig(sync_strategy=strategy, n_layer=12, n_head=12, n_embd=768)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert 124e6 < sum(p.numel() for p in model.parameters()) < 125e6
+    small = dict(n_layer=12, n_head=2, n_embd=8, vocab_size=16, block_size=8)
+    config = reduced_sync_model.GPTConfig(sync_strategy=strategy, **small)
+    assert reduced_sync_model.GPT(config).syncs == syncs
 
 
 def test_ranks_that_do_not_fit():
@@ -332,6 +344,30 @@ def check_real_ranks(rank: int, world: int) -> None:
                 assert compare_decoder(real, real.decoder(2), tokens(2, 5), 14) < EXACT, case
                 greedy = real.decoder(2, temperature=1e-6, top_k=3).generate(tokens(2, 5), 14)
                 assert torch.equal(greedy, real.decoder(2, temperature=0).generate(tokens(2, 5), 14)), case
+
+
+def check_oneshot_fallback(rank: int, world: int) -> None:
+    """Where symmetric memory cannot be had, the group's own all-reduce does it, and that is said once."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        total = GroupSum("oneshot", torch.zeros(2, 3), torch.distributed.group.WORLD)
+    said = printed.getvalue()
+    assert total.kind == "nccl" and said.count("\n") == (rank == 0)
+    assert rank or "tp_allreduce='oneshot' does not work here (it needs CUDA)" in said
+    for _ in range(2):
+        total.buffer.fill_(rank + 1.0)
+        assert torch.equal(total.sum(), torch.full((2, 3), 3.0))
+        base = torch.ones(2, 3)
+        total.add_to(base)
+        assert torch.equal(base, torch.full((2, 3), 4.0))
+
+
+def test_oneshot_falls_back(tmp_path):
+    run_processes(2, check_oneshot_fallback, tmp_path)
+    with pytest.raises(UserError, match="tp_allreduce='ring' is unknown"):
+        GroupSum("ring", torch.zeros(1), None)
 
 
 def test_top_k_from_each_process(tmp_path):
