@@ -101,6 +101,10 @@ if mode not in ("train", "generate", "decode", "prefill"):
 recorded = {**config, "json": "", "peer": os.path.basename(os.path.normpath(peer)) if peer else ""}
 if model_type not in ("gpt", "distributed_gpt"):
     raise UserError(f"model_type={model_type!r} is unknown: use gpt or distributed_gpt")
+for name in ("syncs", "batch_sizes", "widths"):
+    for number in config[name] or []:
+        if type(number) is not int or number < 1:
+            raise UserError(f"{name} has {number!r}: its entries are whole numbers from 1")
 latency = mode in ("decode", "prefill")
 if syncs is None:
     syncs = [2 * n_layer // n for n in (1, 2, 4, 8, 24) if 2 * n_layer % n == 0] if latency else []
@@ -470,8 +474,10 @@ def measure_latency(C: int, B: int) -> list[dict]:
     if not processes.main:
         return []
     alone = statistics.median(times["TP=1"])
+    sums = {c.name: c.decoder.group_sum.kind for c in contenders if c.name != "TP=1"}  # one may fall back
     return [{"n_embd": C, "batch_size": B, "processes": 1 if name == "TP=1" else P, "name": name,
-             "us": statistics.median(t), "us_all": t, "of_one_gpu": statistics.median(t) / alone}
+             "allreduce": sums.get(name), "us": statistics.median(t), "us_all": t,
+             "of_one_gpu": statistics.median(t) / alone}
             for name, t in times.items()]
 
 

@@ -168,6 +168,8 @@ SAMPLE = [
 
 BENCH = [
     (["--mode=decode", "--widths=[100]"], "widths: 100 is not made of heads of 64"),
+    (["--mode=decode", "--batch_sizes=[0]"], "batch_sizes has 0: its entries are whole numbers from 1"),
+    (["--mode=decode", "--syncs=['6']"], "syncs has '6': its entries are whole numbers from 1"),
     (["--mode=decode", "--syncs=[5]"], "5 syncs do not divide the 24 sublayers of n_layer=12"),
     (["--mode=decode", "--prompt_tokens=1000"], "exceed block_size=1024"),
     (["--model_type=moe"], "model_type='moe' is unknown: use gpt or distributed_gpt"),
