@@ -38,6 +38,7 @@ from distributed import (
     Processes,
     all_values,
     barrier,
+    check_all_reduce,
     check_compile,
     data_parallel,
     env_rank,
@@ -45,7 +46,7 @@ from distributed import (
     pick_dtype,
     start,
 )
-from model import GPT, Decoder, GPTConfig, capture_graph
+from model import GPT, GPTConfig, capture_graph
 from optim import build_adamw, clip_gradients
 from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, Ranks, SyncSchedule, ranks_on
 from training_logger import environment, peak_flops
@@ -96,6 +97,7 @@ check_at_least(config, 1, "batch_size", "steps", "rounds", "warmup", "prompt_tok
 check_at_least(config, 2, "max_new_tokens")
 check_at_least(config, 0, "loss_steps", "grad_clip")
 check_seed(config)
+check_all_reduce(tp_allreduce)
 if mode not in ("train", "generate", "decode", "prefill"):
     raise UserError(f"mode={mode!r} is unknown: use train, generate, decode or prefill")
 recorded = {**config, "json": "", "peer": os.path.basename(os.path.normpath(peer)) if peer else ""}
@@ -106,7 +108,16 @@ for name in ("syncs", "batch_sizes", "widths"):
         if type(number) is not int or number < 1:
             raise UserError(f"{name} has {number!r}: its entries are whole numbers from 1")
 latency = mode in ("decode", "prefill")
-if syncs is None:
+if latency and config.origin["tp_size"]:
+    raise UserError(f"tp_size: in mode {mode} every process holds one rank, so leave it out")
+if syncs is not None and block_types is not None:
+    raise UserError("syncs and block_types both name schedules: give one of them")
+if (mode == "decode" and max_new_tokens < 3) or (latency and not (batch_sizes and widths)):
+    raise UserError("decode needs max_new_tokens of at least 3, and batch_sizes and widths that are not "
+                    "empty")
+if latency and block_types is not None:
+    syncs = []
+elif syncs is None:
     syncs = [2 * n_layer // n for n in (1, 2, 4, 8, 24) if 2 * n_layer % n == 0] if latency else []
 schedules = {f"{n} syncs": SyncSchedule.evenly(n_layer, n) for n in syncs}
 if peer and not os.path.isfile(os.path.join(peer, "model.py")) and not (peer == "hf" and mode == "generate"):
@@ -143,9 +154,10 @@ data = open_dataset(dataset, block_size) if dataset else None
 architecture = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
                     n_embd=n_embd, dropout=dropout, bias=bias)
 checkpoint.check_size(GPTConfig(**architecture))
-if model_type == "distributed_gpt" and not schedules:
-    blocks = DistributedGPTConfig(**architecture, tp_size=tp_size, block_types=block_types)
-    schedules = {f"{tp_size} ranks": blocks.schedule()}
+if (model_type == "distributed_gpt" or block_types is not None) and not schedules:
+    ranks = processes.world_size if latency else tp_size
+    blocks = DistributedGPTConfig(**architecture, tp_size=ranks, block_types=block_types)
+    schedules = {f"{ranks} ranks": blocks.schedule()}
 if data is not None:
     data.train.check_tokens(vocab_size)
 torch.set_float32_matmul_precision("high")
@@ -292,7 +304,8 @@ class Generation:
 
     def __init__(self, name: str):
         self.name = name
-        self.generate = getattr(self, "make_" + name.replace("-", "_"))()
+        make = self.make_ours if name in schedules else getattr(self, "make_" + name.replace("-", "_"))
+        self.generate = make()
         self.prompt = random_tokens(batch_size, prompt_tokens)
         started = time.perf_counter()
         with torch.no_grad():
@@ -303,9 +316,8 @@ class Generation:
         self.first_step_seconds = time.perf_counter() - started
 
     def make_ours(self):
-        model = make_model("ours").to(compute_dtype).eval()
-        decoder = Decoder(model, batch_size, temperature=temperature, top_k=top_k)
-        return decoder.generate
+        model = make_model(self.name).to(compute_dtype).eval()
+        return model.decoder(batch_size, temperature=temperature, top_k=top_k).generate
 
     def make_peer(self):
         model = make_model("peer").eval()
@@ -523,7 +535,7 @@ elif mode == "train":
     contenders = [Training(name, alone) for name in ["ours", *["peer"] * bool(peer), *schedules]]
 else:
     peers = ["hf-dynamic", "hf-static"] if peer == "hf" else ["peer"] * bool(peer)
-    contenders = [Generation(name) for name in ["ours", *peers]]
+    contenders = [Generation(name) for name in ["ours", *peers, *schedules]]
 where = environment(device)
 if processes.main:
     print(f"{mode}: {where['device']}, torch {where['torch']}, {str(compute_dtype).removeprefix('torch.')}, "

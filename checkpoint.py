@@ -365,6 +365,19 @@ def build_model(description: dict, **overrides) -> nn.Module:
     return getattr(module, class_name)(config)
 
 
+def with_ranks(model: nn.Module, tp_size: int | None, block_types: list | None) -> nn.Module:
+    """The same weights on another number of ranks, by their own schedule or by block types; the dense model
+    gets ranks (2 if tp_size is None) that synchronise everywhere. Raises UserError."""
+    config = model.config
+    ranks = tp_size or getattr(config, "tp_size", 2)
+    if block_types is None and hasattr(config, "sync_strategy"):
+        fields = {name: getattr(config, name) for name in VARIANT["reduced_sync_gpt"]}
+        return as_kind(model, "reduced_sync_gpt", **fields | {"tp_size": ranks})
+    if block_types is None:
+        block_types = getattr(config, "block_types", None)
+    return as_kind(model, "distributed_gpt", tp_size=ranks, block_types=block_types)
+
+
 @torch.no_grad()
 def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
     """Copy tensors by name into all of the model's parameters. Raises UserError if names or shapes differ."""
@@ -387,14 +400,42 @@ def load_model(checkpoint: Checkpoint, **overrides) -> nn.Module:
     return model
 
 
-def load_weights(name: str, warn=print, group=None, **overrides) -> nn.Module:
+def load_weights(name: str, kind: str = "gpt", variant: dict | None = None, warn=print, group=None,
+                 **overrides) -> nn.Module:
     """A model for a new run to begin with, on the CPU: of an out_dir or a checkpoint folder of this
     repository, of a Hugging Face folder, or of a name on its hub.
 
-    overrides: as of load_model. Raises UserError.
+    kind, variant: what to make of the weights, and its fields of VARIANT; overrides: as of load_model. Says
+    so if they were trained with another schedule. Raises UserError.
     """
+    variant = variant or {}
     found = find_weights(name, warn=warn, group=group)
-    return GPT.from_pretrained(name, **overrides) if found is None else load_model(found, **overrides)
+    if found is None:
+        model = GPT.from_pretrained(name, **overrides)
+        return model if kind == "gpt" else as_kind(model, kind, **variant)
+    fields = {f.name for f in dataclasses.fields(GPTConfig)}
+    shared = {field: value for field, value in found.state["model"]["config"].items() if field in fields}
+    model = build_model({"kind": kind, "config": shared | variant}, **overrides)
+    load_parameters(model, found.tensors("model"), found.path)
+    note_other_schedule(found, model, warn)
+    return model
+
+
+def note_other_schedule(source: Checkpoint, model: nn.Module, say) -> None:
+    """Say so if a model computes another function of a checkpoint's weights than they were trained with."""
+
+    def function(schedule: dict | None, tp_size: int) -> tuple:
+        drops = schedule is not None and tp_size > 1 and not all(s["sync"] for s in schedule["sublayers"])
+        return (tp_size, str(schedule)) if drops else ()
+
+    def words(schedule: dict | None, tp_size: int) -> str:
+        return "the dense function" if not function(schedule, tp_size) else \
+            f"{schedule['syncs']} syncs on {tp_size} ranks"
+
+    then = source.state.get("schedule"), source.state["model"]["config"].get("tp_size", 1)
+    now = schedule_description(model), getattr(model.config, "tp_size", 1)
+    if function(*then) != function(*now):
+        say(f"{source.path} was trained as {words(*then)} and is run as {words(*now)}")
 
 
 def seed_random_states(seed: int) -> None:

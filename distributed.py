@@ -4,6 +4,7 @@ The only module that reads torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WOR
 a `Processes`, a device or a group as an argument; `group=None` means one process and no communication.
 """
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -198,6 +199,40 @@ def all_reduce_sum(tensor: torch.Tensor, group) -> torch.Tensor:
     return tensor
 
 
+ALL_REDUCES = ("nccl", "oneshot")
+
+
+def check_all_reduce(kind: str) -> None:
+    """Raise UserError for a tp_allreduce that GroupSum does not know."""
+    if kind not in ALL_REDUCES:
+        raise UserError(f"tp_allreduce={kind!r} is unknown: use {' or '.join(ALL_REDUCES)}")
+
+
+@functools.cache
+def _without_symmetric_memory(group, device: torch.device) -> bool:
+    """Whether the group must do without; if so, its first process says why, once."""
+    problem = "it needs CUDA" if device.type != "cuda" else None
+    if problem is None:
+        try:
+            _symmetric(torch.zeros(1, device=device), group)
+        except (ImportError, AttributeError, RuntimeError) as e:
+            problem = str(e).splitlines()[0]
+    problem = next(filter(None, all_values(problem, group)), None)  # all processes or none
+    if problem is not None and dist.get_rank(group) == 0:
+        print(f"tp_allreduce='oneshot' does not work here ({problem}): using the group's own all-reduce",
+              flush=True)
+    return problem is not None
+
+
+def _symmetric(like: torch.Tensor, group) -> torch.Tensor:
+    """Zeros like a tensor, in memory that all GPUs of the group can read."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    shared = symmetric_memory.empty(like.shape, dtype=like.dtype, device=like.device)
+    symmetric_memory.rendezvous(shared, group.group_name)
+    return shared.zero_()
+
+
 class GroupSum:
     """Adds a small tensor up over a group, again and again, also inside a CUDA graph: how a decoding step
     synchronises.
@@ -208,30 +243,14 @@ class GroupSum:
     """
 
     def __init__(self, kind: str, buffer: torch.Tensor, group):
-        if kind not in ("nccl", "oneshot", "none"):
-            raise UserError(f"tp_allreduce={kind!r} is unknown: use nccl or oneshot")
+        if kind != "none":
+            check_all_reduce(kind)
         self.kind, self.buffer, self.group = "none" if group is None else kind, buffer, group
         if self.kind == "oneshot":
-            self._share_memory()
-
-    def _share_memory(self):
-        problem = "it needs CUDA" if self.buffer.device.type != "cuda" else None
-        if problem is None:
-            try:
-                import torch.distributed._symmetric_memory as symmetric_memory
-
-                shared = symmetric_memory.empty(self.buffer.shape, dtype=self.buffer.dtype,
-                                                device=self.buffer.device)
-                symmetric_memory.rendezvous(shared, self.group.group_name)
-                self.buffer = shared.zero_()
-            except (ImportError, AttributeError, RuntimeError) as e:
-                problem = str(e).splitlines()[0]
-        problems = all_values(problem, self.group)
-        if any(problems):  # all or none
-            self.kind = "nccl"
-            if dist.get_rank(self.group) == 0:
-                print(f"tp_allreduce='oneshot' does not work here ({next(filter(None, problems))}): using "
-                      f"the group's own all-reduce", flush=True)
+            if _without_symmetric_memory(group, buffer.device):
+                self.kind = "nccl"
+            else:
+                self.buffer = _symmetric(buffer, group)
 
     def sum(self) -> torch.Tensor:
         """The sum of all processes' buffers in a new tensor; the buffer keeps its content."""

@@ -207,6 +207,9 @@ class GPT(nn.Module):
     def reduce_partial_gradients(self) -> None:
         """Complete the gradients of which this process has computed only a share. Before each update."""
 
+    def align_replicas(self, optimizer) -> None:
+        """Make parameters that every process has whole, and their optimizer state, equal to the last bit."""
+
     def flops_per_token(self, T: int) -> int:
         """Floating-point operations of a training step (forward, and backward as twice that) per token, at
         length T.

@@ -57,7 +57,8 @@ def clip_gradients(parameters, max_norm: float, split=(), group=None) -> torch.T
         here = [p.grad for p in parameters if id(p) in in_parts]
         whole = [p.grad for p in parameters if id(p) not in in_parts]
         squares = [torch.stack(torch._foreach_norm(grads)).square().sum() for grads in (here, whole)]
-        norm = (all_reduce_sum(squares[0], group) + squares[1]).sqrt()
+        # the same bits on all processes, though replicas of a gradient may differ in rounding
+        norm = all_reduce_sum(squares[0] + squares[1] / group.size(), group).sqrt()
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

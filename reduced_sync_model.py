@@ -40,14 +40,14 @@ class GPTConfig(RanksConfig):
                             f"n_layer={self.n_layer}")
         for name, strategy, count in (("attn_sync_layers", "selective", self.n_layer),
                                       ("sync_points", "custom", 2 * self.n_layer)):
-            if self.sync_strategy != strategy:
-                continue
-            numbers = getattr(self, name) or []
-            for number in numbers:
+            numbers = getattr(self, name)
+            if numbers is not None and self.sync_strategy != strategy:
+                raise UserError(f"{name}={numbers} is for sync_strategy={strategy!r}, and it is "
+                                f"{self.sync_strategy!r}")
+            for number in numbers or []:
                 if type(number) is not int or not 0 <= number < count:
                     raise UserError(f"{name} has {number!r}: with n_layer={self.n_layer} its entries are "
                                     f"whole numbers from 0 to {count - 1}")
-            setattr(self, name, sorted(set(numbers)))
 
     def schedule(self) -> SyncSchedule:
         L = self.n_layer
@@ -55,9 +55,9 @@ class GPTConfig(RanksConfig):
         points = {
             "standard": lambda: range(2 * L),
             "spd": lambda: mlps,
-            "selective": lambda: [*mlps, *(2 * i for i in self.attn_sync_layers)],
+            "selective": lambda: [*mlps, *(2 * i for i in self.attn_sync_layers or [])],
             "grouped": lambda: range(2 * self.layers_per_group - 1, 2 * L, 2 * self.layers_per_group),
-            "custom": lambda: self.sync_points,
+            "custom": lambda: self.sync_points or [],
         }[self.sync_strategy]()
         return SyncSchedule.at(L, points)
 
@@ -79,7 +79,7 @@ def parse_stop_if(text: str) -> tuple[float, float]:
         return math.inf, math.inf
     step, colon, loss = text.partition(":")
     try:
-        if not colon:
+        if not colon or int(step) < 0 or not math.isfinite(float(loss)):
             raise ValueError
         return int(step), float(loss)
     except ValueError:

@@ -16,7 +16,7 @@ import torch
 import checkpoint
 from configurator import UserError, check_at_least, check_seed, configure
 from data import tokenizers
-from distributed import env_rank, finish, pick_dtype
+from distributed import check_all_reduce, env_rank, finish, pick_dtype
 from distributed import start as start_processes
 from model import GPT
 from tensor_parallel_model import DistributedGPT, ranks_on
@@ -32,8 +32,8 @@ temperature = 0.8  # 0 always takes the most likely token, 1 samples what the mo
 top_k: int | None = 200  # sample from this many most likely tokens, None for all
 top_p: float | None = None  # sample from the fewest tokens that together have this probability, None for all
 stop_token: int | str | None = None  # end a sample at this token, an id or a text of one token
-tp_size: int | None = None  # run the weights on this many ranks with block_types, not as they were trained
-block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer; None: all 'tp'
+tp_size: int | None = None  # run the weights on this many ranks, not on as many as they were trained with
+block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer, not the schedule of the training
 tp_processes = 1  # processes that hold the ranks, under torchrun; 1 simulates them
 tp_allreduce = "nccl"  # how they add up in a step: 'nccl' (the group's all-reduce), 'oneshot' (CUDA, quicker)
 slide = 1  # past block_size: tokens to drop at once; 1 keeps the longest context, more is faster
@@ -45,6 +45,7 @@ config = configure(globals(), rank=env_rank())
 check_at_least(config, 1, "num_samples")
 check_at_least(config, 0, "max_new_tokens")
 check_seed(config)
+check_all_reduce(tp_allreduce)
 
 # prompt and model
 if start.startswith("FILE:"):
@@ -57,6 +58,13 @@ processes = start_processes(device, tp_processes=tp_processes)
 if processes.dp_size > 1:
     raise UserError(f"{processes.world_size} processes for tp_processes={tp_processes}: start as many")
 main, group, device = processes.main, processes.group, processes.device
+
+
+def say(text: str, end: str = "\n") -> None:
+    if main:
+        print(text, end=end, flush=True)
+
+
 if init_from == "resume":
     found = checkpoint.find(out_dir, checkpoint_step, group=group)
 else:
@@ -66,7 +74,9 @@ if found is None:
 else:
     model, meta = checkpoint.load_model(found, dropout=0.0), found.state["meta"]
 if tp_size is not None or block_types is not None:
-    model = checkpoint.as_kind(model, "distributed_gpt", tp_size=tp_size or 2, block_types=block_types)
+    model = checkpoint.with_ranks(model, tp_size, block_types)
+    if found is not None:
+        checkpoint.note_other_schedule(found, model, say)
 tokenizer = tokenizers.from_meta(meta)
 prompt = tokenizer.encode(start)
 if len(prompt) == 0:
@@ -92,28 +102,21 @@ if tp_processes > 1:
     options["tp_allreduce"] = tp_allreduce
 model.to(device, pick_dtype(dtype, device)).eval()
 
-
-
-def say(text: str) -> None:
-    if main:
-        print(text, end="", flush=True)
-
-
 # generation
 if hasattr(signal, "SIGPIPE"):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as `cat` does where `| head` has seen enough
 if found is not None:
-    say(f"{found.path}: step {found.step}, val loss {found.state['val_loss']:.4f}\n")
+    say(f"{found.path}: step {found.step}, val loss {found.state['val_loss']:.4f}")
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")
 decoder = model.decoder(1, temperature=temperature, top_k=top_k, top_p=top_p, slide=slide, **options)
 idx = torch.tensor(prompt.astype("int64"), device=device)[None]
 for _ in range(num_samples):
     to_text = tokenizer.stream()
-    say(start)
+    say(start, end="")
     for (token,) in decoder.stream(idx, max_new_tokens):
         if token == stop_token:
             break
-        say(to_text(token))
-    say("\n---------------\n")
+        say(to_text(token), end="")
+    say("\n---------------")
 finish(processes)

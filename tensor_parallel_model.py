@@ -24,6 +24,7 @@ R = tp_size, P processes of a group, B batch, T tokens, C = n_embd, H = n_head, 
 part of C (attention) or 4C (MLP).
 """
 
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -297,7 +298,7 @@ class RanksConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.tp_size < 1 or self.n_head % self.tp_size or 4 * self.n_embd % self.tp_size:
+        if self.tp_size < 1 or self.n_head % self.tp_size:
             raise UserError(f"tp_size={self.tp_size} must divide n_head={self.n_head}: choose one of "
                             f"{[r for r in range(1, self.n_head + 1) if self.n_head % r == 0]}")
 
@@ -435,8 +436,17 @@ class DistributedGPT(GPT):
         if self.ranks.group is None:
             keep = F.dropout(keep, p)
         else:
+            assert self.shared_generator is not None, "dropout on real ranks needs share_dropout() first"
             keep = keep.bernoulli_(1 - p, generator=self.shared_generator).div_(1 - p)
         return tuple(None if t is None else t * keep for t in tensors)
+
+    def share_dropout(self, seed: int, dp_rank: int, device) -> torch.Generator:
+        """Make the generator of the masks that all real ranks of this model, the dp_rank-th, have in common.
+
+        Its stream is none of those that processes are seeded with, seed + rank.
+        """
+        self.shared_generator = torch.Generator(device).manual_seed((seed + 2**40 + dp_rank) % 2**63)
+        return self.shared_generator
 
     def n_parameters(self) -> int:
         return self._n_parameters  # of all processes of the model
@@ -465,6 +475,29 @@ class DistributedGPT(GPT):
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad
                                      in zip(bucket.split([grad.numel() for grad in grads]), grads)])
 
+    @torch.no_grad()
+    def align_replicas(self, optimizer) -> None:
+        """GPUs add up the gradient of the embedding in no fixed order, so replicas drift apart by rounding;
+        the first process's count."""
+        if self.ranks.group is None:
+            return
+        divided = {id(p) for p in self.split_parameters()}
+        for p in self.parameters():
+            if id(p) not in divided:
+                for tensor in (p, *(t for t in optimizer.state.get(p, {}).values() if t.dim() > 0)):
+                    dist.broadcast(tensor, group_src=0, group=self.ranks.group)
+
+    def save_pretrained(self, folder: str) -> None:
+        """As GPT.save_pretrained; what is written is the dense GPT with these weights, and says so if this
+        model's schedule makes another function of them. Raises UserError on real ranks."""
+        if self.ranks.group is not None:
+            raise UserError("the model lies in parts on several processes: save its checkpoint, and load "
+                            "that in one")
+        if self.schedule.unsynchronised and self.config.tp_size > 1:
+            warnings.warn(f"{folder} gets a dense GPT-2; with the schedule that these weights have here "
+                          f"({self.syncs} syncs) they are another function", stacklevel=2)
+        super().save_pretrained(folder)
+
     def whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the dense model has under these names. All processes of the group take part."""
         if self.ranks.group is None:
@@ -484,11 +517,11 @@ class DistributedGPT(GPT):
         return {name: part_of(name, tensor, self.ranks.index, self.ranks.processes)
                 for name, tensor in tensors.items()}
 
-    def decoder(self, batch_size: int, **options) -> Decoder:
-        """What generates from this model; see Decoder."""
+    def decoder(self, batch_size: int, tp_allreduce: str = "nccl", **options) -> Decoder:
+        """What generates from this model; see Decoder and RankDecoder."""
         if self.ranks.group is None and not self.schedule.unsynchronised:
             return Decoder(self, batch_size, **options)  # computes what the dense GPT does
-        return RankDecoder(self, batch_size, **options)
+        return RankDecoder(self, batch_size, tp_allreduce, **options)
 
 
 def split_dimension(name: str) -> int | None:
@@ -523,7 +556,8 @@ class RankDecoder(Decoder):
 
     Every rank caches the keys and values of its own heads on what it saw. The residual stream is in fp32:
     `base`, the same on all ranks; `seen[r]`, what local rank r sees while something is pending; `pending[r]`,
-    of which the first is the buffer that the all-reduce reads.
+    of which the first is the buffer that the all-reduce reads. A process that holds several ranks keeps
+    copies of their weights as they are when the decoder is made.
     """
 
     def __init__(self, model: DistributedGPT, batch_size: int, tp_allreduce: str = "nccl", **options):
@@ -640,11 +674,12 @@ class RankDecoder(Decoder):
 
 def rank_weights(block, r: int, local: int) -> dict:
     """The matrices and biases of one of this process's ranks, of a layer: themselves if there is one only."""
+    part = part_of if local > 1 else lambda name, tensor, r, local: tensor
     parts = {}
     for name, linear in (("c_attn", block.attn.c_attn), ("attn", block.attn.c_proj),
                          ("c_fc", block.mlp.c_fc), ("mlp", block.mlp.c_proj)):
         key = name if name.startswith("c_") else "c_proj"
-        weight = part_of(f"{key}.weight", linear.weight, r, local).contiguous()
-        bias = None if linear.bias is None else part_of(f"{key}.bias", linear.bias, r, local).contiguous()
+        weight = part(f"{key}.weight", linear.weight, r, local).contiguous()
+        bias = None if linear.bias is None else part(f"{key}.bias", linear.bias, r, local).contiguous()
         parts[name] = weight, bias
     return parts | {"ln_1": block.ln_1, "ln_2": block.ln_2}

@@ -99,6 +99,8 @@ check_at_least(config, 0, "max_iters", "warmup_iters", "grad_clip", "min_lr")
 check_seed(config)
 if model_type not in ("gpt", "distributed_gpt"):
     raise UserError(f"model_type={model_type!r} is unknown: use gpt or distributed_gpt")
+if block_types is not None and model_type == "gpt":
+    raise UserError("block_types is for --model_type=distributed_gpt; the dense GPT has one kind of block")
 processes = start(device, backend, tp_processes=tp_processes)
 main, group, device = processes.main, processes.group, processes.device
 compute_dtype = pick_dtype(dtype, device)
@@ -124,7 +126,7 @@ if tp_processes > 1:
         raise UserError(f"tp_processes={tp_processes} needs --model_type=distributed_gpt: the dense model is "
                         f"not divided")
     if compute_dtype == torch.float16:
-        raise UserError("dtype='float16' scales losses for one process at a time: with tp_processes use "
+        raise UserError("float16 scales losses for one process at a time: with tp_processes use "
                         "--dtype=bfloat16")
     ranks = ranks_on(processes.tp_group, config["tp_size"])
 tokens_per_iter = batch_size * block_size * gradient_accumulation_steps
@@ -153,12 +155,12 @@ elif resumed is not None:
     check_tokens(resumed.state["model"]["config"]["vocab_size"])
     model = checkpoint.load_model(resumed, dropout=dropout)
 else:
-    model = checkpoint.load_weights(init_from, warn=log.line, group=group, dropout=dropout)
+    model = checkpoint.load_weights(init_from, model_type, variant, warn=log.line, group=group,
+                                    dropout=dropout)
     check_tokens(model.config.vocab_size)
     if block_size != model.config.block_size:
         model.crop_block_size(block_size)
     checkpoint.take_architecture(config, vars(model.config), init_from)
-    model = checkpoint.as_kind(model, model_type, **variant)
 if ranks is not None:
     model.place(ranks)
 model.to(device)
@@ -266,8 +268,8 @@ loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size
 checkpoint.seed_random_states(seed + processes.rank)  # dropout differs between processes
 shared_generator = None  # but for the masks that all ranks of a model have in common
 if ranks is not None:
-    shared_generator = model.shared_generator = torch.Generator(device).manual_seed(seed + processes.dp_rank)
-if resumed is not None and (resumed.state["world_size"], resumed.state["tp_processes"]) == (
+    shared_generator = model.share_dropout(seed, processes.dp_rank, device)
+if resumed is not None and (resumed.state["world_size"], resumed.state.get("tp_processes", 1)) == (
         processes.world_size, tp_processes):
     states = {name.partition(".")[2]: t for name, t in resumed.tensors("rng").items()
               if name.startswith(f"{processes.rank}.")}
@@ -283,6 +285,7 @@ for it in range(first_iter, max_iters + 1):
     # evaluate and save, before update `it`
     if (it % eval_interval == 0 or it == max_iters) and not (resumed is not None and it == first_iter):
         stopwatch.pause()
+        model.align_replicas(optimizer)
         losses = estimate_losses()
         log.evaluation(it, losses["train"], losses["val"], lr)
         improved = losses["val"] < best_val_loss

@@ -8,7 +8,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configurator import check_can_write
+from configurator import UserError, check_can_write
 from data.files import Parser
 from reduced_sync_model import GPTConfig
 from tensor_parallel_model import DistributedGPTConfig, SyncSchedule
@@ -26,8 +26,8 @@ def schedules(n_layer: int) -> list[tuple[str, SyncSchedule]]:
          GPTConfig(**size, sync_strategy="selective", attn_sync_layers=half)),
         ("tp, spd, parallel blocks", DistributedGPTConfig(**size, block_types=thirds)),
         ("spd", GPTConfig(**size, sync_strategy="spd")),
-        ("grouped by 2", GPTConfig(**size, sync_strategy="grouped", layers_per_group=2)),
-        ("grouped by 4", GPTConfig(**size, sync_strategy="grouped", layers_per_group=4)),
+        *((f"grouped by {k}", GPTConfig(**size, sync_strategy="grouped", layers_per_group=k))
+          for k in (2, 4) if n_layer % k == 0),
         ("parallel blocks", DistributedGPTConfig(**size, block_types=["parallel"] * n_layer)),
     ]
     return [(name, config.schedule()) for name, config in configs]
@@ -73,7 +73,11 @@ def main() -> None:
     parser.add_argument("--out", default="schedules.png")
     parser.add_argument("--n_layer", type=int, default=12)
     args = parser.parse_args()
-    check_can_write(os.path.dirname(args.out) or ".", "--out")
+    if not args.out.endswith((".png", ".svg", ".pdf")) or os.path.isdir(args.out):
+        raise UserError(f"--out={args.out} names no picture: end it with .png, .svg or .pdf")
+    folder = os.path.dirname(args.out) or "."
+    check_can_write(folder, "--out")
+    os.makedirs(folder, exist_ok=True)
     draw(args.n_layer, args.out)
     print(f"written: {args.out}")
 

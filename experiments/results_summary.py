@@ -3,13 +3,14 @@
     python experiments/results_summary.py out-python-24sync out-python-12sync out-python-6sync
     python experiments/results_summary.py out-*sync --out=records/my-study/results
 
-Reads the newest log of each out_dir, prints a table and writes it as OUT.json, OUT.md and, drawn, OUT.png.
+Reads the logs of each out_dir, prints a table and writes it as OUT.json, OUT.md and, drawn, OUT.png.
 The baseline is the run with the most syncs (of several, their mean). Runs that differ in more than schedule
 and seed are not comparable, which the table says.
 """
 
 import glob
 import json
+import math
 import os
 import statistics
 import sys
@@ -20,36 +21,47 @@ from configurator import UserError, check_can_write
 from data.files import Parser
 
 CLOSE = 2.0  # percent above the baseline's val loss that still count as close
-OF_THE_SCHEDULE = {"sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points", "block_types",
-                   "model_type", "tp_processes", "out_dir", "seed", "wandb_log", "wandb_project",
-                   "wandb_run_name", "log_interval", "device", "compile", "init_from", "stop_if"}
+OF_THE_SCHEDULE = {"tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points",
+                   "block_types", "model_type", "tp_processes", "out_dir", "seed", "wandb_log",
+                   "wandb_project", "wandb_run_name", "log_interval", "device", "compile", "stop_if"}
+
+
+def read_events(path: str) -> list[dict]:
+    """The events of a log, without a last line that was cut off. Raises UserError."""
+    events = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                if line.endswith("\n"):
+                    events.append(json.loads(line))
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
+    if not all(isinstance(event, dict) and "event" in event for event in events):
+        raise UserError(f"{path} is no log of a training run")
+    return events
 
 
 def read_run(out_dir: str) -> dict:
-    """What the newest log of a run says. Raises UserError."""
+    """What the logs of a run say, from its start over every time it was resumed. Raises UserError."""
     logs = sorted(glob.glob(os.path.join(glob.escape(out_dir), "run_*.jsonl")), key=os.path.getmtime)
     if not logs:
         raise UserError(f"{out_dir} has no run_*.jsonl: it is no out_dir of a training run")
-    events = {"eval": []}
-    with open(logs[-1], encoding="utf-8") as f:
-        for line in f:
-            try:
-                event = json.loads(line)
-            except ValueError:  # the last line of a run that was cut off
-                continue
-            if event["event"] == "eval":
-                events["eval"].append(event)
-            else:
-                events[event["event"]] = event
-    evaluated = [event for event in events["eval"] if event["val_loss"] is not None]
-    if "start" not in events or not evaluated:
-        raise UserError(f"{logs[-1]} has no evaluation: let the run get to its first")
-    config = events["start"]["config"]
+    last, evaluations = {}, {}
+    for event in (event for path in logs for event in read_events(path)):
+        if event["event"] == "start" and not event["resumed"]:
+            last, evaluations = {"begin": event}, {}
+        last[event["event"]] = event
+        if event["event"] == "eval":
+            evaluations[event["step"]] = math.nan if event["val_loss"] is None else event["val_loss"]
+    if "start" not in last or not evaluations:
+        raise UserError(f"{out_dir} has no evaluation in its logs: let the run get to its first")
+    config, step = last.get("begin", last["start"])["config"], max(evaluations)
     dense = {"syncs": 2 * config["n_layer"]}  # a dense model, split over ranks, would synchronise everywhere
     return {"run": os.path.basename(os.path.normpath(out_dir)), "config": config,
-            "syncs": events.get("schedule", dense)["syncs"], "step": evaluated[-1]["step"],
-            "val_loss": evaluated[-1]["val_loss"], "best_val_loss": min(e["val_loss"] for e in evaluated),
-            "status": events.get("end", {}).get("status", "not ended")}
+            "syncs": last.get("schedule", dense)["syncs"], "step": step, "val_loss": evaluations[step],
+            "best_val_loss": min(evaluations.values(), key=lambda loss: (math.isnan(loss), loss)),
+            "status": "diverged" if math.isnan(evaluations[step])
+            else last.get("end", {}).get("status", "not ended")}
 
 
 def compare(runs: list[dict]) -> None:
@@ -88,6 +100,9 @@ def draw(runs: list[dict], path: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for ranks in sorted({run["config"].get("tp_size", 1) for run in runs}):
         points = [(r["syncs"], r["val_loss"]) for r in runs if r["config"].get("tp_size", 1) == ranks]
+        points = [point for point in points if math.isfinite(point[1])]
+        if not points:
+            continue
         axes.plot(*zip(*points), "o", markersize=5, label=f"{ranks} ranks")
         counts = sorted({syncs for syncs, _ in points})
         means = [statistics.mean(loss for syncs, loss in points if syncs == count) for count in counts]
@@ -108,6 +123,8 @@ def main() -> None:
     parser.add_argument("out_dirs", nargs="+", metavar="OUT_DIR")
     parser.add_argument("--out", default="results_summary", help="of the files, without ending")
     args = parser.parse_args()
+    if not os.path.basename(args.out) or os.path.isdir(args.out):
+        raise UserError(f"--out={args.out} names no file: give the name that its endings are put to")
     check_can_write(os.path.dirname(args.out) or ".", "--out")
     runs = [read_run(out_dir) for out_dir in args.out_dirs]
     compare(runs)

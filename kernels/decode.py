@@ -40,7 +40,7 @@ def linear(x, weight, bias, out, norm=None, gelu: bool = False, residual=None, a
     x = x.to(weight.dtype)
     y = F.linear(x, weight, bias)
     if also is not None:
-        plain = y if also_bias else F.linear(x, weight)
+        plain = y if also_bias or bias is None else F.linear(x, weight)
         also.copy_(also + plain if also_add else plain)
     if gelu:
         y = F.gelu(y, approximate="tanh")

@@ -130,6 +130,7 @@ RANKS = [  # of train.py, with --model_type=distributed_gpt
     (["--init_from=resume", "--out_dir=run"], "model_type=distributed_gpt (command line), but run/ckpt"),
     (["--init_from=run", "--n_embd=64"], "n_embd=64 (command line), but run has n_embd=32: leave n_embd out"),
     (["--init_from=run", "--tp_size=4"], "tp_size=4 must divide n_head=2"),
+    (["--model_type=gpt", "--block_types=['spd']*2"], "block_types is for --model_type=distributed_gpt"),
 ]
 
 REDUCED_SYNC = [
@@ -140,11 +141,15 @@ REDUCED_SYNC = [
     (["--sync_strategy=custom", "--sync_points=3"], "sync_points=3 (the command line) is of type int"),
     (["--stop_if=3.8"], "stop_if='3.8' is no step and loss: write it as in --stop_if=5000:3.8"),
     (["--stop_if=a:b"], "stop_if='a:b' is no step and loss"),
+    (["--stop_if=5:nan"], "stop_if='5:nan' is no step and loss"),
+    (["--attn_sync_layers=[0]"], "attn_sync_layers=[0] is for sync_strategy='selective'"),
+    (["--layers_per_group=1"], "layers_per_group=1 is for sync_strategy='grouped'"),
     (["--init_from=resume", "--out_dir=run"], "step-00000003 holds a model of kind 'gpt': resume it with"),
     (["--init_from=run", "--n_layer=3"], "n_layer=3 (command line), but run has n_layer=2"),
 ]
 
 SAMPLE = [
+    (["--out_dir=run", "--tp_allreduce=ring"], "tp_allreduce='ring' is unknown"),
     (["--out_dir=run", "--tp_size=3"], "tp_size=3 must divide n_head=2"),
     (["--out_dir=run", "--block_types=['spd']"], "block_types has 1 entries and n_layer is 2"),
     (["--out_dir=run", "--tp_processes=2"], "tp_processes=2 does not divide the 1 processes"),
@@ -168,6 +173,11 @@ SAMPLE = [
 
 BENCH = [
     (["--mode=decode", "--widths=[100]"], "widths: 100 is not made of heads of 64"),
+    (["--mode=decode", "--max_new_tokens=2"], "max_new_tokens of at least 3"),
+    (["--mode=decode", "--widths=[]"], "batch_sizes and widths that are not empty"),
+    (["--mode=decode", "--tp_size=4"], "in mode decode every process holds one rank"),
+    (["--syncs=[1]", "--block_types=['spd']*12"], "both name schedules: give one"),
+    (["--tp_allreduce=ring"], "tp_allreduce='ring' is unknown: use nccl or oneshot"),
     (["--mode=decode", "--batch_sizes=[0]"], "batch_sizes has 0: its entries are whole numbers from 1"),
     (["--mode=decode", "--syncs=['6']"], "syncs has '6': its entries are whole numbers from 1"),
     (["--mode=decode", "--syncs=[5]"], "5 syncs do not divide the 24 sublayers of n_layer=12"),

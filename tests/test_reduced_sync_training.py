@@ -160,8 +160,28 @@ def test_stopping_a_bad_run_and_the_summary(run_script, tiny_data, tmp_path):
     assert rows[0]["percent"] == 0 and [r["differs"] for r in rows] == [[], [], ["step"]]
     assert (tmp_path / "summary.md").read_text() in summary.out
     assert (tmp_path / "summary.png").stat().st_size > 5000
+    resumed = run_script("train_reduced_sync.py", *RUN, "--sync_strategy=spd", "--tp_size=4",
+                         "--init_from=resume", f"--dataset={tiny_data}", f"--out_dir={out[1]}")
+    assert "nothing left to do" in resumed.out
+    again = run_script("experiments/results_summary.py", *out, f"--out={tmp_path / 'again'}")
+    assert again.code == 0 and "| spd | 4 | 2 | 20 |" in again.out
     none = run_script("experiments/results_summary.py", tmp_path)
     assert none.code == 2 and none.err.count("\n") == 1 and "no run_*.jsonl" in none.err
+
+
+def test_a_diverged_run_is_stopped_and_shown(run_script, tiny_data, tmp_path):
+    done = run_script("train_reduced_sync.py", *RUN, "--learning_rate=1e20", "--grad_clip=0",
+                      "--decay_lr=False", "--stop_if=5:4.0", f"--dataset={tiny_data}", "--out_dir=bad")
+    assert done.code == 0 and "stopped: val loss nan at step 10" in done.out
+    summary = run_script("experiments/results_summary.py", "bad")
+    assert summary.code == 0 and "| nan |" in summary.out and "diverged" in summary.out
+
+
+def test_resume_with_the_same_command(run_script, tiny_data, tmp_path):
+    args = (*RUN, "--sync_strategy=custom", "--sync_points=[3,1]", f"--dataset={tiny_data}", "--out_dir=out")
+    assert run_script("train_reduced_sync.py", *args, "--max_iters=10").code == 0
+    again = run_script("train_reduced_sync.py", *args, "--init_from=resume")
+    assert again.code == 0 and "step 20:" in again.out, again.err
 
 
 def test_picture_of_schedules(run_script, tmp_path):
@@ -171,13 +191,14 @@ def test_picture_of_schedules(run_script, tmp_path):
 
 def test_sample_on_ranks(simulated, run_script, tmp_path):
     options = (f"--out_dir={simulated}", "--num_samples=1", "--max_new_tokens=30", "--device=cpu",
-               "--top_k=5")
+               "--temperature=0")
     plain = run_script("sample.py", *options, "--start=AD")
     real = torchrun(2, "sample.py", *options, "--start=AD", "--tp_processes=2", cwd=tmp_path)
     dropped = run_script("sample.py", *options, "--start=AD", "--tp_size=2", "--block_types=['parallel']*2")
     assert plain.code == real.code == dropped.code == 0, plain.err + real.err + dropped.err
     assert plain.out.count("---------------") == real.out.count("---------------") == 1
-    assert len(plain.out) == len(real.out) == len(dropped.out)
+    assert plain.out == real.out and "was trained as" not in plain.out
+    assert "was trained as 2 syncs on 4 ranks and is run as 1 syncs on 2 ranks" in dropped.out
 
 
 def test_bench_of_schedules(run_script, tmp_path):
@@ -186,8 +207,11 @@ def test_bench_of_schedules(run_script, tmp_path):
     done = run_script("bench.py", *size, "--model_type=distributed_gpt", "--syncs=[4,2,1]",
                       f"--json={tmp_path / 'b.json'}")
     assert done.code == 0, done.err
-    assert list(json.loads((tmp_path / "b.json").read_text())["contenders"]) == ["ours", "4 syncs", "2 syncs",
-                                                                                 "1 syncs"]
+    names = ["ours", "4 syncs", "2 syncs", "1 syncs"]
+    assert list(json.loads((tmp_path / "b.json").read_text())["contenders"]) == names
+    done = run_script("bench.py", *size, "--mode=generate", "--prompt_tokens=2", "--max_new_tokens=4",
+                      "--block_types=['spd']*2")
+    assert done.code == 0 and "2 ranks / ours = " in done.out, done.err
     latency = ["--block_size=64", "--prompt_tokens=4", "--max_new_tokens=6", "--widths=[128]",
                "--batch_sizes=[1]"]
     for mode in ("decode", "prefill"):

@@ -230,6 +230,8 @@ def test_says_how_often_it_synchronises(strategy, syncs, capsys):
     (dict(sync_strategy="grouped", layers_per_group=5), "layers_per_group=5 does not divide n_layer=12"),
     (dict(sync_strategy="grouped", layers_per_group=0), "layers_per_group=0"),
     (dict(sync_strategy="selective", attn_sync_layers=[12]), "attn_sync_layers has 12"),
+    (dict(sync_strategy="spd", attn_sync_layers=[1]), "attn_sync_layers=[1] is for sync_strategy='sel"),
+    (dict(sync_points=[1]), "sync_points=[1] is for sync_strategy='custom', and it is 'standard'"),
     (dict(sync_strategy="custom", sync_points=[-1]), "sync_points has -1"),
     (dict(sync_strategy="custom", sync_points=[1.0]), "sync_points has 1.0")], ids=str)
 def test_wrong_configurations(config, message):
@@ -346,13 +348,44 @@ def check_real_ranks(rank: int, world: int) -> None:
                 assert torch.equal(greedy, real.decoder(2, temperature=0).generate(tokens(2, 5), 14)), case
 
 
+def check_dropout(rank: int, world: int) -> None:
+    """Real ranks drop the same entries and scale the others up; without a generator they refuse to guess."""
+    model = build(SCHEDULES[3], 2, dropout=0.25)
+    model.place(Ranks(1, torch.distributed.group.WORLD))
+    with pytest.raises(AssertionError, match="share_dropout"):
+        model(tokens(2, 16))
+    torch.manual_seed(rank)
+    model.share_dropout(1, 0, "cpu")
+    state = torch.get_rng_state()
+    ones = torch.ones(1, 3, 16, 48, dtype=torch.float64)
+    out, bias = model._residual_dropout(ones, ones[0, 0, 0])
+    assert torch.equal(out[0], bias) and set(out.unique().tolist()) == {0.0, 1 / 0.75}
+    assert 0.7 < (out > 0).double().mean() < 0.8
+    assert torch.equal(torch.get_rng_state(), state)  # a rank's own stream, of attention, is another
+    others = [torch.empty_like(out) for _ in range(world)]
+    torch.distributed.all_gather(others, out.contiguous())
+    assert all(torch.equal(out, other) for other in others)
+    with pytest.raises(UserError, match="in parts on several processes"):
+        model.save_pretrained("nowhere")
+
+
+def test_dropout_of_real_ranks(tmp_path):
+    run_processes(2, check_dropout, tmp_path)
+
+
+def test_saving_a_variant_as_gpt2_warns(tmp_path):
+    with pytest.warns(UserWarning, match="they are another function"):
+        build(SCHEDULES[1], 2, torch.float32).save_pretrained(str(tmp_path))
+
+
 def check_oneshot_fallback(rank: int, world: int) -> None:
     """Where symmetric memory cannot be had, the group's own all-reduce does it, and that is said once."""
     import contextlib
     import io
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        total = GroupSum("oneshot", torch.zeros(2, 3), torch.distributed.group.WORLD)
+        for _ in range(3):
+            total = GroupSum("oneshot", torch.zeros(2, 3), torch.distributed.group.WORLD)
     said = printed.getvalue()
     assert total.kind == "nccl" and said.count("\n") == (rank == 0)
     assert rank or "tp_allreduce='oneshot' does not work here (it needs CUDA)" in said
