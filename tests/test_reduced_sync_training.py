@@ -72,10 +72,10 @@ def test_dropout_of_real_ranks_resumes_exactly(tiny_data, tmp_path):
     """The masks that ranks share and those of their own attention are both in the checkpoint."""
     args = [*RUN, "--sync_strategy=spd", "--tp_size=2", "--tp_processes=2", f"--dataset={tiny_data}",
             "--dropout=0.3", "--eval_interval=5"]
-    script = "train_reduced_sync.py"
-    assert torchrun(2, script, *args, "--max_iters=10", "--out_dir=whole", cwd=tmp_path).code == 0
-    assert torchrun(2, script, *args, "--max_iters=5", "--out_dir=parts", cwd=tmp_path).code == 0
-    assert torchrun(2, script, *args, "--max_iters=10", "--out_dir=parts", "--init_from=resume",
+    script, n = "train_reduced_sync.py", 4  # two models on two processes each
+    assert torchrun(n, script, *args, "--max_iters=10", "--out_dir=whole", cwd=tmp_path).code == 0
+    assert torchrun(n, script, *args, "--max_iters=5", "--out_dir=parts", cwd=tmp_path).code == 0
+    assert torchrun(n, script, *args, "--max_iters=10", "--out_dir=parts", "--init_from=resume",
                     cwd=tmp_path).code == 0
     whole, parts = (checkpoint.find(str(tmp_path / name)) for name in ("whole", "parts"))
     for which in ("model", "optim", "rng"):
@@ -83,6 +83,7 @@ def test_dropout_of_real_ranks_resumes_exactly(tiny_data, tmp_path):
         assert all(torch.equal(t, expected[name]) for name, t in parts.tensors(which).items())
     rng = whole.tensors("rng")
     assert torch.equal(rng["0.shared"], rng["1.shared"]) and not torch.equal(rng["0.torch"], rng["1.torch"])
+    assert not torch.equal(rng["0.shared"], rng["2.shared"])
 
 
 def check_checkpoints(rank: int, world: int, folder: str) -> None:

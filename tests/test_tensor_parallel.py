@@ -348,6 +348,30 @@ def check_real_ranks(rank: int, world: int) -> None:
                 assert torch.equal(greedy, real.decoder(2, temperature=0).generate(tokens(2, 5), 14)), case
 
 
+def check_compiled(rank: int, world: int) -> None:
+    """f, g and the divided loss in one compiled graph a process, in fp32 and under bf16 autocast."""
+    idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
+    for autocast, tolerance in ((False, 1e-5), (True, 3e-2)):  # rounding of fp32, of bf16
+        simulated = build(SCHEDULES[3], 2, torch.float32)
+        real = copy.deepcopy(simulated)
+        real.place(Ranks(1, torch.distributed.group.WORLD))
+        real.compile(fullgraph=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, real_loss = simulated(idx, targets)[1], real(idx, targets)[1]
+        assert abs(real_loss - loss) < tolerance
+        real_loss.backward()
+        real.reduce_partial_gradients()
+        found = real.whole({name: p.grad for name, p in real.named_parameters()})
+        for name, expected in gradients(simulated, loss).items():
+            size = expected.abs().max().clamp(min=0.05)
+            assert (found[name] - expected).abs().max() < 4 * tolerance * size, name
+
+
+@pytest.mark.slow
+def test_real_ranks_compile(tmp_path):
+    run_processes(2, check_compiled, tmp_path)
+
+
 def check_dropout(rank: int, world: int) -> None:
     """Real ranks drop the same entries and scale the others up; without a generator they refuse to guess."""
     model = build(SCHEDULES[3], 2, dropout=0.25)
