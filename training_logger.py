@@ -1,13 +1,15 @@
-"""What a run says: console and log.txt, JSON Lines, wandb; throughput, memory and MFU.
+"""What a run says: console and log.txt, JSON Lines, wandb; throughput, memory and MFU. And reading it again.
 
     out_dir/log.txt                  every printed line, also those from before the files are opened
-    out_dir/run_<timestamp>.jsonl    one JSON object an event: start, iter, eval, checkpoint, end; null stands
-                                     for a loss that is NaN or infinite, which JSON does not have
+    out_dir/run_<timestamp>.jsonl    one JSON object an event: start, schedule, iter, eval, checkpoint, end;
+                                     null stands for a number that is NaN or infinite, which JSON does not
+                                     have; a run that was resumed has a file for each time
 
 Only the main process logs. Times are wall-clock between two log lines, each of which reads the loss and so
 waits for the device.
 """
 
+import glob
 import json
 import math
 import os
@@ -31,6 +33,11 @@ PEAK_TFLOPS = {  # dense, by what named_peak_flops leaves of a name: (bf16 and f
 NO_BF16 = ("V100", "V100 PCIE", "T4")
 # words of a name that change no peak: maker and family, memory, and the module of the fastest version
 BESIDE_THE_POINT = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB?|HBM3E?|SXM\d")
+
+# of the events, what those who read them need: numbers or null, but for the start
+FIELDS = {"iter": ("step", "loss", "lr", "norm", "seconds", "tokens_per_second", "mfu"),
+          "eval": ("step", "train_loss", "val_loss", "lr"), "checkpoint": ("step", "val_loss"),
+          "schedule": ("syncs",)}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -168,3 +175,66 @@ class Stopwatch:
         seconds, self._elapsed = self._elapsed + now - self._start, 0.0
         self._start = now
         return seconds
+
+
+def read_log(path: str) -> list[dict]:
+    """The events of one log, or of all logs in an out_dir as those of one run, oldest first.
+
+    A log that resumes replaces what those before it say of the steps it does again; one that does not starts
+    over. Each start event has the `path` of its log. A last line that is not written to its end yet is left
+    out, so there may be no event at all. Raises UserError.
+    """
+    if os.path.isdir(path):
+        logs = glob.glob(os.path.join(glob.escape(path), "run_*.jsonl"))
+        if not logs:
+            raise UserError(f"{path} has no run_*.jsonl: it is no out_dir of a training run")
+    else:
+        logs = [path]
+    joined = []
+    # by what they say: the times of files that were copied are all new
+    logs = (events for events in map(_read_events, logs) if events)
+    for events in sorted(logs, key=lambda events: events[0]["time"]):
+        joined = _before(joined, events) + events if events[0]["resumed"] else events
+    return joined
+
+
+def _before(earlier: list[dict], events: list[dict]) -> list[dict]:
+    """What of the earlier events still holds for a run that was resumed and then said `events`."""
+    said = {(event["event"], event["step"]) for event in events if event["event"] in ("iter", "eval")}
+    first = min((step for _, step in said), default=math.inf)
+    # a step's evaluation and checkpoint come before its update, which is where a run goes on
+    kept = ("eval", "checkpoint") if ("eval", first) not in said else ()
+    return [event for event in earlier if event.get("step", -1) < first
+            or (event["step"] == first and event["event"] in kept)]
+
+
+def _read_events(path: str) -> list[dict]:
+    """The events of one log, checked."""
+    events = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                if line.endswith("\n"):
+                    events.append(json.loads(line))
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is no log of a training run: {e}") from None
+    if not all(_is_event(event) for event in events) or (events and events[0]["event"] != "start"):
+        raise UserError(f"{path} is no log of a training run")
+    if events:
+        events[0]["path"] = path
+    return events
+
+
+def _is_event(event) -> bool:
+    """Whether it has what a TrainingLogger writes. Other programs, too, write lines with an "event"."""
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    if event["event"] == "start":
+        return isinstance(event.get("time"), (int, float)) and isinstance(event.get("config"), dict) \
+            and isinstance(event.get("resumed"), bool)
+    if not isinstance(event.get("step", 0), int):
+        return False
+    return all(isinstance(event.get(name, ""), (int, float, type(None)))
+               for name in FIELDS.get(event["event"], ()))

@@ -8,7 +8,6 @@ The baseline is the run with the most syncs (of several, their mean). Runs that 
 and seed are not comparable, which the table says.
 """
 
-import glob
 import json
 import math
 import os
@@ -19,6 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from configurator import UserError, check_can_write
 from data.files import Parser
+from training_logger import read_log
 
 CLOSE = 2.0  # percent above the baseline's val loss that still count as close
 OF_THE_SCHEDULE = {"tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points",
@@ -26,30 +26,12 @@ OF_THE_SCHEDULE = {"tp_size", "sync_strategy", "attn_sync_layers", "layers_per_g
                    "wandb_project", "wandb_run_name", "log_interval", "device", "compile", "stop_if"}
 
 
-def read_events(path: str) -> list[dict]:
-    """The events of a log, without a last line that was cut off. Raises UserError."""
-    events = []
-    try:
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                if line.endswith("\n"):
-                    events.append(json.loads(line))
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
-    if not all(isinstance(event, dict) and "event" in event for event in events):
-        raise UserError(f"{path} is no log of a training run")
-    return events
-
-
 def read_run(out_dir: str) -> dict:
     """What the logs of a run say, from its start over every time it was resumed. Raises UserError."""
-    logs = sorted(glob.glob(os.path.join(glob.escape(out_dir), "run_*.jsonl")), key=os.path.getmtime)
-    if not logs:
-        raise UserError(f"{out_dir} has no run_*.jsonl: it is no out_dir of a training run")
     last, evaluations = {}, {}
-    for event in (event for path in logs for event in read_events(path)):
+    for event in read_log(out_dir):
         if event["event"] == "start" and not event["resumed"]:
-            last, evaluations = {"begin": event}, {}
+            last["begin"] = event
         last[event["event"]] = event
         if event["event"] == "eval":
             evaluations[event["step"]] = math.nan if event["val_loss"] is None else event["val_loss"]
