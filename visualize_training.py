@@ -1,0 +1,235 @@
+"""Draw how training goes, from the logs of one run or of several: losses, learning rate, norm, speed.
+
+    python visualize_training.py                                 # of out_dir `out`, which may train still
+    python visualize_training.py out-python-24sync out-python-6sync --out=compared.png
+    python visualize_training.py out/run_20261121-120257.jsonl   # one log alone, not what was resumed
+
+Writes run_<timestamp>_analysis.png beside the newest log and prints its path and a line about each run. Faint
+is every logged iteration, opaque a running mean.
+"""
+
+import contextlib
+import math
+import os
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+
+from configurator import UserError, check_can_write
+from data.files import Parser, made_folder, os_error_as_user_error
+from training_logger import read_log
+
+ENDINGS = (".png", ".pdf", ".svg")
+SMOOTHED = 1 / 40  # share of a run's points that a running mean is over
+MOST_SMOOTHED = 500  # points to either side
+BINS = 60
+
+
+@dataclass
+class Run:
+    """What the logs of a run say; null is NaN in the arrays, each of which has an entry a logged event."""
+
+    name: str
+    log: str  # path of the newest
+    begun: float  # when that was, in seconds since 1970
+    iterations: dict[str, np.ndarray]  # step, loss, lr, norm, seconds, tokens_per_second, mfu
+    evaluations: dict[str, np.ndarray]  # step, val_loss
+    checkpoints: dict[str, np.ndarray]  # step, val_loss
+
+
+def read_run(path: str) -> Run:
+    """Of an out_dir or of a log. Raises UserError."""
+    events = read_log(path)
+
+    def columns(kind: str, *names: str) -> dict[str, np.ndarray]:
+        return {name: np.array([event[name] for event in events if event["event"] == kind], float)
+                for name in names}
+
+    iterations = columns("iter", "step", "loss", "lr", "norm", "seconds", "tokens_per_second", "mfu")
+    if not len(iterations["step"]):
+        raise UserError(f"{path} has no iteration yet: let the run get to its first log line")
+    newest = [event for event in events if event["event"] == "start"][-1]
+    name = os.path.abspath(path)
+    if not os.path.isdir(path):
+        name = os.path.splitext(name)[0]
+    name = os.sep.join(name.split(os.sep)[-1 if os.path.isdir(path) else -2:])
+    return Run(name, newest["path"], newest["time"], iterations, columns("eval", "step", "val_loss"),
+               columns("checkpoint", "step", "val_loss"))
+
+
+def summary(run: Run) -> str:
+    """A run in one line. An iteration is counted by the updates before it, so its own is one more."""
+    steps = max(run.iterations["step"][-1] + 1, *run.evaluations["step"][-1:], 0)
+    losses = run.evaluations["val_loss"]
+    evaluated = "no val loss yet"
+    if len(losses):
+        evaluated = f"last val loss {losses[-1]:.4f}, best {best(run)}"
+    speeds = finite(run.iterations["tokens_per_second"])
+    speed = f"median {statistics.median(speeds):,.0f} tok/s" if len(speeds) else "unknown tok/s"
+    return f"{run.name}: {steps:.0f} steps, {evaluated}, {speed}"
+
+
+def best(run: Run) -> str:
+    """The best val loss of a run, and at which step."""
+    losses = run.evaluations["val_loss"]
+    if not len(finite(losses)):
+        return "none"
+    at = int(np.nanargmin(losses))
+    return f"{losses[at]:.4f} at step {run.evaluations['step'][at]:.0f}"
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Centred running mean over what is a number; what is none stays a gap."""
+    window = np.ones(2 * min(int(len(values) * SMOOTHED / 2), MOST_SMOOTHED) + 1)  # odd: it has a centre
+    there = np.isfinite(values)
+    total = np.convolve(np.where(there, values, 0.0), window, "same")
+    count = np.convolve(there.astype(float), window, "same")
+    return np.where(there, total / np.maximum(count, 1.0), math.nan)
+
+
+def draw(runs: list[Run]):
+    """All runs in one matplotlib figure, a colour each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    known = any(len(finite(run.iterations["mfu"])) for run in runs)
+    layout = ["LLLLRR", "LLLLNN", "SSMMHH" if known else "SSSHHH"]
+    figure, axes = plt.subplot_mosaic([list(row) for row in layout], figsize=(13, 9), layout="constrained")
+    colors = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20").colors
+    colors = [colors[i % len(colors)] for i in range(len(runs))]
+    draw_losses(axes["L"], runs, colors)
+    draw_curves(axes["R"], runs, colors, "lr", "learning rate", faint=False)
+    draw_curves(axes["N"], runs, colors, "norm", "gradient norm, before clipping")
+    if any((run.iterations["norm"] > 0).any() for run in runs):
+        axes["N"].set_yscale("log")  # it spikes
+        axes["N"].yaxis.set_major_formatter(matplotlib.ticker.LogFormatter())  # without powers of 10
+        axes["N"].yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.4)))
+    draw_curves(axes["S"], runs, colors, "tokens_per_second", "throughput (tok/s)")
+    axes["S"].yaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    axes["S"].set_ylim(bottom=0)
+    if known:
+        draw_curves(axes["M"], runs, colors, "mfu", "MFU (%)", scale=100)
+        axes["M"].set_ylim(bottom=0)
+    draw_step_times(axes["H"], runs, colors)
+    for one in axes.values():
+        one.grid(alpha=0.25)
+        one.spines[["top", "right"]].set_visible(False)
+    handles = [matplotlib.lines.Line2D([], [], color=color, linewidth=3) for color in colors]
+    figure.legend(handles, [label(run) for run in runs], loc="outside upper center", frameon=False,
+                  ncols=min(len(runs), 3))
+    return figure
+
+
+def label(run: Run) -> str:
+    """For the legend, which takes what is between two $ for a formula and drops what begins with _."""
+    name = run.name.replace("$", r"\$")
+    text = f"{name} (best val loss {best(run)})" if len(run.evaluations["step"]) else name
+    return f" {text}"
+
+
+def draw_losses(axes, runs: list[Run], colors: list) -> None:
+    """Train loss of iterations, val loss of evaluations, and which of these have a checkpoint."""
+    from matplotlib.lines import Line2D
+
+    draw_curves(axes, runs, colors, "loss", "loss")
+    for run, color in zip(runs, colors):
+        size = 4 if len(run.evaluations["step"]) <= 100 else 0
+        axes.plot(run.evaluations["step"], run.evaluations["val_loss"], "o--", color=color, markersize=size,
+                  linewidth=1, zorder=3)
+    firsts = [finite(losses)[:1] for run in runs
+              for losses in (run.iterations["loss"], run.evaluations["val_loss"])]
+    # a model that knows nothing starts at log(vocabulary): far above that is a run that has diverged
+    top = 1.5 * max(np.concatenate(firsts), default=math.inf)
+    if top < axes.get_ylim()[1]:
+        least = [np.nanmin(line.get_ydata(), initial=top) for line in axes.lines]
+        axes.set_ylim(0.95 * min(least), top)
+        axes.set_ylabel("loss (cut off where it diverges)")
+    bottom, top = axes.get_ylim()
+    for run, color in zip(runs, colors):  # at the edge where the loss is not in the picture
+        height = np.clip(np.nan_to_num(run.checkpoints["val_loss"], nan=top), bottom, top)
+        size = 8 if len(height) <= 100 else 3
+        axes.plot(run.checkpoints["step"], height, "D", color=color, markersize=size, markerfacecolor="none",
+                  clip_on=False, zorder=4)
+    gray = {"color": "0.35"}
+    axes.legend([Line2D([], [], alpha=0.3, **gray), Line2D([], [], **gray),
+                 Line2D([], [], linestyle="--", marker="o", markersize=4, linewidth=1, **gray),
+                 Line2D([], [], linestyle="", marker="D", markersize=8, markerfacecolor="none", **gray)],
+                ["train, each logged iteration", "train, running mean", "val", "checkpoint"], frameon=False,
+                loc="upper right")
+
+
+def draw_curves(axes, runs: list[Run], colors: list, name: str, title: str, scale: float = 1.0,
+                faint: bool = True) -> None:
+    """A value of iterations over their steps, each faintly and their running mean."""
+    for run, color in zip(runs, colors):
+        steps, values = run.iterations["step"], scale * run.iterations[name]
+        if faint:
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+            values = smoothed(values)
+        axes.plot(steps, values, "." if len(steps) == 1 else "-", color=color, linewidth=1.5)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel(title)
+
+
+def draw_step_times(axes, runs: list[Run], colors: list) -> None:
+    """Histogram of milliseconds of an iteration; a log line has the mean since the one before."""
+    times = [1e3 * finite(run.iterations["seconds"]) for run in runs]
+    axes.set_xlabel("time of an iteration (ms)")
+    axes.set_ylabel("share of log lines (%)")
+    if not sum(map(len, times)):
+        return
+    # the first, which compiles, can take a thousand times as long: what is beyond goes to the last bin
+    longest = 2 * max(statistics.median(values) for values in times if len(values))
+    if longest < max(values.max() for values in times if len(values)):
+        axes.set_xlabel("time of an iteration (ms; longer ones in the last bin)")
+    times = [np.minimum(values, longest) for values in times]
+    edges = np.histogram_bin_edges(np.concatenate(times), BINS)
+    for values, color in zip(times, colors):
+        weights = np.full(len(values), 100 / max(len(values), 1))
+        axes.hist(values, edges, weights=weights, color=color, alpha=0.35)
+        axes.hist(values, edges, weights=weights, color=color, histtype="step")
+
+
+def save(figure, path: str) -> None:
+    """Write the picture whole or not at all. Raises UserError."""
+    folder = os.path.dirname(path) or "."
+    with made_folder(folder), os_error_as_user_error(f"cannot write {path}"):
+        try:
+            figure.savefig(path + ".tmp", format=os.path.splitext(path)[1][1:].lower(), dpi=120)
+            os.replace(path + ".tmp", path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(path + ".tmp")
+            raise
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("paths", nargs="*", metavar="OUT_DIR or FILE", default=["out"])
+    parser.add_argument("--out", metavar="FILE", help=f"the picture: {', '.join(ENDINGS)}")
+    args = parser.parse_args()
+    out = args.out
+    if out is not None and (os.path.isdir(out) or os.path.splitext(out)[1].lower() not in ENDINGS):
+        raise UserError(f"--out={out} names no picture: give a file that ends in {', '.join(ENDINGS)}")
+    runs = [read_run(path) for path in dict.fromkeys(args.paths)]
+    for run, path in zip(runs, dict.fromkeys(args.paths)):
+        if [other.name for other in runs].count(run.name) > 1:  # a/out and b/out
+            run.name = path
+    if out is None:
+        newest = max(runs, key=lambda run: run.begun)
+        out = os.path.splitext(newest.log)[0] + "_analysis.png"
+    check_can_write(os.path.dirname(out) or ".", "--out")
+    save(draw(runs), out)
+    print(f"written: {out}")
+    print("\n".join(map(summary, runs)))
+
+
+if __name__ == "__main__":
+    main()
