@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
+from kernels import exchange, usable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = ("nccl", "gloo", "mpi", "ucc")
@@ -211,10 +212,11 @@ def check_all_reduce(kind: str) -> None:
 @functools.cache
 def _without_symmetric_memory(group, device: torch.device) -> bool:
     """Whether the group must do without; if so, its first process says why, once."""
-    problem = "it needs CUDA" if device.type != "cuda" else None
+    problem = "it needs CUDA" if device.type != "cuda" else None if usable(torch.empty(0, device=device)) \
+        else "it needs Triton"
     if problem is None:
         try:
-            _symmetric(torch.zeros(1, device=device), group)
+            _symmetric((1,), torch.int64, device, group)
         except (ImportError, AttributeError, RuntimeError) as e:
             problem = str(e).splitlines()[0]
     problem = next(filter(None, all_values(problem, group)), None)  # all processes or none
@@ -224,51 +226,60 @@ def _without_symmetric_memory(group, device: torch.device) -> bool:
     return problem is not None
 
 
-def _symmetric(like: torch.Tensor, group) -> torch.Tensor:
-    """Zeros like a tensor, in memory that all GPUs of the group can read."""
+def _symmetric(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, group):
+    """Zeros in memory that all GPUs of the group can reach, and that memory's handle."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    shared = symmetric_memory.empty(like.shape, dtype=like.dtype, device=like.device)
-    symmetric_memory.rendezvous(shared, group.group_name)
-    return shared.zero_()
+    shared = symmetric_memory.empty(shape, dtype=dtype, device=device)
+    handle = symmetric_memory.rendezvous(shared, group.group_name)
+    return shared.zero_(), handle
 
 
 class GroupSum:
     """Adds a small tensor up over a group, again and again, also inside a CUDA graph: how a decoding step
     synchronises.
 
-    buffer: (B, C), where each process puts its summand. kind: 'nccl' (the group's own all-reduce),
-    'oneshot' (every GPU reads all others' memory directly, through PyTorch's symmetric memory; about half the
-    latency up to 64 KB), or 'none', which adds only this process's own, to see what the others cost.
+    buffer: fp32, where each process puts its summand. kind: 'nccl' (the group's own all-reduce), 'oneshot'
+    (every GPU writes into all others' memory, see kernels/exchange.py; more than MAX_VALUES are left to
+    'nccl'), or 'none', which adds only this process's own, to see what the others cost.
     """
 
     def __init__(self, kind: str, buffer: torch.Tensor, group):
         if kind != "none":
             check_all_reduce(kind)
         self.kind, self.buffer, self.group = "none" if group is None else kind, buffer, group
+        if self.kind == "oneshot" and (
+                buffer.numel() > exchange.MAX_VALUES or buffer.dtype != torch.float32
+                or _without_symmetric_memory(group, buffer.device)):
+            self.kind = "nccl"
         if self.kind == "oneshot":
-            if _without_symmetric_memory(group, buffer.device):
-                self.kind = "nccl"
-            else:
-                self.buffer = _symmetric(buffer, group)
-
-    def sum(self) -> torch.Tensor:
-        """The sum of all processes' buffers in a new tensor; the buffer keeps its content."""
-        if self.kind == "none":
-            return self.buffer.clone()
-        if self.kind == "oneshot":
-            return torch.ops.symm_mem.one_shot_all_reduce(self.buffer, "sum", self.group.group_name)
-        return functional_all_reduce(self.buffer, self.group.group_name)
+            shape = 2, dist.get_world_size(group), buffer.numel()
+            slots, handle = _symmetric(shape, torch.int64, buffer.device, group)
+            torch.cuda.synchronize(buffer.device)
+            barrier(group)  # nobody writes into memory that is still to be zeroed
+            self._exchange = exchange.Exchange(slots, handle.buffer_ptrs, dist.get_rank(group),
+                                               buffer.numel())
 
     def add_to(self, base: torch.Tensor) -> None:
-        """base += that sum. The buffer's content is lost."""
-        if self.kind == "none":
-            base.add_(self.buffer)
-        elif self.kind == "oneshot":
-            base.add_(torch.ops.symm_mem.one_shot_all_reduce(self.buffer, "sum", self.group.group_name))
-        else:
+        """base += the sum of all processes' buffers. The buffer's content is lost."""
+        if self.kind == "oneshot":
+            return self._exchange.add_to(base, self.buffer)
+        if self.kind == "nccl":
             dist.all_reduce(self.buffer, group=self.group)
-            base.add_(self.buffer)
+        base.add_(self.buffer)
+
+    def gather(self) -> torch.Tensor:
+        """The buffers (..., K) of all P processes side by side, (..., P * K); 'none' has its own P times."""
+        processes = 1 if self.group is None else dist.get_world_size(self.group)
+        if self.kind == "oneshot":
+            out = self.buffer.new_empty(*self.buffer.shape[:-1], processes, self.buffer.shape[-1])
+            self._exchange.gather(out, self.buffer)
+        elif self.kind == "nccl":
+            parts = functional_all_gather(self.buffer, processes, self.group.group_name)
+            out = parts.movedim(0, -2)
+        else:
+            out = self.buffer.unsqueeze(-2).expand(*self.buffer.shape[:-1], processes, -1)
+        return out.flatten(-2)
 
 
 def from_main(value, group):

@@ -589,8 +589,8 @@ class RankDecoder(Decoder):
         top_k, self.candidates = self.sampling["top_k"], None
         fewest = self.used_vocab_size - (ranks.processes - 1) * rows  # used rows of the last process
         if ranks.group is not None and top_k is not None and top_k <= fewest:
-            shape = ranks.processes, 2, B, top_k  # logits and ids of each process's most likely tokens
-            self.candidates = GroupSum(kind, make_residual(*shape), ranks.group)
+            # logits and ids of this process's most likely tokens
+            self.candidates = GroupSum(kind, make_residual(2, B, top_k), ranks.group)
             self.own_ids = make(B, top_k, dtype=torch.int64)
 
     def run(self, idx, max_new_tokens: int):
@@ -663,11 +663,11 @@ class RankDecoder(Decoder):
                 parts = functional_all_gather(self.part, ranks.processes, ranks.group_name)
                 self.logits.copy_(parts.transpose(0, 1).flatten(1))  # (P, B, rows) -> (B, V)
             return super()._draw()
-        mine = self.candidates.buffer[ranks.index]  # the others' places stay zero
+        mine = self.candidates.buffer
         torch.topk(self.part[:, :self.used_rows], self.sampling["top_k"], sorted=False,
                    out=(mine[0], self.own_ids))
         torch.add(self.own_ids, self.first_row, out=mine[1])
-        values, ids = self.candidates.sum().transpose(0, 1).transpose(1, 2).flatten(2)  # (2, B, P * top_k)
+        values, ids = self.candidates.gather()  # (B, P * top_k) each
         choice = sample_tokens(values, **self.sampling)
         self.token.copy_(ids.gather(1, choice[:, None])[:, 0])
 

@@ -13,7 +13,7 @@ from test_generate import compare_with_uncached
 from test_model import random_model, tokens
 
 import kernels
-from kernels import cross_entropy, decode, pending_norm
+from kernels import cross_entropy, decode, exchange, pending_norm
 from model import Decoder, LayerNorm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -190,6 +190,30 @@ def test_pending_layer_norm(R, N, C, pending, last, bias):
         assert ours_ is None or error(ours_.grad, exact_.grad) < 1e-5
 
 
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="the other ranks are only pretended: see bench.py on GPUs")
+@pytest.mark.parametrize("P", [2, 3, 4])
+def test_exchange(P):
+    """The last of P ranks: what it sends to each of the others, and what it makes of what they sent."""
+    n, me = 1500, P - 1
+    slots = [torch.zeros(2, P, n, dtype=torch.int64) for _ in range(P)]
+    ranks = exchange.Exchange(slots[me], [s.data_ptr() for s in slots], me, n)
+    base = randn(n)
+    for number in (1, 2, 3, 4):
+        values = randn(P, n, seed=number)
+        packed = (values.view(torch.int32).long() & 0xFFFFFFFF) | number << 32
+        slots[me][number % 2, :me] = packed[:me]
+        if number < 4:
+            expected = base.double() + values.double().sum(dim=0)
+            ranks.add_to(base, values[me])
+            assert error(base, expected) < 2e-7  # P additions in fp32
+        else:
+            out = torch.empty(2, 5, P, 150)
+            ranks.gather(out, values[me].view(2, 5, 150))
+            assert torch.equal(out, values.view(P, 2, 5, 150).permute(1, 2, 0, 3))
+        for r in range(P):
+            assert torch.equal(slots[r][number % 2, me], packed[me])
+
+
 @runs
 @pytest.mark.parametrize("B", [1, 5])
 def test_decoder_with_kernels(B):
@@ -223,6 +247,8 @@ def test_compiles_without_a_gpu(capability):
         (pending_norm._backward_kernel,
          "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *bf16 *bf16 *fp32 i32 i32",
          dict(R=4, LAST=False, BIAS=True, BLOCK=1024), dict(num_warps=1)),
+        (exchange._exchange_kernel, "*fp32 *fp32 *i64 *i32 i32 i32",
+         dict(RANK=1, RANKS=4, BLOCK_R=4, BLOCK=1024, GATHER=False), dict(num_warps=8)),
         (decode._norm_kernel, "*fp32 *bf16 *bf16 *bf16 i32", dict(BETA=True, BLOCK_K=1024), {}),
         (decode._matrix_kernel, "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
          flags | dict(K=768, BLOCK_B=32, BLOCK_N=16, BLOCK_K=256), dict(num_warps=2, num_stages=3)),
