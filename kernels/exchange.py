@@ -5,7 +5,7 @@
 Each rank writes its values into the slots that all others have for it and waits until its own slots show the
 number of this exchange. A value and its number arrive together, because 64 aligned bits do, so there is no
 barrier and no flag: the latency is that of one write to a peer (NCCL's low-latency protocol is built on the
-same). Two sets of slots are enough: whoever writes exchange e + 2 has seen all of exchange e + 1, which a rank
+same). Two sets of slots are enough: who writes exchange e + 2 has seen all of exchange e + 1, which a rank
 writes after it has read all of exchange e.
 
 The sum adds ranks up in the same order on all of them, so all get the same bits.

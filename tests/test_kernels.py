@@ -190,7 +190,7 @@ def test_pending_layer_norm(R, N, C, pending, last, bias):
         assert ours_ is None or error(ours_.grad, exact_.grad) < 1e-5
 
 
-@pytest.mark.skipif(not kernels.INTERPRETED, reason="the other ranks are only pretended: see bench.py on GPUs")
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="the other ranks are only pretended")
 @pytest.mark.parametrize("P", [2, 3, 4])
 def test_exchange(P):
     """The last of P ranks: what it sends to each of the others, and what it makes of what they sent."""
