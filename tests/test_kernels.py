@@ -248,7 +248,7 @@ def test_compiles_without_a_gpu(capability):
          "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *bf16 *bf16 *fp32 i32 i32",
          dict(R=4, LAST=False, BIAS=True, BLOCK=1024), dict(num_warps=1)),
         (exchange._exchange_kernel, "*fp32 *fp32 *i64 *i32 i32 i32",
-         dict(RANK=1, RANKS=4, BLOCK_R=4, BLOCK=1024, GATHER=False), dict(num_warps=8)),
+         dict(RANK=1, RANKS=4, BLOCK_R=4, BLOCK=256, GATHER=False), dict(num_warps=8)),
         (decode._norm_kernel, "*fp32 *bf16 *bf16 *bf16 i32", dict(BETA=True, BLOCK_K=1024), {}),
         (decode._matrix_kernel, "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
          flags | dict(K=768, BLOCK_B=32, BLOCK_N=16, BLOCK_K=256), dict(num_warps=2, num_stages=3)),
