@@ -336,13 +336,16 @@ def barrier(group) -> None:
 def finish(processes: Processes) -> None:
     """End a distributed process cleanly: together, flushed, and without the interpreter's teardown.
 
-    Some finished gloo jobs abort in teardown, so the process leaves by os._exit. A single process just
-    returns.
+    Some finished gloo jobs abort in teardown, so the process leaves by os._exit; NCCL's own teardown waits
+    for ever where a CUDA graph that communicates is still there. A single process just returns.
     """
     if processes.group is None:
         return
     barrier(processes.group)
-    dist.destroy_process_group()
+    if dist.get_backend() != "nccl":
+        dist.destroy_process_group()
+    elif processes.device.type == "cuda":
+        torch.cuda.synchronize(processes.device)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
