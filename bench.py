@@ -32,7 +32,7 @@ import time
 import torch
 
 import checkpoint
-from configurator import UserError, check_at_least, check_can_write, check_seed, configure
+from configurator import UserError, check_at_least, check_output_file, check_seed, configure
 from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
 from distributed import (
     Processes,
@@ -133,10 +133,7 @@ if mode == "generate" and prompt_tokens + max_new_tokens > block_size:
     raise UserError(f"prompt_tokens={prompt_tokens} and max_new_tokens={max_new_tokens} together exceed "
                     f"block_size={block_size}")
 if json:
-    folder = os.path.dirname(json) or os.curdir
-    if os.path.isdir(json) or not os.path.isdir(folder):
-        raise UserError(f"json={json!r} names no file in a folder that is there: make the folder first")
-    check_can_write(folder, "json")
+    check_output_file(json, "json")
 processes = start(device, tp_processes=tp_processes)
 device = processes.device
 if tp_processes > 1 and (mode != "train" or model_type != "distributed_gpt"):

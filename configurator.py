@@ -284,6 +284,14 @@ def check_can_write(path: str, setting: str) -> None:
                         f"folder") from None
 
 
+def check_output_file(path: str, setting: str) -> None:
+    """Raise UserError, naming the setting, unless a file can be written there; its folder must exist."""
+    folder = os.path.dirname(path) or os.curdir
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        raise UserError(f"{setting}={path!r} names no file in a folder that is there: make the folder first")
+    check_can_write(folder, setting)
+
+
 def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserError:
     near = difflib.get_close_matches(name, settings, 1)
     hint = f": did you mean {near[0]!r}?" if near else ""
