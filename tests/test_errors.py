@@ -1,9 +1,10 @@
-"""What a user can get wrong in train.py, sample.py and bench.py: one line that names cause and fix, exit code
-2, and nothing written. CPU; a few seconds for all.
+"""What a user can get wrong in train.py, sample.py, hellaswag.py and bench.py: one line that names cause and
+fix, exit code 2, and nothing written. CPU; a few seconds for all.
 
     python -m pytest tests/test_errors.py
 """
 
+import json
 import os
 import runpy
 import shutil
@@ -50,6 +51,11 @@ def sets(tmp_path_factory):
         save(folder / name, 3, model=random_model(torch.float32), sample=12, val_loss=1.0,
              best_val_loss=1.0, world_size=1, scaler={}, meta={"vocab_size": 61, **tokenizer},
              data={"train_tokens": 400, "val_tokens": 400, "sha256": None})
+    save(folder / "run_50257", 3, model=random_model(torch.float32, vocab_size=50257, n_embd=8), val_loss=1.0,
+         meta=None)
+    example = {"ctx": "a", "endings": ["b", "c", "d", "e " * 40], "label": 3}
+    (folder / "good.jsonl").write_text(json.dumps(example) + "\n")
+    (folder / "bad.jsonl").write_text(json.dumps(example) + "\n" + json.dumps(example | {"label": 4}) + "\n")
     (folder / "blocked").mkdir()
     (folder / "blocked" / "ckpt").touch()
     for name, text in (("raises", "import no_such_module"), ("syntax", "x ="), ("no_gpt", "GPTConfig = int"),
@@ -171,6 +177,22 @@ SAMPLE = [
     (["--out_dir=run_gpt2"], "the prompt has token 198, and the model's are 0 to 60: it was trained with"),
 ]
 
+HELLASWAG = [  # with --init_from=run_50257 --input=good.jsonl
+    (["--n_examples=0"], "n_examples=0 must be at least 1"),
+    (["--batch_size=0"], "batch_size=0 must be at least 1"),
+    (["--json=nodir/x.json"], "json='nodir/x.json' names no file in a folder that is there"),
+    (["--init_from=resume"], "no checkpoint in out: train with --out_dir=out first"),
+    (["--checkpoint_step=9"], "run_50257 has no checkpoint '9'; it has the steps 3"),
+    (["--init_from=damaged"], "none of the 1 checkpoints in damaged can be used"),
+    (["--init_from=run"], "has the tokens of the tokenizer 'char', and HellaSwag is read in GPT-2's"),
+    (["--init_from=run_gpt2"], "has a vocabulary of 61 tokens, and HellaSwag is read in GPT-2's 50257"),
+    (["--input=none.jsonl"], "cannot read none.jsonl: No such file"),
+    (["--input=data"], "cannot read data: Is a directory"),
+    (["--input=bad.jsonl"], "bad.jsonl, line 2: label=4 is no whole number from 0 to 3"),
+    ([], "block_size=16 is too short for HellaSwag: an ending has 41 tokens"),
+    (["--tp_processes=2"], "tp_processes=2 does not divide the 1 processes"),
+]
+
 BENCH = [
     (["--mode=decode", "--widths=[100]"], "widths: 100 is not made of heads of 64"),
     (["--mode=decode", "--max_new_tokens=2"], "max_new_tokens of at least 3"),
@@ -283,6 +305,18 @@ def test_sample_without_tokenizer_files(run_script, sets, tmp_path):
     result = run_script("sample.py", "--device=cpu", "--out_dir=run_gpt2", cwd=sets,
                         TIKTOKEN_CACHE_DIR=str(tmp_path), **NO_NETWORK)
     check(result, "set TIKTOKEN_CACHE_DIR to a folder that has them", before, sets)
+
+
+@pytest.mark.parametrize("args, words", HELLASWAG, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_hellaswag(run_script, sets, args, words):
+    if not args:
+        needs_gpt2_tokenizer()
+    before = listing(sets)
+    args = ["--device=cpu", "--init_from=run_50257", "--input=good.jsonl", *args]
+    result = run_script("hellaswag.py", *args, cwd=sets)
+    if "--init_from=damaged" in args:  # which also warns, on stdout
+        assert result.out.count("warning: ") == 1
+    check(result, words, before, sets)
 
 
 @pytest.mark.parametrize("args, words", BENCH, ids=lambda v: " ".join(v) if isinstance(v, list) else "")

@@ -1,5 +1,5 @@
 """HellaSwag: against a reference that scores one row at a time, for each kind of model; shares, batches and
-real ranks; what is read. CPU, one launch of 2 real processes; 10 seconds.
+real ranks; what is read; the script. CPU, two launches of 2 real processes; 20 seconds.
 
     python -m pytest tests/test_hellaswag.py
 """
@@ -11,10 +11,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import NO_NETWORK, needs_gpt2_tokenizer, run_processes
+from conftest import NO_NETWORK, needs_gpt2_tokenizer, run_processes, torchrun
+from test_checkpoint import save
 from test_model import random_model
 from test_tensor_parallel import build
 
+import checkpoint
 from configurator import UserError
 from data import hellaswag
 from data.hellaswag import Example, accuracy, ending_losses, make_rows
@@ -33,6 +35,15 @@ RECORDS = [
     {"ctx": "[header] How to knit [title] Buy needles.", "label": 2,
      "endings": ["Sit.", "Go.", "Knit!", "Eat"]},
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are small, and threads that wait for a busy core make seconds of milliseconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def random_examples(n: int, vocab_size: int = 61, longest: int = 40) -> list[Example]:
@@ -316,3 +327,37 @@ def test_download(tmp_path, monkeypatch):
 def test_vocabularies(used, meta, words):
     with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
         hellaswag.check_vocabulary(used, meta, "run")
+
+
+def line_of(result: dict) -> str:
+    acc, acc_norm, n = result.values()
+    return f"HellaSwag: acc {acc:.4f}, acc_norm {acc_norm:.4f} on {n} examples\n"
+
+
+def test_script(run_script, tmp_path):
+    """A checkpoint; its weights under another schedule, on real ranks; a Hugging Face folder."""
+    needs_gpt2_tokenizer()
+    shape = dict(vocab_size=50304, used_vocab_size=50257, n_embd=8, block_size=32, dropout=0.1)
+    model = random_model(torch.float32, **shape).eval()
+    save(tmp_path / "run", 3, model=model, val_loss=1.0, meta={"tokenizer": "gpt2", "vocab_size": 50257})
+    records = [RECORDS[i % 4] | {"label": label} for i in range(4) for label in range(4) if i != label][:11]
+    path = write_lines(tmp_path / "x.jsonl", records)
+    examples = hellaswag.load(path)
+    result = accuracy(model, examples, 4, CPU)
+    options = (f"--input={path}", "--device=cpu", "--batch_size=2")
+    found = run_script("hellaswag.py", "--out_dir=run", *options, "--json=result.json")
+    assert (found.code, found.err) == (0, "")
+    assert found.out == f"run/ckpt/step-00000003: step 3, val loss 1.0000\n{line_of(result)}"
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert {key: written[key] for key in result} == result and written["config"]["batch_size"] == 2
+    assert (written["weights"], written["step"]) == ("run/ckpt/step-00000003", 3)
+    dropped = checkpoint.with_ranks(model, 2, ["parallel"] * 2)
+    expected = accuracy(dropped, examples, 4, CPU)
+    real = torchrun(2, "hellaswag.py", "--init_from=run", *options, "--tp_size=2", "--tp_processes=2",
+                    "--block_types=['parallel']*2", cwd=tmp_path)
+    assert real.code == 0, real.err
+    assert "was trained as the dense function and is run as 1 syncs on 2 ranks" in real.out
+    assert real.out.endswith(line_of(expected))
+    model.save_pretrained(str(tmp_path / "hf"))
+    of_folder = run_script("hellaswag.py", "--init_from=hf", *options, "--n_examples=5")
+    assert of_folder.out == line_of(accuracy(model, examples[:5], 4, CPU))

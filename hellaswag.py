@@ -1,0 +1,107 @@
+"""HellaSwag of a checkpoint of this repository or of GPT-2 weights: does it find the right ending of four?
+
+$ python hellaswag.py --out_dir=out-gpt2
+$ python hellaswag.py --init_from=gpt2-xl --n_examples=1000
+$ python hellaswag.py --input=hellaswag_val.jsonl                           # without a network
+$ torchrun --standalone --nproc_per_node=4 hellaswag.py --init_from=gpt2    # the examples shared out
+
+Weights of any kind under another sync schedule, and on real ranks, one process each:
+$ python hellaswag.py --init_from=gpt2 --tp_size=2 --block_types="['spd']*12"
+$ torchrun --standalone --nproc_per_node=2 hellaswag.py --out_dir=out-spd --tp_processes=2
+
+Data, measure and method: data/hellaswag.py.
+"""
+
+import time
+
+import torch
+
+import checkpoint
+from configurator import UserError, check_at_least, check_output_file, configure
+from data import hellaswag
+from data.files import write_json
+from distributed import env_rank, finish, on_main, pick_dtype, print0
+from distributed import start as start_processes
+from model import GPT
+from tensor_parallel_model import DistributedGPT, ranks_on
+from training_logger import environment
+
+# -----------------------------------------------------------------------------
+init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', a folder of weights
+out_dir = "out"  # where to look for checkpoints
+checkpoint_step = "latest"  # 'latest', 'best' or a step
+input = ""  # a file such as hellaswag_val.jsonl; '' downloads that one to data/hellaswag, if it is not there
+n_examples: int | None = None  # evaluate the first so many, None for all
+batch_size = 32  # examples at a time on each process, of 4 sequences each
+json = ""  # write the result to this file as well
+tp_size: int | None = None  # run the weights on this many ranks, not on as many as they were trained with
+block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer, not the schedule of the training
+tp_processes = 1  # processes that hold the ranks of one model, under torchrun; 1 simulates them
+device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16'
+# -----------------------------------------------------------------------------
+config = configure(globals(), rank=env_rank())
+check_at_least(config, 1, "batch_size")
+if n_examples is not None:
+    check_at_least(config, 1, "n_examples")
+if json:
+    check_output_file(json, "json")
+processes = start_processes(device, tp_processes=tp_processes)
+group, device = processes.group, processes.device
+compute_dtype = pick_dtype(dtype, device)
+
+
+def say(text: str) -> None:
+    print0(text, processes)
+
+
+# weights and examples; what is wrong is found before what takes long
+if init_from == "resume":
+    found = checkpoint.find(out_dir, checkpoint_step, group=group)
+else:
+    found = checkpoint.find_weights(init_from, checkpoint_step, group=group)
+if found is not None:
+    trained = found.state["model"]["config"]
+    hellaswag.check_vocabulary(trained["used_vocab_size"], found.state["meta"], found.path)
+examples = on_main(lambda: hellaswag.load(input, n_examples), group)
+if found is None:
+    model = GPT.from_pretrained(init_from)
+    hellaswag.check_vocabulary(model.config.used_vocab_size, None, init_from)
+else:
+    model = checkpoint.load_model(found, dropout=0.0)
+hellaswag.check_lengths(examples, model.config.block_size)
+if tp_size is not None or block_types is not None:
+    model = checkpoint.with_ranks(model, tp_size, block_types)
+    if found is not None:
+        checkpoint.note_other_schedule(found, model, say)
+if tp_processes > 1:
+    if not isinstance(model, DistributedGPT):
+        raise UserError(f"tp_processes={tp_processes}: the model is the dense GPT; give it ranks with "
+                        f"--tp_size={tp_processes}")
+    model.place(ranks_on(processes.tp_group, model.config.tp_size))
+model.to(device)
+if found is not None:
+    say(f"{found.path}: step {found.step}, val loss {found.state['val_loss']:.4f}")
+
+# evaluation
+torch.set_float32_matmul_precision("high")
+autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+last_said = time.perf_counter()
+
+
+def progress(done: int, n: int) -> None:
+    global last_said
+    if time.perf_counter() - last_said > 10:
+        last_said = time.perf_counter()
+        say(f"{done} of {n} examples")
+
+
+with autocast:
+    result = hellaswag.accuracy(model, examples, batch_size, device, processes.dp_rank, processes.dp_size,
+                                processes.dp_group, progress=progress)
+say(f"HellaSwag: acc {result['acc']:.4f}, acc_norm {result['acc_norm']:.4f} on {result['n']} examples")
+if json and processes.main:
+    source = {"weights": init_from, "step": None} if found is None else \
+        {"weights": found.path, "step": found.step}
+    write_json(json, {**source, **result, "config": config, "environment": environment(device)})
+finish(processes)
