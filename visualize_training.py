@@ -1,11 +1,12 @@
-"""Draw how training goes, from the logs of one run or of several: losses, learning rate, norm, speed.
+"""Draw how training goes, from the logs of one run or of several: losses, learning rate, norm, speed, and
+HellaSwag where it was measured.
 
     python visualize_training.py                                 # of out_dir `out`, which may train still
     python visualize_training.py out-python-24sync out-python-6sync --out=compared.png
     python visualize_training.py out/run_20261121-120257.jsonl   # one log alone, not what was resumed
 
 Writes run_<timestamp>_analysis.png beside the newest log and prints its path and a line about each run. Faint
-is every logged iteration, opaque a running mean.
+is every logged iteration, opaque a running mean; ticks below the losses, a row a run, are checkpoints.
 """
 
 import contextlib
@@ -24,6 +25,9 @@ ENDINGS = (".png", ".pdf", ".svg")
 SMOOTHED = 1 / 40  # share of a run's points that a running mean is over
 MOST_SMOOTHED = 500  # points to either side
 BINS = 60
+LEGEND_WIDTH = 150  # characters that fit into the picture
+FEW = 40  # points of a curve that are marked
+SHOWN = 0.97  # share of a run's losses that is in the picture at least; the first ones can be far above
 
 
 @dataclass
@@ -35,7 +39,8 @@ class Run:
     begun: float  # when that was, in seconds since 1970
     iterations: dict[str, np.ndarray]  # step, loss, lr, norm, seconds, tokens_per_second, mfu
     evaluations: dict[str, np.ndarray]  # step, val_loss
-    checkpoints: dict[str, np.ndarray]  # step, val_loss
+    checkpoints: np.ndarray  # step
+    hellaswag: dict[str, np.ndarray]  # step, acc_norm
 
 
 def read_run(path: str) -> Run:
@@ -55,7 +60,7 @@ def read_run(path: str) -> Run:
         name = os.path.splitext(name)[0]
     name = os.sep.join(name.split(os.sep)[-1 if os.path.isdir(path) else -2:])
     return Run(name, newest["path"], newest["time"], iterations, columns("eval", "step", "val_loss"),
-               columns("checkpoint", "step", "val_loss"))
+               columns("checkpoint", "step")["step"], columns("hellaswag", "step", "acc_norm"))
 
 
 def summary(run: Run) -> str:
@@ -98,9 +103,12 @@ def draw(runs: list[Run]):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
-    known = any(len(finite(run.iterations["mfu"])) for run in runs)
-    layout = ["LLLLRR", "LLLLNN", "SSMMHH" if known else "SSSHHH"]
+    below = "A" if any(len(run.hellaswag["step"]) for run in runs) else ""
+    below += "SM" if any(len(finite(run.iterations["mfu"])) for run in runs) else "S"
+    below = "".join(letter * (12 // (len(below) + 1)) for letter in below + "H")
+    layout = ["LLLLLLLLRRRR", "LLLLLLLLNNNN", below]
     figure, axes = plt.subplot_mosaic([list(row) for row in layout], figsize=(13, 9), layout="constrained")
     colors = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20").colors
     colors = [colors[i % len(colors)] for i in range(len(runs))]
@@ -109,22 +117,38 @@ def draw(runs: list[Run]):
     draw_curves(axes["N"], runs, colors, "norm", "gradient norm, before clipping")
     if any((run.iterations["norm"] > 0).any() for run in runs):
         axes["N"].set_yscale("log")  # it spikes
-        axes["N"].yaxis.set_major_formatter(matplotlib.ticker.LogFormatter())  # without powers of 10
-        axes["N"].yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.4)))
+        axes["N"].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes["N"].yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes["N"].yaxis.set_minor_locator(ticker.NullLocator())
     draw_curves(axes["S"], runs, colors, "tokens_per_second", "throughput (tok/s)")
-    axes["S"].yaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    axes["S"].yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axes["S"].set_ylim(bottom=0)
-    if known:
+    if "M" in axes:
         draw_curves(axes["M"], runs, colors, "mfu", "MFU (%)", scale=100)
         axes["M"].set_ylim(bottom=0)
+    if "A" in axes:
+        draw_hellaswag(axes["A"], runs, colors)
     draw_step_times(axes["H"], runs, colors)
-    for one in axes.values():
+    for name, one in axes.items():
         one.grid(alpha=0.25)
         one.spines[["top", "right"]].set_visible(False)
-    handles = [matplotlib.lines.Line2D([], [], color=color, linewidth=3) for color in colors]
-    figure.legend(handles, [label(run) for run in runs], loc="outside upper center", frameon=False,
-                  ncols=min(len(runs), 3))
+        if name != "H":
+            one.set_xlabel("iteration")
+            most = 8 if name == "L" else 5
+            one.xaxis.set_major_locator(ticker.MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=True))
+            one.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    draw_legend(figure, runs, colors)
     return figure
+
+
+def draw_legend(figure, runs: list[Run], colors: list) -> None:
+    """Which colour is which run, above the picture, in as many columns as fit."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=color, linewidth=3) for color in colors]
+    labels = [label(run) for run in runs]
+    fit = max(LEGEND_WIDTH // (max(map(len, labels)) + 8), 1)
+    figure.legend(handles, labels, loc="outside upper center", frameon=False, ncols=min(fit, len(runs)))
 
 
 def label(run: Run) -> str:
@@ -135,34 +159,47 @@ def label(run: Run) -> str:
 
 
 def draw_losses(axes, runs: list[Run], colors: list) -> None:
-    """Train loss of iterations, val loss of evaluations, and which of these have a checkpoint."""
+    """Train loss of iterations, val loss of evaluations, and at which steps there is a checkpoint."""
     from matplotlib.lines import Line2D
 
     draw_curves(axes, runs, colors, "loss", "loss")
     for run, color in zip(runs, colors):
-        size = 4 if len(run.evaluations["step"]) <= 100 else 0
+        size = 4 if len(run.evaluations["step"]) <= FEW else 0
         axes.plot(run.evaluations["step"], run.evaluations["val_loss"], "o--", color=color, markersize=size,
                   linewidth=1, zorder=3)
-    firsts = [finite(losses)[:1] for run in runs
-              for losses in (run.iterations["loss"], run.evaluations["val_loss"])]
-    # a model that knows nothing starts at log(vocabulary): far above that is a run that has diverged
-    top = 1.5 * max(np.concatenate(firsts), default=math.inf)
+    least = [np.nanmin(line.get_ydata(), initial=math.inf) for line in axes.lines]
+    top = highest_loss(runs, min(least))
     if top < axes.get_ylim()[1]:
-        least = [np.nanmin(line.get_ydata(), initial=top) for line in axes.lines]
-        axes.set_ylim(0.95 * min(least), top)
-        axes.set_ylabel("loss (cut off where it diverges)")
-    bottom, top = axes.get_ylim()
-    for run, color in zip(runs, colors):  # at the edge where the loss is not in the picture
-        height = np.clip(np.nan_to_num(run.checkpoints["val_loss"], nan=top), bottom, top)
-        size = 8 if len(height) <= 100 else 3
-        axes.plot(run.checkpoints["step"], height, "D", color=color, markersize=size, markerfacecolor="none",
-                  clip_on=False, zorder=4)
+        axes.set_ylim(min(least) - 0.05 * (top - min(least)), top)
+        axes.set_ylabel("loss (what is higher is cut off)")
     gray = {"color": "0.35"}
-    axes.legend([Line2D([], [], alpha=0.3, **gray), Line2D([], [], **gray),
-                 Line2D([], [], linestyle="--", marker="o", markersize=4, linewidth=1, **gray),
-                 Line2D([], [], linestyle="", marker="D", markersize=8, markerfacecolor="none", **gray)],
-                ["train, each logged iteration", "train, running mean", "val", "checkpoint"], frameon=False,
-                loc="upper right")
+    meanings = {"train, each logged iteration": Line2D([], [], alpha=0.3, **gray),
+                "train, running mean": Line2D([], [], **gray),
+                "val": Line2D([], [], linestyle="--", marker="o", markersize=4, linewidth=1, **gray)}
+    if any(len(run.checkpoints) for run in runs):
+        meanings["checkpoint"] = Line2D([], [], linestyle="", marker="|", markersize=6, **gray)
+        bottom, top = axes.get_ylim()
+        row = 0.02 * (top - bottom)
+        for i, (run, color) in enumerate(zip(runs, colors)):
+            height = np.full(len(run.checkpoints), bottom - (i + 0.5) * row)
+            axes.plot(run.checkpoints, height, "|", color=color, markersize=5)
+        axes.set_ylim(bottom - (len(runs) + 0.5) * row, top)
+    axes.legend(meanings.values(), meanings, frameon=False, loc="upper right")
+
+
+def highest_loss(runs: list[Run], least: float) -> float:
+    """Up to which loss to draw: without where a run diverges, and without its first few if these are so far
+    above the others that they would take half of the height.
+    """
+    losses = [values for run in runs if len(values := finite(run.iterations["loss"]))]
+    if not losses:
+        return math.inf
+    firsts = [finite(run.evaluations["val_loss"])[:1] for run in runs] + [values[:1] for values in losses]
+    # a model that knows nothing starts at log(vocabulary): far above that is a run that has diverged
+    top = min(1.5 * max(np.concatenate(firsts)), max(values.max() for values in losses))
+    most = max(np.quantile(values, SHOWN) for values in losses)
+    most += 0.1 * (most - least)
+    return most if most - least < (top - least) / 2 else 1.5 * max(np.concatenate(firsts))
 
 
 def draw_curves(axes, runs: list[Run], colors: list, name: str, title: str, scale: float = 1.0,
@@ -173,9 +210,20 @@ def draw_curves(axes, runs: list[Run], colors: list, name: str, title: str, scal
         if faint:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
             values = smoothed(values)
-        axes.plot(steps, values, "." if len(steps) == 1 else "-", color=color, linewidth=1.5)
-    axes.set_xlabel("iteration")
+        axes.plot(steps, values, "-" if len(steps) > FEW else ".-", color=color, linewidth=1.5)
     axes.set_ylabel(title)
+
+
+def draw_hellaswag(axes, runs: list[Run], colors: list) -> None:
+    """Accuracy by length-normalised likelihood; of four endings one is right."""
+    axes.axhline(25, color="0.35", linestyle=":", linewidth=1)
+    axes.annotate("chance", (1, 25), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                  color="0.35")
+    for run, color in zip(runs, colors):
+        marker = "o-" if len(run.hellaswag["step"]) <= FEW else "-"
+        axes.plot(run.hellaswag["step"], 100 * run.hellaswag["acc_norm"], marker, color=color, markersize=4,
+                  linewidth=1.5)
+    axes.set_ylabel("HellaSwag acc_norm (%)")
 
 
 def draw_step_times(axes, runs: list[Run], colors: list) -> None:
@@ -186,9 +234,9 @@ def draw_step_times(axes, runs: list[Run], colors: list) -> None:
     if not sum(map(len, times)):
         return
     # the first, which compiles, can take a thousand times as long: what is beyond goes to the last bin
-    longest = 2 * max(statistics.median(values) for values in times if len(values))
+    longest = max(min(2 * np.median(values), np.quantile(values, 0.99)) for values in times if len(values))
     if longest < max(values.max() for values in times if len(values)):
-        axes.set_xlabel("time of an iteration (ms; longer ones in the last bin)")
+        axes.set_xlabel("time of an iteration (ms;\nlonger ones in the last bin)")
     times = [np.minimum(values, longest) for values in times]
     edges = np.histogram_bin_edges(np.concatenate(times), BINS)
     for values, color in zip(times, colors):

@@ -124,13 +124,50 @@ def test_the_picture_has_what_it_says(tmp_path):
     figure = visualize_training.draw(runs)
     axes = {one.get_ylabel().split(" ")[0]: one for one in figure.axes}
     assert set(axes) == {"loss", "learning", "gradient", "throughput", "share"}
-    assert axes["loss"].get_ylim()[1] == 6.0 and "diverges" in axes["loss"].get_ylabel()
-    assert [list(line.get_xdata()) for line in axes["loss"].lines if line.get_marker() == "D"] == [[10], [10]]
+    assert axes["loss"].get_ylim()[1] == 6.0 and "cut off" in axes["loss"].get_ylabel()
+    ticks = [line for line in axes["loss"].lines if line.get_marker() == "|"]
+    assert [list(line.get_xdata()) for line in ticks] == [[10], [10]]
+    assert ticks[1].get_ydata() < ticks[0].get_ydata() < 2.0  # a row each, below the curves
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(texts) == 2 and "2.0000 at step 20" in texts[0]
     runs[0].iterations["mfu"][:] = 0.5
     mfu = visualize_training.draw(runs).axes
     assert "MFU (%)" in [one.get_ylabel() for one in mfu]
+
+
+def test_hellaswag_is_drawn_for_the_runs_that_have_it(tmp_path):
+    scores = [{"event": "hellaswag", "step": step, "acc": 0.2, "acc_norm": acc, "n": 100}
+              for step, acc in ((5, 0.25), (10, None), (20, 0.31))]
+    write(tmp_path / "a" / "run_1.jsonl", *FIRST[:-1], *scores)
+    write(tmp_path / "b" / "run_1.jsonl", *FIRST)
+    figure = visualize_training.draw([visualize_training.read_run(str(tmp_path / name)) for name in "ab"])
+    (axes,) = (one for one in figure.axes if one.get_ylabel() == "HellaSwag acc_norm (%)")
+    curves = [line for line in axes.lines if line.get_linestyle() == "-"]
+    assert list(curves[0].get_xdata()) == [5, 10, 20] and not len(curves[1].get_xdata())
+    np.testing.assert_allclose(curves[0].get_ydata(), [25, np.nan, 31])
+
+
+def test_a_long_run_is_not_dwarfed_by_its_first_steps(tmp_path):
+    losses = [3.0 + 8 / (i + 1) for i in range(500)]
+    log = write(tmp_path / "run_1.jsonl", start(1), evaluation(0, 11.0),
+                *[iteration(i, loss) for i, loss in enumerate(losses)])
+    axes = visualize_training.draw([visualize_training.read_run(str(log))]).axes[0]
+    assert losses[20] < axes.get_ylim()[1] < losses[5] and "cut off" in axes.get_ylabel()
+
+
+@pytest.mark.parametrize("names, steps", [("a", 1), ("a", 3), ("abc", 20), ("abcdefghijkl", 20)])
+def test_every_panel_has_room(tmp_path, names, steps):
+    """Of few steps, whose norms span no power of 10, and of many runs with long names."""
+    runs = []
+    for name in names:
+        log = write(tmp_path / (name * 40) / "run_1.jsonl", start(1), evaluation(0, 4.0),
+                    *[iteration(i, 6.9 - i / 10, 0.5) for i in range(steps)])
+        runs.append(visualize_training.read_run(str(log.parent)))
+    figure = visualize_training.draw(runs)
+    figure.draw_without_rendering()
+    assert min(one.get_position().height for one in figure.axes) > 0.12
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width
 
 
 def test_running_mean():
