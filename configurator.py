@@ -56,12 +56,14 @@ class Config(dict):
         return "\n".join(lines)
 
 
-def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0) -> Config:
+def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0,
+              others: tuple[str, ...] = ()) -> Config:
     """Apply config files and --key=value to the settings in `namespace`, a script's globals(); return them.
 
-    argv defaults to the command line. `--help` prints the settings and exits. Raises UserError; installs the
-    hook that ends the script on one with a line on stderr and exit code 2 (`rank` is who says it first, see
-    there).
+    argv defaults to the command line. `--help` prints the settings and exits. `others` are paths of scripts
+    whose settings may be given as well; they are only in what is returned, and the last script that has a
+    setting says its default. Raises UserError; installs the hook that ends the script on one with a line on
+    stderr and exit code 2 (`rank` is who says it first, see there).
     """
     install_error_hook(rank)
     argv = sys.argv[1:] if argv is None else argv
@@ -70,7 +72,10 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0) -> 
         if rank == 0:
             print(help_text(namespace, settings))
         sys.exit(0)
-    values = {name: namespace[name] for name in settings}
+    own, values = list(settings), {name: namespace[name] for name in settings}
+    for other in map(script_defaults, others):
+        settings |= {setting.name: setting for setting in read_settings(other)}
+        values |= {name: other[name] for name in settings if name in other}
     origin = dict.fromkeys(settings, "")
     for path in (arg for arg in argv if not arg.startswith("-")):
         for name, value in run_config_file(path, values, settings).items():
@@ -78,20 +83,17 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0) -> 
     for arg in (arg for arg in argv if arg.startswith("-")):
         name, value = parse_argument(arg, settings)
         values[name], origin[name] = value, "command line"
-    namespace.update(values)
+    namespace.update({name: values[name] for name in own})
     return Config(values, origin)
 
 
 def read_settings(namespace: dict) -> list[Setting]:
     """The settings of a script, in order: its top-level assignments before the call of `configure`."""
-    with open(namespace["__file__"], encoding="utf-8") as f:
-        source = f.read()
+    source, assignments = _read_assignments(namespace["__file__"])
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
     settings = []
-    for node in ast.parse(source).body:
-        if any(isinstance(n, ast.Name) and n.id == "configure" for n in ast.walk(node)):
-            break
+    for node in assignments:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if isinstance(target, ast.Name) and not target.id.startswith("_"):
             default = namespace[target.id]
@@ -101,6 +103,27 @@ def read_settings(namespace: dict) -> list[Setting]:
             settings.append(Setting(target.id, kind, comments.get(node.end_lineno, ""),
                                     _heading(comments, source.splitlines(), node.lineno)))
     return settings
+
+
+def script_defaults(path: str) -> dict:
+    """What `read_settings` needs of a script's globals, without running more of it than its settings."""
+    namespace = {"__file__": path}
+    for node in _read_assignments(path)[1]:
+        exec(compile(ast.Module([node], []), path, "exec"), namespace)
+    return namespace
+
+
+def _read_assignments(path: str) -> tuple[str, list]:
+    """The source of a script, and its top-level assignments before the call of `configure`."""
+    with open(path, encoding="utf-8") as f:
+        source = f.read()
+    nodes = []
+    for node in ast.parse(source).body:
+        if any(isinstance(n, ast.Name) and n.id == "configure" for n in ast.walk(node)):
+            break
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            nodes.append(node)
+    return source, nodes
 
 
 def _heading(comments: dict[int, str], lines: list[str], lineno: int) -> str:

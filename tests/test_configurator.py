@@ -55,6 +55,24 @@ def test_defaults(settings):
     assert config["steps"] == 40 and set(config.origin.values()) == {""}
 
 
+def test_settings_of_other_scripts(tmp_path):
+    """A script may take those of others, which are not run."""
+    (tmp_path / "own.py").write_text("steps = 1\nprice = 2.0  # of a step\nconfig = configure(globals())\n")
+    (tmp_path / "other.py").write_text(SCRIPT + "\nraise SystemExit\n")
+    (tmp_path / "file.py").write_text("lr = 1e-3\nprice = 3\n")
+    namespace = {"__file__": str(tmp_path / "own.py"), "steps": 1, "price": 2.0}
+
+    def run(*argv):
+        return configure(namespace, [str(tmp_path / "file.py"), *argv], others=(str(tmp_path / "other.py"),))
+
+    config = run("--compile=False")
+    assert (config["price"], config["steps"], config["lr"], config["compile"]) == (3.0, 40, 1e-3, False)
+    assert config.origin["lr"].endswith("file.py") and config.origin["compile"] == "command line"
+    assert namespace["price"] == 3.0 and namespace["steps"] == 40 and "lr" not in namespace
+    with pytest.raises(UserError, match="unknown key 'comple' in the command line: did you mean 'compile'"):
+        run("--comple")
+
+
 @pytest.mark.parametrize("argument, key, value", [
     ("--steps=3", "steps", 3),
     ("--steps=5*8+1", "steps", 41),
