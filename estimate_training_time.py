@@ -1,0 +1,308 @@
+"""How long training takes, when it gets how far, what it costs: before it begins, or of a run from its log.
+
+$ python estimate_training_time.py config/train_gpt2.py --tokens_per_second=1_900_000 --gpus=4 \\
+      --price_per_hour=3.5
+$ python estimate_training_time.py out-gpt2    # or one of its run_*.jsonl
+
+Before it begins, a config file and --key=value may set what train.py and train_reduced_sync.py have. The
+tokens/s of all GPUs together are in a run's log lines, and bench.py measures them; starting, compiling and
+saving are not counted, and evaluations only with --seconds_per_evaluation. A log shows what evaluations and
+saving take, and they are counted.
+"""
+
+import itertools
+import os
+import signal
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+
+from configurator import UserError, check_at_least, configure
+from dataloader import open_dataset
+from training_logger import read_log
+
+# -----------------------------------------------------------------------------
+tokens_per_second: float | None = None  # of all GPUs together; a log has its own
+seconds_per_evaluation: float | None = None  # with what is saved then; a log has its own
+tokens_per_epoch: int | None = None  # None: those of the data set, if it is here
+gpus = 1  # to be paid for
+price_per_hour: float | None = None  # of one GPU
+milestones = 3  # how many checkpoints and ends of epochs to list besides the last
+now = ""  # reckon from this time, as in '2027-01-31 18:00'; '' is the present
+# of the training script, where it does not have them
+checkpoint_interval = 0  # iterations between checkpoints, 0: at evaluations
+hellaswag_interval = 0
+sample_interval = 0
+use_tensorboard = False
+# -----------------------------------------------------------------------------
+config = configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith("-") or arg.endswith(".py")],
+                   others=tuple(os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
+                                for script in ("train_reduced_sync.py", "train.py")))
+paths = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
+logs = [path for path in paths if not path.endswith(".py")]
+OF_A_LOG = ("tokens_per_epoch", "gpus", "price_per_hour", "milestones", "now")  # what can be set for one
+RECENT = 100  # log lines that the speed is the median of
+SILENCE = 60.0  # seconds without an event that are never suspicious
+
+check_at_least(config, 1, "gpus")
+check_at_least(config, 0, "milestones")
+for name in ("tokens_per_second", "seconds_per_evaluation", "tokens_per_epoch", "price_per_hour"):
+    if config[name] is not None and config[name] <= 0:
+        raise UserError(f"{name}={config[name]} must be above 0")
+try:
+    present = datetime.fromisoformat(now).timestamp() if now else time.time()
+except (ValueError, OverflowError):
+    raise UserError(f"now={now!r} is no time: write it as in --now='2027-01-31 18:00'") from None
+
+
+@dataclass
+class Run:
+    """How much there is to train, what that takes in seconds, how far it is. Defaults: before it begins."""
+
+    max_iters: int
+    eval_interval: int
+    checkpoint_interval: int
+    saves: str  # what is at its multiples
+    tokens: int  # of an iteration
+    iteration: float = 0.0
+    evaluation: float = 0.0  # with what is saved then
+    pauses: float = 0.0  # an iteration's share of those without an evaluation
+    done: int = 0  # iterations
+    seen: int = -1  # the last step in the log: if it has an evaluation, that is over
+
+    def seconds_to(self, step: int) -> float:
+        """From here to where the iterations before `step` are done, and its evaluation, if it has one."""
+        evaluations = self.evaluations(step) - self.evaluations(self.seen)
+        return (step - self.done) * (self.iteration + self.pauses) + evaluations * self.evaluation
+
+    def evaluations(self, step: int) -> int:
+        """How many there are up to this step, the first at step 0."""
+        last = step == self.max_iters and step % self.eval_interval > 0
+        return step // self.eval_interval + 1 + last
+
+
+def planned(settings: dict, where: str) -> Run:
+    """What a training script would do with its settings. Raises UserError."""
+    needed = ("max_iters", "eval_interval", "batch_size", "block_size", "gradient_accumulation_steps")
+    for name in needed:
+        if type(settings.get(name)) is not int or settings[name] < 1:
+            raise UserError(f"{where} has {name}={settings.get(name)!r}: to train, it must be at least 1")
+    if settings.get("eval_only"):
+        raise UserError(f"{where} has eval_only=True: nothing is trained")
+    max_iters, eval_interval, batch, block, accumulated = (settings[name] for name in needed)
+    interval = settings.get("checkpoint_interval", 0)
+    if type(interval) is not int or interval < 0:
+        raise UserError(f"{where} has checkpoint_interval={interval!r}: it must be at least 0")
+    always = interval or settings.get("always_save_checkpoint", True)
+    return Run(max_iters, eval_interval, interval or eval_interval,
+               "checkpoint" if always else "checkpoint if it is the best", batch * block * accumulated)
+
+
+def from_log(path: str) -> tuple[Run, list[dict]]:
+    """A run that has begun, and its events. Raises UserError."""
+    events = read_log(path)
+    if not all(isinstance(event.get("time"), (int, float)) for event in events):
+        raise UserError(f"{path} is no log of a training run: it has events without a time")
+    if not recent_speeds(events):
+        raise UserError(f"{path} has no iteration yet: let the run get to its first log line")
+    run = planned(events[last_start(events)]["config"], path)
+    run.iteration = run.tokens / statistics.median(recent_speeds(events))
+    said = [event for event in events if "step" in event]
+    run.done = max(event["step"] + (event["event"] == "iter") for event in said)
+    run.seen = max(event["step"] for event in said)
+    between = [stretch for stretch in stretches(events) if not stretch.evaluations]
+    around = [stretch for stretch in stretches(events) if stretch.evaluations]
+    if between:
+        run.pauses = sum(s.paused for s in between) / sum(s.iterations for s in between)
+    if around:
+        run.evaluation = sum(s.paused for s in around) / sum(s.evaluations for s in around)
+    return run, events
+
+
+def last_start(events: list[dict]) -> int:
+    return max((i for i, event in enumerate(events) if event["event"] == "start"), default=0)
+
+
+def recent_speeds(events: list[dict]) -> list[float]:
+    """Tokens/s in the newest log lines: those since the last start, if there are any yet."""
+    speeds = []
+    for since in (last_start(events), 0):
+        if not speeds:
+            speeds = [event["tokens_per_second"] for event in events[since:] if event["event"] == "iter"]
+            speeds = [speed for speed in speeds if speed]
+    return speeds[-RECENT:]
+
+
+@dataclass
+class Stretch:
+    """From one log line to the next."""
+
+    seconds: float
+    paused: float  # how many of these were not spent training
+    iterations: int
+    evaluations: int
+
+
+def stretches(events: list[dict]) -> list[Stretch]:
+    """All but those over which the run was started again."""
+    result, previous, evaluations = [], None, 0
+    for event in events:
+        if event["event"] == "start":
+            previous, evaluations = None, 0
+        elif event["event"] == "eval":
+            evaluations += 1
+        elif event["event"] == "iter" and event["seconds"]:
+            if previous is not None and event["step"] > previous["step"]:
+                seconds, n = event["time"] - previous["time"], event["step"] - previous["step"]
+                result.append(Stretch(seconds, max(seconds - n * event["seconds"], 0.0), n, evaluations))
+            previous, evaluations = event, 0
+    return result
+
+
+def silence(events: list[dict]) -> str:
+    """What to say of a run that has said nothing for so long that it may have died; '' of any other."""
+    times = [event["time"] for event in events[last_start(events):]]
+    longest = max((b - a for a, b in itertools.pairwise(times)), default=0.0)
+    silent = present - times[-1]
+    if silent <= max(SILENCE, 3 * longest):
+        return ""
+    return f"silent for {duration(silent)}, and before for {duration(longest)} at most: it may have died"
+
+
+def epoch_tokens(settings: dict) -> int | None:
+    """How many an epoch has; None if that is not known, which is said."""
+    if tokens_per_epoch is not None:
+        return tokens_per_epoch
+    if not isinstance(settings.get("dataset"), str):
+        say("epochs", "not known without --tokens_per_epoch")
+        return None
+    try:
+        data = open_dataset(settings["dataset"], settings["block_size"])
+    except UserError as e:
+        say("epochs", f"not known: {e}; or give --tokens_per_epoch=...")
+        return None
+    return data.train.n_windows * data.train.block_size
+
+
+def duration(seconds: float) -> str:
+    """Days d hours:minutes; below a day hours:minutes:seconds."""
+    days, rest = divmod(round(max(seconds, 0.0)), 86400)
+    text = f"{rest // 3600:02}:{rest // 60 % 60:02}"
+    return f"{days:,} d {text}" if days else f"{text}:{rest % 60:02}"
+
+
+def date(seconds: float) -> str:
+    """Local time with its zone, from seconds since 1970."""
+    try:
+        return datetime.fromtimestamp(seconds).astimezone().strftime("%a %Y-%m-%d %H:%M %Z")
+    except (OverflowError, ValueError, OSError):
+        return "beyond the calendar"
+
+
+def amount(tokens: int) -> str:
+    for size, name in ((1e9, "billion"), (1e6, "million")):
+        if tokens >= size:
+            return f"{tokens / size:,.2f} {name} tokens"
+    return f"{tokens:,} tokens"
+
+
+def say(name: str, text: str) -> None:
+    print(f"{name:<12}{text}")
+
+
+def say_what_is_left(run: Run, epoch: int | None, begin: float) -> None:
+    """Time, cost and milestones. epoch: tokens of one; begin: the time that they are reckoned from."""
+    seconds = max(begin + run.seconds_to(run.max_iters) - present, 0.0)
+    say("time left" if run.done else "time", f"{duration(seconds)}, until {date(present + seconds)}")
+    if price_per_hour is not None:
+        hours = gpus * seconds / 3600
+        say("cost", f"{hours * price_per_hour:,.2f} for {hours:,.1f} GPU-hours at {price_per_hour:,.2f}, on "
+                    f"{gpus} GPU{'s' if gpus > 1 else ''}")
+    print(f"\n{'step':>10}  {'date':<27}  {'from now':>12}  {'tokens':>22}")
+    for step, names in sorted(milestones_of(run, epoch).items()):
+        at = begin + run.seconds_to(step)
+        print(f"{step:10,}  {date(at):<27}  {duration(at - present):>12}  {amount(step * run.tokens):>22}  "
+              f"{', '.join(names)}")
+
+
+def milestones_of(run: Run, epoch: int | None) -> dict[int, list[str]]:
+    """What is at which steps from here on. An epoch ends in the iteration before its step."""
+    found = {}
+
+    def add(name: str, steps: list[int]) -> None:
+        for step in steps:
+            found.setdefault(step, []).append(name)
+
+    def multiples(interval: int) -> range:
+        return range(max(run.seen // interval + 1, 1) * interval, run.max_iters + 1, interval)
+
+    def first_and_last(numbers: range) -> list[int]:
+        return sorted({*numbers[:milestones], *numbers[-1:]})
+
+    add("evaluation", multiples(run.eval_interval)[:1])
+    add(run.saves, first_and_last(multiples(run.checkpoint_interval)))
+    if epoch is not None:
+        ended, in_all = run.done * run.tokens // epoch, run.max_iters * run.tokens // epoch
+        for n in first_and_last(range(ended, in_all)):
+            add(f"end of epoch {n}", [-(-(n + 1) * epoch // run.tokens)])
+    add("end of training", [run.max_iters])
+    return found
+
+
+def say_what_took_how_long(run: Run, events: list[dict]) -> None:
+    say("speed", f"{run.tokens / run.iteration:,.0f} tok/s, {1e3 * run.iteration:,.1f} ms an iteration: the "
+                 f"median of the last {len(recent_speeds(events))} log lines")
+    seconds, paused, evaluations = (sum(getattr(stretch, name) for stretch in stretches(events))
+                                    for name in ("seconds", "paused", "evaluations"))
+    if evaluations:
+        text = f"{run.evaluation:,.1f} s an evaluation with what is saved then, mean of {evaluations}"
+    else:
+        text = "what evaluations take is not known yet, and not counted"
+    say("pauses", f"{paused / seconds:.1%} of the time; {text}" if seconds > 0 else text)
+
+
+if hasattr(signal, "SIGPIPE"):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as `cat` does where `| head` has seen enough
+if logs and len(paths) > 1:
+    raise UserError(f"{', '.join(paths)}: give one run, or else a config file")
+elif logs:
+    given = [name for name, origin in config.origin.items() if origin and name not in OF_A_LOG]
+    if given:
+        raise UserError(f"--{given[0]} is for a run that has not begun: what {logs[0]} does is in its log")
+    run, events = from_log(logs[0])
+    settings, last = events[last_start(events)]["config"], events[-1]
+    ended, silent, heard = last["event"] == "end", silence(events), last["time"]
+    say("run", f"{logs[0]}, begun {date(events[0]['time'])}")
+    if ended:
+        say("status", f"{last.get('status', 'ended')} {date(heard)}")
+    else:
+        say("status", silent or f"last heard of {duration(present - heard)} ago")
+    say("done", f"{run.done:,} of {run.max_iters:,} iterations ({run.done / run.max_iters:.1%}), "
+                f"{amount(run.done * run.tokens)}")
+    say_what_took_how_long(run, events)
+    if run.done < run.max_iters or not ended:
+        epoch = epoch_tokens(settings)
+        if ended or silent:
+            say("", "what is left, if it goes on now:")
+        say_what_is_left(run, epoch, present if ended or silent else heard)
+else:
+    if tokens_per_second is None:
+        raise UserError("tokens_per_second is missing: give it as in --tokens_per_second=100_000 (bench.py "
+                        "measures it), or give the out_dir of a run instead")
+    run = planned(config, "the configuration")
+    run.iteration, run.evaluation = run.tokens / tokens_per_second, seconds_per_evaluation or 0.0
+    say("training", f"{run.max_iters:,} iterations of {run.tokens:,} tokens, "
+                    f"{amount(run.max_iters * run.tokens)} in all")
+    epoch = epoch_tokens(config)
+    if epoch is not None:
+        say("epochs", f"{run.max_iters * run.tokens / epoch:,.2f} of {amount(epoch)}")
+    say("speed", f"{tokens_per_second:,.0f} tok/s, {1e3 * run.iteration:,.1f} ms an iteration, as given")
+    count = run.evaluations(run.max_iters)
+    if seconds_per_evaluation is None:
+        say("evaluations", f"{count:,}, not counted without --seconds_per_evaluation")
+    else:
+        say("evaluations", f"{count:,} of {run.evaluation:g} s: {duration(count * run.evaluation)}")
+    say("not counted", "starting, compiling, saving, interruptions")
+    say_what_is_left(run, epoch, present)
