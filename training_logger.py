@@ -1,21 +1,29 @@
-"""What a run says: console and log.txt, JSON Lines, wandb; throughput, memory and MFU. And reading it again.
+"""What a run says, and reading it again: console and log.txt, JSON Lines, wandb; MFU.
 
     out_dir/log.txt                  every printed line, also those from before the files are opened
-    out_dir/run_<timestamp>.jsonl    one JSON object an event: start, schedule, iter, eval, checkpoint, end;
-                                     null stands for a number that is NaN or infinite, which JSON does not
-                                     have; a run that was resumed has a file for each time
+    out_dir/run_<timestamp>.jsonl    one JSON object an event: start, schedule, iter, eval, checkpoint,
+                                     hellaswag, sample, end; null stands for a number that is NaN or infinite,
+                                     which JSON does not have
+    out_dir/status.json              how the run is, for other programs
 
-Only the main process logs. Times are wall-clock between two log lines, each of which reads the loss and so
-waits for the device.
+A run that is resumed goes on in the files of the one it continues, without the steps that it does again.
+Nothing here stops a run: a console that goes away is done without, a full disk is tried again.
+Only what cannot even start is a UserError. Only the main process logs, from one
+thread. Times are wall-clock between two log lines, each of which reads the loss and so waits for the device.
 """
 
+import collections
+import contextlib
+import errno
 import glob
 import json
 import math
 import os
 import platform
 import re
+import socket
 import subprocess
+import sys
 import time
 
 import torch
@@ -37,7 +45,9 @@ BESIDE_THE_POINT = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB?|HBM3E?|SXM\d")
 # of the events, what those who read them need: numbers or null, but for the start
 FIELDS = {"iter": ("step", "loss", "lr", "norm", "seconds", "tokens_per_second", "mfu"),
           "eval": ("step", "train_loss", "val_loss", "lr"), "checkpoint": ("step", "val_loss"),
-          "schedule": ("syncs",)}
+          "schedule": ("syncs",), "hellaswag": ("step", "acc", "acc_norm"), "sample": ("step",)}
+OF_AN_EVALUATION = ("eval", "hellaswag", "sample")
+BACKLOG = 20_000  # lines that wait for a disk that is full
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -79,19 +89,54 @@ class TrainingLogger:
     def __init__(self, active: bool = True):
         """Only the console, until `open_files`."""
         self.active = active
-        self._text = self._events = self._wandb = None
+        self._console = _Console()
+        self._out_dir = self._text = self._events = self._wandb = None
         self._early = []  # lines from before there is a log.txt
 
-    def open_files(self, out_dir: str, config: dict, environment: dict, resumed: bool = False) -> None:
-        """Write to out_dir as well from now on, with the lines so far first; log.txt is appended to."""
+    def open_files(self, out_dir: str, config: dict, environment: dict, resumed_step: int | None = None,
+                   evaluated: bool = True) -> None:
+        """Write to out_dir as well from now on, with the lines so far first; log.txt is appended to.
+
+        resumed_step: go on with the newest log in out_dir, if there is one, from that step; evaluated:
+        whether the step's evaluation was done then. Events of what is done again are dropped. Raises
+        UserError.
+        """
         if not self.active:
             return
-        os.makedirs(out_dir, exist_ok=True)
-        events = unused_path(os.path.join(out_dir, time.strftime("run_%Y%m%d-%H%M%S")), ".jsonl")
-        self._text = open(os.path.join(out_dir, "log.txt"), "a", encoding="utf-8", buffering=1)
-        self._events = open(events, "w", encoding="utf-8", buffering=1)
-        self._text.writelines(line + "\n" for line in self._early)
-        self.event("start", config=config, environment=environment, resumed=resumed)
+        start, path, kept = {"resumed": resumed_step is not None}, None, []
+        if resumed_step is not None:
+            path, events = self._newest_log(out_dir)
+            start |= {"resumed_step": resumed_step, "evaluated": evaluated}
+            kept = _until(_joined(events), resumed_step, evaluated)
+        if path is None:
+            path = unused_path(os.path.join(out_dir, time.strftime("run_%Y%m%d-%H%M%S")), ".jsonl")
+        else:
+            try:
+                _replace(path, b"".join(map(_line_of, kept)))
+            except OSError as e:  # those who read it see by the start event which steps are done again
+                self.line(f"warning: cannot write {path} anew ({e.strerror}): appending to it")
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            self._text = _File(os.path.join(out_dir, "log.txt"), self._console.line)
+            self._events = _File(path, self._console.line)
+        except OSError as e:
+            raise UserError(f"cannot write {e.filename or out_dir}: {e.strerror}") from None
+        self._out_dir = out_dir
+        self._text.write("".join(line + "\n" for line in self._early).encode(errors="backslashreplace"))
+        self.event("start", config=config, environment=environment, **start)
+
+    def _newest_log(self, out_dir: str) -> tuple[str | None, list[dict]]:
+        """Its path and events; None if there is none."""
+        logs = []
+        for path in _logs_in(out_dir):
+            try:
+                events = _read_events(path)
+            except UserError as e:
+                self.line(f"warning: {e}: leaving it as it is")
+                continue
+            if events:
+                logs.append((events[0]["time"], path, events))
+        return max(logs, key=lambda log: log[:2])[1:] if logs else (None, [])
 
     def start_wandb(self, project: str, name: str, config: dict) -> None:
         """Send evaluations and iterations to Weights & Biases as well. Raises UserError."""
@@ -109,23 +154,27 @@ class TrainingLogger:
             raise UserError(f"wandb does not start ({reason}): run wandb login, or use "
                             f"--wandb_log=False") from None
 
+    def begin(self, first_step: int, last_step: int) -> None:
+        """The iterations begin: from now on they move a bar if the console is a terminal."""
+        if self.active:
+            self._console.begin(first_step, last_step)
+
     def line(self, text: str) -> None:
         """A line for people: console and log.txt."""
-        if not self.active:
-            return
-        print(text, flush=True)
+        if self.active:
+            self._console.line(text)
+            self._write_text(text)
+
+    def _write_text(self, text: str) -> None:
         if self._text is None:
             self._early.append(text)
         else:
-            self._text.write(text + "\n")
+            self._text.write((text + "\n").encode(errors="backslashreplace"))
 
     def event(self, kind: str, **fields) -> None:
         """A line for programs: the JSON Lines file."""
         if self._events is not None:
-            fields = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                      for name, value in fields.items()}
-            event = {"event": kind, "time": time.time(), **fields}
-            self._events.write(json.dumps(event, allow_nan=False) + "\n")
+            self._events.write(_line_of(_finite({"event": kind, "time": time.time(), **fields})))
 
     def evaluation(self, step: int, train_loss: float, val_loss: float, lr: float) -> None:
         self.line(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
@@ -135,26 +184,200 @@ class TrainingLogger:
                             step=step)
 
     def iteration(self, step: int, loss: float, lr: float, norm: float, seconds: float, tokens: int,
-                  mfu: float | None, epoch: int) -> None:
-        """seconds, tokens: of one iteration; mfu: a share of 1, None if unknown."""
+                  mfu: float | None, epoch: int, memory: int | None = None) -> None:
+        """seconds, tokens: of one iteration; mfu: a share of 1, None if unknown; memory: the most bytes of
+        the GPU's so far, None if unknown."""
+        if not self.active:
+            return
         shown = "n/a" if mfu is None else f"{100 * mfu:.2f}%"
-        self.line(f"iter {step}: loss {loss:.4f}, lr {lr:.1e}, norm {norm:.2f}, time {seconds * 1e3:.2f}ms, "
-                  f"tok/s {tokens / seconds:.0f}, mfu {shown}, epoch {epoch}")
+        rest = f"tok/s {tokens / seconds:.0f}, mfu {shown}, epoch {epoch}"
+        text = (f"iter {step}: loss {loss:.4f}, lr {lr:.1e}, norm {norm:.2f}, time {seconds * 1e3:.2f}ms, "
+                f"{rest}")
+        if self._console.has_bar:
+            self._console.move(step + 1, f"loss {loss:.4f}, {rest}")
+            self._write_text(text)
+        else:
+            self.line(text)
         self.event("iter", step=step, loss=loss, lr=lr, norm=norm, seconds=seconds,
-                   tokens_per_second=tokens / seconds, mfu=mfu, epoch=epoch)
+                   tokens_per_second=tokens / seconds, mfu=mfu, epoch=epoch, memory=memory)
         if self._wandb is not None:
             self._wandb.log({"iter": step, "train/iter_loss": loss, "lr": lr, "norm": norm,
                              "tok/s": tokens / seconds, "mfu": 100 * (mfu or 0.0)}, step=step)
+
+    def checkpoint(self, step: int, path: str, val_loss: float | None, seconds: float) -> None:
+        """val_loss: None if it was not measured; seconds: that training waited."""
+        self.line(f"saved checkpoint {path}")
+        self.event("checkpoint", step=step, path=path, val_loss=val_loss, seconds=seconds)
+
+    def hellaswag(self, step: int, acc: float, acc_norm: float, n: int) -> None:
+        self.line(f"step {step}: HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} on {n}")
+        self.event("hellaswag", step=step, acc=acc, acc_norm=acc_norm, n=n)
+
+    def sample(self, step: int, text: str) -> None:
+        """What the model writes. People get it without what would steer a terminal."""
+        shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+                        for c in text)
+        self.line(f"step {step}: sample\n{shown}")
+        self.event("sample", step=step, text=text)
+
+    def status(self, status: str, step: int, **fields) -> None:
+        """Write status.json. status: running, finished, interrupted, stopped, non_finite or failed; fields:
+        max_iters, best_val_loss."""
+        if self._out_dir is None:
+            return
+        path = os.path.join(self._out_dir, "status.json")
+        value = {"status": status, "step": step, "max_iters": None, "best_val_loss": None, **fields,
+                 "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        try:
+            _replace(path, _line_of(_finite(value)))
+        except OSError as e:
+            self.line(f"warning: cannot write {path}: {e.strerror}")
 
     def close(self, **summary) -> None:
         """End the logs, with a last event."""
         self.event("end", **summary)
         if self._wandb is not None:
             self._wandb.finish()
-        for file in (self._text, self._events):
-            if file is not None:
-                file.close()
-        self._text = self._events = self._wandb = None
+        for sink in (self._events, self._text, self._console):
+            if sink is not None:
+                sink.close()
+        self._out_dir = self._text = self._events = self._wandb = None
+
+
+class _Console:
+    """Standard output: lines and, on a terminal, a bar. When it goes away the run goes on without."""
+
+    def __init__(self):
+        self._bar, self._gone = None, False
+
+    @property
+    def has_bar(self) -> bool:
+        return self._bar is not None
+
+    def begin(self, first: int, last: int) -> None:
+        with contextlib.suppress(ImportError), self._surviving():
+            if sys.stdout is not None and sys.stdout.isatty():
+                from tqdm import tqdm
+
+                self._bar = tqdm(initial=first, total=last, file=sys.stdout, dynamic_ncols=True, miniters=1)
+
+    def move(self, done: int, text: str) -> None:
+        """To `done` iterations, with a text behind."""
+        with self._surviving():
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(done - self._bar.n)
+
+    def line(self, text: str) -> None:
+        if self._gone:
+            return
+        if not text.isascii():  # the console may know fewer characters
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+            text = text.encode(encoding, "backslashreplace").decode(encoding)
+        with self._surviving():
+            if self._bar is None:
+                print(text, flush=True)
+            else:
+                self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def _surviving(self):
+        """Give the console up at an error, but wait for one whose disk is full."""
+        try:
+            yield
+        except (OSError, ValueError) as e:  # ValueError: closed
+            if getattr(e, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN):
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """What others print, and what is flushed at exit, goes nowhere from now on."""
+        self._gone = True
+        if self._bar is not None:
+            self._bar.disable, self._bar = True, None
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+    def close(self) -> None:
+        try:
+            if self._bar is not None:
+                self._bar.close()
+            print(end="", flush=True)
+        except (OSError, ValueError):
+            self._give_up()  # it must not fail at exit either
+        self._bar = None
+
+
+class _File:
+    """A file that grows by whole lines. What a full disk does not take waits and is tried again
+    with what comes next; only opening raises OSError."""
+
+    def __init__(self, path: str, warn):
+        self.path, self._warn = path, warn
+        self._waiting = collections.deque(maxlen=BACKLOG)
+        self._file = open(path, "ab+", buffering=0)
+        self._end = self._size()
+        if self._end and os.pread(self._file.fileno(), 1, self._end - 1) != b"\n":  # a run was killed there
+            self.write(b"\n")
+
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def write(self, data: bytes) -> None:
+        again = bool(self._waiting)
+        self._waiting.append(data)
+        try:
+            if again:
+                self._file.truncate(self._end)  # half a line may be there
+            else:
+                self._end = self._size()
+            data = memoryview(b"".join(self._waiting))
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError as e:
+            if self._warn is not None:
+                self._warn(f"warning: cannot write {self.path}: {e.strerror}; going on, and trying again")
+            self._warn = None  # once
+        else:
+            self._waiting.clear()
+
+    def close(self) -> None:
+        if self._waiting:
+            self.write(b"")
+        with contextlib.suppress(OSError):  # network file systems say only now that they are full
+            self._file.close()
+
+
+def _finite(value):
+    """A value in Python's own types, without the numbers that JSON does not have."""
+    if hasattr(value, "item"):  # of numpy or torch
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _line_of(value: dict) -> bytes:
+    return (json.dumps(value, allow_nan=False, default=str) + "\n").encode()
+
+
+def _replace(path: str, data: bytes) -> None:
+    """Write a file anew, whole or not at all. Raises OSError."""
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 class Stopwatch:
@@ -180,26 +403,60 @@ class Stopwatch:
 def read_log(path: str) -> list[dict]:
     """The events of one log, or of all logs in an out_dir as those of one run, oldest first.
 
-    A log that resumes replaces what those before it say of the steps it does again; one that does not starts
-    over. Each start event has the `path` of its log. A last line that is not written to its end yet is left
-    out, so there may be no event at all. Raises UserError.
+    A start that resumes replaces what was said before of the steps that are done again; one that does not
+    starts over. Each start event has the `path` of its log. Lines that are not written to their end (the last
+    may just be) are left out, so there may be no event at all. Raises UserError.
     """
     if os.path.isdir(path):
-        logs = glob.glob(os.path.join(glob.escape(path), "run_*.jsonl"))
-        if not logs:
+        paths = _logs_in(path)
+        if not paths:
             raise UserError(f"{path} has no run_*.jsonl: it is no out_dir of a training run")
     else:
-        logs = [path]
-    joined = []
+        paths = [path]
+    logs = []
+    for path in paths:
+        events = _read_events(path)
+        logs += [events] if events else []
+        for event in events:
+            if event["event"] == "start":
+                event["path"] = path
     # by what they say: the times of files that were copied are all new
-    logs = (events for events in map(_read_events, logs) if events)
-    for events in sorted(logs, key=lambda events: events[0]["time"]):
-        joined = _before(joined, events) + events if events[0]["resumed"] else events
+    logs.sort(key=lambda events: events[0]["time"])
+    return _joined([event for events in logs for event in events])
+
+
+def _logs_in(folder: str) -> list[str]:
+    return glob.glob(os.path.join(glob.escape(folder), "run_*.jsonl"))
+
+
+def _joined(events: list[dict]) -> list[dict]:
+    """The events of one run from those of all its starts, the first of which is a start."""
+    starts = [i for i, event in enumerate(events) if event["event"] == "start"]
+    joined = []
+    for begin, end in zip(starts, [*starts[1:], None]):
+        start, part = events[begin], events[begin:end]
+        if not start["resumed"]:
+            joined = []
+        elif "resumed_step" in start:
+            joined = _until(joined, start["resumed_step"], start["evaluated"])
+        else:
+            joined = _before(joined, part)
+        again = {event["step"] for event in part if event["event"] == "checkpoint"}
+        joined = [event for event in joined if event["event"] != "checkpoint" or event["step"] not in again]
+        joined += part
     return joined
 
 
+def _until(events: list[dict], step: int, evaluated: bool) -> list[dict]:
+    """What still holds for a run that goes on at `step`, the evaluation of which it has done or has not. It
+    did not end where it seemed to."""
+    at = ("checkpoint", *OF_AN_EVALUATION) if evaluated else ("checkpoint",)
+    return [event for event in events if event["event"] != "end"
+            and (event.get("step", -1) < step or (event["step"] == step and event["event"] in at))]
+
+
 def _before(earlier: list[dict], events: list[dict]) -> list[dict]:
-    """What of the earlier events still holds for a run that was resumed and then said `events`."""
+    """The same where a start does not name its step, in logs of earlier versions: by what it goes on with."""
     said = {(event["event"], event["step"]) for event in events if event["event"] in ("iter", "eval")}
     first = min((step for _, step in said), default=math.inf)
     # a step's evaluation and checkpoint come before its update, which is where a run goes on
@@ -209,21 +466,22 @@ def _before(earlier: list[dict], events: list[dict]) -> list[dict]:
 
 
 def _read_events(path: str) -> list[dict]:
-    """The events of one log, checked."""
+    """The events of one log, checked. Raises UserError."""
     events = []
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, "rb") as f:
             for line in f:
-                if line.endswith("\n"):
-                    events.append(json.loads(line))
+                try:
+                    if line.endswith(b"\n"):
+                        events.append(json.loads(line))
+                except (ValueError, RecursionError):
+                    if not events:
+                        raise UserError(f"{path} is no log of a training run") from None
+                    # else a run was killed, or its disk full, in the middle of it
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is no log of a training run: {e}") from None
     if not all(_is_event(event) for event in events) or (events and events[0]["event"] != "start"):
         raise UserError(f"{path} is no log of a training run")
-    if events:
-        events[0]["path"] = path
     return events
 
 
@@ -233,8 +491,10 @@ def _is_event(event) -> bool:
         return False
     if event["event"] == "start":
         return isinstance(event.get("time"), (int, float)) and isinstance(event.get("config"), dict) \
-            and isinstance(event.get("resumed"), bool)
-    if not isinstance(event.get("step", 0), int):
+            and isinstance(event.get("resumed"), bool) \
+            and isinstance(event.get("resumed_step", 0), int) \
+            and ("resumed_step" not in event or isinstance(event.get("evaluated"), bool))
+    if not isinstance(event.get("step", 0), int) or not isinstance(event.get("text", ""), str):
         return False
     return all(isinstance(event.get(name, ""), (int, float, type(None)))
                for name in FIELDS.get(event["event"], ()))

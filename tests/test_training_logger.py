@@ -1,16 +1,26 @@
-"""What a run writes, and the peaks that MFU is a share of. CPU; seconds.
+"""What a run writes, also when it is resumed or killed, its disk full or its console gone; the
+peaks that MFU is a share of. CPU; seconds.
 
     python -m pytest tests/test_training_logger.py
 """
 
+import errno
+import io
 import json
+import math
+import os
+import resource
+import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from configurator import UserError
-from training_logger import TrainingLogger, named_peak_flops, peak_flops
+from training_logger import TrainingLogger, named_peak_flops, peak_flops, read_log
 
 
 @pytest.mark.parametrize("name, bf16, fp32", [
@@ -62,17 +72,70 @@ def no_constant(name):
     raise AssertionError(f"{name} is not JSON")
 
 
-def test_losses_that_json_does_not_have(tmp_path):
+def said(folder):
+    """The events of the only log in a folder."""
+    log, = folder.glob("run_*.jsonl")
+    text = log.read_text()
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
+
+
+def steps(events, *kinds):
+    return [(e["event"], e["step"]) for e in events if e["event"] in (kinds or ("iter", "eval", "checkpoint",
+            "hellaswag", "sample", "end"))]
+
+
+def run(folder, first, last, resumed=None, evaluated=True, closed=True, config=(), **options):
+    """A run that evaluates and then saves every 4 steps, and logs each. The log of it if it is not closed."""
     log = TrainingLogger()
-    log.open_files(str(tmp_path), {}, {})
-    log.evaluation(1, float("nan"), float("inf"), 1e-3)
-    log.iteration(1, float("nan"), 1e-3, float("-inf"), 0.1, 64, None, 0)
-    log.close(best_val_loss=float("inf"))
-    lines = next(tmp_path.glob("run_*.jsonl")).read_text().splitlines()
-    _, evaluation, iteration, end = (json.loads(line, parse_constant=no_constant) for line in lines)
-    assert evaluation["train_loss"] is evaluation["val_loss"] is end["best_val_loss"] is None
-    assert iteration["loss"] is iteration["norm"] is None and iteration["lr"] == 1e-3
-    assert "train loss nan, val loss inf" in (tmp_path / "log.txt").read_text()
+    log.open_files(str(folder), dict(config), {}, resumed_step=resumed, evaluated=evaluated, **options)
+    for step in range(first, last + 1):
+        if step % 4 == 0 and not (step == resumed and evaluated):
+            log.evaluation(step, 3.0, 4.0 - step / 10, 1e-3)
+            log.hellaswag(step, 0.25, 0.3, 10)
+            log.sample(step, f"text of\nstep {step}")
+            log.checkpoint(step, f"step-{step}", 4.0 - step / 10, 0.5)
+        if step < last:
+            log.iteration(step, 4.0 - step / 10, 1e-3, 0.5, 0.25, 1000, None, 0, memory=2**31)
+    if not closed:
+        return log
+    log.close(status="finished", step=last, best_val_loss=4.0 - last / 10)
+
+
+LINES = """step 250: train loss 3.4512, val loss 3.4620
+step 250: HellaSwag acc 0.2859, acc_norm 0.2955 on 10042
+step 250: sample
+def f(x):
+\treturn "\\x1b[2J\\x00é"
+saved checkpoint out/ckpt/step-00000250
+iter 260: loss 3.4410, lr 6.0e-04, norm 0.85, time 250.31ms, tok/s 1962000, mfu 47.10%, epoch 0
+iter 270: loss nan, lr 6.0e-04, norm inf, time 250.31ms, tok/s 1962000, mfu n/a, epoch 1
+"""
+
+
+def say_all(log):
+    log.evaluation(250, 3.4512, 3.462, 6e-4)
+    log.hellaswag(250, 0.2859, 0.2955, 10042)
+    log.sample(250, 'def f(x):\n\treturn "\x1b[2J\0é"')
+    log.checkpoint(250, "out/ckpt/step-00000250", np.float32(3.462), 1.5)
+    log.iteration(260, 3.441, 6e-4, 0.85, 0.25031, 491108.22, 0.471, 0, memory=2**30)
+    log.iteration(270, math.nan, 6e-4, math.inf, 0.25031, 491108.22, None, 1)
+
+
+def test_lines_and_events(tmp_path, capsys):
+    log = TrainingLogger()
+    log.open_files(str(tmp_path), {"n_layer": 2}, {"torch": "2"})
+    say_all(log)
+    log.close(status="finished", step=280, best_val_loss=math.inf)
+    assert capsys.readouterr().out == (tmp_path / "log.txt").read_text() == LINES
+    start, evaluation, hellaswag, sample, checkpoint, iteration, last, end = said(tmp_path)
+    assert start["config"] == {"n_layer": 2} and start["resumed"] is False
+    assert evaluation["val_loss"] == 3.462 and evaluation["lr"] == 6e-4
+    assert (hellaswag["acc"], hellaswag["acc_norm"], hellaswag["n"]) == (0.2859, 0.2955, 10042)
+    assert sample["text"] == 'def f(x):\n\treturn "\x1b[2J\0é"'
+    assert checkpoint["seconds"] == 1.5 and iteration["memory"] == 2**30 and last["memory"] is None
+    assert last["loss"] is last["norm"] is end["best_val_loss"] is None and end["status"] == "finished"
+    assert read_log(str(tmp_path))[1:] == said(tmp_path)[1:]
 
 
 def test_log_has_the_lines_from_before_it_was_opened_and_is_appended_to(tmp_path, capsys):
@@ -88,12 +151,228 @@ def test_log_has_the_lines_from_before_it_was_opened_and_is_appended_to(tmp_path
 
 def test_processes_that_do_not_log(tmp_path, capsys):
     log = TrainingLogger(active=False)
-    log.open_files(str(tmp_path / "out"), {}, {})
     log.start_wandb("p", "n", {})
+    log.open_files(str(tmp_path / "out"), {}, {}, resumed_step=3)
+    log.begin(0, 1)
     log.line("x")
-    log.evaluation(1, 2.0, 2.0, 1e-3)
+    say_all(log)
+    log.status("running", 1)
     log.close()
     assert not capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+# resuming
+
+@pytest.mark.parametrize("evaluated", [True, False])
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_resumed_run_goes_on_in_its_log(tmp_path, evaluated, killed):
+    """Killed in the middle of a line or ended: after step 10, and resumed from the checkpoint of step 8."""
+    run(tmp_path, 0, 10, closed=not killed)
+    if killed:
+        for name in ("log.txt", next(tmp_path.glob("*.jsonl")).name):
+            with open(tmp_path / name, "a") as f:
+                f.write('{"event": "iter", "st')
+    run(tmp_path, 8, 12, 8, evaluated)
+    run(tmp_path / "whole", 0, 12)
+    events, whole = said(tmp_path), steps(said(tmp_path / "whole"))
+    if not evaluated:  # saved at a signal, before the evaluation, and after it again
+        whole.insert(whole.index(("eval", 8)), ("checkpoint", 8))
+    assert steps(events) == whole
+    first, second = (e for e in events if e["event"] == "start")
+    assert not first["resumed"] and second["resumed"]
+    assert (second["resumed_step"], second["evaluated"]) == (8, evaluated)
+    assert steps(read_log(str(tmp_path))) == steps(read_log(str(tmp_path / "whole")))
+    text = (tmp_path / "log.txt").read_text()
+    assert text.count("iter 8: ") == 2 and text.count('{"event": "iter", "st\n') == killed
+    assert os.listdir(tmp_path).count("log.txt") == 1 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_run_that_goes_on_has_not_ended(tmp_path):
+    run(tmp_path, 0, 4, closed=False).close(status="interrupted")  # an end without a step
+    log = run(tmp_path, 4, 6, 4, closed=False)
+    assert "end" not in [event["event"] for event in read_log(str(tmp_path))]
+    log.close(status="finished", step=6)
+    assert [event["status"] for event in said(tmp_path) if event["event"] == "end"] == ["finished"]
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_that_cannot_be_written_anew_is_appended_to(tmp_path, monkeypatch, capsys):
+    """Whoever reads it drops what is done again, and so does the next time it is resumed."""
+    run(tmp_path, 0, 10, closed=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full_disk)
+        run(tmp_path, 4, 7, 4, closed=False)
+    assert capsys.readouterr().out.count("warning: cannot write") == 1 and not list(tmp_path.glob("*.tmp"))
+    events = said(tmp_path)
+    assert len(set(steps(events))) < len(steps(events))
+    run(tmp_path / "whole", 0, 7, closed=False)
+    assert steps(read_log(str(tmp_path))) == steps(said(tmp_path / "whole"))
+    run(tmp_path, 4, 12, 4)
+    run(tmp_path / "longer", 0, 12)
+    assert steps(said(tmp_path)) == steps(said(tmp_path / "longer"))
+
+
+def test_the_newest_of_several_logs_is_continued(tmp_path, capsys):
+    """By what the logs say. A file a start, as earlier versions wrote, and one that cannot be read."""
+    run(tmp_path, 0, 6)
+    old = next(tmp_path.glob("*.jsonl")).rename(tmp_path / "run_z.jsonl")
+    start = {"event": "start", "time": time.time(), "config": {}, "environment": {}, "resumed": True}
+    iteration = next(e for e in said(tmp_path) if e["event"] == "iter")
+    (tmp_path / "run_a.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (
+        start, *({**iteration, "step": step} for step in (4, 5, 6, 7)))))
+    (tmp_path / "run_b.jsonl").write_bytes(bytes(range(256)))
+    before = old.read_bytes()
+    run(tmp_path, 6, 9, 6)
+    assert "run_b.jsonl is no log of a training run: leaving it" in capsys.readouterr().out
+    assert old.read_bytes() == before and len(list(tmp_path.glob("*.jsonl"))) == 3
+    (tmp_path / "run_b.jsonl").unlink()
+    assert [step for _, step in steps(read_log(str(tmp_path)), "iter")] == list(range(9))
+    run(tmp_path, 4, 5, 4)  # before anything that the continued file has
+    assert [step for _, step in steps(read_log(str(tmp_path)), "iter")] == list(range(5))
+    run(tmp_path / "new", 6, 7, 6)  # from a checkpoint of elsewhere
+    assert steps(said(tmp_path / "new"), "iter") == [("iter", 6)] and said(tmp_path / "new")[0]["resumed"]
+
+
+def test_bad_lines_are_left_out(tmp_path):
+    log = run(tmp_path, 0, 2, closed=False)
+    path = next(tmp_path.glob("*.jsonl"))
+    with open(path, "ab") as f:
+        f.write(b'{"event": "iter", "st\n\0\0\0\xff\n[[\n')
+    log.iteration(2, 1.0, 1e-3, 0.5, 0.25, 1000, None, 0)
+    with open(path, "ab") as f:
+        f.write(b'{"event": "iter", "step": 3')
+    assert steps(read_log(str(path)), "iter") == [("iter", 0), ("iter", 1), ("iter", 2)]
+
+
+# what must not stop a run
+
+def test_a_disk_that_is_full_for_a_while(tmp_path, capsys):
+    """Files may not grow beyond 2000 bytes, so the last write that fits is torn. Nothing is lost."""
+    log = run(tmp_path, 0, 4, closed=False)
+    path = next(tmp_path.glob("*.jsonl"))
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 700, allowed[1]))
+    try:
+        for step in range(4, 30):
+            log.iteration(step, 1.0, 1e-3, 0.5, 0.25, 1000, None, 0)
+        assert steps(read_log(str(path)), "iter")[:5] == [("iter", step) for step in range(5)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    log.iteration(30, 1.0, 1e-3, 0.5, 0.25, 1000, None, 0)
+    log.close()
+    assert steps(said(tmp_path), "iter") == [("iter", step) for step in range(31)]
+    lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("iter")]
+    assert [int(line.split()[1][:-1]) for line in lines] == [*range(31)]
+    out = capsys.readouterr().out
+    assert out.count("iter ") == 31 and out.count(f"warning: cannot write {path}: File too large") == 1
+
+
+def test_a_disk_that_stays_full(tmp_path, capsys):
+    for name in ("log.txt", "run_x.jsonl", "status.json.tmp"):
+        (tmp_path / name).symlink_to("/dev/full")
+    log = TrainingLogger()
+    log.open_files(str(tmp_path), {}, {})
+    log._events = type(log._events)(str(tmp_path / "run_x.jsonl"), log.line)
+    for _ in range(3):
+        say_all(log)
+    log.status("running", 1)
+    log.close()
+    out = capsys.readouterr().out
+    assert out.count("No space left on device; going on") == 2 and out.count("iter 260") == 3
+    assert "warning: cannot write" in out.splitlines()[-1] and "status.json" in out.splitlines()[-1]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        TrainingLogger().open_files(str(tmp_path / "file" / "out"), {}, {})
+
+
+SAY_MUCH = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_training_logger import run
+run("out", 0, 3000)
+print("what others print", flush=True)
+print("said", file=sys.stderr)
+"""
+
+
+def test_a_console_that_goes_away(tmp_path):
+    """As with `| head -n1`, and with more to say than a pipe holds."""
+    code = SAY_MUCH.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("step 0: train loss")
+        process.stdout.close()
+        assert process.stderr.read() == "said\n"
+    assert process.returncode == 0
+    assert steps(said(tmp_path / "out"))[-1] == ("end", 3000)
+
+
+@pytest.mark.parametrize("error, tries", [
+    (BrokenPipeError(), 2), (OSError(errno.EIO, "terminal"), 2), (ValueError("closed"), 2),  # and at the end
+    (OSError(errno.ENOSPC, "full"), 13),  # may have space again
+])
+def test_a_console_that_fails(tmp_path, monkeypatch, error, tries):
+    class Console(io.StringIO):
+        calls = 0
+
+        def flush(self):
+            self.calls += 1
+            raise error
+
+    monkeypatch.setattr(sys, "stdout", Console())
+    run(tmp_path, 0, 4)
+    assert steps(said(tmp_path))[-1] == ("end", 4) and sys.stdout.calls == tries
+
+
+def test_a_console_with_few_characters(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", console)
+    TrainingLogger().line("é, ∞")
+    assert console.buffer.getvalue() == b"\xe9, \\u221e\n"
+
+
+def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
+    """Iterations only move it; other lines are printed above it, and all are in log.txt."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    log = TrainingLogger()
+    log.open_files(str(tmp_path), {}, {})
+    log.line("before")
+    log.begin(250, 271)
+    say_all(log)
+    log.close()
+    log.line("after")
+    shown = sys.stdout.getvalue()
+    assert "iter 2" not in shown and "271/271" in shown
+    assert "loss nan, tok/s 1962000, mfu n/a, epoch 1" in shown
+    lines = [line.rpartition("\r")[2] for line in shown.split("\n")]
+    assert lines[0] == "before" and LINES.splitlines()[:6] == lines[1:7] and lines[-2:] == ["after", ""]
+    assert (tmp_path / "log.txt").read_text() == "before\n" + LINES
+    assert steps(said(tmp_path), "iter") == [("iter", 260), ("iter", 270)]
+
+
+def test_status(tmp_path, monkeypatch, capsys):
+    log = TrainingLogger()
+    log.status("running", 0)  # no out_dir yet
+    log.open_files(str(tmp_path / "out"), {}, {})
+    log.status("running", 3, max_iters=10, best_val_loss=math.inf)
+    status = json.loads((tmp_path / "out" / "status.json").read_text(), parse_constant=no_constant)
+    assert list(status) == ["status", "step", "max_iters", "best_val_loss", "time", "host", "pid"]
+    assert (status["status"], status["step"], status["max_iters"], status["best_val_loss"]) == \
+        ("running", 3, 10, None) and status["pid"] == os.getpid()
+    monkeypatch.setattr(os, "replace", full_disk)
+    log.status("finished", 10)
+    assert json.loads((tmp_path / "out" / "status.json").read_text()) == status
+    assert "status.json: No space left" in capsys.readouterr().out and len(os.listdir(tmp_path / "out")) == 3
 
 
 def test_wandb_that_is_not_installed(monkeypatch):
