@@ -1,9 +1,10 @@
-"""What a run says, and reading it again: console and log.txt, JSON Lines, wandb; MFU.
+"""What a run says, and reading it again: console and log.txt, JSON Lines, TensorBoard, wandb; MFU.
 
     out_dir/log.txt                  every printed line, also those from before the files are opened
     out_dir/run_<timestamp>.jsonl    one JSON object an event: start, schedule, iter, eval, checkpoint,
                                      hellaswag, sample, end; null stands for a number that is NaN or infinite,
                                      which JSON does not have
+    out_dir/tensorboard/             curves, samples and hyperparameters, if asked for
     out_dir/status.json              how the run is, for other programs
 
 A run that is resumed goes on in the files of the one it continues, without the steps that it does again.
@@ -16,12 +17,14 @@ import collections
 import contextlib
 import errno
 import glob
+import importlib
 import json
 import math
 import os
 import platform
 import re
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -46,8 +49,19 @@ BESIDE_THE_POINT = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB?|HBM3E?|SXM\d")
 FIELDS = {"iter": ("step", "loss", "lr", "norm", "seconds", "tokens_per_second", "mfu"),
           "eval": ("step", "train_loss", "val_loss", "lr"), "checkpoint": ("step", "val_loss"),
           "schedule": ("syncs",), "hellaswag": ("step", "acc", "acc_norm"), "sample": ("step",)}
+# of the events, what TensorBoard shows: curve, field, factor; each curve is of one kind of event, so
+# that it has a step once
+CURVES = {
+    "iter": (("train/iter_loss", "loss", 1), ("lr", "lr", 1), ("norm", "norm", 1),
+             ("tokens_per_second", "tokens_per_second", 1), ("mfu_percent", "mfu", 100),
+             ("memory_gb", "memory", 1 / 2**30)),
+    "eval": (("train/loss", "train_loss", 1), ("val/loss", "val_loss", 1)),
+    "hellaswag": (("hellaswag/acc", "acc", 1), ("hellaswag/acc_norm", "acc_norm", 1)),
+    "end": (("best_val_loss", "best_val_loss", 1),),
+}
+MAY_BE_UNKNOWN = ("mfu", "memory", "best_val_loss")  # null is no point; elsewhere it is a NaN
 OF_AN_EVALUATION = ("eval", "hellaswag", "sample")
-BACKLOG = 20_000  # lines that wait for a disk that is full
+BACKLOG = 20_000  # lines, or records, that wait for a disk that is full
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -83,6 +97,16 @@ def environment(device: torch.device) -> dict:
     }
 
 
+def check_installed(tensorboard: bool = False) -> None:
+    """Raise UserError if a package is missing that is wanted; for before anything takes long."""
+    try:
+        if tensorboard:
+            importlib.import_module("tensorboard")
+    except ImportError:
+        raise UserError("use_tensorboard=True needs the package tensorboard: pip install tensorboard, or use "
+                        "--use_tensorboard=False") from None
+
+
 class TrainingLogger:
     """Prints and writes what a run says; every method does nothing in processes that do not log."""
 
@@ -90,11 +114,11 @@ class TrainingLogger:
         """Only the console, until `open_files`."""
         self.active = active
         self._console = _Console()
-        self._out_dir = self._text = self._events = self._wandb = None
+        self._out_dir = self._text = self._events = self._tensorboard = self._wandb = None
         self._early = []  # lines from before there is a log.txt
 
     def open_files(self, out_dir: str, config: dict, environment: dict, resumed_step: int | None = None,
-                   evaluated: bool = True) -> None:
+                   evaluated: bool = True, tensorboard: bool = False) -> None:
         """Write to out_dir as well from now on, with the lines so far first; log.txt is appended to.
 
         resumed_step: go on with the newest log in out_dir, if there is one, from that step; evaluated:
@@ -103,6 +127,8 @@ class TrainingLogger:
         """
         if not self.active:
             return
+        if tensorboard:
+            check_installed(tensorboard=True)
         start, path, kept = {"resumed": resumed_step is not None}, None, []
         if resumed_step is not None:
             path, events = self._newest_log(out_dir)
@@ -119,6 +145,8 @@ class TrainingLogger:
             os.makedirs(out_dir, exist_ok=True)
             self._text = _File(os.path.join(out_dir, "log.txt"), self._console.line)
             self._events = _File(path, self._console.line)
+            if tensorboard:
+                self._tensorboard = _TensorBoard(out_dir, self._console.line, config, kept, resumed_step)
         except OSError as e:
             raise UserError(f"cannot write {e.filename or out_dir}: {e.strerror}") from None
         self._out_dir = out_dir
@@ -172,9 +200,13 @@ class TrainingLogger:
             self._text.write((text + "\n").encode(errors="backslashreplace"))
 
     def event(self, kind: str, **fields) -> None:
-        """A line for programs: the JSON Lines file."""
-        if self._events is not None:
-            self._events.write(_line_of(_finite({"event": kind, "time": time.time(), **fields})))
+        """For programs: the JSON Lines file, TensorBoard, wandb."""
+        if self._events is None:
+            return
+        event = _finite({"event": kind, "time": time.time(), **fields})
+        self._events.write(_line_of(event))
+        if self._tensorboard is not None:
+            self._tensorboard.event(event)
 
     def evaluation(self, step: int, train_loss: float, val_loss: float, lr: float) -> None:
         self.line(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
@@ -238,10 +270,10 @@ class TrainingLogger:
         self.event("end", **summary)
         if self._wandb is not None:
             self._wandb.finish()
-        for sink in (self._events, self._text, self._console):
+        for sink in (self._tensorboard, self._events, self._text, self._console):
             if sink is not None:
                 sink.close()
-        self._out_dir = self._text = self._events = self._wandb = None
+        self._out_dir = self._text = self._events = self._tensorboard = self._wandb = None
 
 
 class _Console:
@@ -310,7 +342,7 @@ class _Console:
 
 
 class _File:
-    """A file that grows by whole lines. What a full disk does not take waits and is tried again
+    """A file that grows by whole lines or records. What a full disk does not take waits and is tried again
     with what comes next; only opening raises OSError."""
 
     def __init__(self, path: str, warn):
@@ -348,6 +380,84 @@ class _File:
             self.write(b"")
         with contextlib.suppress(OSError):  # network file systems say only now that they are full
             self._file.close()
+
+
+class _TensorBoard:
+    """Curves, samples and hyperparameters in out_dir/tensorboard, a file for each start.
+
+    One record has all curves of an event. torch's SummaryWriter makes one for each, at 13 times the cost, and
+    hands them to a thread that dies of a full disk in the middle of a record.
+    """
+
+    def __init__(self, out_dir: str, warn, config: dict, kept: list[dict], resumed_step: int | None):
+        """kept: the events so far of a run that is resumed."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+        self._Event, self._Summary, self._crc = Event, Summary, masked_crc32c
+        self._config = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
+                        for name, value in config.items() if value is not None}
+        folder = os.path.join(out_dir, "tensorboard")
+        os.makedirs(folder, exist_ok=True)
+        # files are read in the order of their names, which a clock that was set back must not change
+        earlier = re.findall(r"events\.out\.tfevents\.(\d{10})\.", "\n".join(sorted(os.listdir(folder))))
+        stamp = max(int(time.time()), *(int(stamp) + 1 for stamp in earlier), 0)
+        name = f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0"
+        self._file = _File(os.path.join(folder, name), warn)
+        self._record(file_version="brain.Event:2")
+        # hides what earlier files have of this step and later ones, provided that the first has a START, too
+        since = resumed_step if earlier and resumed_step is not None else 0
+        self._record(step=since, session_log=SessionLog(status=SessionLog.START))
+        if since == 0:
+            self._hyperparameters()
+        for event in kept:
+            if event.get("step", -1) >= since:
+                self.event(event)
+
+    def _record(self, wall_time: float | None = None, **fields) -> None:
+        event = self._Event(wall_time=time.time() if wall_time is None else wall_time, **fields)
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        crc = (struct.pack("<I", self._crc(part)) for part in (length, data))
+        self._file.write(length + next(crc) + data + next(crc))
+
+    def _hyperparameters(self, ended_at: int | None = None) -> None:
+        """For the HParams page, whose metrics are the last values of these curves."""
+        from torch.utils.tensorboard.summary import hparams
+
+        metrics = dict.fromkeys(("train/loss", "val/loss", "best_val_loss"))
+        experiment, begin, end = hparams(self._config, metrics)
+        for summary in (experiment, begin) if ended_at is None else (end,):
+            self._record(step=ended_at, summary=summary)
+
+    def event(self, event: dict) -> None:
+        step, kind = event.get("step", 0), event["event"]
+        values = [self._Summary.Value(tag=tag, simple_value=value) for tag, value in _curves(event).items()]
+        if values:
+            self._record(event["time"], step=step, summary=self._Summary(value=values))
+        if kind == "sample":
+            from torch.utils.tensorboard.summary import text
+
+            lines = event["text"].encode(errors="backslashreplace").decode().replace("\n", "\n    ")
+            self._record(event["time"], step=step, summary=text("sample", "    " + lines))  # Markdown: as is
+        if kind == "end" and event.get("status", "finished") in ("finished", "stopped"):
+            self._hyperparameters(step)  # another may go on yet
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _curves(event: dict) -> dict[str, float]:
+    """What of an event is drawn, by the curve's name."""
+    values = {}
+    for tag, field, factor in CURVES.get(event["event"], ()):
+        value = event.get(field)
+        if value is not None:
+            values[tag] = factor * value
+        elif field not in MAY_BE_UNKNOWN:
+            values[tag] = math.nan
+    return values
 
 
 def _finite(value):

@@ -1,5 +1,5 @@
-"""What a run writes, also when it is resumed or killed, its disk full or its console gone; the
-peaks that MFU is a share of. CPU; seconds.
+"""What a run writes, also when it is resumed or killed, its disk full or its console gone; TensorBoard;
+the peaks that MFU is a share of. CPU; seconds.
 
     python -m pytest tests/test_training_logger.py
 """
@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT
 
 from configurator import UserError
-from training_logger import TrainingLogger, named_peak_flops, peak_flops, read_log
+from training_logger import TrainingLogger, check_installed, named_peak_flops, peak_flops, read_log
 
 
 @pytest.mark.parametrize("name, bf16, fp32", [
@@ -152,7 +152,7 @@ def test_log_has_the_lines_from_before_it_was_opened_and_is_appended_to(tmp_path
 def test_processes_that_do_not_log(tmp_path, capsys):
     log = TrainingLogger(active=False)
     log.start_wandb("p", "n", {})
-    log.open_files(str(tmp_path / "out"), {}, {}, resumed_step=3)
+    log.open_files(str(tmp_path / "out"), {}, {}, resumed_step=3, tensorboard=True)
     log.begin(0, 1)
     log.line("x")
     say_all(log)
@@ -373,6 +373,76 @@ def test_status(tmp_path, monkeypatch, capsys):
     log.status("finished", 10)
     assert json.loads((tmp_path / "out" / "status.json").read_text()) == status
     assert "status.json: No space left" in capsys.readouterr().out and len(os.listdir(tmp_path / "out")) == 3
+
+
+# TensorBoard
+
+def curves(folder):
+    """Steps and values of each tag, as TensorBoard reads them: by its page, and by its older reader."""
+    from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
+    from tensorboard.util import tensor_util
+
+    page = plugin_event_accumulator.EventAccumulator(str(folder / "tensorboard"), {"tensors": 0})
+    older = event_accumulator.EventAccumulator(str(folder / "tensorboard"), {"scalars": 0})
+    page.Reload()
+    older.Reload()
+    values = {}
+    for tag in page.Tags()["tensors"]:
+        values[tag] = [(e.step, tensor_util.make_ndarray(e.tensor_proto).tolist()) for e in page.Tensors(tag)]
+        assert len({step for step, _ in values[tag]}) == len(values[tag]), tag
+    for tag in older.Tags()["scalars"]:
+        assert repr([(e.step, e.value) for e in older.Scalars(tag)]) == repr(values[tag])  # NaN is not NaN
+    return values
+
+
+def test_tensorboard(tmp_path):
+    """Killed after step 10; resumed at 8 twice, at 4, and when it had ended: the curves of one run."""
+    config = {"seed": 2**62, "lr": 1e-3, "compile": True, "stop_if": "", "blocks": ["spd"], "types": None}
+    run(tmp_path, 0, 10, closed=False, tensorboard=True, config=config)
+    run(tmp_path, 8, 10, 8, closed=False, tensorboard=True)
+    run(tmp_path, 8, 9, 8, closed=False, tensorboard=True)
+    run(tmp_path, 4, 12, 4, evaluated=False, tensorboard=True)
+    run(tmp_path, 12, 12, 12, tensorboard=True)
+    found = curves(tmp_path)
+    run(tmp_path / "whole", 0, 12, tensorboard=True)
+    whole = curves(tmp_path / "whole")
+    assert found == whole and {tag: len(points) for tag, points in found.items()} == {
+        "train/iter_loss": 12, "lr": 12, "norm": 12, "tokens_per_second": 12, "memory_gb": 12,
+        "train/loss": 4, "val/loss": 4, "hellaswag/acc": 4, "hellaswag/acc_norm": 4, "best_val_loss": 1,
+        "sample/text_summary": 4, "_hparams_/experiment": 1, "_hparams_/session_start_info": 1,
+        "_hparams_/session_end_info": 1}
+    assert found["memory_gb"][0] == (0, 2.0) and found["best_val_loss"][0][0] == 12
+    assert found["val/loss"] == [(step, pytest.approx(4 - step / 10)) for step in (0, 4, 8, 12)]
+    assert found["sample/text_summary"][1] == (4, [b"    text of\n    step 4"])
+
+
+def test_tensorboard_that_begins_later_or_after_another_run(tmp_path, monkeypatch):
+    run(tmp_path, 0, 10, closed=False)
+    run(tmp_path, 8, 12, 8, tensorboard=True)
+    found = curves(tmp_path)
+    assert [step for step, _ in found["train/iter_loss"]] == list(range(12)) and len(found["val/loss"]) == 4
+    monkeypatch.setattr(time, "time", lambda: 1.0)  # a clock that was set back
+    run(tmp_path, 0, 2, closed=False, tensorboard=True)
+    assert [step for step, _ in curves(tmp_path)["train/iter_loss"]] == [0, 1]
+
+
+def test_tensorboard_has_a_point_where_a_loss_is_no_number(tmp_path):
+    log = TrainingLogger()
+    log.open_files(str(tmp_path), {}, {}, tensorboard=True)
+    say_all(log)
+    losses = curves(tmp_path)["train/iter_loss"]  # written at once: the log is still open
+    assert losses[0] == (260, pytest.approx(3.441)) and math.isnan(losses[1][1])
+    assert curves(tmp_path)["mfu_percent"] == [(260, pytest.approx(47.1))]
+
+
+def test_tensorboard_that_is_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    check_installed()
+    with pytest.raises(UserError, match="use_tensorboard=True needs the package tensorboard: pip install"):
+        check_installed(tensorboard=True)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        TrainingLogger().open_files(str(tmp_path / "out"), {}, {}, tensorboard=True)
+    assert not os.listdir(tmp_path)
 
 
 def test_wandb_that_is_not_installed(monkeypatch):
