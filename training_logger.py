@@ -5,11 +5,12 @@
                                      hellaswag, sample, end; null stands for a number that is NaN or infinite,
                                      which JSON does not have
     out_dir/tensorboard/             curves, samples and hyperparameters, if asked for
+    out_dir/wandb/, wandb_id         likewise
     out_dir/status.json              how the run is, for other programs
 
 A run that is resumed goes on in the files of the one it continues, without the steps that it does again.
-Nothing here stops a run: a console that goes away is done without, a full disk is tried again.
-Only what cannot even start is a UserError. Only the main process logs, from one
+Nothing here stops a run: a console that goes away is done without, a full disk is tried again, a wandb that
+fails is switched off. Only what cannot even start is a UserError. Only the main process logs, from one
 thread. Times are wall-clock between two log lines, each of which reads the loss and so waits for the device.
 """
 
@@ -32,7 +33,7 @@ import time
 import torch
 
 from configurator import UserError
-from data.files import unused_path
+from data.files import made_folder, unused_path
 
 PEAK_TFLOPS = {  # dense, by what named_peak_flops leaves of a name: (bf16 and fp16, tf32); the data sheets
     "H200": (989.5, 494.7), "H100": (989.5, 494.7), "H100 PCIE": (756.0, 378.0), "GH200": (989.5, 494.7),
@@ -49,7 +50,7 @@ BESIDE_THE_POINT = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB?|HBM3E?|SXM\d")
 FIELDS = {"iter": ("step", "loss", "lr", "norm", "seconds", "tokens_per_second", "mfu"),
           "eval": ("step", "train_loss", "val_loss", "lr"), "checkpoint": ("step", "val_loss"),
           "schedule": ("syncs",), "hellaswag": ("step", "acc", "acc_norm"), "sample": ("step",)}
-# of the events, what TensorBoard shows: curve, field, factor; each curve is of one kind of event, so
+# of the events, what TensorBoard and wandb show: curve, field, factor; each curve is of one kind of event, so
 # that it has a step once
 CURVES = {
     "iter": (("train/iter_loss", "loss", 1), ("lr", "lr", 1), ("norm", "norm", 1),
@@ -62,6 +63,7 @@ CURVES = {
 MAY_BE_UNKNOWN = ("mfu", "memory", "best_val_loss")  # null is no point; elsewhere it is a NaN
 OF_AN_EVALUATION = ("eval", "hellaswag", "sample")
 BACKLOG = 20_000  # lines, or records, that wait for a disk that is full
+WANDB_SECONDS = 60.0  # to reach wandb at the start, and to send what is left at the end
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -97,14 +99,16 @@ def environment(device: torch.device) -> dict:
     }
 
 
-def check_installed(tensorboard: bool = False) -> None:
+def check_installed(tensorboard: bool = False, wandb: bool = False) -> None:
     """Raise UserError if a package is missing that is wanted; for before anything takes long."""
-    try:
-        if tensorboard:
-            importlib.import_module("tensorboard")
-    except ImportError:
-        raise UserError("use_tensorboard=True needs the package tensorboard: pip install tensorboard, or use "
-                        "--use_tensorboard=False") from None
+    for wanted, package, setting in ((tensorboard, "tensorboard", "use_tensorboard"),
+                                     (wandb, "wandb", "wandb_log")):
+        try:
+            if wanted:
+                importlib.import_module(package)
+        except ImportError:
+            raise UserError(f"{setting}=True needs the package {package}: pip install {package}, or use "
+                            f"--{setting}=False") from None
 
 
 class TrainingLogger:
@@ -132,8 +136,12 @@ class TrainingLogger:
         start, path, kept = {"resumed": resumed_step is not None}, None, []
         if resumed_step is not None:
             path, events = self._newest_log(out_dir)
-            start |= {"resumed_step": resumed_step, "evaluated": evaluated}
+            reached = max((event["step"] if event["event"] in ("iter", *OF_AN_EVALUATION)
+                           else event.get("reached", -1) for event in events), default=-1)
+            start |= {"resumed_step": resumed_step, "evaluated": evaluated, "reached": reached}
             kept = _until(_joined(events), resumed_step, evaluated)
+            if self._wandb is not None:
+                self._wandb.skip_to(reached + 1)
         if path is None:
             path = unused_path(os.path.join(out_dir, time.strftime("run_%Y%m%d-%H%M%S")), ".jsonl")
         else:
@@ -166,21 +174,23 @@ class TrainingLogger:
                 logs.append((events[0]["time"], path, events))
         return max(logs, key=lambda log: log[:2])[1:] if logs else (None, [])
 
-    def start_wandb(self, project: str, name: str, config: dict) -> None:
-        """Send evaluations and iterations to Weights & Biases as well. Raises UserError."""
+    def start_wandb(self, project: str, name: str, config: dict, out_dir: str = ".", mode: str = "online",
+                    resumed: bool = False) -> None:
+        """Send events to Weights & Biases as well; to be called before `open_files`. Raises UserError.
+
+        mode: 'online', or 'offline' (into out_dir/wandb); the environment's WANDB_MODE goes first. resumed:
+        go on with the run of out_dir/wandb_id. Not reachable, it logs offline.
+        """
         if not self.active:
             return
-        try:
-            import wandb
-
-            self._wandb = wandb.init(project=project, name=name, config=config)
-        except ImportError:
-            raise UserError("wandb_log=True needs the package wandb: pip install wandb, or use "
-                            "--wandb_log=False") from None
-        except Exception as e:  # of wandb or of its HTTP library
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
-            raise UserError(f"wandb does not start ({reason}): run wandb login, or use "
-                            f"--wandb_log=False") from None
+        check_installed(wandb=True)
+        if mode not in ("online", "offline"):
+            raise UserError(f"wandb_mode={mode!r} is unknown: use online or offline")
+        mode = os.environ.get("WANDB_MODE") or mode
+        if mode == "disabled":
+            return
+        with made_folder(out_dir):
+            self._wandb = _Wandb(self.line, project, name, config, out_dir, mode, resumed)
 
     def begin(self, first_step: int, last_step: int) -> None:
         """The iterations begin: from now on they move a bar if the console is a terminal."""
@@ -205,15 +215,13 @@ class TrainingLogger:
             return
         event = _finite({"event": kind, "time": time.time(), **fields})
         self._events.write(_line_of(event))
-        if self._tensorboard is not None:
-            self._tensorboard.event(event)
+        for sink in (self._tensorboard, self._wandb):
+            if sink is not None:
+                sink.event(event)
 
     def evaluation(self, step: int, train_loss: float, val_loss: float, lr: float) -> None:
         self.line(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.event("eval", step=step, train_loss=train_loss, val_loss=val_loss, lr=lr)
-        if self._wandb is not None:
-            self._wandb.log({"iter": step, "train/loss": train_loss, "val/loss": val_loss, "lr": lr},
-                            step=step)
 
     def iteration(self, step: int, loss: float, lr: float, norm: float, seconds: float, tokens: int,
                   mfu: float | None, epoch: int, memory: int | None = None) -> None:
@@ -232,9 +240,6 @@ class TrainingLogger:
             self.line(text)
         self.event("iter", step=step, loss=loss, lr=lr, norm=norm, seconds=seconds,
                    tokens_per_second=tokens / seconds, mfu=mfu, epoch=epoch, memory=memory)
-        if self._wandb is not None:
-            self._wandb.log({"iter": step, "train/iter_loss": loss, "lr": lr, "norm": norm,
-                             "tok/s": tokens / seconds, "mfu": 100 * (mfu or 0.0)}, step=step)
 
     def checkpoint(self, step: int, path: str, val_loss: float | None, seconds: float) -> None:
         """val_loss: None if it was not measured; seconds: that training waited."""
@@ -268,9 +273,7 @@ class TrainingLogger:
     def close(self, **summary) -> None:
         """End the logs, with a last event."""
         self.event("end", **summary)
-        if self._wandb is not None:
-            self._wandb.finish()
-        for sink in (self._tensorboard, self._events, self._text, self._console):
+        for sink in (self._wandb, self._tensorboard, self._events, self._text, self._console):
             if sink is not None:
                 sink.close()
         self._out_dir = self._text = self._events = self._tensorboard = self._wandb = None
@@ -448,6 +451,93 @@ class _TensorBoard:
         self._file.close()
 
 
+class _Wandb:
+    """A run of Weights & Biases. It takes no step again, so those that it has are not sent."""
+
+    def __init__(self, warn, project: str, name: str, config: dict, out_dir: str, mode: str, resumed: bool):
+        """Raises UserError."""
+        import wandb
+
+        id_path = os.path.join(out_dir, "wandb_id")
+        self._warn, run_id = warn, _read_id(id_path) if resumed else None
+
+        def init(mode: str):
+            settings = wandb.Settings(init_timeout=WANDB_SECONDS)
+            if hasattr(settings, "finish_timeout"):  # of newer versions
+                settings.finish_timeout = WANDB_SECONDS
+            resume = {} if run_id is None or mode == "offline" else {"resume": "allow"}  # offline cannot tell
+            return wandb.init(project=project, name=name, config=dict(config), dir=out_dir, mode=mode,
+                              id=run_id, settings=settings, allow_val_change=resumed, **resume)
+
+        try:
+            try:
+                self._run = init(mode)
+            except Exception as e:  # of wandb or of its HTTP library
+                if mode == "offline" or _is_the_users(e):
+                    raise
+                warn(f"warning: wandb is not reachable ({_first_line(e)}): logging offline, into "
+                     f"{out_dir}/wandb")
+                wandb.teardown()  # or the id is still in use
+                self._run = init("offline")
+        except Exception as e:
+            raise UserError(f"wandb does not start ({_first_line(e)}): run wandb login, or use "
+                            f"--wandb_log=False") from None
+        self._next = self._run.step if run_id is not None else 0
+        self._continues = run_id is not None
+        try:
+            _replace(id_path, f"{self._run.id}\n".encode())
+        except OSError as e:
+            warn(f"warning: cannot write {id_path} ({e.strerror}): if resumed, this will be a new run there")
+
+    def skip_to(self, step: int) -> None:
+        """The log has steps before this one, and so has the run that is continued."""
+        if self._continues:
+            self._next = max(self._next, step)
+
+    def event(self, event: dict) -> None:
+        values, step = _curves(event), event.get("step", 0)
+        if event["event"] == "sample":
+            values["sample"] = event["text"]
+        if event["event"] == "end":
+            fields = {name: value for name, value in event.items() if name not in ("event", "time")}
+            self._try(lambda: self._run.summary.update(fields))
+        elif values and step >= self._next:
+            self._try(lambda: self._run.log({"iter": step, **values}, step=step))
+
+    def _try(self, function) -> None:
+        """Switch off at an error; nothing that a run is watched with may stop it."""
+        try:
+            if self._run is not None:
+                function()
+        except Exception as e:
+            self._warn(f"warning: wandb fails ({_first_line(e)}): going on without")
+            self._run = None
+
+    def close(self) -> None:
+        self._try(lambda: self._run.finish())
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Whether the user can mend what wandb.init raised; otherwise it is the network's. By name, since where
+    wandb has these classes changes."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"UsageError", "AuthenticationError", "ValueError", "TypeError"})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _read_id(path: str) -> str | None:
+    """The wandb run that an earlier process wrote down."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = re.fullmatch(r"[\w-]{1,64}", f.read(100).strip())
+    except (OSError, ValueError):
+        return None
+    return found and found[0]
+
+
 def _curves(event: dict) -> dict[str, float]:
     """What of an event is drawn, by the curve's name."""
     values = {}
@@ -602,7 +692,7 @@ def _is_event(event) -> bool:
     if event["event"] == "start":
         return isinstance(event.get("time"), (int, float)) and isinstance(event.get("config"), dict) \
             and isinstance(event.get("resumed"), bool) \
-            and isinstance(event.get("resumed_step", 0), int) \
+            and isinstance(event.get("resumed_step", 0), int) and isinstance(event.get("reached", 0), int) \
             and ("resumed_step" not in event or isinstance(event.get("evaluated"), bool))
     if not isinstance(event.get("step", 0), int) or not isinstance(event.get("text", ""), str):
         return False

@@ -1,5 +1,5 @@
-"""What a run writes, also when it is resumed or killed, its disk full or its console gone; TensorBoard;
-the peaks that MFU is a share of. CPU; seconds.
+"""What a run writes, also when it is resumed or killed, its disk full or its console gone; TensorBoard and
+wandb; the peaks that MFU is a share of. CPU; seconds.
 
     python -m pytest tests/test_training_logger.py
 """
@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def test_log_has_the_lines_from_before_it_was_opened_and_is_appended_to(tmp_path
 
 def test_processes_that_do_not_log(tmp_path, capsys):
     log = TrainingLogger(active=False)
-    log.start_wandb("p", "n", {})
+    log.start_wandb("p", "n", {}, str(tmp_path / "out"))
     log.open_files(str(tmp_path / "out"), {}, {}, resumed_step=3, tensorboard=True)
     log.begin(0, 1)
     log.line("x")
@@ -180,7 +181,7 @@ def test_a_resumed_run_goes_on_in_its_log(tmp_path, evaluated, killed):
     assert steps(events) == whole
     first, second = (e for e in events if e["event"] == "start")
     assert not first["resumed"] and second["resumed"]
-    assert (second["resumed_step"], second["evaluated"]) == (8, evaluated)
+    assert (second["resumed_step"], second["evaluated"], second["reached"]) == (8, evaluated, 9)
     assert steps(read_log(str(tmp_path))) == steps(read_log(str(tmp_path / "whole")))
     text = (tmp_path / "log.txt").read_text()
     assert text.count("iter 8: ") == 2 and text.count('{"event": "iter", "st\n') == killed
@@ -213,6 +214,7 @@ def test_a_log_that_cannot_be_written_anew_is_appended_to(tmp_path, monkeypatch,
     run(tmp_path, 4, 12, 4)
     run(tmp_path / "longer", 0, 12)
     assert steps(said(tmp_path)) == steps(said(tmp_path / "longer"))
+    assert [e.get("reached") for e in said(tmp_path) if e["event"] == "start"] == [None, 9, 9]
 
 
 def test_the_newest_of_several_logs_is_continued(tmp_path, capsys):
@@ -435,17 +437,154 @@ def test_tensorboard_has_a_point_where_a_loss_is_no_number(tmp_path):
     assert curves(tmp_path)["mfu_percent"] == [(260, pytest.approx(47.1))]
 
 
-def test_tensorboard_that_is_not_installed(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
+def test_packages_that_are_not_installed(monkeypatch, tmp_path):
+    for package in ("tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
     check_installed()
     with pytest.raises(UserError, match="use_tensorboard=True needs the package tensorboard: pip install"):
         check_installed(tensorboard=True)
     with pytest.raises(UserError, match="pip install tensorboard"):
         TrainingLogger().open_files(str(tmp_path / "out"), {}, {}, tensorboard=True)
+    with pytest.raises(UserError, match="pip install wandb, or use --wandb_log=False"):
+        TrainingLogger().start_wandb("project", "name", {}, str(tmp_path / "out"))
     assert not os.listdir(tmp_path)
 
 
-def test_wandb_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb, or use --wandb_log=False"):
-        TrainingLogger().start_wandb("project", "name", {})
+# wandb
+
+class UsageError(Exception):
+    """As wandb has it."""
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A wandb that notes what it is told, and fails where a test says so."""
+    class Run:
+        def __init__(self, fake, id, step):
+            self.id, self.step, self.summary, self._fake = id or f"run{len(fake.started)}", step, {}, fake
+
+        def log(self, values, step):
+            if self._fake.fails_at == step:
+                raise ConnectionError("reset\nby peer")
+            self._fake.logged.append((step, values))
+
+        def finish(self):
+            if self._fake.fails_at == "finish":
+                raise TimeoutError
+            self._fake.finished += 1
+
+    class Fake(types.ModuleType):
+        def init(self, **options):
+            self.started.append(options)
+            assert not self.in_use, "run ID in use"  # as after an init that failed, without a teardown
+            self.in_use = self.problem is not None and options["mode"] != "offline"
+            if self.problem is not None and options["mode"] != "offline":
+                raise self.problem
+            return Run(self, options["id"], self.step)
+
+        def teardown(self):
+            self.in_use = False
+
+        class Settings(types.SimpleNamespace):
+            finish_timeout = 0
+
+    module = Fake("wandb")
+    module.started, module.logged, module.finished = [], [], 0
+    module.problem = module.fails_at = None
+    module.step, module.in_use = 0, False
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return module
+
+
+def wandb_run(folder, first, last, resumed=None, mode="online"):
+    log = TrainingLogger()
+    log.start_wandb("project", "name", {"lr": 1.0}, str(folder), mode, resumed=resumed is not None)
+    log.open_files(str(folder), {}, {}, resumed_step=resumed)
+    for step in range(first, last):
+        log.evaluation(step, 3.0, 4.0, 1e-3)
+        log.iteration(step, math.nan, 1e-3, 0.5, 0.25, 1000, None, 0)
+    log.close(status="finished", step=last, best_val_loss=4.0)
+
+
+def test_wandb_is_told_each_step_once(fake, tmp_path):
+    """Resumed: the same run, and only the steps that it does not have, by its own count or by the log's."""
+    wandb_run(tmp_path, 0, 6)
+    fake.step = 3
+    wandb_run(tmp_path, 2, 4, resumed=2)
+    wandb_run(tmp_path, 2, 8, resumed=2)
+    fake.step = 9
+    wandb_run(tmp_path, 4, 11, resumed=4)
+    assert [step for step, _ in fake.logged[::2]] == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10]
+    assert fake.logged[0][1] == {"iter": 0, "train/loss": 3.0, "val/loss": 4.0}
+    assert math.isnan(fake.logged[1][1]["train/iter_loss"]) and "mfu_percent" not in fake.logged[1][1]
+    first, *others = fake.started
+    assert first["id"] is None and "resume" not in first and first["dir"] == str(tmp_path)
+    assert [(other["id"], other["resume"]) for other in others] == [("run1", "allow")] * 3
+    assert fake.finished == 4
+    assert (tmp_path / "wandb_id").read_text() == "run1\n"
+    (tmp_path / "wandb_id").write_text("../../etc\n")
+    wandb_run(tmp_path, 0, 1, resumed=0)
+    assert fake.started[-1]["id"] is None
+
+
+def test_wandb_out_of_reach(fake, tmp_path, capsys):
+    fake.problem = ConnectionError("no such host\nand more")
+    wandb_run(tmp_path, 0, 2)
+    assert [options["mode"] for options in fake.started] == ["online", "offline"] and len(fake.logged) == 4
+    out = capsys.readouterr().out
+    assert out.startswith("warning: wandb is not reachable (no such host): logging offline, into")
+
+
+@pytest.mark.parametrize("fails_at", [1, "finish"])
+def test_wandb_that_fails_later(fake, tmp_path, capsys, fails_at):
+    fake.fails_at = fails_at
+    wandb_run(tmp_path, 0, 4)
+    assert capsys.readouterr().out.count("warning: wandb fails (") == 1
+    assert steps(said(tmp_path))[-1] == ("end", 4) and len(fake.logged) == (2 if fails_at == 1 else 8)
+
+
+def test_wandb_modes(fake, tmp_path, monkeypatch):
+    wandb_run(tmp_path, 0, 1, mode="offline")
+    wandb_run(tmp_path, 1, 2, resumed=1, mode="offline")
+    assert fake.started[-1]["mode"] == "offline" and fake.started[-1]["id"] == "run1"
+    assert "resume" not in fake.started[-1]
+    monkeypatch.setenv("WANDB_MODE", "offline")  # the user's
+    wandb_run(tmp_path, 0, 1)
+    assert fake.started[-1]["mode"] == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    wandb_run(tmp_path, 0, 1)
+    assert len(fake.started) == 3
+    with pytest.raises(UserError, match="wandb_mode='of' is unknown: use online or offline"):
+        TrainingLogger().start_wandb("p", "n", {}, str(tmp_path), "of")
+
+
+def test_wandb_without_login_leaves_nothing(fake, tmp_path):
+    fake.problem = UsageError("No API key configured.")
+    with pytest.raises(UserError, match=r"wandb does not start \(No API key configured.\): run wandb login"):
+        TrainingLogger().start_wandb("p", "n", {}, str(tmp_path / "out"))
+    assert len(fake.started) == 1 and not os.listdir(tmp_path)
+
+
+WITH_WANDB = """
+import sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from test_training_logger import wandb_run
+wandb_run(Path("out"), 0, 4, mode="offline")
+time.sleep(1.1)  # wandb names its folder by the second
+wandb_run(Path("out"), 2, 6, resumed=2, mode="offline")
+"""
+
+
+@pytest.mark.slow
+def test_wandb_itself_offline(tmp_path):
+    code = WITH_WANDB.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    env = {name: value for name, value in os.environ.items() if "WANDB" not in name}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0 and "warning" not in done.stdout, done.stderr
+    assert "Steps must be monotonically increasing" not in done.stderr
+    name = (tmp_path / "out" / "wandb_id").read_text().strip()
+    assert os.listdir(tmp_path) == ["out"]
+    assert len(list((tmp_path / "out" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
