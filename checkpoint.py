@@ -18,9 +18,12 @@ import importlib
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
+import signal
+import threading
 import time
 from dataclasses import dataclass
 
@@ -30,8 +33,9 @@ import torch.nn as nn
 
 from configurator import Config, UserError, check_can_write
 from data.files import json_text, sha256_of, unused_path, write_json
-from distributed import on_main
+from distributed import gather_to_main, on_main
 from model import GPT, GPTConfig
+from optim import state_by_name
 
 FORMAT = 1
 FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json")
@@ -48,7 +52,12 @@ VARIANT = {
 }
 ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "bias")  # the settings that a checkpoint decides
 STEP_NAME = re.compile(r"step-(\d{8})")
-OF_A_RUN = ("ckpt", "latest", "best.json", "log.txt")  # what a new run would overwrite or prune
+# what a run depends on in state.json, and its types
+STATE = {"step": int, "sample": int, "epoch": int, "seed": int, "world_size": int, "evaluated": bool,
+         "val_loss": (float, type(None)), "best_val_loss": (float, type(None)), "scaler": dict, "model": dict,
+         "data": dict, "meta": (dict, type(None)), "config": dict}
+# what a new run would overwrite, prune or mix with its own
+OF_A_RUN = ("ckpt", "tensorboard", "latest", "best.json", "log.txt", "status.json")
 
 
 @dataclass(frozen=True)
@@ -78,48 +87,84 @@ def check_out_dir(out_dir: str) -> None:
     check_can_write(out_dir, "out_dir")
     for name in OF_A_RUN:
         path = os.path.join(out_dir, name)
-        if os.path.lexists(path) and os.path.isdir(path) != (name == "ckpt"):
-            kind = "folder" if name == "ckpt" else "file"
+        is_folder = name in ("ckpt", "tensorboard")
+        if os.path.lexists(path) and os.path.isdir(path) != is_folder:
+            kind = "folder" if is_folder else "file"
             raise UserError(f"{path} is in the way of the run's {kind} of that name: move it, or name "
                             f"another out_dir")
     check_can_write(os.path.join(out_dir, "ckpt"), "out_dir")
 
 
-def save(out_dir: str, step: int, model: dict, optim: dict, rng: dict, state: dict, keep: int,
-         protect: tuple[int, ...] = (), best: bool = False) -> str:
-    """Write the checkpoint of a step, then drop all but the last `keep`, the best and the steps in `protect`.
+POINTS = ("begun", "model", "optim", "rng", "state", "synced", "manifest", "folder synced", "moved aside",
+          "published", "latest", "best", "pruned")  # moments of a save, for tests
 
-    model, optim, rng: tensors by name; state: JSON values; best: whether its state["val_loss"] is the lowest
-    so far. Returns the folder. For one process, rank 0.
+
+def _reach(point: str, step: int) -> None:
+    """Kill this process if the environment's NANOSYNC_KILL_AT is this point, alone or as `point@step`."""
+    if os.environ.get("NANOSYNC_KILL_AT") in (point, f"{point}@{step}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save(out_dir: str, step: int, tensors: dict[str, dict], state: dict, keep: int,
+         protect: tuple[int, ...] = (), best: bool = False, verified: dict | None = None) -> str:
+    """Write the checkpoint of a step, then drop all but the last `keep` that verify, the best and the steps
+    in `protect`.
+
+    tensors: {"model": ..., "optim": ..., "rng": ...}, each tensors by name, on the CPU; state: JSON values;
+    best: whether its state["val_loss"] is the lowest so far; verified: what is known of other steps, see
+    _prune. Returns the folder. For one process, rank 0. Raises OSError or SafetensorError, and then leaves
+    what was there before.
     """
     from safetensors.torch import save_file
 
     folder = os.path.join(out_dir, "ckpt")
     final, temporary = (os.path.join(folder, f"{prefix}step-{step:08d}") for prefix in ("", ".tmp-"))
     shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    for which, tensors in (("model", model), ("optim", optim), ("rng", rng)):
-        tensors = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
-        save_file(tensors, os.path.join(temporary, f"{which}.safetensors"))
-    write_json(os.path.join(temporary, "state.json"), {"format": FORMAT, "step": step, **state})
-    manifest = {}
-    for name in FILES:
-        path = os.path.join(temporary, name)
-        _sync(path)
-        manifest[name] = {"size": os.path.getsize(path), "sha256": sha256_of(path)}
-    write_json(os.path.join(temporary, "MANIFEST.json"), manifest)
-    _sync(temporary)
-    if os.path.exists(final):  # a step that was saved before and is saved again, or did not verify
-        os.rename(final, os.path.join(folder, f".tmp-old-{step:08d}-{time.time_ns()}"))
+    try:
+        os.makedirs(temporary)
+        _reach("begun", step)
+        for which in ("model", "optim", "rng"):
+            save_file(tensors[which], os.path.join(temporary, f"{which}.safetensors"))
+            _reach(which, step)
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for name, value in state.items()}  # JSON has no others
+        write_json(os.path.join(temporary, "state.json"), {"format": FORMAT, "step": step, **finite})
+        _reach("state", step)
+        manifest = {}
+        for name in FILES:
+            path = os.path.join(temporary, name)
+            _sync(path)
+            manifest[name] = {"size": os.path.getsize(path), "sha256": sha256_of(path)}
+        _reach("synced", step)
+        write_json(os.path.join(temporary, "MANIFEST.json"), manifest)
+        _reach("manifest", step)
+        _sync(temporary)
+        _reach("folder synced", step)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if os.path.lexists(final):  # a step that was saved before and is saved again, or did not verify
+        os.rename(final, os.path.join(folder, f".old-step-{step:08d}-{time.time_ns()}"))
+        _reach("moved aside", step)
     os.rename(temporary, final)
     _sync(folder)
-    with open(os.path.join(out_dir, "latest.tmp"), "w") as f:
-        f.write(f"step-{step:08d}\n")
-    os.replace(os.path.join(out_dir, "latest.tmp"), os.path.join(out_dir, "latest"))
+    _reach("published", step)
+    _write_text(os.path.join(out_dir, "latest"), f"step-{step:08d}\n")
+    _reach("latest", step)
     if best:  # before pruning, which must know what to spare
         write_best(out_dir, step, state["val_loss"])
-    _prune(out_dir, keep, protect)
+    _reach("best", step)
+    verified = {} if verified is None else verified
+    verified[step] = True
+    _prune(out_dir, keep, (step, *protect), verified)
+    _reach("pruned", step)
     return final
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
 
 
 def _sync(path: str) -> None:
@@ -130,15 +175,91 @@ def _sync(path: str) -> None:
         os.close(descriptor)
 
 
-def _prune(out_dir: str, keep: int, protect: tuple[int, ...]) -> None:
-    best = best_step(out_dir)
-    steps = steps_in(out_dir)
-    for step in steps[:-keep] if keep > 0 else []:
-        if step != best and step not in protect:
-            shutil.rmtree(os.path.join(out_dir, "ckpt", f"step-{step:08d}"))
+def _prune(out_dir: str, keep: int, protect: tuple[int, ...], verified: dict[int, bool]) -> None:
+    """verified: of steps, whether they do, as far as that is known; the others are verified here, once."""
+    spared, best = 0, best_step(out_dir)
+    for step in reversed(steps_in(out_dir)):
+        path = os.path.join(out_dir, "ckpt", f"step-{step:08d}")
+        if step not in verified:
+            verified[step] = verify(path) is None
+        if spared < keep and verified[step]:
+            spared += 1
+        elif step != best and step not in protect:
+            shutil.rmtree(path, ignore_errors=True)
     for name in os.listdir(os.path.join(out_dir, "ckpt")):
-        if name.startswith(".tmp-"):
+        if name.startswith((".tmp-", ".old-")):
             shutil.rmtree(os.path.join(out_dir, "ckpt", name), ignore_errors=True)
+
+
+def snapshot(model: nn.Module, optimizer, device: torch.device, shared: torch.Generator | None,
+             group) -> dict:
+    """What `save` takes as tensors, copied to the CPU, so that training can go on while they are written.
+
+    shared: see random_states. All processes take part; all but the first get an empty dict.
+    """
+    rng = gather_to_main(random_states(device, shared), group)
+    tensors = {"model": model.whole(dict(model.named_parameters())),
+               "optim": model.whole(state_by_name(optimizer, model))}
+    if rng is None:
+        return {}
+    tensors["rng"] = {f"{rank}.{name}": t for rank, states in enumerate(rng) for name, t in states.items()}
+    return {which: {name: t.detach().to("cpu", copy=True).contiguous() for name, t in named.items()}
+            for which, named in tensors.items()}
+
+
+class Saver:
+    """Writes the checkpoints of a run in the background, one at a time; for rank 0."""
+
+    def __init__(self, out_dir: str, keep: int, protect: tuple[int, ...], log):
+        """keep, protect: as of `save`; log: a TrainingLogger, told of every checkpoint."""
+        self.out_dir, self.keep, self.protect, self.log = out_dir, keep, protect, log
+        self._verified, self._thread = dict.fromkeys(protect, True), None
+
+    def save(self, step: int, tensors: dict, state: dict, best: bool, waited: float) -> None:
+        """Begin to write, once the one before is written; waited: seconds that training stood still for its
+        copy."""
+        self.wait()
+        self._state = {"step": step, "val_loss": state["val_loss"], "seconds": waited}
+        self._bytes = sum(t.nbytes for named in tensors.values() for t in named.values())
+        self._problem = None
+        self._thread = threading.Thread(target=self._write, args=(step, tensors, state, best),
+                                        name="checkpoint")
+        self._thread.start()
+
+    def _write(self, step, tensors, state, best) -> None:
+        from safetensors import SafetensorError
+
+        try:
+            self._path = save(self.out_dir, step, tensors, state, self.keep, self.protect, best,
+                              self._verified)
+        except (OSError, SafetensorError) as e:
+            self._problem = getattr(e, "strerror", None) or str(e)
+
+    def poll(self) -> None:
+        """Say what became of a checkpoint as soon as that is known."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self, final: bool = False) -> None:
+        """Wait until nothing is being written. A checkpoint that could not be written is warned of, or, if
+        final, raises UserError.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        if self._problem is None:
+            self.log.checkpoint(path=self._path, **self._state)
+            return
+        where = os.path.join(self.out_dir, "ckpt", f"step-{self._state['step']:08d}")
+        try:
+            free = f"{shutil.disk_usage(self.out_dir).free:,}"
+        except OSError:
+            free = "an unknown number"
+        what = f"cannot save checkpoint {where}: {self._problem} ({self._bytes:,} bytes, {free} are free)"
+        if final:
+            raise UserError(f"{what}: make room and go on with --resume=latest")
+        self.log.line(f"warning: {what}; the run goes on")
 
 
 def steps_in(out_dir: str) -> list[int]:
@@ -158,7 +279,7 @@ def best_step(out_dir: str) -> int | None:
     try:
         with open(os.path.join(out_dir, "best.json")) as f:
             return int(json.load(f)["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -169,7 +290,7 @@ def mend_best(out_dir: str) -> None:
         try:
             with open(os.path.join(out_dir, "ckpt", f"step-{step:08d}", "state.json"), encoding="utf-8") as f:
                 losses[step] = float(json.load(f)["val_loss"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     for step in sorted((s for s in losses if math.isfinite(losses[s])), key=losses.get):
         if step == best_step(out_dir):
@@ -189,7 +310,7 @@ def verify(path: str) -> str | None:
         entries = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
         if text != json_text(manifest):  # nothing else in the folder vouches for the manifest
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "its MANIFEST.json is missing or unreadable"
     if set(entries) != set(FILES):
         return f"its MANIFEST.json lists {sorted(entries)}"
@@ -209,11 +330,58 @@ def open_checkpoint(path: str) -> Checkpoint:
     problem = verify(path)
     if problem is not None:
         raise UserError(f"checkpoint {path} cannot be used: {problem}")
-    with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-        state = json.load(f)
-    if state.get("format") != FORMAT:
-        raise UserError(f"checkpoint {path} has format {state.get('format')!r}; this program reads {FORMAT}")
-    return Checkpoint(path, int(state["step"]), state)
+    try:
+        with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
+            state = json.load(f)
+        if state.get("format") != FORMAT:
+            raise UserError(f"checkpoint {path} has format {state.get('format')!r}; this program reads "
+                            f"{FORMAT}")
+        state.setdefault("evaluated", True)  # written since saving does not wait for an evaluation
+        for name, kind in STATE.items():
+            if not isinstance(state[name], kind):
+                raise ValueError(f"{name} is {state[name]!r}")
+        step = STEP_NAME.fullmatch(os.path.basename(os.path.abspath(path)))
+        if step is None or int(step[1]) != state["step"]:
+            raise ValueError(f"it is of step {state['step']}")
+    except (ValueError, KeyError, AttributeError, RecursionError) as e:
+        raise UserError(f"checkpoint {path} cannot be used: its state.json is not what a run writes "
+                        f"({type(e).__name__}: {e})") from None
+    return Checkpoint(path, state["step"], state)
+
+
+def find_resumed(resume: str, out_dir: str, warn=print, group=None) -> Checkpoint:
+    """The checkpoint that --resume=... names: 'latest', 'best' or a step of out_dir, or the path of one or of
+    another out_dir. Raises UserError.
+    """
+    if resume in ("latest", "best") or resume.isdecimal():
+        return find(out_dir, resume, warn, group)
+    found = find_weights(resume, warn=warn, group=group)
+    if found is None:
+        raise UserError(f"resume={resume!r} is no checkpoint: use latest, best, a step, or the path of a "
+                        f"checkpoint or an out_dir (steps in {out_dir}: "
+                        f"{', '.join(map(str, steps_in(out_dir))) or 'none'})")
+    return found
+
+
+def listing(out_dir: str) -> str:
+    """A table of the checkpoints in out_dir: step, epoch, val loss, size, date, and whether they verify."""
+    best = best_step(out_dir)
+    lines = [f"{'step':>9}  {'epoch':>5}  {'val loss':>8}  {'size':>9}  {'saved':19}"]
+    for step in steps_in(out_dir):
+        path = os.path.join(out_dir, "ckpt", f"step-{step:08d}")
+        problem = None
+        try:
+            state = open_checkpoint(path).state
+        except UserError as e:
+            state, problem = {}, str(e).partition("cannot be used: ")[2] or str(e)
+        size = sum(entry.stat().st_size for entry in os.scandir(path)) if os.path.isdir(path) else 0
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(os.lstat(path).st_mtime))
+        val_loss = state.get("val_loss")
+        val_loss = "-" if val_loss is None else f"{val_loss:.4f}"
+        note = f"not valid: {problem}" if problem else "valid, the best" if step == best else "valid"
+        lines.append(f"{step:9}  {state.get('epoch', '-'):>5}  {val_loss:>8}  {size / 1e6:6.1f} MB  {saved}  "
+                     f"{note}")
+    return "\n".join(lines)
 
 
 def find(out_dir: str, which: str | int = "latest", warn=print, group=None) -> Checkpoint:
@@ -253,28 +421,92 @@ def _find(out_dir: str, which: str | int, warn) -> Checkpoint:
     raise UserError(f"none of the {len(steps)} checkpoints in {out_dir} can be used")
 
 
-def set_aside(out_dir: str) -> str | None:
-    """Move what an earlier run left in out_dir to a folder of its own; its name, None if there was none."""
-    there = [name for name in OF_A_RUN if os.path.lexists(os.path.join(out_dir, name))]
+def lock(out_dir: str, make: bool) -> int | None:
+    """Take out_dir for this process as long as it lives; a process that dies lets go of it, however it does.
+
+    make: whether to make the folder and its LOCK; else only one that is there is taken. Returns what keeps
+    it, None if there was nothing to take. Raises UserError if another process has it.
+    """
+    import fcntl
+
+    path = os.path.join(out_dir, "LOCK")
+    try:
+        if make:
+            os.makedirs(out_dir, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if make else 0), 0o666)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise UserError(f"cannot open {path}: {e.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode().ljust(80), 0)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 80, 0).decode(errors="replace").strip() or "another process"
+        raise UserError(f"{out_dir} is in use by {holder}: wait for it or end it, or name another "
+                        f"--out_dir=...") from None
+    except OSError as e:
+        raise UserError(f"cannot lock {path} ({e.strerror}): name an out_dir on a file system that has locks "
+                        f"and room") from None
+    _restore(out_dir)
+    return descriptor
+
+
+def _restore(out_dir: str) -> None:
+    """Bring back a step that was moved aside for a new copy of it that did not come."""
+    folder = os.path.join(out_dir, "ckpt")
+    for name in sorted(os.listdir(folder) if os.path.isdir(folder) else []):
+        moved = re.fullmatch(r"\.old-(step-\d{8})-\d+", name)
+        if moved and not os.path.lexists(os.path.join(folder, moved[1])):
+            os.rename(os.path.join(folder, name), os.path.join(folder, moved[1]))
+
+
+def make_room(out_dir: str, resumed: Checkpoint | None, say) -> None:
+    """Move aside what is in the way of a run that begins or goes on in out_dir, and say so."""
+    mine = resumed is not None and belongs_to(resumed, out_dir)
+    earlier = set_aside(out_dir, after=resumed.step if mine else None)
+    if earlier is not None:
+        whose = f"of later steps than {resumed.step}" if mine else "of an earlier run"
+        say(f"moved the {'checkpoints' if mine or steps_in(earlier) else 'log'} {whose} to {earlier}")
+    if mine:
+        mend_best(out_dir)
+
+
+def belongs_to(checkpoint: Checkpoint, out_dir: str) -> bool:
+    """Whether a checkpoint lies in out_dir."""
+    return os.path.realpath(checkpoint.path).startswith(os.path.join(os.path.realpath(out_dir), "ckpt", ""))
+
+
+def set_aside(out_dir: str, after: int | None = None) -> str | None:
+    """Move what an earlier run left in out_dir to a folder of its own; its name, None if there was none.
+
+    after: only the checkpoints of later steps, which a run that goes on from that step will make anew.
+    """
+    if after is None:
+        there = [name for name in OF_A_RUN if os.path.lexists(os.path.join(out_dir, name))]
+    else:
+        there = [os.path.join("ckpt", f"step-{step:08d}") for step in steps_in(out_dir) if step > after]
     if not there:
         return None
     folder = unused_path(os.path.join(out_dir, time.strftime("earlier-%Y%m%d-%H%M%S")))
-    os.makedirs(folder)
     for name in there:
+        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
         os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
     return folder
 
 
 def take_model(config: Config, resumed: Checkpoint, kinds: tuple[str, ...]) -> None:
-    """take_architecture of a run that is resumed: its kind of model, one of `kinds`, and all of its shape."""
+    """take_architecture of a run that is resumed: its kind of model, one of `kinds`, all of its shape, and
+    the seed, which decides the order of the data."""
     kind = resumed.state["model"]["kind"]
     if kind not in kinds:
         script = "train_reduced_sync.py" if kind == "reduced_sync_gpt" else "train.py"
         raise UserError(f"{resumed.path} holds a model of kind {kind!r}: resume it with {script}, or start a "
                         f"new run from its weights with --init_from={resumed.path}")
     kind_of_model = ("model_type",) if "model_type" in config else ()
-    take_architecture(config, {"model_type": kind, **resumed.state["model"]["config"]}, resumed.path,
-                      (*kind_of_model, *ARCHITECTURE, *VARIANT[kind]))
+    settings = {"model_type": kind, "seed": resumed.state["seed"], **resumed.state["model"]["config"]}
+    take_architecture(config, settings, resumed.path,
+                      (*kind_of_model, *ARCHITECTURE, *VARIANT[kind], "seed"))
 
 
 def take_architecture(config: Config, model_config: dict, path: str,
@@ -468,14 +700,40 @@ def random_states(device: torch.device, shared: torch.Generator | None = None) -
 
 def set_random_states(states: dict[str, torch.Tensor], device: torch.device,
                       shared: torch.Generator | None = None) -> None:
-    """The inverse of `random_states`."""
-    torch.set_rng_state(states["torch"])
-    position, has_gauss, cached = states["numpy_rest"].tolist()
-    keys = states["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
-    version, has_gauss, gauss = states["python_rest"].tolist()
-    random.setstate((int(version), tuple(states["python"].tolist()), gauss if has_gauss else None))
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    if shared is not None and "shared" in states:
-        shared.set_state(states["shared"])
+    """The inverse of `random_states`. Raises UserError if they are no such states."""
+    try:
+        torch.set_rng_state(states["torch"])
+        position, has_gauss, cached = states["numpy_rest"].tolist()
+        keys = states["numpy"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+        version, has_gauss, gauss = states["python_rest"].tolist()
+        random.setstate((int(version), tuple(states["python"].tolist()), gauss if has_gauss else None))
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
+        if shared is not None and "shared" in states:
+            shared.set_state(states["shared"])
+    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as e:
+        raise UserError(f"the checkpoint's rng.safetensors holds no random states ({type(e).__name__}: {e})"
+                        ) from None
+
+
+def resume_random_states(resumed: Checkpoint, processes, tp_processes: int,
+                         shared: torch.Generator | None, say) -> None:
+    """Give this process the random states that its rank had; on other processes than then, new ones, a pure
+    function of (seed, step, rank)."""
+    then = resumed.state["world_size"], resumed.state.get("tp_processes", 1)
+    if then == (processes.world_size, tp_processes):
+        states = {name.partition(".")[2]: t for name, t in resumed.tensors("rng").items()
+                  if name.startswith(f"{processes.rank}.")}
+        return set_random_states(states, processes.device, shared)
+    say(f"saved on {then[0]} processes and resumed on {processes.world_size}: dropout masks differ from here "
+        f"on, the order of the data does not")
+    key = resumed.state["seed"] % 2**64, resumed.step
+    seed_random_states(_seed_of(*key, processes.rank))
+    if shared is not None:
+        shared.manual_seed(_seed_of(*key, 2**40 + processes.dp_rank))
+
+
+def _seed_of(*key: int) -> int:
+    """63 bits that are a pure function of a key."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))

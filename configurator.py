@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import tempfile
+import threading
 import time
 import tokenize
 import types
@@ -322,8 +323,8 @@ def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserErro
 
 
 def install_error_hook(rank: int = 0) -> None:
-    """End the process on a UserError, or when memory runs out, with one line on stderr and exit code 2; other
-    errors keep their traceback.
+    """End the process on a UserError, or when memory runs out, with one line on stderr and exit code 2, on
+    Ctrl-C with 130; other errors keep their traceback.
 
     Most such errors meet every rank. Rank 0 speaks at once; the others wait, are ended meanwhile by the
     launcher that sees rank 0 go, and speak only if the error was theirs alone.
@@ -337,10 +338,14 @@ def install_error_hook(rank: int = 0) -> None:
         if rank != 0:
             time.sleep(3)
         who = "error" if rank == 0 else f"error on rank {rank}"
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join()  # it is being written, and what is in it is good
         sys.stdout.flush()
         # torch.distributed's own hook holds sys.stderr back; a file name need not be UTF-8
         os.write(2, f"{who}: {text}\n".encode(errors="backslashreplace"))
-        os._exit(2)  # threads and process groups that are still up must not hold the exit back
+        # threads and process groups that are still up must not hold the exit back
+        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 2)
 
     sys.excepthook = hook
 
@@ -349,6 +354,8 @@ def _for_users(kind: type, error: BaseException) -> str | None:
     """What to say of an error that the user can mend, None for any other."""
     if issubclass(kind, UserError):
         return str(error)
+    if issubclass(kind, KeyboardInterrupt):
+        return "interrupted"
     # PyTorch's, known by name because it is not imported here: on a GPU, and on the CPU a RuntimeError
     if kind.__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
         detail = str(error).splitlines()[0]

@@ -160,6 +160,16 @@ def open_dataset(name: str, block_size: int) -> DataSet:
     return DataSet(folder, meta, train, val)
 
 
+def epoch_messages(split: Split, before: int, now: int) -> list[str]:
+    """What is to say when the epoch is `now` and was `before`."""
+    messages = []
+    for epoch in range(before, now):
+        messages.append(f"Completed epoch {epoch}")
+        if split.kind != "bin":
+            messages.append(f"Shuffled {len(split.files)} training shards for epoch {epoch + 1}")
+    return messages
+
+
 class DataLoader:
     """Micro-batches of the train split, gathered ahead by a background thread."""
 

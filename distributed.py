@@ -8,7 +8,10 @@ import functools
 import importlib.util
 import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -84,7 +87,15 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
     except (dist.DistError, ValueError) as e:  # of the network, or of what the environment says about it
         raise UserError(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:"
                         f"{os.environ['MASTER_PORT']}: {str(e).splitlines()[0]}") from None
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="parent watch", daemon=True).start()
     return Processes(*ranks, chosen, dist.group.WORLD, *_mesh(ranks[0], world_size, tp_processes))
+
+
+def _end_with(parent: int) -> None:
+    """Ask this process to end as soon as its parent is gone: a launcher that was killed cannot ask."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _mesh(rank: int, world_size: int, tp_processes: int):
@@ -163,6 +174,18 @@ def check_compile(device: torch.device) -> None:
     if not any(map(shutil.which, [os.environ.get("CXX") or "c++", "g++", "clang++", "gcc", "cc"])):
         raise UserError("compile=True needs a C++ compiler and there is none: install g++, or use "
                         "--compile=False")
+
+
+def make_deterministic() -> None:
+    """The same bits in every run on the same machine; before anything is computed on a GPU. Costs speed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes of a GPU that tensors took so far, None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def data_parallel(model: torch.nn.Module, processes: Processes, compiled: bool) -> torch.nn.Module:
@@ -326,6 +349,40 @@ def all_values(value, group) -> list:
     box = [None] * dist.get_world_size(group)
     dist.all_gather_object(box, value, group=group)
     return box
+
+
+class StopSignal:
+    """SIGINT, SIGTERM and SIGHUP as a request to end in order, at the next step; a second one ends the
+    process at once. What is ignored, as by nohup, stays so."""
+
+    def __init__(self, group):
+        self.received, self._group = 0, group
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
+
+    def _receive(self, number, frame) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+
+    def received_anywhere(self) -> bool:
+        """Whether any process was asked to end; all of them take part."""
+        return any(all_values(self.received, self._group))
+
+
+def agree(loss_sum: torch.Tensor, norm: torch.Tensor, stop: bool, processes: Processes
+          ) -> tuple[float, float, bool]:
+    """What all processes have to know of a step, in one reduction, which waits for the device: the sum of
+    loss_sum over the data-parallel ranks; norm, the same on all of them, but NaN or infinite if it is so
+    anywhere; whether stop is true anywhere.
+    """
+    exact = torch.float32 if loss_sum.device.type == "mps" else torch.float64  # MPS has no fp64
+    asked = torch.full_like(loss_sum, float(stop), dtype=exact)
+    report = all_reduce_sum(torch.stack((loss_sum.to(exact), norm.to(exact), asked)), processes.group)
+    loss, norms, stops = report.tolist()
+    of_a_model = processes.world_size // processes.dp_size  # processes that each have its whole loss
+    return loss / of_a_model, norms / processes.world_size, stops > 0
 
 
 def barrier(group) -> None:

@@ -31,11 +31,6 @@ gpus = 1  # to be paid for
 price_per_hour: float | None = None  # of one GPU
 milestones = 3  # how many checkpoints and ends of epochs to list besides the last
 now = ""  # reckon from this time, as in '2027-01-31 18:00'; '' is the present
-# of the training script, where it does not have them
-checkpoint_interval = 0  # iterations between checkpoints, 0: at evaluations
-hellaswag_interval = 0
-sample_interval = 0
-use_tensorboard = False
 # -----------------------------------------------------------------------------
 config = configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith("-") or arg.endswith(".py")],
                    others=tuple(os.path.join(os.path.dirname(os.path.abspath(__file__)), script)

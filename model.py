@@ -389,6 +389,22 @@ def sample_tokens(logits, temperature: float = 1.0, top_k: int | None = None, to
     return (logits / temperature - noise.clamp_min_(torch.finfo(torch.float32).tiny).log_()).argmax(dim=-1)
 
 
+@torch.no_grad()
+def sample_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int) -> str:
+    """The prompt and what a model that is being trained makes of it; leaves all random states and the model's
+    mode as they are. Under the caller's autocast."""
+    device, training = model.lm_head.weight.device, model.training
+    idx = torch.tensor(tokenizer.encode(prompt).astype("int64"), device=device)[None]
+    devices = [device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        model.eval()
+        tokens = model.generate(idx, max_new_tokens, temperature=0.8,
+                                top_k=min(200, model.config.used_vocab_size))
+        model.train(training)
+    return tokenizer.decode(tokens[0].tolist())
+
+
 class Decoder:
     """Generates from a model with a static KV cache: prefill, then one token a step; on CUDA a step is one
     graph.

@@ -18,29 +18,33 @@ GPT, and a model is good only with the schedule that it was trained with.
 """
 
 import math
+import time
 
 import torch
 
 import checkpoint
 from configurator import UserError, check_at_least, check_seed, configure
-from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
+from data import hellaswag, tokenizers
+from dataloader import DataLoader, epoch_messages, evaluate, evaluation_batches, open_dataset
 from distributed import (
-    all_reduce_sum,
+    StopSignal,
+    agree,
     barrier,
     check_compile,
     data_parallel,
     env_rank,
     finish,
-    gather_to_main,
+    make_deterministic,
     on_main,
+    peak_memory,
     pick_dtype,
     start,
 )
-from model import padded_vocab_size
-from optim import build_adamw, clip_gradients, cosine_learning_rate, load_state_by_name, state_by_name
+from model import padded_vocab_size, sample_text
+from optim import build_adamw, clip_gradients, cosine_learning_rate, load_state_by_name
 from reduced_sync_model import parse_stop_if
 from tensor_parallel_model import ranks_on
-from training_logger import Stopwatch, TrainingLogger, environment, peak_flops
+from training_logger import Stopwatch, TrainingLogger, check_installed, environment, peak_flops
 
 # -----------------------------------------------------------------------------
 # The defaults train GPT-2 (124M) on OpenWebText, synchronised everywhere.
@@ -59,10 +63,21 @@ log_interval = 1  # iterations between log lines
 eval_iters = 200  # batches of batch_size that an evaluation looks at, in all
 eval_only = False  # evaluate once and exit, writing nothing
 always_save_checkpoint = True  # save at every evaluation, not only when the val loss is the best so far
+checkpoint_interval = 250  # iterations between checkpoints besides those of evaluations, 0 for none
 keep_checkpoints = 10  # how many to keep besides the best, the oldest go first
 init_from = "scratch"  # 'scratch', 'resume', 'gpt2', ..., 'gpt2-xl', or a folder of weights, also an out_dir
+resume = ""  # go on with a run: 'latest', 'best', a step, or the path of a checkpoint or of another out_dir
+list_checkpoints = False  # print the checkpoints in out_dir and exit
+# watching; log.txt and run_<time>.jsonl in out_dir are always written
+sample_interval = 0  # iterations between samples of text, 0 for none
+sample_prompt = "\n"
+sample_tokens = 200
+hellaswag_interval = 0  # iterations between HellaSwag evaluations, 0 for none; needs GPT-2's tokens
+hellaswag_input = ""  # hellaswag_val.jsonl; '' downloads it into data/hellaswag
+use_tensorboard = False  # write out_dir/tensorboard as well
 # wandb
 wandb_log = False  # log to Weights & Biases as well
+wandb_mode = "online"  # or 'offline', to be uploaded later
 wandb_project = "reduced-sync"
 wandb_run_name = "gpt2"
 # data
@@ -93,6 +108,8 @@ seed = 1337  # of initialisation, data order and dropout
 device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16' (scales the loss)
 compile = True  # torch.compile the model
+deterministic = False  # the same bits in every run on a GPU, too; slower
+timeout = 600.0  # seconds after which a process that no other answers ends the run
 backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
@@ -100,13 +117,23 @@ config = configure(globals(), rank=env_rank())
 # what can be known to be wrong before anything is built
 check_at_least(config, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval",
                "log_interval", "eval_iters", "keep_checkpoints", "lr_decay_iters")
-check_at_least(config, 0, "max_iters", "warmup_iters", "grad_clip", "min_lr")
+check_at_least(config, 0, "max_iters", "warmup_iters", "grad_clip", "min_lr", "checkpoint_interval",
+               "sample_interval", "hellaswag_interval")
+check_at_least(config, 1, "sample_tokens", "timeout")
 check_seed(config)
+if list_checkpoints:
+    if env_rank() == 0:
+        print(checkpoint.listing(out_dir))
+    raise SystemExit(0)
+if init_from == "resume":
+    resume = resume or "latest"
 stop_step, stop_loss = parse_stop_if(stop_if)
-if config.origin["layers_per_group"] and sync_strategy != "grouped" and init_from != "resume":
+if config.origin["layers_per_group"] and sync_strategy != "grouped" and not resume:
     raise UserError(f"layers_per_group={layers_per_group} is for sync_strategy='grouped', and it is "
                     f"{sync_strategy!r}")
-processes = start(device, backend, tp_processes=tp_processes)
+if deterministic:
+    make_deterministic()
+processes = start(device, backend, timeout, tp_processes)
 main, group, device = processes.main, processes.group, processes.device
 compute_dtype = pick_dtype(dtype, device)
 if compile:
@@ -116,12 +143,14 @@ if gradient_accumulation_steps % processes.dp_size:
     raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is the total over all "
                     f"{what} and must be a multiple of their number, {processes.dp_size}")
 micro_steps = gradient_accumulation_steps // processes.dp_size
+log, held = TrainingLogger(active=main), None
 if not eval_only:
+    check_installed(use_tensorboard, wandb_log)
     on_main(lambda: checkpoint.check_out_dir(out_dir), group)
-log = TrainingLogger(active=main)
+    held = on_main(lambda: checkpoint.lock(out_dir, make=False), group)  # until the process ends
 
 # what is continued decides the architecture, and with it which windows the data is cut into
-resumed = checkpoint.find(out_dir, warn=log.line, group=group) if init_from == "resume" else None
+resumed = checkpoint.find_resumed(resume, out_dir, log.line, group) if resume else None
 if resumed is not None:
     checkpoint.take_model(config, resumed, ("reduced_sync_gpt",))
     block_size = config["block_size"]
@@ -144,18 +173,28 @@ def check_tokens(vocab_size: int) -> None:
         split.check_tokens(vocab_size)
 
 
+# what is needed now and then is known to be there
+if sample_interval:
+    tokenizer = tokenizers.from_meta(data.meta)
+    if len(tokenizer.encode(sample_prompt)) == 0:
+        raise UserError("sample_prompt is empty: give at least one character")
+if hellaswag_interval:
+    examples = on_main(lambda: hellaswag.load(hellaswag_input, setting="hellaswag_input"), group)
+    hellaswag.check_lengths(examples, block_size)
+
+
 # model; the tokens are checked as soon as its vocabulary is known
 checkpoint.seed_random_states(seed)
 variant = {name: config[name] for name in checkpoint.VARIANT["reduced_sync_gpt"]}
-if init_from == "scratch":
+if resumed is not None:
+    check_tokens(resumed.state["model"]["config"]["vocab_size"])
+    model = checkpoint.load_model(resumed, dropout=dropout)
+elif init_from == "scratch":
     used_vocab_size, vocab_size = padded_vocab_size(data.meta)
     architecture = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
                         n_embd=n_embd, dropout=dropout, bias=bias, used_vocab_size=used_vocab_size)
     check_tokens(vocab_size)
     model = checkpoint.build_model({"kind": "reduced_sync_gpt", "config": architecture | variant})
-elif resumed is not None:
-    check_tokens(resumed.state["model"]["config"]["vocab_size"])
-    model = checkpoint.load_model(resumed, dropout=dropout)
 else:
     model = checkpoint.load_weights(init_from, "reduced_sync_gpt", variant, warn=log.line, group=group,
                                     dropout=dropout)
@@ -163,6 +202,8 @@ else:
     if block_size != model.config.block_size:
         model.crop_block_size(block_size)
     checkpoint.take_architecture(config, vars(model.config), init_from)
+if hellaswag_interval:
+    hellaswag.check_vocabulary(model.config.used_vocab_size, data.meta, data.folder)
 if ranks is not None:
     model.place(ranks)
 model.to(device)
@@ -170,34 +211,37 @@ model.to(device)
 # optimizer; the scaler does nothing unless the dtype is float16
 optimizer = build_adamw(model, learning_rate, (beta1, beta2), weight_decay)
 scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
-first_iter, first_sample, best_val_loss = 0, 0, math.inf
+first_iter, first_sample, evaluated, best_val_loss = 0, 0, False, math.inf
 if resumed is not None:
     load_state_by_name(optimizer, model, model.own_part(resumed.tensors("optim")))
     if resumed.state["scaler"]:  # empty unless the dtype was float16 then
         scaler.load_state_dict(resumed.state["scaler"])
-    first_iter, first_sample = resumed.step, resumed.state["sample"]
-    best_val_loss = resumed.state["best_val_loss"]
+    first_iter, first_sample, evaluated = (resumed.state[name] for name in ("step", "sample", "evaluated"))
+    if resumed.state["best_val_loss"] is not None:
+        best_val_loss = resumed.state["best_val_loss"]
 
-    if first_iter >= max_iters and not eval_only:
-        log.open_files(out_dir, config, environment(device), resumed=True)
+    if first_iter >= max_iters and evaluated and not eval_only:
         log.line(f"nothing left to do: {resumed.path} is at max_iters={max_iters}")
-        log.close(step=first_iter, best_val_loss=best_val_loss)
         finish(processes)
         raise SystemExit(0)
 
-if not eval_only:
+
+
+def open_out_dir() -> None:
+    """From here on files are written."""
+    global held
     if wandb_log:
-        on_main(lambda: log.start_wandb(wandb_project, wandb_run_name, config), group)
+        log.start_wandb(wandb_project, wandb_run_name, config, out_dir, wandb_mode, resumed is not None)
+    held = held or checkpoint.lock(out_dir, make=True)
+    checkpoint.make_room(out_dir, resumed, log.line)
+    same_run = resumed is not None and checkpoint.belongs_to(resumed, out_dir)
+    log.open_files(out_dir, config, environment(device), first_iter if same_run else None, evaluated,
+                   use_tensorboard)
+
+
+if not eval_only:
     barrier(group)  # nobody still reads weights that are moved now
-    # from here on files are written
-    if main and resumed is None:
-        earlier = checkpoint.set_aside(out_dir)
-        if earlier is not None:
-            what = "checkpoints" if checkpoint.steps_in(earlier) else "log"
-            log.line(f"moved the {what} of an earlier run to {earlier}")
-    elif main:
-        checkpoint.mend_best(out_dir)
-    log.open_files(out_dir, config, environment(device), resumed=resumed is not None)
+    on_main(open_out_dir, group)
 log.line("settings, with where they differ from the script's:\n" + config.table())
 log.line(f"device {environment(device)['device']}, {str(compute_dtype).removeprefix('torch.')}, "
          f"{processes.world_size} process{'es' if processes.world_size > 1 else ''}; "
@@ -236,25 +280,27 @@ def estimate_losses() -> dict[str, float]:
     return losses
 
 
-def save_checkpoint(step: int, val_loss: float, best: bool) -> None:
-    """Save everything that the run depends on; all processes take part."""
-    rng = gather_to_main(checkpoint.random_states(device, shared_generator), group)
-    parameters = model.whole(dict(model.named_parameters()))
-    moments = model.whole(state_by_name(optimizer, model))
+def save_checkpoint(step: int, evaluated: bool, val_loss: float | None, best: bool) -> None:
+    """Copy everything that the run depends on and begin to write it; all processes take part.
+
+    evaluated: whether the evaluation due at this step, if one is, was done; val_loss: that of this step.
+    """
+    started = time.perf_counter()
+    model.align_replicas(optimizer)
+    tensors = checkpoint.snapshot(model, optimizer, device, shared_generator, group)
     if main:
-        path = checkpoint.save(
-            out_dir, step, parameters, moments,
-            {f"{rank}.{name}": t for rank, states in enumerate(rng) for name, t in states.items()},
-            {"sample": loader.sample, "epoch": loader.epoch, "seed": seed, "val_loss": val_loss,
-             "best_val_loss": best_val_loss, "world_size": processes.world_size,
-             "tp_processes": tp_processes, "scaler": scaler.state_dict(),
-             "model": checkpoint.model_description("reduced_sync_gpt", model),
-             "schedule": checkpoint.schedule_description(model), "config": config,
-             "data": data.fingerprint, "meta": data.meta, "environment": environment(device)},
-            keep=keep_checkpoints, protect=() if resumed is None else (resumed.step,), best=best)
-        log.line(f"saved checkpoint {path}")
-        log.event("checkpoint", step=step, path=path, val_loss=val_loss)
-    barrier(group)
+        state = {"sample": loader.sample, "epoch": loader.epoch, "seed": seed, "evaluated": evaluated,
+                 "val_loss": val_loss, "best_val_loss": best_val_loss, "world_size": processes.world_size,
+                 "tp_processes": tp_processes, "scaler": scaler.state_dict(),
+                 "model": checkpoint.model_description("reduced_sync_gpt", model),
+                 "schedule": checkpoint.schedule_description(model), "config": config,
+                 "data": data.fingerprint, "meta": data.meta, "environment": environment(device)}
+        saver.save(step, tensors, state, best, time.perf_counter() - started)
+
+
+def due(interval: int) -> bool:
+    """Whether what happens every so many iterations is to be done before update `it`."""
+    return interval > 0 and not done and (it % interval == 0 or it == max_iters)
 
 
 if eval_only:
@@ -270,12 +316,12 @@ checkpoint.seed_random_states(seed + processes.rank)  # dropout differs between 
 shared_generator = None  # but for the masks that all ranks of a model have in common
 if ranks is not None:
     shared_generator = model.share_dropout(seed, processes.dp_rank, device)
-if resumed is not None and (resumed.state["world_size"], resumed.state.get("tp_processes", 1)) == (
-        processes.world_size, tp_processes):
-    states = {name.partition(".")[2]: t for name, t in resumed.tensors("rng").items()
-              if name.startswith(f"{processes.rank}.")}
-    checkpoint.set_random_states(states, device, shared_generator)
-stopwatch, last_logged, status = Stopwatch(), first_iter, "finished"
+if resumed is not None:
+    checkpoint.resume_random_states(resumed, processes, tp_processes, shared_generator, log.line)
+saver = checkpoint.Saver(out_dir, keep_checkpoints, () if resumed is None else (resumed.step,), log)
+signals, stopping, status, epoch = StopSignal(group), False, "finished", loader.epoch
+log.begin(first_iter, max_iters)
+stopwatch, last_logged = Stopwatch(), first_iter
 for it in range(first_iter, max_iters + 1):
     lr = learning_rate
     if decay_lr:
@@ -283,21 +329,43 @@ for it in range(first_iter, max_iters + 1):
     for parameter_group in optimizer.param_groups:
         parameter_group["lr"] = lr
 
-    # evaluate and save, before update `it`
-    if (it % eval_interval == 0 or it == max_iters) and not (resumed is not None and it == first_iter):
+    # before update `it`: evaluate and save; what was done there before the checkpoint is not done again
+    resumed_here = resumed is not None and it == first_iter
+    done = resumed_here and evaluated
+    if not stopping:
+        val_loss, improved = None, False
         stopwatch.pause()
-        model.align_replicas(optimizer)
-        losses = estimate_losses()
-        log.evaluation(it, losses["train"], losses["val"], lr)
-        improved = losses["val"] < best_val_loss
-        best_val_loss = min(best_val_loss, losses["val"])
-        if it > 0 and (improved or always_save_checkpoint):
-            save_checkpoint(it, losses["val"], improved)
+        if due(eval_interval):
+            model.align_replicas(optimizer)
+            losses = estimate_losses()
+            log.evaluation(it, losses["train"], losses["val"], lr)
+            val_loss, improved = losses["val"], losses["val"] < best_val_loss
+            best_val_loss = min(best_val_loss, val_loss)
+            log.status("running", it, max_iters=max_iters, best_val_loss=best_val_loss)
+        if due(sample_interval) and processes.dp_rank == 0:
+            with autocast:
+                log.sample(it, sample_text(model, tokenizer, sample_prompt, sample_tokens, seed))
+        if due(hellaswag_interval):
+            with autocast:
+                result = hellaswag.accuracy(model, examples, batch_size, device, processes.dp_rank,
+                                            processes.dp_size, processes.dp_group, signals.received_anywhere)
+            stopping = result is None
+            if result is not None:
+                log.hellaswag(it, **result)
+        if not stopping and it > 0 and (improved or (due(eval_interval) and always_save_checkpoint)
+                                        or (due(checkpoint_interval) and not resumed_here)):
+            save_checkpoint(it, True, val_loss, improved)
         stopwatch.go_on()
-        if it >= stop_step and not losses["val"] <= stop_loss:  # no number is above, too
-            log.line(f"stopped: val loss {losses['val']:.4f} at step {it} is above {stop_loss} ({stop_if=})")
-            status = "stopped"
-            break
+    if stopping:
+        if not resumed_here:
+            due_here = any(map(due, (eval_interval, sample_interval, hellaswag_interval)))
+            save_checkpoint(it, not due_here, None, False)
+        status = "interrupted"
+        break
+    if due(eval_interval) and it >= stop_step and not losses["val"] <= stop_loss:  # no number is above, too
+        log.line(f"stopped: val loss {losses['val']:.4f} at step {it} is above {stop_loss} ({stop_if=})")
+        status = "stopped"
+        break
     if it == max_iters:
         break
 
@@ -312,22 +380,41 @@ for it in range(first_iter, max_iters + 1):
         scaler.scale(loss / micro_steps).backward()
         loss_sum += loss.detach()
 
-    # update
+    # update, unless a loss or a gradient is not finite anywhere (float16's scaler skips what overflows)
     model.reduce_partial_gradients()
     scaler.unscale_(optimizer)
     norm = clip_gradients(model.parameters(), grad_clip, model.split_parameters(), processes.tp_group)
+    loss_sum, norm, stopping = agree(loss_sum, norm, signals.received > 0, processes)  # waits for the device
+    if not math.isfinite(loss_sum) or not (math.isfinite(norm) or scaler.is_enabled()):
+        status = "non_finite"
+        break
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
     if it % log_interval == 0:
-        loss_sum = all_reduce_sum(loss_sum, processes.dp_group).item()  # waits for the device
         seconds = stopwatch.lap() / (it + 1 - last_logged)
         mfu = None if peak is None else flops_per_iter / seconds / (peak * processes.world_size)
-        log.iteration(it, loss_sum / gradient_accumulation_steps, lr, norm.item(), seconds, tokens_per_iter,
-                      mfu, loader.epoch)
+        log.iteration(it, loss_sum / gradient_accumulation_steps, lr, norm, seconds, tokens_per_iter, mfu,
+                      loader.epoch, peak_memory(device))
         last_logged = it + 1
+    for message in epoch_messages(data.train, epoch, loader.epoch):
+        log.line(message)
+    epoch = loader.epoch
+    saver.poll()
 
 loader.close()
+try:
+    on_main(lambda: saver.wait(final=True), group)
+except UserError:
+    log.status("failed", it, max_iters=max_iters, best_val_loss=best_val_loss)
+    raise
+log.status(status, it, max_iters=max_iters, best_val_loss=best_val_loss)
 log.close(status=status, step=it, best_val_loss=best_val_loss)
+if status == "non_finite":
+    raise UserError(f"the loss is {loss_sum / gradient_accumulation_steps} and the gradient's norm {norm} at "
+                    f"iteration {it}: no update was made with them and no checkpoint has them; go on from an "
+                    f"earlier one with --resume=latest and a lower learning_rate")
+if status == "interrupted" and main:
+    print(f"interrupted at step {it}: go on with --resume=latest", flush=True)
 finish(processes)

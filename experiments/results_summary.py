@@ -23,7 +23,10 @@ from training_logger import read_log
 CLOSE = 2.0  # percent above the baseline's val loss that still count as close
 OF_THE_SCHEDULE = {"tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points",
                    "block_types", "model_type", "tp_processes", "out_dir", "seed", "wandb_log",
-                   "wandb_project", "wandb_run_name", "log_interval", "device", "compile", "stop_if"}
+                   "wandb_mode", "wandb_project", "wandb_run_name", "use_tensorboard", "log_interval",
+                   "device", "compile", "stop_if", "resume", "list_checkpoints", "checkpoint_interval",
+                   "sample_interval", "sample_prompt", "sample_tokens", "hellaswag_interval",
+                   "hellaswag_input", "timeout", "deterministic"}
 
 
 def read_run(out_dir: str) -> dict:
