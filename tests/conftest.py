@@ -116,6 +116,21 @@ def torchrun(n: int, script: str, *args: str, cwd: Path, launcher: tuple[str, ..
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+def save_checkpoint(out_dir: Path, step: int, weights, keep: int = 10, best: bool = False, **state) -> str:
+    """A checkpoint with the weights of a model, dense if `state` does not say otherwise; its folder."""
+    import torch
+
+    import checkpoint
+
+    tensors = {"model": {name: p.detach().clone() for name, p in weights.named_parameters()},
+               "optim": {"a.exp_avg": torch.arange(3.0)},
+               "rng": {f"0.{name}": t for name, t in checkpoint.random_states(torch.device("cpu")).items()}}
+    state = {"sample": 0, "epoch": 0, "seed": 1, "world_size": 1, "evaluated": True, "val_loss": None,
+             "best_val_loss": None, "scaler": {}, "data": {}, "meta": None, "config": {},
+             "model": checkpoint.model_description("gpt", weights), **state}
+    return checkpoint.save(str(out_dir), step, tensors, state, keep, best=best)
+
+
 def tinyshakespeare() -> Path:
     """The text, where it is there; else the test is skipped."""
     path = SHARED / "data" / "tinyshakespeare" / "input.txt"

@@ -11,6 +11,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import save_checkpoint
 from test_model import random_model
 
 import checkpoint
@@ -23,11 +24,7 @@ CPU = torch.device("cpu")
 
 def save(out_dir, step, keep=10, model=None, best=False, **state):
     model = random_model(torch.float32) if model is None else model
-    description = checkpoint.model_description("gpt", model)
-    rng = {f"0.{name}": t for name, t in checkpoint.random_states(CPU).items()}
-    optim = {"a.exp_avg": torch.arange(3.0)}
-    return checkpoint.save(str(out_dir), step, dict(model.named_parameters()), optim, rng,
-                           {"model": description, **state}, keep, best=best)
+    return save_checkpoint(out_dir, step, model, keep, best, **state)
 
 
 def test_round_trip(tmp_path):

@@ -81,27 +81,10 @@ def test_resume_on_another_number_of_processes(tiny_data, tmp_path):
     """25 updates on two processes, saved, 25 more on one: the losses of one process throughout."""
     args = [*RUN, f"--dataset={tiny_data}", "--out_dir=out"]
     assert torchrun(2, "train.py", *args, "--max_iters=25", cwd=tmp_path).code == 0
-    first = losses(tmp_path / "out")[0]
     whole = torchrun(1, "train.py", *args, "--out_dir=whole", cwd=tmp_path)
     assert whole.code == 0
     assert torchrun(1, "train.py", *args, "--init_from=resume", cwd=tmp_path).code == 0
-    assert first + losses(tmp_path / "out")[0] == pytest.approx(losses(tmp_path / "whole")[0], rel=1e-6)
-
-
-@pytest.mark.slow
-def test_dropout_resumes_exactly_on_two_processes(tiny_data, tmp_path):
-    """Each process has its own dropout masks, and its own random state in the checkpoint."""
-    args = [*RUN, f"--dataset={tiny_data}", "--dropout=0.3", "--eval_interval=5", "--bias=False"]
-    assert torchrun(2, "train.py", *args, "--max_iters=10", "--out_dir=whole", cwd=tmp_path).code == 0
-    assert torchrun(2, "train.py", *args, "--max_iters=5", "--out_dir=parts", cwd=tmp_path).code == 0
-    assert torchrun(2, "train.py", *args, "--max_iters=10", "--out_dir=parts", "--init_from=resume",
-                    cwd=tmp_path).code == 0
-    whole, parts = (checkpoint.find(str(tmp_path / name)) for name in ("whole", "parts"))
-    for which in ("model", "optim", "rng"):
-        expected = whole.tensors(which)
-        for name, tensor in parts.tensors(which).items():
-            assert torch.equal(tensor, expected[name]), name
-    assert not torch.equal(whole.tensors("rng")["0.torch"], whole.tensors("rng")["1.torch"])
+    assert losses(tmp_path / "out")[0] == pytest.approx(losses(tmp_path / "whole")[0], rel=1e-6)
 
 
 @pytest.mark.slow

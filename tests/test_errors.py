@@ -230,6 +230,7 @@ ENVIRONMENT = [
     (dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="x"), "cannot meet at 127.0.0.1:x"),
     (dict(WANDB_API_KEY="short", args=["--wandb_log", "--out_dir=run"]),
      "run wandb login, or use --wandb_log=False"),
+    (dict(args=["--wandb_log", "--wandb_mode=of", "--out_dir=run"]), "wandb_mode='of' is unknown: use"),
 ]
 
 

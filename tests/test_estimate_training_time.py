@@ -72,7 +72,8 @@ def local(seconds: float) -> str:
 def test_from_a_config_file(run_script):
     """600,000 iterations of 12 x 1024 x 40 tokens at 1.9M tokens/s take 155,217 s."""
     done = run_script(SCRIPT, ROOT / "config" / "train_gpt2.py", "--tokens_per_second=1_900_000", "--gpus=4",
-                      "--price_per_hour=3.5", "--tokens_per_epoch=9_000_000_000", AT)
+                      "--price_per_hour=3.5", "--tokens_per_epoch=9_000_000_000",
+                      "--checkpoint_interval=0", AT)
     assert done.code == 0 and not done.err, done.err
     said = parts(done.out)
     assert said["training"] == "600,000 iterations of 491,520 tokens, 294.91 billion tokens in all"
@@ -91,7 +92,7 @@ def test_from_a_config_file(run_script):
 
 def test_help(run_script):
     done = run_script(SCRIPT, "--help")
-    assert done.code == 0 and "--now=''" in done.out and done.out.endswith("--use_tensorboard=False\n")
+    assert done.code == 0 and "--now=''" in done.out and "--use_tensorboard" not in done.out
 
 
 def test_evaluations_and_settings_of_either_script(run_script, tiny_data, tmp_path):

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_processes, torchrun
+from conftest import ROOT, TINY, run_processes, save_checkpoint, torchrun
 from test_distributed import losses
 from test_model import tokens
 from test_tensor_parallel import ARCHITECTURE, build
@@ -60,30 +60,10 @@ def test_real_ranks_train_as_simulated_ones(simulated, tiny_data, tmp_path, proc
 def test_resume_from_real_to_simulated_ranks_and_back(simulated, tiny_data, tmp_path):
     args = [*RUN, *BLOCKS, f"--dataset={tiny_data}", "--out_dir=out"]
     assert torchrun(2, "train.py", *args, "--tp_processes=2", "--max_iters=10", cwd=tmp_path).code == 0
-    first = losses(tmp_path / "out")[0]
     assert torchrun(1, "train.py", *args, "--init_from=resume", cwd=tmp_path).code == 0
-    assert first + losses(tmp_path / "out")[0] == pytest.approx(losses(simulated)[0], rel=2e-6)
+    assert losses(tmp_path / "out")[0] == pytest.approx(losses(simulated)[0], rel=2e-6)
     assert torchrun(2, "train.py", *args, "--tp_processes=2", "--init_from=resume", "--max_iters=22",
                     cwd=tmp_path).code == 0
-
-
-@pytest.mark.slow
-def test_dropout_of_real_ranks_resumes_exactly(tiny_data, tmp_path):
-    """The masks that ranks share and those of their own attention are both in the checkpoint."""
-    args = [*RUN, "--sync_strategy=spd", "--tp_size=2", "--tp_processes=2", f"--dataset={tiny_data}",
-            "--dropout=0.3", "--eval_interval=5"]
-    script, n = "train_reduced_sync.py", 4  # two models on two processes each
-    assert torchrun(n, script, *args, "--max_iters=10", "--out_dir=whole", cwd=tmp_path).code == 0
-    assert torchrun(n, script, *args, "--max_iters=5", "--out_dir=parts", cwd=tmp_path).code == 0
-    assert torchrun(n, script, *args, "--max_iters=10", "--out_dir=parts", "--init_from=resume",
-                    cwd=tmp_path).code == 0
-    whole, parts = (checkpoint.find(str(tmp_path / name)) for name in ("whole", "parts"))
-    for which in ("model", "optim", "rng"):
-        expected = whole.tensors(which)
-        assert all(torch.equal(t, expected[name]) for name, t in parts.tensors(which).items())
-    rng = whole.tensors("rng")
-    assert torch.equal(rng["0.shared"], rng["1.shared"]) and not torch.equal(rng["0.torch"], rng["1.torch"])
-    assert not torch.equal(rng["0.shared"], rng["2.shared"])
 
 
 def check_checkpoints(rank: int, world: int, folder: str) -> None:
@@ -119,10 +99,8 @@ def test_checkpoints_fit_every_number_of_processes(tmp_path):
 def test_a_checkpoint_becomes_any_kind(source, tmp_path):
     """Through files: saved as one kind, loaded as itself and as every other, at other tp_sizes."""
     model = build(VARIANTS[source], 2, torch.float32)
-    optim = {f"{name}.exp_avg": torch.zeros_like(p) for name, p in model.named_parameters()}
-    state = {"model": checkpoint.model_description(source, model),
-             "schedule": checkpoint.schedule_description(model)}
-    checkpoint.save(str(tmp_path), 1, dict(model.named_parameters()), optim, {}, state, keep=1)
+    save_checkpoint(tmp_path, 1, model, model=checkpoint.model_description(source, model),
+                    schedule=checkpoint.schedule_description(model))
     loaded = checkpoint.load_model(checkpoint.find(str(tmp_path)))
     assert type(loaded) is type(model) and loaded.config == model.config
     idx = tokens(2, 16)
@@ -173,9 +151,9 @@ def test_stopping_a_bad_run_and_the_summary(run_script, tiny_data, tmp_path):
 def test_a_diverged_run_is_stopped_and_shown(run_script, tiny_data, tmp_path):
     done = run_script("train_reduced_sync.py", *RUN, "--learning_rate=1e20", "--grad_clip=0",
                       "--decay_lr=False", "--stop_if=5:4.0", f"--dataset={tiny_data}", "--out_dir=bad")
-    assert done.code == 0 and "stopped: val loss nan at step 10" in done.out
+    assert done.code == 2 and "the loss is " in done.err and done.err.count("\n") == 1
     summary = run_script("experiments/results_summary.py", "bad")
-    assert summary.code == 0 and "| nan |" in summary.out and "diverged" in summary.out
+    assert summary.code == 0 and "| non_finite |" in summary.out
 
 
 def test_resume_with_the_same_command(run_script, tiny_data, tmp_path):

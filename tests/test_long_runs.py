@@ -1,0 +1,202 @@
+"""Runs that are killed, asked to end, hang, diverge or find no room, and go on. Real processes; a part of
+tests/long_runs.py, which has the loops.
+
+    python -m pytest tests/test_long_runs.py
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import long_runs
+import pytest
+import torch
+from conftest import ROOT, TINY
+from long_runs import KINDS, SETTINGS, Run
+
+import checkpoint
+from training_logger import read_log
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return long_runs.write_shards(tmp_path_factory.mktemp("shards") / "shards")
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory, data):
+    """Finished runs that nothing happened to, made when they are first asked for."""
+    made, folder = {}, tmp_path_factory.mktemp("references")
+
+    def reference(kind, processes=1):
+        if (kind, processes) not in made:
+            made[kind, processes] = folder / f"{kind}{processes}"
+            assert Run(data, made[kind, processes], *KINDS[kind], processes=processes).wait() == 0
+        return made[kind, processes]
+    return reference
+
+
+@pytest.mark.parametrize("kind, point", [("gpt", "manifest"), ("spd", "published")])
+def test_killed_while_saving(data, references, tmp_path, kind, point):
+    """Across shards and the ends of two epochs, with dropout."""
+    case = long_runs.kill_and_resume(data, tmp_path / "out", references(kind), *KINDS[kind], point=point)
+    assert case["ok"], case
+    text = (tmp_path / "out" / "log.txt").read_text()
+    for epoch in (0, 1):
+        assert f"Completed epoch {epoch}\nShuffled 4 training shards for epoch {epoch + 1}\n" in text
+
+
+def test_killed_at_a_random_moment(data, references, tmp_path):
+    case = long_runs.kill_and_resume(data, tmp_path / "out", references("gpt"), after=random.random())
+    assert case["ok"], case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, n, number", [("gpt", 2, signal.SIGINT), ("tp", 4, signal.SIGTERM)])
+def test_asked_to_end(data, references, tmp_path, kind, n, number):
+    """torchrun with 2 data-parallel ranks, and with 2 models of 2 ranks each: masks of dropout included."""
+    case = long_runs.signal_and_resume(data, tmp_path / "out", references(kind, n), number,
+                                       random.randrange(1, 40), 0.1 * random.random(), *KINDS[kind],
+                                       processes=n)
+    assert case["ok"], case
+    rng = checkpoint.find(str(tmp_path / "out")).tensors("rng")
+    assert not torch.equal(rng["0.torch"], rng["1.torch"])
+    if kind == "tp":
+        assert torch.equal(rng["0.shared"], rng["1.shared"])
+        assert not torch.equal(rng["0.shared"], rng["2.shared"])
+
+
+def test_asked_to_end_while_evaluating(data, references, tmp_path):
+    """One process, at evaluation 20: it is not lost, and not done twice."""
+    run = Run(data, tmp_path / "out", "--eval_iters=4")
+    run.wait_for(20)
+    run.process.send_signal(signal.SIGINT)
+    assert run.wait(60) == 0
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "interrupted"
+    assert long_runs.go_on(data, tmp_path / "out") == 0
+    assert long_runs.same(tmp_path / "out", references("gpt"))
+
+
+def test_damaged_checkpoints(references, tmp_path):
+    numbers = random.Random(5)
+    for _ in range(30):
+        case = long_runs.damage_and_find(tmp_path / "damaged", references("gpt"), numbers)
+        assert case["ok"], case
+
+
+def test_other_processes(data, tmp_path):
+    case = long_runs.other_world(data, tmp_path / "out", 2, 1)
+    assert case["ok"], case
+    assert "saved on 2 processes and resumed on 1: dropout masks differ" in (tmp_path / "out.txt").read_text()
+
+
+def workers_of(run):
+    return [pid for pid in long_runs.left_behind(run.out_dir) if pid != run.process.pid]
+
+
+@pytest.mark.parametrize("what", ["stopped", "killed"])
+def test_a_peer_that_does_not_answer(data, tmp_path, what):
+    """A hung or a dead process ends the job within the timeout and ten seconds."""
+    run = Run(data, tmp_path / "out", "--timeout=5", "--max_iters=100000", processes=2)
+    run.wait_for(3)
+    started = time.monotonic()
+    victim = max(workers_of(run))
+    os.kill(victim, signal.SIGSTOP if what == "stopped" else signal.SIGKILL)
+    if what == "stopped":  # torchrun's own grace for a process that hears nothing is 30 s: it is not ours
+        others = [pid for pid in workers_of(run) if pid != victim]
+        while any(pid in workers_of(run) for pid in others):
+            assert time.monotonic() - started < 15
+            time.sleep(0.2)
+        os.kill(victim, signal.SIGKILL)
+    assert run.wait(60) != 0 and (what == "stopped" or time.monotonic() - started < 15)
+    assert not long_runs.left_behind(run.out_dir)
+
+
+def test_torchrun_killed(data, tmp_path):
+    """Its workers notice, save and end."""
+    run = Run(data, tmp_path / "out", "--max_iters=100000", processes=2)
+    run.wait_for(3)
+    run.process.kill()
+    run.wait()
+    started = time.monotonic()
+    while long_runs.left_behind(run.out_dir):
+        assert time.monotonic() - started < 15, "workers are left behind"
+        time.sleep(0.1)
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "interrupted"
+    assert long_runs.newest(run.out_dir)["step"] == run.done()
+
+
+def test_two_runs_in_one_folder(data, run_script, tmp_path):
+    first = Run(data, tmp_path / "out", "--max_iters=100000")
+    first.wait_for(1)
+    refused = run_script("train.py", f"--dataset={data}", f"--out_dir={tmp_path / 'out'}", *SETTINGS)
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert f"is in use by process {first.process.pid} on" in refused.err
+    first.process.kill()
+    first.wait()
+    again = run_script("train.py", f"--dataset={data}", f"--out_dir={tmp_path / 'out'}", *SETTINGS,
+                       "--max_iters=2")
+    assert again.code == 0, again.err
+
+
+def test_a_loss_that_is_not_finite(run_script, tiny_data, tmp_path):
+    """It ends the run before the update, and no checkpoint has it."""
+    run = ["train.py", *TINY, f"--dataset={tiny_data}", f"--out_dir={tmp_path / 'out'}", "--max_iters=40",
+           "--checkpoint_interval=1", "--grad_clip=0", "--warmup_iters=0"]
+    done = run_script(*run, "--learning_rate=1e20")
+    assert done.code == 2 and done.err.count("\n") == 1 and "--resume=latest" in done.err
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "non_finite"
+    for step in checkpoint.steps_in(str(tmp_path / "out")):
+        tensors = checkpoint.find(str(tmp_path / "out"), step).tensors("model")
+        assert all(t.isfinite().all() for t in tensors.values())
+    assert read_log(str(tmp_path / "out"))[-1]["status"] == "non_finite"
+
+
+def test_no_room(data, tmp_path):
+    """Files may have 100 kB, and weights have more: a periodic save warns, the last one fails, logs go on."""
+    assert Run(data, tmp_path / "out", "--max_iters=10").wait() == 0
+    command = [sys.executable, str(ROOT / "train.py"), f"--dataset={data}", f"--out_dir={tmp_path / 'out'}",
+               *SETTINGS, "--resume=latest", "--max_iters=20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert done.returncode == 2, done.stderr
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: cannot save")]
+    assert len(warnings) == 1 and "step-00000015: " in warnings[0] and "File too large" in warnings[0]
+    assert "iter 19:" in done.stdout
+    assert done.stderr.count("\n") == 1 and "step-00000020: " in done.stderr
+    assert " bytes, " in done.stderr and "make room" in done.stderr
+    assert long_runs.newest(tmp_path / "out")["step"] == 10
+    assert not [name for name in os.listdir(tmp_path / "out" / "ckpt") if name.startswith(".")]
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "failed"
+    assert long_runs.go_on(data, tmp_path / "out", "--max_iters=20") == 0
+    assert long_runs.newest(tmp_path / "out")["step"] == 20
+
+
+def test_resume_from_where(run_script, tiny_data, tmp_path):
+    """A step, the best, another folder; what is later is moved aside; the list of checkpoints."""
+    out = tmp_path / "out"
+    run = ["train.py", *TINY, f"--dataset={tiny_data}", "--eval_interval=5", "--max_iters=15"]
+    whole = run_script(*run, f"--out_dir={out}")
+    assert whole.code == 0, whole.err
+    losses = long_runs.losses(out)
+    listed = run_script(*run, f"--out_dir={out}", "--list_checkpoints")
+    assert [line.split()[0] for line in listed.out.splitlines()] == ["step", "5", "10", "15"]
+    assert listed.out.count("valid") == 3 and listed.out.count("the best") == 1
+    back = run_script(*run, f"--out_dir={out}", "--resume=5")
+    assert back.code == 0 and "moved the checkpoints of later steps than 5 to" in back.out
+    assert long_runs.losses(out) == losses and checkpoint.steps_in(str(out)) == [5, 10, 15]
+    fork = run_script(*run, f"--out_dir={tmp_path / 'fork'}", f"--resume={out}/ckpt/step-00000010")
+    assert fork.code == 0 and checkpoint.steps_in(str(tmp_path / "fork")) == [15]
+    assert long_runs.losses(tmp_path / "fork") == {step: losses[step] for step in range(10, 15)}
+    assert long_runs.newest(tmp_path / "fork") == long_runs.newest(out)
+    assert "nothing left to do" in run_script(*run, f"--out_dir={out}", "--resume=best").out
+    for value, words in (("7", "has no checkpoint '7'; it has the steps 5, 10, 15"),
+                         ("newest", "resume='newest' is no checkpoint"),
+                         ("latest --seed=5", "seed=5 (command line), but")):
+        wrong = run_script(*run, f"--out_dir={out}", *f"--resume={value}".split())
+        assert wrong.code == 2 and wrong.err.count("\n") == 1 and words in wrong.err, wrong.err
