@@ -498,13 +498,14 @@ def set_aside(out_dir: str, after: int | None = None) -> str | None:
 def take_model(config: Config, resumed: Checkpoint, kinds: tuple[str, ...]) -> None:
     """take_architecture of a run that is resumed: its kind of model, one of `kinds`, all of its shape, and
     the seed, which decides the order of the data."""
-    kind = resumed.state["model"]["kind"]
+    kind = resumed.state["model"].get("kind")
     if kind not in kinds:
         script = "train_reduced_sync.py" if kind == "reduced_sync_gpt" else "train.py"
         raise UserError(f"{resumed.path} holds a model of kind {kind!r}: resume it with {script}, or start a "
                         f"new run from its weights with --init_from={resumed.path}")
     kind_of_model = ("model_type",) if "model_type" in config else ()
-    settings = {"model_type": kind, "seed": resumed.state["seed"], **resumed.state["model"]["config"]}
+    described = vars(model_config(resumed.state["model"])[1])
+    settings = {"model_type": kind, "seed": resumed.state["seed"], **described}
     take_architecture(config, settings, resumed.path,
                       (*kind_of_model, *ARCHITECTURE, *VARIANT[kind], "seed"))
 
@@ -581,20 +582,25 @@ def check_size(config: GPTConfig) -> None:
                         f"{memory // 2**30:,} GB of memory: choose a smaller model")
 
 
-def build_model(description: dict, **overrides) -> nn.Module:
-    """A model with the architecture of a `model` entry, freshly initialised. Raises UserError."""
+def model_config(description: dict, **overrides) -> tuple[type, object]:
+    """The class and the configuration of a `model` entry. Raises UserError."""
     kind = description.get("kind")
     if kind not in MODELS:
         raise UserError(f"the checkpoint holds a model of kind {kind!r}; known are {', '.join(MODELS)}")
     module_name, class_name, config_name = MODELS[kind]
     module = importlib.import_module(module_name)
-    config_class = getattr(module, config_name)
     try:
-        config = config_class(**{**description["config"], **overrides})
-    except TypeError as e:
+        config = getattr(module, config_name)(**{**description["config"], **overrides})
+    except (TypeError, KeyError) as e:
         raise UserError(f"the checkpoint's model configuration does not fit {config_name}: {e}") from None
+    return getattr(module, class_name), config
+
+
+def build_model(description: dict, **overrides) -> nn.Module:
+    """A model with the architecture of a `model` entry, freshly initialised. Raises UserError."""
+    model_class, config = model_config(description, **overrides)
     check_size(config)
-    return getattr(module, class_name)(config)
+    return model_class(config)
 
 
 def with_ranks(model: nn.Module, tp_size: int | None, block_types: list | None) -> nn.Module:
