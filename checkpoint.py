@@ -407,6 +407,9 @@ def _find(out_dir: str, which: str | int, warn) -> Checkpoint:
     steps = steps_in(out_dir)
     if not steps:
         raise UserError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first, or name another")
+    if which == "best" and best_step(out_dir) is None:
+        warn(f"{out_dir} has no best.json, so no checkpoint of it is known to be the best: taking the latest")
+        which = "latest"
     if which != "latest":
         step = best_step(out_dir) if which == "best" else int(which) if str(which).isdecimal() else None
         if step not in steps:

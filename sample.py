@@ -24,7 +24,7 @@ from tensor_parallel_model import DistributedGPT, ranks_on
 # -----------------------------------------------------------------------------
 init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', a folder of weights
 out_dir = "out"  # where to look for checkpoints
-checkpoint_step = "latest"  # 'latest', 'best' or a step
+checkpoint_step = "best"  # 'best' (by val loss), 'latest' or a step
 start = "\n"  # the prompt; "FILE:prompt.txt" takes it from a file; may hold <|endoftext|>
 num_samples = 10
 max_new_tokens = 500  # of each sample
@@ -106,7 +106,8 @@ model.to(device, pick_dtype(dtype, device)).eval()
 if hasattr(signal, "SIGPIPE"):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as `cat` does where `| head` has seen enough
 if found is not None:
-    say(f"{found.path}: step {found.step}, val loss {found.state['val_loss']:.4f}")
+    val_loss = found.state["val_loss"]
+    say(f"{found.path}: step {found.step}" + (f", val loss {val_loss:.4f}" if val_loss is not None else ""))
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")
 decoder = model.decoder(1, temperature=temperature, top_k=top_k, top_p=top_p, slide=slide, **options)

@@ -161,7 +161,6 @@ SAMPLE = [
     (["--out_dir=run", "--tp_processes=2"], "tp_processes=2 does not divide the 1 processes"),
     (["--out_dir=nowhere"], "no checkpoint in nowhere"),
     (["--out_dir=run", "--checkpoint_step=9"], "run has no checkpoint '9'; it has the steps 3"),
-    (["--out_dir=run", "--checkpoint_step=best"], "run has no checkpoint 'best'"),
     (["--out_dir=run", "--checkpoint_step=last"], "run has no checkpoint 'last'"),
     (["--out_dir=run", "--start="], "the prompt is empty"),
     (["--out_dir=run", "--start=FILE:none.txt"], "cannot read the prompt from none.txt"),
