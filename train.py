@@ -148,7 +148,7 @@ if not eval_only:
 resumed = checkpoint.find_resumed(resume, out_dir, log.line, group) if resume else None
 if resumed is not None:
     checkpoint.take_model(config, resumed, ("gpt", "distributed_gpt"))
-    block_size, model_type = config["block_size"], config["model_type"]
+    block_size, model_type, seed = (config[name] for name in ("block_size", "model_type", "seed"))
 ranks = None  # those of this process, if they are real
 if tp_processes > 1:
     if model_type != "distributed_gpt":
@@ -179,7 +179,6 @@ if sample_interval:
 if hellaswag_interval:
     examples = on_main(lambda: hellaswag.load(hellaswag_input, setting="hellaswag_input"), group)
     hellaswag.check_lengths(examples, block_size)
-
 
 # model; the tokens are checked as soon as its vocabulary is known
 checkpoint.seed_random_states(seed)
@@ -222,7 +221,6 @@ if resumed is not None:
         log.line(f"nothing left to do: {resumed.path} is at max_iters={max_iters}")
         finish(processes)
         raise SystemExit(0)
-
 
 
 def open_out_dir() -> None:

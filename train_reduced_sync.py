@@ -153,7 +153,7 @@ if not eval_only:
 resumed = checkpoint.find_resumed(resume, out_dir, log.line, group) if resume else None
 if resumed is not None:
     checkpoint.take_model(config, resumed, ("reduced_sync_gpt",))
-    block_size = config["block_size"]
+    block_size, seed = config["block_size"], config["seed"]
 ranks = None  # those of this process, if they are real
 if tp_processes > 1:
     if compute_dtype == torch.float16:
@@ -181,7 +181,6 @@ if sample_interval:
 if hellaswag_interval:
     examples = on_main(lambda: hellaswag.load(hellaswag_input, setting="hellaswag_input"), group)
     hellaswag.check_lengths(examples, block_size)
-
 
 # model; the tokens are checked as soon as its vocabulary is known
 checkpoint.seed_random_states(seed)
@@ -224,7 +223,6 @@ if resumed is not None:
         log.line(f"nothing left to do: {resumed.path} is at max_iters={max_iters}")
         finish(processes)
         raise SystemExit(0)
-
 
 
 def open_out_dir() -> None:
