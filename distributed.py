@@ -202,6 +202,25 @@ def data_parallel(model: torch.nn.Module, processes: Processes, compiled: bool) 
         bucket_cap_mb=1000 if compiled else 25, gradient_as_bucket_view=True)
 
 
+def settle_buckets(trained: torch.nn.Module, shape: tuple[int, int], device: torch.device,
+                   shared: torch.Generator | None) -> None:
+    """Let DDP see one backward pass, of tokens (B, T), before the first that counts.
+
+    After its first pass it orders gradients anew, and in which order an all-reduce adds up the ranks depends
+    on where a gradient lies. So a run that was resumed would add up its first step in another order than the
+    run that was not interrupted. Leaves all random states, that of the generator `shared` too, as they are.
+    """
+    if not isinstance(trained, DistributedDataParallel):
+        return
+    state = None if shared is None else shared.get_state()
+    with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
+        zeros = torch.zeros(shape, dtype=torch.int64, device=device)
+        trained(zeros, zeros)[1].backward()
+        trained.zero_grad(set_to_none=True)
+    if shared is not None:
+        shared.set_state(state)
+
+
 def functional_all_reduce(x: torch.Tensor, group_name: str) -> torch.Tensor:
     """The sum over a group in a new tensor, in a form that torch.compile knows. Not for autograd: PyTorch's
     derivative of it is another all-reduce, which is right for neither of its uses in tensor parallelism."""

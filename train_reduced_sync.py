@@ -38,6 +38,7 @@ from distributed import (
     on_main,
     peak_memory,
     pick_dtype,
+    settle_buckets,
     start,
 )
 from model import padded_vocab_size, sample_text
@@ -314,6 +315,8 @@ checkpoint.seed_random_states(seed + processes.rank)  # dropout differs between 
 shared_generator = None  # but for the masks that all ranks of a model have in common
 if ranks is not None:
     shared_generator = model.share_dropout(seed, processes.dp_rank, device)
+with autocast:
+    settle_buckets(trained, (batch_size, block_size), device, shared_generator)
 if resumed is not None:
     checkpoint.resume_random_states(resumed, processes, tp_processes, shared_generator, log.line)
 saver = checkpoint.Saver(out_dir, keep_checkpoints, () if resumed is None else (resumed.step,), log)
