@@ -484,6 +484,8 @@ def measure_latency(C: int, B: int) -> list[dict]:
         return []
     alone = statistics.median(times["TP=1"])
     sums = {c.name: c.decoder.group_sum.kind for c in contenders if c.name != "TP=1"}  # one may fall back
+    if mode == "prefill":  # whose sums are always the group's own
+        sums = {name: "none" if kind == "none" else "nccl" for name, kind in sums.items()}
     return [{"n_embd": C, "batch_size": B, "processes": 1 if name == "TP=1" else P, "name": name,
              "allreduce": sums.get(name), "us": statistics.median(t), "us_all": t,
              "of_one_gpu": statistics.median(t) / alone}

@@ -13,7 +13,9 @@ Loading takes the newest step whose files match its manifest. Tensors are safete
 nothing is unpickled.
 """
 
+import contextlib
 import dataclasses
+import glob
 import importlib
 import json
 import math
@@ -51,7 +53,9 @@ VARIANT = {
     "reduced_sync_gpt": ("tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points"),
 }
 ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "bias")  # the settings that a checkpoint decides
-STEP_NAME = re.compile(r"step-(\d{8})")
+STEP_NAME = re.compile(r"step-(\d{8,})")
+MAX_JSON = 64 * 2**20  # bytes
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # what a run depends on in state.json, and its types
 STATE = {"step": int, "sample": int, "epoch": int, "seed": int, "world_size": int, "evaluated": bool,
          "val_loss": (float, type(None)), "best_val_loss": (float, type(None)), "scaler": dict, "model": dict,
@@ -67,6 +71,11 @@ class Checkpoint:
     path: str
     step: int
     state: dict  # of state.json
+
+    def described(self) -> str:
+        """Step and val loss, for people."""
+        val_loss = self.state["val_loss"]
+        return f"step {self.step}, val loss {'not measured' if val_loss is None else f'{val_loss:.4f}'}"
 
     def tensors(self, which: str) -> dict[str, torch.Tensor]:
         """'model', 'optim' or 'rng' -> tensors by name, on the CPU. Raises UserError."""
@@ -85,8 +94,11 @@ def check_out_dir(out_dir: str) -> None:
     if not out_dir:
         raise UserError("out_dir='' is no folder: name one with --out_dir=...")
     check_can_write(out_dir, "out_dir")
-    for name in OF_A_RUN:
+    for name in (*OF_A_RUN, "LOCK"):
         path = os.path.join(out_dir, name)
+        if os.path.islink(path):
+            raise UserError(f"{path} is a link, and a run writes nothing outside its out_dir: remove it, or "
+                            f"name another out_dir")
         is_folder = name in ("ckpt", "tensorboard")
         if os.path.lexists(path) and os.path.isdir(path) != is_folder:
             kind = "folder" if is_folder else "file"
@@ -149,7 +161,7 @@ def save(out_dir: str, step: int, tensors: dict[str, dict], state: dict, keep: i
     os.rename(temporary, final)
     _sync(folder)
     _reach("published", step)
-    _write_text(os.path.join(out_dir, "latest"), f"step-{step:08d}\n")
+    write_latest(out_dir, step)
     _reach("latest", step)
     if best:  # before pruning, which must know what to spare
         write_best(out_dir, step, state["val_loss"])
@@ -161,9 +173,12 @@ def save(out_dir: str, step: int, tensors: dict[str, dict], state: dict, keep: i
     return final
 
 
-def _write_text(path: str, text: str) -> None:
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(text)
+def write_latest(out_dir: str, step: int) -> None:
+    path = os.path.join(out_dir, "latest")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path + ".tmp")  # which may be a link to elsewhere
+    with open(path + ".tmp", "x", encoding="utf-8") as f:
+        f.write(f"step-{step:08d}\n")
     os.replace(path + ".tmp", path)
 
 
@@ -215,25 +230,26 @@ class Saver:
         self.out_dir, self.keep, self.protect, self.log = out_dir, keep, protect, log
         self._verified, self._thread = dict.fromkeys(protect, True), None
 
-    def save(self, step: int, tensors: dict, state: dict, best: bool, waited: float) -> None:
-        """Begin to write, once the one before is written; waited: seconds that training stood still for its
-        copy."""
+    def save(self, step: int, tensors: dict, state: dict, best: bool, since: float) -> None:
+        """Begin to write, once the one before is written; since: time.perf_counter() when training began to
+        stand still for it."""
         self.wait()
-        self._state = {"step": step, "val_loss": state["val_loss"], "seconds": waited}
+        self._state = {"step": step, "val_loss": state["val_loss"], "seconds": time.perf_counter() - since}
         self._bytes = sum(t.nbytes for named in tensors.values() for t in named.values())
-        self._problem = None
+        self._path = self._problem = None
         self._thread = threading.Thread(target=self._write, args=(step, tensors, state, best),
                                         name="checkpoint")
         self._thread.start()
 
     def _write(self, step, tensors, state, best) -> None:
-        from safetensors import SafetensorError
-
         try:
+            for name, tensor in tensors["model"].items():
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{name} is not finite")
             self._path = save(self.out_dir, step, tensors, state, self.keep, self.protect, best,
                               self._verified)
-        except (OSError, SafetensorError) as e:
-            self._problem = getattr(e, "strerror", None) or str(e)
+        except Exception as e:  # whatever it is, training goes on, and the main thread says so
+            self._problem = getattr(e, "strerror", None) or str(e) or type(e).__name__
 
     def poll(self) -> None:
         """Say what became of a checkpoint as soon as that is known."""
@@ -258,8 +274,20 @@ class Saver:
             free = "an unknown number"
         what = f"cannot save checkpoint {where}: {self._problem} ({self._bytes:,} bytes, {free} are free)"
         if final:
-            raise UserError(f"{what}: make room and go on with --resume=latest")
+            raise UserError(f"{what}: mend that, and go on with --resume=latest")
         self.log.line(f"warning: {what}; the run goes on")
+
+
+def _file(out_dir: str, step: int, name: str) -> str:
+    return os.path.join(out_dir, "ckpt", f"step-{step:08d}", name)
+
+
+def _read_json(path: str):
+    """A JSON file of a checkpoint. Raises ValueError or OSError; no device, pipe or giant is read."""
+    if os.path.islink(path) or not os.path.isfile(path) or os.path.getsize(path) > MAX_JSON:
+        raise ValueError(f"{path} is no file, or too large")
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
 
 
 def steps_in(out_dir: str) -> list[int]:
@@ -277,9 +305,8 @@ def write_best(out_dir: str, step: int, val_loss: float) -> None:
 def best_step(out_dir: str) -> int | None:
     """The step of the best val loss, None if none is known."""
     try:
-        with open(os.path.join(out_dir, "best.json")) as f:
-            return int(json.load(f)["step"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return int(_read_json(os.path.join(out_dir, "best.json"))["step"])
+    except UNREADABLE:
         return None
 
 
@@ -288,15 +315,16 @@ def mend_best(out_dir: str) -> None:
     losses = {}
     for step in steps_in(out_dir):
         try:
-            with open(os.path.join(out_dir, "ckpt", f"step-{step:08d}", "state.json"), encoding="utf-8") as f:
-                losses[step] = float(json.load(f)["val_loss"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            losses[step] = float(_read_json(_file(out_dir, step, "state.json"))["val_loss"])
+        except UNREADABLE:
             continue
     for step in sorted((s for s in losses if math.isfinite(losses[s])), key=losses.get):
         if step == best_step(out_dir):
             return
         if verify(os.path.join(out_dir, "ckpt", f"step-{step:08d}")) is None:
             return write_best(out_dir, step, losses[step])
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(out_dir, "best.json"))  # none is known
 
 
 def verify(path: str) -> str | None:
@@ -304,13 +332,13 @@ def verify(path: str) -> str | None:
     if os.path.islink(path) or not os.path.isdir(path):
         return "it is not a folder"
     try:
+        manifest = _read_json(os.path.join(path, "MANIFEST.json"))
         with open(os.path.join(path, "MANIFEST.json"), encoding="utf-8") as f:
             text = f.read()
-        manifest = json.loads(text)
         entries = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
         if text != json_text(manifest):  # nothing else in the folder vouches for the manifest
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except UNREADABLE:
         return "its MANIFEST.json is missing or unreadable"
     if set(entries) != set(FILES):
         return f"its MANIFEST.json lists {sorted(entries)}"
@@ -331,8 +359,7 @@ def open_checkpoint(path: str) -> Checkpoint:
     if problem is not None:
         raise UserError(f"checkpoint {path} cannot be used: {problem}")
     try:
-        with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-            state = json.load(f)
+        state = _read_json(os.path.join(path, "state.json"))
         if state.get("format") != FORMAT:
             raise UserError(f"checkpoint {path} has format {state.get('format')!r}; this program reads "
                             f"{FORMAT}")
@@ -343,7 +370,12 @@ def open_checkpoint(path: str) -> Checkpoint:
         step = STEP_NAME.fullmatch(os.path.basename(os.path.abspath(path)))
         if step is None or int(step[1]) != state["step"]:
             raise ValueError(f"it is of step {state['step']}")
-    except (ValueError, KeyError, AttributeError, RecursionError) as e:
+        if not 0 <= state["sample"] < 2**53:
+            raise ValueError(f"sample is {state['sample']}")
+        model_config(state["model"])
+    except UserError as e:
+        raise UserError(f"checkpoint {path} cannot be used: {e}") from None
+    except UNREADABLE as e:
         raise UserError(f"checkpoint {path} cannot be used: its state.json is not what a run writes "
                         f"({type(e).__name__}: {e})") from None
     return Checkpoint(path, state["step"], state)
@@ -365,6 +397,8 @@ def find_resumed(resume: str, out_dir: str, warn=print, group=None) -> Checkpoin
 
 def listing(out_dir: str) -> str:
     """A table of the checkpoints in out_dir: step, epoch, val loss, size, date, and whether they verify."""
+    if not steps_in(out_dir):
+        return f"no checkpoint in {out_dir}"
     best = best_step(out_dir)
     lines = [f"{'step':>9}  {'epoch':>5}  {'val loss':>8}  {'size':>9}  {'saved':19}"]
     for step in steps_in(out_dir):
@@ -374,7 +408,8 @@ def listing(out_dir: str) -> str:
             state = open_checkpoint(path).state
         except UserError as e:
             state, problem = {}, str(e).partition("cannot be used: ")[2] or str(e)
-        size = sum(entry.stat().st_size for entry in os.scandir(path)) if os.path.isdir(path) else 0
+        size = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(path)) \
+            if os.path.isdir(path) else 0
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(os.lstat(path).st_mtime))
         val_loss = state.get("val_loss")
         val_loss = "-" if val_loss is None else f"{val_loss:.4f}"
@@ -436,14 +471,19 @@ def lock(out_dir: str, make: bool) -> int | None:
     try:
         if make:
             os.makedirs(out_dir, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if make else 0), 0o666)
+        flags = os.O_NOFOLLOW | (os.O_CREAT if make else 0)
+        try:
+            descriptor, writable = os.open(path, os.O_RDWR | flags, 0o666), True
+        except PermissionError:  # another user's, who may have left long ago
+            descriptor, writable = os.open(path, os.O_RDONLY | os.O_NOFOLLOW), False
     except FileNotFoundError:
         return None
     except OSError as e:
         raise UserError(f"cannot open {path}: {e.strerror}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode().ljust(80), 0)
+        if writable:
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode().ljust(80), 0)
     except BlockingIOError:
         holder = os.pread(descriptor, 80, 0).decode(errors="replace").strip() or "another process"
         raise UserError(f"{out_dir} is in use by {holder}: wait for it or end it, or name another "
@@ -458,7 +498,7 @@ def lock(out_dir: str, make: bool) -> int | None:
 def _restore(out_dir: str) -> None:
     """Bring back a step that was moved aside for a new copy of it that did not come."""
     folder = os.path.join(out_dir, "ckpt")
-    for name in sorted(os.listdir(folder) if os.path.isdir(folder) else []):
+    for name in sorted(os.listdir(folder) if os.path.isdir(folder) else [], reverse=True):  # newest first
         moved = re.fullmatch(r"\.old-(step-\d{8})-\d+", name)
         if moved and not os.path.lexists(os.path.join(folder, moved[1])):
             os.rename(os.path.join(folder, name), os.path.join(folder, moved[1]))
@@ -473,6 +513,15 @@ def make_room(out_dir: str, resumed: Checkpoint | None, say) -> None:
         say(f"moved the {'checkpoints' if mine or steps_in(earlier) else 'log'} {whose} to {earlier}")
     if mine:
         mend_best(out_dir)
+        write_latest(out_dir, resumed.step)
+
+
+def unlock(out_dir: str, held: int) -> None:
+    """Let go of an out_dir that nothing was written to; one that is empty then goes."""
+    os.close(held)
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(out_dir, "LOCK"))
+        os.rmdir(out_dir)
 
 
 def belongs_to(checkpoint: Checkpoint, out_dir: str) -> bool:
@@ -486,7 +535,9 @@ def set_aside(out_dir: str, after: int | None = None) -> str | None:
     after: only the checkpoints of later steps, which a run that goes on from that step will make anew.
     """
     if after is None:
-        there = [name for name in OF_A_RUN if os.path.lexists(os.path.join(out_dir, name))]
+        logs = glob.glob(os.path.join(glob.escape(out_dir), "run_*.jsonl"))
+        names = (*OF_A_RUN, *map(os.path.basename, logs))
+        there = [name for name in names if os.path.lexists(os.path.join(out_dir, name))]
     else:
         there = [os.path.join("ckpt", f"step-{step:08d}") for step in steps_in(out_dir) if step > after]
     if not there:
@@ -539,14 +590,30 @@ def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict) -> N
     Digests count only where both were known: a meta.json may have been written later.
     """
     then, tokens = checkpoint.state["data"], ("train_tokens", "val_tokens")
+    if not all(isinstance(then.get(key), int) for key in tokens):
+        raise UserError(f"{checkpoint.path} does not say what data it was trained on: start a new run from "
+                        f"its weights with --init_from={checkpoint.path}")
     differ = [f"{then[key]:,} {key.replace('_', ' ')} then, {fingerprint[key]:,} now"
               for key in tokens if then[key] != fingerprint[key]]
-    if not differ and then["sha256"] and fingerprint["sha256"] and then["sha256"] != fingerprint["sha256"]:
+    digests = then.get("sha256"), fingerprint["sha256"]
+    if not differ and all(digests) and digests[0] != digests[1]:
         differ = ["its tokens have changed"]
     if differ:
         raise UserError(f"{folder} is not the data set that {checkpoint.path} was trained on "
                         f"({', '.join(differ)}): name that one with --dataset=..., or start a new run from "
                         f"its weights with --init_from={checkpoint.path}")
+
+
+def load_scaler(scaler: torch.amp.GradScaler, resumed: Checkpoint) -> None:
+    """Give a GradScaler the state that it had; there is none unless the dtype was float16 then. Raises
+    UserError."""
+    if not resumed.state["scaler"]:
+        return
+    try:
+        scaler.load_state_dict(resumed.state["scaler"])
+        float(scaler.get_scale())
+    except (RuntimeError, *UNREADABLE) as e:
+        raise UserError(f"the scaler's state in {resumed.path} is none ({type(e).__name__}: {e})") from None
 
 
 def model_description(kind: str, model: nn.Module) -> dict:
@@ -735,8 +802,9 @@ def resume_random_states(resumed: Checkpoint, processes, tp_processes: int,
         states = {name.partition(".")[2]: t for name, t in resumed.tensors("rng").items()
                   if name.startswith(f"{processes.rank}.")}
         return set_random_states(states, processes.device, shared)
-    say(f"saved on {then[0]} processes and resumed on {processes.world_size}: dropout masks differ from here "
-        f"on, the order of the data does not")
+    of_a_model = f" (tp_processes={then[1]} and {tp_processes})" if then[1] != tp_processes else ""
+    say(f"saved on {then[0]} processes and resumed on {processes.world_size}{of_a_model}: dropout masks "
+        f"differ from here on, the order of the data does not")
     key = resumed.state["seed"] % 2**64, resumed.step
     seed_random_states(_seed_of(*key, processes.rank))
     if shared is not None:

@@ -14,18 +14,20 @@ config files are interchangeable.
 """
 
 import ast
+import contextlib
 import difflib
 import io
 import math
 import os
 import sys
 import tempfile
-import threading
 import time
 import tokenize
 import types
 import typing
 from dataclasses import dataclass
+
+before_exit = []  # functions to call when an error ends the process
 
 
 class UserError(ValueError):
@@ -282,6 +284,13 @@ def check_at_least(config: dict, minimum: float, *names: str) -> None:
             raise UserError(f"{name}={config[name]} must be at least {minimum}")
 
 
+def check_at_most(config: dict, maximum: float, *names: str) -> None:
+    """Raise UserError if one of these settings is above the maximum."""
+    for name in names:
+        if config[name] > maximum:
+            raise UserError(f"{name}={config[name]} must be at most {maximum:g}")
+
+
 def check_seed(config: dict) -> None:
     """Raise UserError for a seed that PyTorch's generators cannot take."""
     if not -2**63 <= config["seed"] < 2**63:
@@ -332,15 +341,15 @@ def install_error_hook(rank: int = 0) -> None:
     previous = sys.excepthook
 
     def hook(kind, error, traceback):
+        for function in before_exit:
+            with contextlib.suppress(Exception):
+                function()
         text = _for_users(kind, error)
         if text is None:
             return previous(kind, error, traceback)
         if rank != 0:
             time.sleep(3)
         who = "error" if rank == 0 else f"error on rank {rank}"
-        for thread in threading.enumerate():
-            if thread.name == "checkpoint":
-                thread.join()  # it is being written, and what is in it is good
         sys.stdout.flush()
         # torch.distributed's own hook holds sys.stderr back; a file name need not be UTF-8
         os.write(2, f"{who}: {text}\n".encode(errors="backslashreplace"))

@@ -95,7 +95,10 @@ def _end_with(parent: int) -> None:
     """Ask this process to end as soon as its parent is gone: a launcher that was killed cannot ask."""
     while os.getppid() == parent:
         time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
+    if StopSignal.installed is None:
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        StopSignal.installed.ask(signal.SIGTERM, again=False)
 
 
 def _mesh(rank: int, world_size: int, tp_processes: int):
@@ -372,18 +375,36 @@ def all_values(value, group) -> list:
 
 class StopSignal:
     """SIGINT, SIGTERM and SIGHUP as a request to end in order, at the next step; a second one ends the
-    process at once. What is ignored, as by nohup, stays so."""
+    process at once. What is ignored, as by nohup, stays so.
+
+    A thread receives them: the main one may be waiting for processes that no longer answer.
+    """
+
+    installed = None
+    TOGETHER = 2.0  # seconds; who ends a machine sends SIGTERM to us and to torchrun, which passes it on
 
     def __init__(self, group):
-        self.received, self._group = 0, group
+        self.received, self._since, self._group = 0, 0.0, group
+        reads, writes = os.pipe()
+        os.set_blocking(writes, False)
+        signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._receive)
+                signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._read, args=(reads,), name="signals", daemon=True).start()
+        StopSignal.installed = self
 
-    def _receive(self, number, frame) -> None:
-        if self.received:
+    def _read(self, reads: int) -> None:
+        while number := os.read(reads, 1):
+            if number[0] in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                self.ask(number[0])
+
+    def ask(self, number: int, again: bool = True) -> None:
+        """Note a request; again: whether it counts as a second one if there is a first."""
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
+        elif again and not (number == signal.SIGTERM and time.monotonic() - self._since < self.TOGETHER):
             os._exit(128 + number)
-        self.received = number
 
     def received_anywhere(self) -> bool:
         """Whether any process was asked to end; all of them take part."""

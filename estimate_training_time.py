@@ -10,6 +10,7 @@ saving are not counted, and evaluations only with --seconds_per_evaluation. A lo
 saving take, and they are counted.
 """
 
+import heapq
 import itertools
 import os
 import signal
@@ -60,6 +61,7 @@ class Run:
     eval_interval: int
     checkpoint_interval: int
     saves: str  # what is at its multiples
+    saves_at_evaluations: bool  # and there
     tokens: int  # of an iteration
     iteration: float = 0.0
     evaluation: float = 0.0  # with what is saved then
@@ -92,7 +94,8 @@ def planned(settings: dict, where: str) -> Run:
         raise UserError(f"{where} has checkpoint_interval={interval!r}: it must be at least 0")
     always = interval or settings.get("always_save_checkpoint", True)
     return Run(max_iters, eval_interval, interval or eval_interval,
-               "checkpoint" if always else "checkpoint if it is the best", batch * block * accumulated)
+               "checkpoint" if always else "checkpoint if it is the best",
+               bool(settings.get("always_save_checkpoint", True)), batch * block * accumulated)
 
 
 def from_log(path: str) -> tuple[Run, list[dict]]:
@@ -183,7 +186,7 @@ def epoch_tokens(settings: dict) -> int | None:
 
 def duration(seconds: float) -> str:
     """Days d hours:minutes; below a day hours:minutes:seconds."""
-    days, rest = divmod(round(max(seconds, 0.0)), 86400)
+    days, rest = divmod(round(min(max(seconds, 0.0), 1e15)), 86400)
     text = f"{rest // 3600:02}:{rest // 60 % 60:02}"
     return f"{days:,} d {text}" if days else f"{text}:{rest % 60:02}"
 
@@ -233,11 +236,13 @@ def milestones_of(run: Run, epoch: int | None) -> dict[int, list[str]]:
     def multiples(interval: int) -> range:
         return range(max(run.seen // interval + 1, 1) * interval, run.max_iters + 1, interval)
 
-    def first_and_last(numbers: range) -> list[int]:
+    def first_and_last(numbers) -> list[int]:
         return sorted({*numbers[:milestones], *numbers[-1:]})
 
     add("evaluation", multiples(run.eval_interval)[:1])
-    add(run.saves, first_and_last(multiples(run.checkpoint_interval)))
+    at_evaluations = multiples(run.eval_interval) if run.saves_at_evaluations else ()
+    saves = heapq.merge(multiples(run.checkpoint_interval), at_evaluations)
+    add(run.saves, first_and_last(sorted({*itertools.islice(saves, 2 * milestones), run.max_iters})))
     if epoch is not None:
         ended, in_all = run.done * run.tokens // epoch, run.max_iters * run.tokens // epoch
         for n in first_and_last(range(ended, in_all)):

@@ -81,7 +81,7 @@ if tp_processes > 1:
     model.place(ranks_on(processes.tp_group, model.config.tp_size))
 model.to(device)
 if found is not None:
-    say(f"{found.path}: step {found.step}, val loss {found.state['val_loss']:.4f}")
+    say(f"{found.path}: {found.described()}")
 
 # evaluation
 torch.set_float32_matmul_precision("high")

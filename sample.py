@@ -106,8 +106,7 @@ model.to(device, pick_dtype(dtype, device)).eval()
 if hasattr(signal, "SIGPIPE"):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as `cat` does where `| head` has seen enough
 if found is not None:
-    val_loss = found.state["val_loss"]
-    say(f"{found.path}: step {found.step}" + (f", val loss {val_loss:.4f}" if val_loss is not None else ""))
+    say(f"{found.path}: {found.described()}")
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")
 decoder = model.decoder(1, temperature=temperature, top_k=top_k, top_p=top_p, slide=slide, **options)

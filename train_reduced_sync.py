@@ -23,7 +23,7 @@ import time
 import torch
 
 import checkpoint
-from configurator import UserError, check_at_least, check_seed, configure
+from configurator import UserError, before_exit, check_at_least, check_at_most, check_seed, configure
 from data import hellaswag, tokenizers
 from dataloader import DataLoader, epoch_messages, evaluate, evaluation_batches, open_dataset
 from distributed import (
@@ -121,6 +121,7 @@ check_at_least(config, 1, "batch_size", "block_size", "gradient_accumulation_ste
 check_at_least(config, 0, "max_iters", "warmup_iters", "grad_clip", "min_lr", "checkpoint_interval",
                "sample_interval", "hellaswag_interval")
 check_at_least(config, 1, "sample_tokens", "timeout")
+check_at_most(config, 1e6, "timeout")
 check_seed(config)
 if list_checkpoints:
     if env_rank() == 0:
@@ -212,16 +213,17 @@ model.to(device)
 optimizer = build_adamw(model, learning_rate, (beta1, beta2), weight_decay)
 scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
 first_iter, first_sample, evaluated, best_val_loss = 0, 0, False, math.inf
+same_run = resumed is not None and checkpoint.belongs_to(resumed, out_dir)  # or it goes on in another out_dir
+where = environment(device) | {"world_size": processes.world_size, "tp_processes": tp_processes}
 if resumed is not None:
     load_state_by_name(optimizer, model, model.own_part(resumed.tensors("optim")))
-    if resumed.state["scaler"]:  # empty unless the dtype was float16 then
-        scaler.load_state_dict(resumed.state["scaler"])
+    checkpoint.load_scaler(scaler, resumed)
     first_iter, first_sample, evaluated = (resumed.state[name] for name in ("step", "sample", "evaluated"))
     if resumed.state["best_val_loss"] is not None:
         best_val_loss = resumed.state["best_val_loss"]
 
-    if first_iter >= max_iters and evaluated and not eval_only:
-        log.line(f"nothing left to do: {resumed.path} is at max_iters={max_iters}")
+    if (first_iter > max_iters or (first_iter == max_iters and evaluated)) and not eval_only:
+        log.line(f"nothing left to do: {resumed.path} is at step {first_iter} of max_iters={max_iters}")
         finish(processes)
         raise SystemExit(0)
 
@@ -229,20 +231,23 @@ if resumed is not None:
 def open_out_dir() -> None:
     """From here on files are written."""
     global held
+    if held is None:
+        held = checkpoint.lock(out_dir, make=True)
     if wandb_log:
-        log.start_wandb(wandb_project, wandb_run_name, config, out_dir, wandb_mode, resumed is not None)
-    held = held or checkpoint.lock(out_dir, make=True)
+        try:
+            log.start_wandb(wandb_project, wandb_run_name, config, out_dir, wandb_mode, same_run)
+        except UserError:
+            checkpoint.unlock(out_dir, held)
+            raise
     checkpoint.make_room(out_dir, resumed, log.line)
-    same_run = resumed is not None and checkpoint.belongs_to(resumed, out_dir)
-    log.open_files(out_dir, config, environment(device), first_iter if same_run else None, evaluated,
-                   use_tensorboard)
+    log.open_files(out_dir, config, where, first_iter if same_run else None, evaluated, use_tensorboard)
 
 
 if not eval_only:
     barrier(group)  # nobody still reads weights that are moved now
     on_main(open_out_dir, group)
 log.line("settings, with where they differ from the script's:\n" + config.table())
-log.line(f"device {environment(device)['device']}, {str(compute_dtype).removeprefix('torch.')}, "
+log.line(f"device {where['device']}, {str(compute_dtype).removeprefix('torch.')}, "
          f"{processes.world_size} process{'es' if processes.world_size > 1 else ''}; "
          f"{model.n_parameters() / 1e6:.2f}M parameters; {data.folder}: {data.train.n_tokens:,} train and "
          f"{data.val.n_tokens:,} val tokens, {data.train.n_windows:,} windows an epoch")
@@ -285,6 +290,8 @@ def save_checkpoint(step: int, evaluated: bool, val_loss: float | None, best: bo
     evaluated: whether the evaluation due at this step, if one is, was done; val_loss: that of this step.
     """
     started = time.perf_counter()
+    if main:
+        saver.wait()  # before there is a second copy in memory
     model.align_replicas(optimizer)
     tensors = checkpoint.snapshot(model, optimizer, device, shared_generator, group)
     if main:
@@ -293,8 +300,16 @@ def save_checkpoint(step: int, evaluated: bool, val_loss: float | None, best: bo
                  "tp_processes": tp_processes, "scaler": scaler.state_dict(),
                  "model": checkpoint.model_description("reduced_sync_gpt", model),
                  "schedule": checkpoint.schedule_description(model), "config": config,
-                 "data": data.fingerprint, "meta": data.meta, "environment": environment(device)}
-        saver.save(step, tensors, state, best, time.perf_counter() - started)
+                 "data": data.fingerprint, "meta": data.meta, "environment": where}
+        saver.save(step, tensors, state, best, started)
+
+
+def end_run(status: str) -> None:
+    """Let what is being written be written, and end the logs; also if an error ends the run."""
+    loader.close()
+    saver.wait()
+    log.status(status, it, max_iters=max_iters, best_val_loss=best_val_loss)
+    log.close(status=status, step=it, best_val_loss=best_val_loss)
 
 
 def due(interval: int) -> bool:
@@ -319,10 +334,11 @@ with autocast:
     settle_buckets(trained, (batch_size, block_size), device, shared_generator)
 if resumed is not None:
     checkpoint.resume_random_states(resumed, processes, tp_processes, shared_generator, log.line)
-saver = checkpoint.Saver(out_dir, keep_checkpoints, () if resumed is None else (resumed.step,), log)
-signals, stopping, status, epoch = StopSignal(group), False, "finished", loader.epoch
+saver = checkpoint.Saver(out_dir, keep_checkpoints, (resumed.step,) if same_run else (), log)
+signals, stopping, status, problem = StopSignal(group), False, "finished", None
+epoch, it, stopwatch = loader.epoch, first_iter, Stopwatch()
+before_exit.append(lambda: end_run(status if status == "non_finite" else "failed"))
 log.begin(first_iter, max_iters)
-stopwatch, last_logged = Stopwatch(), first_iter
 for it in range(first_iter, max_iters + 1):
     lr = learning_rate
     if decay_lr:
@@ -330,41 +346,45 @@ for it in range(first_iter, max_iters + 1):
     for parameter_group in optimizer.param_groups:
         parameter_group["lr"] = lr
 
-    # before update `it`: evaluate and save; what was done there before the checkpoint is not done again
-    resumed_here = resumed is not None and it == first_iter
-    done = resumed_here and evaluated
-    if not stopping:
-        val_loss, improved = None, False
-        stopwatch.pause()
-        if due(eval_interval):
-            model.align_replicas(optimizer)
-            losses = estimate_losses()
-            log.evaluation(it, losses["train"], losses["val"], lr)
-            val_loss, improved = losses["val"], losses["val"] < best_val_loss
-            best_val_loss = min(best_val_loss, val_loss)
-            log.status("running", it, max_iters=max_iters, best_val_loss=best_val_loss)
-        if due(sample_interval) and processes.dp_rank == 0:
-            with autocast:
-                log.sample(it, sample_text(model, tokenizer, sample_prompt, sample_tokens, seed))
-        if due(hellaswag_interval):
-            with autocast:
-                result = hellaswag.accuracy(model, examples, batch_size, device, processes.dp_rank,
-                                            processes.dp_size, processes.dp_group, signals.received_anywhere)
-            stopping = result is None
-            if result is not None:
-                log.hellaswag(it, **result)
-        if not stopping and it > 0 and (improved or (due(eval_interval) and always_save_checkpoint)
-                                        or (due(checkpoint_interval) and not resumed_here)):
-            save_checkpoint(it, True, val_loss, improved)
-        stopwatch.go_on()
-    if stopping:
-        if not resumed_here:
-            due_here = any(map(due, (eval_interval, sample_interval, hellaswag_interval)))
-            save_checkpoint(it, not due_here, None, False)
+    # what is due before update `it`, but for what was done there before the checkpoint resumed from
+    done, saved_here = it == first_iter and evaluated, it == first_iter and same_run
+    val_loss, problem = None, None
+    stopwatch.pause()
+    if due(eval_interval) and not stopping:
+        model.align_replicas(optimizer)
+        losses = estimate_losses()
+        log.evaluation(it, losses["train"], losses["val"], lr)
+        val_loss = losses["val"]
+        if not math.isfinite(losses["train"] + val_loss):
+            problem = f"the train loss is {losses['train']}, the val loss {val_loss}"
+            break
+    if due(sample_interval) and not stopping and processes.dp_rank == 0:
+        with autocast:
+            log.sample(it, sample_text(model, tokenizer, sample_prompt, sample_tokens, seed))
+    if due(hellaswag_interval) and not stopping:
+        with autocast:
+            result = hellaswag.accuracy(model, examples, batch_size, device, processes.dp_rank,
+                                        processes.dp_size, processes.dp_group, signals.received_anywhere)
+        stopping = result is None
+        if not stopping:
+            log.hellaswag(it, **result)
+    if stopping:  # what is due here and not done is done by who goes on
+        if not saved_here:
+            save_checkpoint(it, not any(map(due, (eval_interval, sample_interval, hellaswag_interval))), None,
+                            False)
         status = "interrupted"
         break
-    if due(eval_interval) and it >= stop_step and not losses["val"] <= stop_loss:  # no number is above, too
-        log.line(f"stopped: val loss {losses['val']:.4f} at step {it} is above {stop_loss} ({stop_if=})")
+    improved = val_loss is not None and val_loss < best_val_loss
+    if improved:
+        best_val_loss = val_loss
+    if it > 0 and (improved or (due(eval_interval) and always_save_checkpoint)
+                   or (due(checkpoint_interval) and not saved_here)):
+        save_checkpoint(it, True, val_loss, improved)
+    if any(map(due, (eval_interval, checkpoint_interval))) or it == first_iter:
+        log.status("running", it, max_iters=max_iters, best_val_loss=best_val_loss)
+    stopwatch.go_on()
+    if due(eval_interval) and it >= stop_step and val_loss > stop_loss:
+        log.line(f"stopped: val loss {val_loss:.4f} at step {it} is above {stop_loss} ({stop_if=})")
         status = "stopped"
         break
     if it == max_iters:
@@ -386,36 +406,30 @@ for it in range(first_iter, max_iters + 1):
     scaler.unscale_(optimizer)
     norm = clip_gradients(model.parameters(), grad_clip, model.split_parameters(), processes.tp_group)
     loss_sum, norm, stopping = agree(loss_sum, norm, signals.received > 0, processes)  # waits for the device
-    if not math.isfinite(loss_sum) or not (math.isfinite(norm) or scaler.is_enabled()):
-        status = "non_finite"
+    train_loss = loss_sum / gradient_accumulation_steps
+    if not math.isfinite(train_loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+        problem = f"the loss is {train_loss} and the gradient's norm {norm}"
         break
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
-    if it % log_interval == 0:
-        seconds = stopwatch.lap() / (it + 1 - last_logged)
-        mfu = None if peak is None else flops_per_iter / seconds / (peak * processes.world_size)
-        log.iteration(it, loss_sum / gradient_accumulation_steps, lr, norm, seconds, tokens_per_iter, mfu,
-                      loader.epoch, peak_memory(device))
-        last_logged = it + 1
+    seconds = stopwatch.lap()
+    mfu = None if peak is None else flops_per_iter / seconds / (peak * processes.world_size)
+    log.iteration(it, train_loss, lr, norm, seconds, tokens_per_iter, mfu, loader.epoch, peak_memory(device),
+                  line=it % log_interval == 0)
     for message in epoch_messages(data.train, epoch, loader.epoch):
         log.line(message)
     epoch = loader.epoch
     saver.poll()
 
-loader.close()
-try:
-    on_main(lambda: saver.wait(final=True), group)
-except UserError:
-    log.status("failed", it, max_iters=max_iters, best_val_loss=best_val_loss)
-    raise
-log.status(status, it, max_iters=max_iters, best_val_loss=best_val_loss)
-log.close(status=status, step=it, best_val_loss=best_val_loss)
-if status == "non_finite":
-    raise UserError(f"the loss is {loss_sum / gradient_accumulation_steps} and the gradient's norm {norm} at "
-                    f"iteration {it}: no update was made with them and no checkpoint has them; go on from an "
-                    f"earlier one with --resume=latest and a lower learning_rate")
-if status == "interrupted" and main:
-    print(f"interrupted at step {it}: go on with --resume=latest", flush=True)
+if problem is not None:
+    status = "non_finite"
+    raise UserError(f"{problem} at iteration {it}: no update was made with that and no checkpoint has it; go "
+                    f"on from an earlier one (--list_checkpoints shows them) with --resume=STEP and a lower "
+                    f"learning_rate")
+on_main(lambda: saver.wait(final=True), group)
+if status == "interrupted":
+    log.line(f"interrupted at step {it}: go on with --resume=latest")
+end_run(status)
 finish(processes)

@@ -158,6 +158,9 @@ class TrainingLogger:
         except OSError as e:
             raise UserError(f"cannot write {e.filename or out_dir}: {e.strerror}") from None
         self._out_dir = out_dir
+        if resumed_step is None and self._wandb is None:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(out_dir, "wandb_id"))  # of an earlier run
         self._text.write("".join(line + "\n" for line in self._early).encode(errors="backslashreplace"))
         self.event("start", config=config, environment=environment, **start)
 
@@ -224,9 +227,9 @@ class TrainingLogger:
         self.event("eval", step=step, train_loss=train_loss, val_loss=val_loss, lr=lr)
 
     def iteration(self, step: int, loss: float, lr: float, norm: float, seconds: float, tokens: int,
-                  mfu: float | None, epoch: int, memory: int | None = None) -> None:
+                  mfu: float | None, epoch: int, memory: int | None = None, line: bool = True) -> None:
         """seconds, tokens: of one iteration; mfu: a share of 1, None if unknown; memory: the most bytes of
-        the GPU's so far, None if unknown."""
+        the GPU's so far, None if unknown; line: for people, too."""
         if not self.active:
             return
         shown = "n/a" if mfu is None else f"{100 * mfu:.2f}%"
@@ -235,8 +238,9 @@ class TrainingLogger:
                 f"{rest}")
         if self._console.has_bar:
             self._console.move(step + 1, f"loss {loss:.4f}, {rest}")
-            self._write_text(text)
-        else:
+            if line:
+                self._write_text(text)
+        elif line:
             self.line(text)
         self.event("iter", step=step, loss=loss, lr=lr, norm=norm, seconds=seconds,
                    tokens_per_second=tokens / seconds, mfu=mfu, epoch=epoch, memory=memory)
@@ -568,8 +572,10 @@ def _line_of(value: dict) -> bytes:
 def _replace(path: str, data: bytes) -> None:
     """Write a file anew, whole or not at all. Raises OSError."""
     temporary = path + ".tmp"
+    with contextlib.suppress(OSError):
+        os.unlink(temporary)  # which may be a link to elsewhere
     try:
-        with open(temporary, "wb") as f:
+        with open(temporary, "xb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())

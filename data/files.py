@@ -357,7 +357,9 @@ def json_text(value) -> str:
 
 def write_json(path: str, value) -> None:
     """Write a JSON file under a temporary name, then rename it."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path + ".tmp")  # which may be a link to elsewhere
+    with open(path + ".tmp", "x", encoding="utf-8") as f:
         f.write(json_text(value))
         f.flush()
         os.fsync(f.fileno())

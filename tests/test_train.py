@@ -257,7 +257,7 @@ def test_sample_from_a_folder(run_script, tmp_path):
     """An out_dir as weights, whose model has more tokens than its tokenizer: only the tokenizer's come."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=1, n_embd=8))
-    save_checkpoint(tmp_path / "run", 1, model, val_loss=1.0,
+    save_checkpoint(tmp_path / "run", 1, model, best=True, val_loss=1.0,
                     meta={"vocab_size": 3, "tokenizer": "char", "chars": "ABC"})
     done = run_script("sample.py", f"--init_from={tmp_path / 'run'}", "--device=cpu", "--num_samples=1",
                       "--max_new_tokens=50", "--start=A")
