@@ -37,7 +37,7 @@ from configurator import Config, UserError, check_can_write
 from data.files import json_text, sha256_of, unused_path, write_json
 from distributed import gather_to_main, on_main
 from model import GPT, GPTConfig
-from optim import state_by_name
+from optim import gather_state, whole_on_cpu
 
 FORMAT = 1
 FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json")
@@ -209,17 +209,18 @@ def _prune(out_dir: str, keep: int, protect: tuple[int, ...], verified: dict[int
 def snapshot(model: nn.Module, optimizer, device: torch.device, shared: torch.Generator | None,
              group) -> dict:
     """What `save` takes as tensors, copied to the CPU, so that training can go on while they are written.
+    One tensor at a time: what is on other GPUs never needs more room here than that.
 
     shared: see random_states. All processes take part; all but the first get an empty dict.
     """
     rng = gather_to_main(random_states(device, shared), group)
-    tensors = {"model": model.whole(dict(model.named_parameters())),
-               "optim": model.whole(state_by_name(optimizer, model))}
-    if rng is None:
+    main = rng is not None
+    tensors = {"model": whole_on_cpu(model, dict(model.named_parameters()), keep=main),
+               "optim": gather_state(optimizer, model, keep=main)}
+    if not main:
         return {}
     tensors["rng"] = {f"{rank}.{name}": t for rank, states in enumerate(rng) for name, t in states.items()}
-    return {which: {name: t.detach().to("cpu", copy=True).contiguous() for name, t in named.items()}
-            for which, named in tensors.items()}
+    return tensors
 
 
 class Saver:

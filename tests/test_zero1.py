@@ -1,0 +1,192 @@
+"""AdamW's state shared out over processes (ZeRO-1): the bits of AdamW without it, the memory, checkpoints of
+every way to divide a run loaded in every other, exact resume. CPU, real gloo processes; half a minute.
+
+    python -m pytest tests/test_zero1.py
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import run_processes
+from test_model import tokens
+from test_tensor_parallel import build
+
+import checkpoint
+from distributed import Processes, agree, data_parallel
+from optim import ShardedAdamW, build_adamw, clip_gradients, load_state_by_name, share_out, state_by_name
+from tensor_parallel_model import Ranks
+
+CPU = torch.device("cpu")
+MODEL = dict(n_layer=2, n_head=4, n_embd=32)
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a run is divided: over so many of the 4 processes, tp of which hold one model."""
+
+    processes: int
+    tp: int = 1
+    zero1: bool = False
+
+
+DIVISIONS = [Division(1), Division(2), Division(2, zero1=True), Division(4), Division(4, zero1=True),
+             Division(2, tp=2), Division(4, tp=2), Division(4, tp=2, zero1=True)]
+
+
+def processes_of_divisions(rank: int) -> dict[Division, Processes]:
+    """What this process, one of 4, is in each of them; it is not there in those that do without it."""
+    neighbours = [dist.new_group(pair) for pair in ([0, 1], [2, 3])][rank // 2]
+    across = [dist.new_group(pair) for pair in ([0, 2], [1, 3])][rank % 2]
+    found = {}
+    for division in DIVISIONS:
+        n, tp = division.processes, division.tp
+        if rank >= n:
+            continue
+        group = {1: None, 2: neighbours, 4: dist.group.WORLD}[n]
+        dp_group = group if tp == 1 else across if n == 4 else None
+        found[division] = Processes(rank, n, rank, CPU, group, rank // tp, n // tp, dp_group,
+                                    neighbours if tp > 1 else None)
+    return found
+
+
+class Run:
+    """Two simulated or real ranks that synchronise after every MLP, and their optimizer."""
+
+    def __init__(self, division: Division, processes: Processes, seed: int = 1, scaler: bool = False):
+        self.processes = processes
+        self.model = build(dict(block_types=["spd"] * 2), 2, torch.float32, seed, **MODEL)
+        if division.tp > 1:
+            self.model.place(Ranks(1, processes.tp_group))
+        self.optimizer = build_adamw(self.model, 1e-3, (0.9, 0.95), 0.1,
+                                     processes.dp_group if division.zero1 else None)
+        assert isinstance(self.optimizer, ShardedAdamW) == division.zero1
+        self.trained = data_parallel(self.model, processes, compiled=False)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=scaler, init_scale=2.0**10)
+
+    def step(self, it: int, spoilt: bool = False) -> tuple[float, float]:
+        """An update with 4 sequences, however many processes there are; its loss and the gradient's norm."""
+        dp_size, total = self.processes.dp_size, torch.zeros(())
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-3 / (1 + it)
+        for micro_step in range(4 // dp_size):
+            if dp_size > 1:
+                self.trained.require_backward_grad_sync = micro_step == 4 // dp_size - 1
+            seed = 4 * it + micro_step * dp_size + self.processes.dp_rank
+            _, loss = self.trained(tokens(1, 16, seed=seed), tokens(1, 16, seed=seed + 1000))
+            if spoilt and seed == 4 * it:  # on one process only
+                loss = loss * float("inf")
+            self.scaler.scale(loss * dp_size / 4).backward()
+            total += loss.detach() / 4
+        self.model.reduce_partial_gradients()
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.model.parameters(), 0.5, self.model.split_parameters(),
+                              self.processes.tp_group)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        assert all(p.grad is None for p in self.model.parameters())
+        return agree(total, norm, False, self.processes)[:2]
+
+    def snapshot(self) -> dict:
+        self.model.align_replicas(self.optimizer)
+        return checkpoint.snapshot(self.model, self.optimizer, CPU, None, self.processes.group)
+
+    def load(self, tensors: dict) -> None:
+        checkpoint.load_parameters(self.model, self.model.own_part(tensors["model"]), "the file")
+        load_state_by_name(self.optimizer, self.model, self.model.own_part(tensors["optim"]))
+
+
+def weights(run: Run) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+
+def check_training(rank: int, world: int) -> None:
+    mine = processes_of_divisions(rank)
+    alone = Run(Division(1), Processes(0, 1, 0, CPU, None))
+    expected = [alone.step(it) for it in range(12)]
+    for division in (d for d in mine if d.zero1):
+        plain = Run(Division(division.processes, division.tp), mine[division])
+        sharded = Run(division, mine[division])
+        for it in range(12):
+            loss, norm = plain.step(it)
+            assert sharded.step(it) == (loss, norm) == pytest.approx(expected[it], rel=1e-6), (division, it)
+            assert torch.equal(weights(sharded), weights(plain)), (division, it)
+        check_shares(division, plain, sharded)
+
+
+def check_shares(division: Division, plain: Run, sharded: Run) -> None:
+    """Each parameter's moments are kept once, with the bits of plain AdamW's, and shares are about equal."""
+    whole, share = (state_by_name(run.optimizer, run.model) for run in (plain, sharded))
+    assert all(torch.equal(t, whole[name]) for name, t in share.items())
+    names = [None] * (division.processes // division.tp)
+    dist.all_gather_object(names, sorted(share), group=sharded.optimizer.group)
+    assert sorted(name for of_one in names for name in of_one) == sorted(whole)
+    bytes_whole, bytes_share = (sum(t.nbytes for t in state.values()) for state in (whole, share))
+    assert bytes_share == pytest.approx(bytes_whole / len(names), rel=0.15)
+
+
+def check_scaler(rank: int, world: int) -> None:
+    """A gradient that is not finite, whoever made it, stops the update everywhere."""
+    processes = processes_of_divisions(rank)[Division(4)]
+    plain, sharded = (Run(Division(4, zero1=zero1), processes, scaler=True) for zero1 in (False, True))
+    for it in range(6):
+        before = weights(sharded)
+        for run in (plain, sharded):
+            run.step(it, spoilt=it == 3)
+        assert torch.equal(before, weights(sharded)) == (it == 3)
+        assert torch.equal(weights(plain), weights(sharded))
+    assert plain.scaler.get_scale() == sharded.scaler.get_scale() == 2.0**9
+
+
+def check_checkpoints(rank: int, world: int) -> None:
+    """Saved of every division, loaded in every other: the same bits, and the next losses to 1e-6."""
+    mine, saved = processes_of_divisions(rank), {}
+    runs = {division: Run(division, processes) for division, processes in mine.items()}
+    for division in DIVISIONS:
+        if division in mine:
+            for it in range(3):
+                runs[division].step(it)
+            saved[division] = runs[division].snapshot()
+        box = [saved.get(division)]
+        dist.broadcast_object_list(box, src=0)
+        saved[division] = box[0]
+    alone = Run(Division(1), Processes(0, 1, 0, CPU, None))
+    for source, tensors in saved.items():
+        assert len(tensors["optim"]) == 3 * len(tensors["model"])
+        alone.load(tensors)
+        expected = [alone.step(it) for it in range(3, 5)]
+        for division, run in runs.items():
+            case = source, division
+            run.load(tensors)
+            again = run.snapshot()
+            for which in ("model", "optim") if rank == 0 else ():
+                assert set(again[which]) == set(tensors[which]), case
+                assert all(torch.equal(t, tensors[which][name]) for name, t in again[which].items()), case
+            for it, values in enumerate(expected, start=3):
+                assert run.step(it) == pytest.approx(values, rel=1e-6), case
+
+
+def check_all(rank: int, world: int) -> None:
+    for check in (check_training, check_scaler, check_checkpoints):
+        check(rank, world)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_forkserver")
+def test_on_processes(tmp_path):
+    run_processes(4, check_all, tmp_path)  # one launch, which costs as much as a check
+
+
+def test_shares_are_balanced():
+    """GPT-2's: the embedding is the share of one, or a part of it, the rest goes evenly to the others."""
+    with torch.device("meta"):
+        sizes = [50304 * 768, 1024 * 768] + 12 * [3 * 768**2, 768**2, 4 * 768**2, 4 * 768**2, *6 * [768]]
+        parameters = [torch.nn.Parameter(torch.empty(size)) for size in sizes]
+    for n, largest in ((2, 0.5), (3, 1 / 3), (4, 50304 * 768 / sum(sizes))):
+        owner = share_out(parameters, n)
+        loads = [sum(p.numel() for p in parameters if owner[p] == rank) / sum(sizes) for rank in range(n)]
+        assert max(loads) == pytest.approx(largest, rel=0.02) and sum(loads) == pytest.approx(1)
+    few = share_out(parameters[:2], 4)
+    assert sorted(few.values()) == [0, 1]  # and two own nothing
