@@ -107,6 +107,7 @@ deterministic = False  # the same bits in every run on a GPU, too; slower
 timeout = 600.0  # seconds after which a process that no other answers ends the run
 backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
 tp_processes = 1  # processes that hold the ranks of one model; 1 simulates them, under data parallelism
+use_zero1 = False  # shard the optimizer's state over the data-parallel processes
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 
@@ -208,7 +209,8 @@ if ranks is not None:
 model.to(device)
 
 # optimizer; the scaler does nothing unless the dtype is float16
-optimizer = build_adamw(model, learning_rate, (beta1, beta2), weight_decay)
+optimizer = build_adamw(model, learning_rate, (beta1, beta2), weight_decay,
+                        processes.dp_group if use_zero1 else None)
 scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
 first_iter, first_sample, evaluated, best_val_loss = 0, 0, False, math.inf
 same_run = resumed is not None and checkpoint.belongs_to(resumed, out_dir)  # or it goes on in another out_dir
@@ -251,6 +253,9 @@ log.line(f"device {where['device']}, {str(compute_dtype).removeprefix('torch.')}
          f"{data.val.n_tokens:,} val tokens, {data.train.n_windows:,} windows an epoch")
 log.line(f"tokens per iteration: {batch_size} sequences x {block_size} tokens x {micro_steps} accumulation x "
          f"{processes.dp_size} ranks = {tokens_per_iter:,}")
+if use_zero1:
+    alone = ": one data-parallel process keeps it all, as plain AdamW does"
+    log.line("Using ZeRO-1 optimizer state sharding" + (alone if processes.dp_size == 1 else ""))
 if model_type == "distributed_gpt":
     log.line(f"synchronization points per forward pass: {model.syncs} (baseline {2 * model.config.n_layer}), "
              f"{model.config.tp_size} ranks on {tp_processes} process{'es' if tp_processes > 1 else ''}")
