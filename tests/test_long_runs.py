@@ -74,10 +74,13 @@ def test_asked_to_end(data, references, tmp_path, kind, n, number):
 
 
 def test_asked_to_end_while_evaluating(data, references, tmp_path):
-    """One process, at evaluation 20: it is not lost, and not done twice."""
+    """One process, at evaluation 20: it is not lost, and not done twice. SIGTERM comes twice, as when a
+    machine stops: that is one request."""
     run = Run(data, tmp_path / "out", "--eval_iters=4")
     run.wait_for(20)
-    run.process.send_signal(signal.SIGINT)
+    for _ in range(2):
+        run.process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
     assert run.wait(60) == 0
     assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "interrupted"
     assert long_runs.go_on(data, tmp_path / "out") == 0
@@ -131,6 +134,24 @@ def test_torchrun_killed(data, tmp_path):
         time.sleep(0.1)
     assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "interrupted"
     assert long_runs.newest(run.out_dir)["step"] == run.done()
+
+
+def test_a_second_request_ends_at_once(data, tmp_path):
+    """Also while a process waits for another that does not answer."""
+    run = Run(data, tmp_path / "out", "--max_iters=100000", processes=2)
+    run.wait_for(3)
+    first, second = sorted(workers_of(run))
+    os.kill(second, signal.SIGSTOP)
+    time.sleep(1)
+    started = time.monotonic()
+    for _ in range(2):
+        os.kill(first, signal.SIGINT)
+        time.sleep(0.3)
+    while first in workers_of(run):
+        assert time.monotonic() - started < 5, "it waits for the other"
+        time.sleep(0.05)
+    os.kill(second, signal.SIGKILL)
+    run.wait(60)
 
 
 def test_two_runs_in_one_folder(data, run_script, tmp_path):
