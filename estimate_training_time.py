@@ -28,7 +28,7 @@ from training_logger import read_log
 tokens_per_second: float | None = None  # of all GPUs together; a log has its own
 seconds_per_evaluation: float | None = None  # with what is saved then; a log has its own
 tokens_per_epoch: int | None = None  # None: those of the data set, if it is here
-gpus = 1  # to be paid for
+gpus = 1  # to be paid for; of a run, as many as it has processes
 price_per_hour: float | None = None  # of one GPU
 milestones = 3  # how many checkpoints and ends of epochs to list besides the last
 now = ""  # reckon from this time, as in '2027-01-31 18:00'; '' is the present
@@ -272,7 +272,11 @@ elif logs:
     if given:
         raise UserError(f"--{given[0]} is for a run that has not begun: what {logs[0]} does is in its log")
     run, events = from_log(logs[0])
-    settings, last = events[last_start(events)]["config"], events[-1]
+    start = events[last_start(events)]
+    settings, last = start["config"], events[-1]
+    processes = start.get("environment", {}).get("world_size")
+    if isinstance(processes, int) and not config.origin["gpus"]:
+        gpus = processes
     ended, silent, heard = last["event"] == "end", silence(events), last["time"]
     say("run", f"{logs[0]}, begun {date(events[0]['time'])}")
     if ended:

@@ -313,7 +313,7 @@ def end_run(status: str) -> None:
     loader.close()
     saver.wait()
     log.status(status, it, max_iters=max_iters, best_val_loss=best_val_loss)
-    log.close(status=status, step=it, best_val_loss=best_val_loss)
+    log.close(status=status, step=it, best_val_loss=best_val_loss, tokens=it * tokens_per_iter)
 
 
 def due(interval: int) -> bool:

@@ -283,6 +283,15 @@ class TrainingLogger:
         self._out_dir = self._text = self._events = self._tensorboard = self._wandb = None
 
 
+def _size(terminal) -> dict:
+    """How large tqdm's bar may be: as the terminal is at each moment, or, if it does not tell, 80 wide."""
+    try:
+        known = all(os.get_terminal_size(terminal.fileno()))
+    except OSError:
+        known = False
+    return dict(dynamic_ncols=True) if known else dict(ncols=80, nrows=24)
+
+
 class _Console:
     """Standard output: lines and, on a terminal, a bar. When it goes away the run goes on without."""
 
@@ -298,7 +307,7 @@ class _Console:
             if sys.stdout is not None and sys.stdout.isatty():
                 from tqdm import tqdm
 
-                self._bar = tqdm(initial=first, total=last, file=sys.stdout, dynamic_ncols=True, miniters=1)
+                self._bar = tqdm(initial=first, total=last, file=sys.stdout, miniters=1, **_size(sys.stdout))
 
     def move(self, done: int, text: str) -> None:
         """To `done` iterations, with a text behind."""
