@@ -284,12 +284,12 @@ class TrainingLogger:
 
 
 def _size(terminal) -> dict:
-    """How large tqdm's bar may be: as the terminal is at each moment, or, if it does not tell, 80 wide."""
+    """How large tqdm's bar may be: as the terminal is at each moment, or, if it does not tell, 120 wide."""
     try:
         known = all(os.get_terminal_size(terminal.fileno()))
     except OSError:
         known = False
-    return dict(dynamic_ncols=True) if known else dict(ncols=80, nrows=24)
+    return dict(dynamic_ncols=True) if known else dict(ncols=120, nrows=24)
 
 
 class _Console:
