@@ -395,7 +395,7 @@ def test_interrupted(tmp_path):
         process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    start_new_session=True,  # a process group, which stands for the terminal
                                    # a shell's job in the background ignores it, and so do its children
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while not list(out.glob("*.tmp")) and process.poll() is None:
             time.sleep(0.001)
         os.killpg(process.pid, signal.SIGINT)
