@@ -53,11 +53,6 @@ def test_killed_while_saving(data, references, tmp_path, kind, n, point):
         assert f"Completed epoch {epoch}\nShuffled 4 training shards for epoch {epoch + 1}\n" in text
 
 
-def test_killed_at_a_random_moment(data, references, tmp_path):
-    case = long_runs.kill_and_resume(data, tmp_path / "out", references("gpt"), after=random.random())
-    assert case["ok"], case
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, n, number", [("gpt", 2, signal.SIGINT), ("tp", 4, signal.SIGTERM)])
 def test_asked_to_end(data, references, tmp_path, kind, n, number):
