@@ -33,6 +33,7 @@ import torch
 
 import checkpoint
 from configurator import UserError, check_at_least, check_output_file, check_seed, configure
+from data.files import first_line
 from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
 from distributed import (
     Processes,
@@ -192,10 +193,6 @@ def load_peer_module(folder: str):
         if not hasattr(owner, name):
             raise UserError(f"peer {path} has no {name}: a peer's model.py has what nanoGPT's has")
     return module
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def make_model(name: str):

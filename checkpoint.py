@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 
 from configurator import Config, UserError, check_can_write
-from data.files import json_text, sha256_of, unused_path, write_json
+from data.files import json_text, replace_file, sha256_of, unused_path, write_json
 from distributed import gather_to_main, on_main
 from model import GPT, GPTConfig
 from optim import gather_state, whole_on_cpu
@@ -89,6 +89,15 @@ class Checkpoint:
             raise UserError(f"cannot read {path}: {e}") from None
 
 
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_folder(out_dir: str, step: int) -> str:
+    """Where the checkpoint of a step is."""
+    return os.path.join(out_dir, "ckpt", step_name(step))
+
+
 def check_out_dir(out_dir: str) -> None:
     """Raise UserError unless a run can write into out_dir, which need not exist yet. Leaves nothing there."""
     if not out_dir:
@@ -129,8 +138,8 @@ def save(out_dir: str, step: int, tensors: dict[str, dict], state: dict, keep: i
     """
     from safetensors.torch import save_file
 
-    folder = os.path.join(out_dir, "ckpt")
-    final, temporary = (os.path.join(folder, f"{prefix}step-{step:08d}") for prefix in ("", ".tmp-"))
+    final, folder = step_folder(out_dir, step), os.path.join(out_dir, "ckpt")
+    temporary = os.path.join(folder, f".tmp-{step_name(step)}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         os.makedirs(temporary)
@@ -156,7 +165,7 @@ def save(out_dir: str, step: int, tensors: dict[str, dict], state: dict, keep: i
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if os.path.lexists(final):  # a step that was saved before and is saved again, or did not verify
-        os.rename(final, os.path.join(folder, f".old-step-{step:08d}-{time.time_ns()}"))
+        os.rename(final, os.path.join(folder, f".old-{step_name(step)}-{time.time_ns()}"))
         _reach("moved aside", step)
     os.rename(temporary, final)
     _sync(folder)
@@ -174,12 +183,7 @@ def save(out_dir: str, step: int, tensors: dict[str, dict], state: dict, keep: i
 
 
 def write_latest(out_dir: str, step: int) -> None:
-    path = os.path.join(out_dir, "latest")
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path + ".tmp")  # which may be a link to elsewhere
-    with open(path + ".tmp", "x", encoding="utf-8") as f:
-        f.write(f"step-{step:08d}\n")
-    os.replace(path + ".tmp", path)
+    replace_file(os.path.join(out_dir, "latest"), f"{step_name(step)}\n".encode())
 
 
 def _sync(path: str) -> None:
@@ -194,7 +198,7 @@ def _prune(out_dir: str, keep: int, protect: tuple[int, ...], verified: dict[int
     """verified: of steps, whether they do, as far as that is known; the others are verified here, once."""
     spared, best = 0, best_step(out_dir)
     for step in reversed(steps_in(out_dir)):
-        path = os.path.join(out_dir, "ckpt", f"step-{step:08d}")
+        path = step_folder(out_dir, step)
         if step not in verified:
             verified[step] = verify(path) is None
         if spared < keep and verified[step]:
@@ -268,7 +272,7 @@ class Saver:
         if self._problem is None:
             self.log.checkpoint(path=self._path, **self._state)
             return
-        where = os.path.join(self.out_dir, "ckpt", f"step-{self._state['step']:08d}")
+        where = step_folder(self.out_dir, self._state["step"])
         try:
             free = f"{shutil.disk_usage(self.out_dir).free:,}"
         except OSError:
@@ -277,10 +281,6 @@ class Saver:
         if final:
             raise UserError(f"{what}: mend that, and go on with --resume=latest")
         self.log.line(f"warning: {what}; the run goes on")
-
-
-def _file(out_dir: str, step: int, name: str) -> str:
-    return os.path.join(out_dir, "ckpt", f"step-{step:08d}", name)
 
 
 def _read_json(path: str):
@@ -316,13 +316,14 @@ def mend_best(out_dir: str) -> None:
     losses = {}
     for step in steps_in(out_dir):
         try:
-            losses[step] = float(_read_json(_file(out_dir, step, "state.json"))["val_loss"])
+            state = _read_json(os.path.join(step_folder(out_dir, step), "state.json"))
+            losses[step] = float(state["val_loss"])
         except UNREADABLE:
             continue
     for step in sorted((s for s in losses if math.isfinite(losses[s])), key=losses.get):
         if step == best_step(out_dir):
             return
-        if verify(os.path.join(out_dir, "ckpt", f"step-{step:08d}")) is None:
+        if verify(step_folder(out_dir, step)) is None:
             return write_best(out_dir, step, losses[step])
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(out_dir, "best.json"))  # none is known
@@ -403,7 +404,7 @@ def listing(out_dir: str) -> str:
     best = best_step(out_dir)
     lines = [f"{'step':>9}  {'epoch':>5}  {'val loss':>8}  {'size':>9}  {'saved':19}"]
     for step in steps_in(out_dir):
-        path = os.path.join(out_dir, "ckpt", f"step-{step:08d}")
+        path = step_folder(out_dir, step)
         problem = None
         try:
             state = open_checkpoint(path).state
@@ -451,10 +452,10 @@ def _find(out_dir: str, which: str | int, warn) -> Checkpoint:
         if step not in steps:
             there = ", ".join(map(str, steps))
             raise UserError(f"{out_dir} has no checkpoint {which!r}; it has the steps {there}")
-        return open_checkpoint(os.path.join(out_dir, "ckpt", f"step-{step:08d}"))
+        return open_checkpoint(step_folder(out_dir, step))
     for step in reversed(steps):
         try:
-            return open_checkpoint(os.path.join(out_dir, "ckpt", f"step-{step:08d}"))
+            return open_checkpoint(step_folder(out_dir, step))
         except UserError as e:
             warn(f"warning: {e}; trying the one before")
     raise UserError(f"none of the {len(steps)} checkpoints in {out_dir} can be used")
@@ -540,7 +541,7 @@ def set_aside(out_dir: str, after: int | None = None) -> str | None:
         names = (*OF_A_RUN, *map(os.path.basename, logs))
         there = [name for name in names if os.path.lexists(os.path.join(out_dir, name))]
     else:
-        there = [os.path.join("ckpt", f"step-{step:08d}") for step in steps_in(out_dir) if step > after]
+        there = [os.path.join("ckpt", step_name(step)) for step in steps_in(out_dir) if step > after]
     if not there:
         return None
     folder = unused_path(os.path.join(out_dir, time.strftime("earlier-%Y%m%d-%H%M%S")))

@@ -33,7 +33,7 @@ import time
 import torch
 
 from configurator import UserError
-from data.files import made_folder, unused_path
+from data.files import first_line, made_folder, replace_file, unused_path
 
 PEAK_TFLOPS = {  # dense, by what named_peak_flops leaves of a name: (bf16 and fp16, tf32); the data sheets
     "H200": (989.5, 494.7), "H100": (989.5, 494.7), "H100 PCIE": (756.0, 378.0), "GH200": (989.5, 494.7),
@@ -146,7 +146,7 @@ class TrainingLogger:
             path = unused_path(os.path.join(out_dir, time.strftime("run_%Y%m%d-%H%M%S")), ".jsonl")
         else:
             try:
-                _replace(path, b"".join(map(_line_of, kept)))
+                replace_file(path, b"".join(map(_line_of, kept)))
             except OSError as e:  # those who read it see by the start event which steps are done again
                 self.line(f"warning: cannot write {path} anew ({e.strerror}): appending to it")
         try:
@@ -270,7 +270,7 @@ class TrainingLogger:
         value = {"status": status, "step": step, "max_iters": None, "best_val_loss": None, **fields,
                  "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
         try:
-            _replace(path, _line_of(_finite(value)))
+            replace_file(path, _line_of(_finite(value)))
         except OSError as e:
             self.line(f"warning: cannot write {path}: {e.strerror}")
 
@@ -488,17 +488,17 @@ class _Wandb:
             except Exception as e:  # of wandb or of its HTTP library
                 if mode == "offline" or _is_the_users(e):
                     raise
-                warn(f"warning: wandb is not reachable ({_first_line(e)}): logging offline, into "
+                warn(f"warning: wandb is not reachable ({first_line(e)}): logging offline, into "
                      f"{out_dir}/wandb")
                 wandb.teardown()  # or the id is still in use
                 self._run = init("offline")
         except Exception as e:
-            raise UserError(f"wandb does not start ({_first_line(e)}): run wandb login, or use "
+            raise UserError(f"wandb does not start ({first_line(e)}): run wandb login, or use "
                             f"--wandb_log=False") from None
         self._next = self._run.step if run_id is not None else 0
         self._continues = run_id is not None
         try:
-            _replace(id_path, f"{self._run.id}\n".encode())
+            replace_file(id_path, f"{self._run.id}\n".encode())
         except OSError as e:
             warn(f"warning: cannot write {id_path} ({e.strerror}): if resumed, this will be a new run there")
 
@@ -523,7 +523,7 @@ class _Wandb:
             if self._run is not None:
                 function()
         except Exception as e:
-            self._warn(f"warning: wandb fails ({_first_line(e)}): going on without")
+            self._warn(f"warning: wandb fails ({first_line(e)}): going on without")
             self._run = None
 
     def close(self) -> None:
@@ -535,10 +535,6 @@ def _is_the_users(error: Exception) -> bool:
     wandb has these classes changes."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return bool(kinds & {"UsageError", "AuthenticationError", "ValueError", "TypeError"})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_id(path: str) -> str | None:
@@ -576,23 +572,6 @@ def _finite(value):
 
 def _line_of(value: dict) -> bytes:
     return (json.dumps(value, allow_nan=False, default=str) + "\n").encode()
-
-
-def _replace(path: str, data: bytes) -> None:
-    """Write a file anew, whole or not at all. Raises OSError."""
-    temporary = path + ".tmp"
-    with contextlib.suppress(OSError):
-        os.unlink(temporary)  # which may be a link to elsewhere
-    try:
-        with open(temporary, "xb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
 
 
 class Stopwatch:

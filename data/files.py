@@ -356,14 +356,37 @@ def json_text(value) -> str:
 
 
 def write_json(path: str, value) -> None:
-    """Write a JSON file under a temporary name, then rename it."""
+    replace_file(path, json_text(value).encode())
+
+
+def replace_file(path: str, content: bytes) -> None:
+    """Write a file anew, whole or not at all. Raises OSError."""
+    temporary = path + ".tmp"
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(path + ".tmp")  # which may be a link to elsewhere
-    with open(path + ".tmp", "x", encoding="utf-8") as f:
-        f.write(json_text(value))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+        os.unlink(temporary)  # which may be a link to elsewhere
+    try:
+        with open(temporary, "xb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def fetch(url: str, otherwise: str) -> bytes:
+    """What is at a URL. Raises UserError; otherwise: what to do without a network."""
+    import requests
+
+    try:
+        response = requests.get(url, timeout=60)
+        response.raise_for_status()
+    except requests.RequestException as e:
+        raise UserError(f"could not download {url} ({type(e).__name__}): without a network, "
+                        f"{otherwise}") from None
+    return response.content
 
 
 class Parser(argparse.ArgumentParser):

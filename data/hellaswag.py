@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError
-from data.files import first_line, made_folder, os_error_as_user_error
+from data.files import fetch, first_line, made_folder, os_error_as_user_error, replace_file
 from data.tokenizers import GPT2Tokenizer
 from distributed import all_reduce_sum
 
@@ -66,23 +66,14 @@ def load(path: str = "", n_examples: int | None = None, setting: str = "input") 
 
 def download(path: str, setting: str) -> None:
     """Fetch hellaswag_val.jsonl. Raises UserError."""
-    import requests
-
     print(f"downloading {URL} to {path}", flush=True)
-    try:
-        response = requests.get(URL, timeout=60)
-        response.raise_for_status()
-    except requests.RequestException as e:
-        raise UserError(f"could not download {URL} ({type(e).__name__}): without a network, give the file as "
-                        f"--{setting}=FILE.jsonl") from None
-    n = len(parse_lines(response.content, URL))
+    content = fetch(URL, f"give the file as --{setting}=FILE.jsonl")
+    n = len(parse_lines(content, URL))
     if n != N_VAL:
         raise UserError(f"{URL} gave {n} examples, not {N_VAL}: try again, or give the file as "
                         f"--{setting}=FILE.jsonl")
     with made_folder(os.path.dirname(path)), os_error_as_user_error(f"cannot write {path}"):
-        with open(path + ".tmp", "wb") as f:
-            f.write(response.content)
-        os.replace(path + ".tmp", path)
+        replace_file(path, content)
 
 
 def parse_lines(content: bytes, where: str) -> list[dict]:

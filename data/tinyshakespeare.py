@@ -3,7 +3,16 @@
 import os
 
 from configurator import UserError
-from data.files import Parser, check_out, dataset_writers, is_published, made_folder, publish_dataset
+from data.files import (
+    Parser,
+    check_out,
+    dataset_writers,
+    fetch,
+    is_published,
+    made_folder,
+    publish_dataset,
+    replace_file,
+)
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -39,17 +48,9 @@ def prepare(folder: str, description: str, tokenizer_name: str, make_tokenizer) 
 def read_text(path: str, download: bool) -> str:
     """The text of a file, fetched first if it is not there and `download`. Raises UserError."""
     if download and not os.path.exists(path):
-        import requests
-
-        try:
-            response = requests.get(URL, timeout=60)
-            response.raise_for_status()
-        except requests.RequestException as e:
-            raise UserError(f"could not download {URL} ({type(e).__name__}): without a network, give the "
-                            f"file as --input=FILE, or use data/python_source, which needs none") from None
-        with made_folder(os.path.dirname(path)), open(path + ".tmp", "wb") as f:
-            f.write(response.content)
-        os.replace(path + ".tmp", path)
+        content = fetch(URL, "give the file as --input=FILE, or use data/python_source, which needs none")
+        with made_folder(os.path.dirname(path)):
+            replace_file(path, content)
     try:
         with open(path, encoding="utf-8") as f:
             return f.read()
