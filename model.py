@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from configurator import UserError
 from kernels import decode
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.layer_norm import add_layer_norm, layer_norm
 
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
@@ -71,13 +72,35 @@ def padded_vocab_size(meta: dict | None) -> tuple[int, int]:
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension with an optional bias."""
 
+    triton = False  # whether it runs as a Triton kernel, see use_triton_layer_norm
+
     def __init__(self, n_embd: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n_embd))
         self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
 
     def forward(self, x):
+        if self.triton:
+            return layer_norm(x, self.weight, self.bias)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+    def add(self, x, out):
+        """x + out, or x if out is None, and its LayerNorm: (..., C) each."""
+        if out is None:
+            return x, self(x)
+        if self.triton:
+            return add_layer_norm(x, out, self.weight, self.bias)
+        x = x + out
+        return x, self(x)
+
+
+def use_triton_layer_norm(model: nn.Module) -> None:
+    """Make every LayerNorm of a model, of any kind, run as a Triton kernel where one can (kernels.usable says
+    where that is for a parameter), alone or with the residual addition before it. Elsewhere nothing changes.
+    """
+    for module in model.modules():
+        if isinstance(module, LayerNorm):
+            module.triton = True
 
 
 class CausalSelfAttention(nn.Module):

@@ -1,0 +1,263 @@
+"""LayerNorm, alone or with the residual addition before it, in one kernel forward and two backward.
+
+    s = x + out                          layer_norm(x): s = x
+    y = (s - mean(s)) / sqrt(var(s) + 1e-5) * weight + bias
+
+LayerNorm costs the bytes that it moves: 2 a value forward and 3 backward, in units of a value's size, and 4
+each with the addition, which apart would be 5 and 6. So a row lies in registers between its one read and its
+one write, and statistics are fp32. In the backward pass a fixed number of programs walk over the rows, each
+adding its rows' part of the gradients of weight and bias up in registers; a second kernel adds the programs'
+sums. Nothing is atomic: the same input gives the same bits.
+
+Operators of torch.library, not an autograd.Function: torch.compile keeps the graph whole and, as these are
+`triton_op`s, plans the memory of what they allocate with the rest of it. (Two steps backward are also how
+Triton's tutorial 05 and Liger-Kernel's LayerNorm, arXiv 2410.10989, get the gradients of weight and bias.)
+
+Shapes: N rows (the product of all dimensions but the last), C channels, P programs.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch.library import wrap_triton
+
+from kernels import INTERPRETED, triton, usable
+
+EPS = 1e-5
+MAX_WIDTH = 16384  # wider rows do not fit the registers of one program
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """LayerNorm over the last dimension: x (..., C), weight and bias (C,), bias may be None.
+
+    Takes fp32, bf16 and fp16 in any combination; returns x's dtype, but autocast's under autocast, rounded
+    once: the matrix product that follows takes that dtype anyway, and x stays what it is. (PyTorch's
+    layer_norm under autocast gives fp32 on CUDA and x's dtype on the CPU.) Differentiable once in all three.
+    Where no kernel can run (see `kernels.usable`; rows of more than MAX_WIDTH) it is F.layer_norm.
+    """
+    if not _runs_on(x, weight):
+        return F.layer_norm(x, weight.shape, weight, bias, EPS)
+    return _forward(x, None, weight, bias, _result_dtype(x, x.dtype))[0]
+
+
+def add_layer_norm(x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+                   ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(s, y): the sum s = x + out, which goes on as the residual stream, and its LayerNorm.
+
+    x, out: (..., C) of one shape. s is in the dtype that `x + out` has, y as in `layer_norm`, of s as it is
+    rounded. Differentiable once in x, out, weight and bias, through either result.
+    """
+    if not _runs_on(x, weight):
+        s = x + out
+        return s, F.layer_norm(s, weight.shape, weight, bias, EPS)
+    y, s, _ = _forward(x, out, weight, bias, _result_dtype(x, torch.promote_types(x.dtype, out.dtype)))
+    return s, y
+
+
+def _runs_on(x, weight) -> bool:
+    if INTERPRETED and torch.compiler.is_compiling():  # the interpreter needs values, which a trace has not
+        return False
+    return usable(x) and weight.dtype != torch.float64 and weight.shape[0] <= MAX_WIDTH
+
+
+def _result_dtype(x, dtype: torch.dtype) -> torch.dtype:
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return dtype
+
+
+@functools.cache
+def _config(C: int, size: int = 2) -> dict:
+    """What to tune, by width and by the bytes of a value. Of the launches of the kernels:
+
+    num_warps           that share a row: up to 32 values a thread forward, 16 backward, to fit its registers
+    STAGES              rows under way: above 1 the next ones are fetched into shared memory meanwhile, which
+                        takes three rows' bytes for each, and up to 64 KB are sure to be there
+    BLOCK_P, BLOCK_C    of the sums over programs: how many are looked at together
+
+    and of their grids: `rows`, forward: that a program normalises, with weight and bias loaded once;
+    `programs`, backward: for each multiprocessor, at most what it holds, as each leaves 2 C sums to be added.
+    """
+    block = triton.next_power_of_2(C)
+    columns = max(16, block // 128)
+    return dict(forward=dict(num_warps=max(1, min(16, block // 1024)), STAGES=1, BLOCK=block), rows=4,
+                backward=dict(num_warps=max(1, block // 512), STAGES=min(3, 1 + 65536 // (3 * block * size)),
+                              BLOCK=block),
+                programs=max(1, min(6, 8192 // block)),
+                sums=dict(num_warps=4, BLOCK_P=2048 // columns, BLOCK_C=columns))
+
+
+@functools.cache
+def _multiprocessors(device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@torch.library.triton_op("nanosync::layer_norm", mutates_args=())
+def _forward(x: torch.Tensor, out: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
+             dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y in `dtype`; x + out, empty without out; mean and reciprocal deviation of each row, (2, N) fp32."""
+    C = int(weight.shape[0])
+    N = x.numel() // C
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty_like(x, dtype=dtype)
+    stats = x.new_empty(2, N, dtype=torch.float32)
+    if out is None:
+        s = x.new_empty(0)
+    else:
+        out = out.contiguous()
+        s = torch.empty_like(x, dtype=torch.promote_types(x.dtype, out.dtype))
+    if N == 0:
+        return y, s, stats
+    bias_ptr = weight if bias is None else bias.contiguous()  # any, where there is none to read
+    config = _config(C, x.element_size())
+    wrap_triton(_forward_kernel)[(triton.cdiv(N, config["rows"]),)](
+        x, x if out is None else out, weight, bias_ptr, s, y, stats, N, C=C, ADD=out is not None,
+        BIAS=bias is not None, EPS=EPS, **config["forward"])
+    return y, s, stats
+
+
+@torch.library.triton_op("nanosync::layer_norm_backward", mutates_args=())
+def _backward(grad_y: torch.Tensor, grad_s: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor,
+              stats: torch.Tensor, has_bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of s (..., C), of weight and of bias (C,), the last one empty without a bias."""
+    C = int(weight.shape[0])
+    N = s.numel() // C
+    grad_x, grad_weight = torch.empty_like(s), weight.new_empty(C)
+    grad_bias = weight.new_empty(C if has_bias else 0)
+    if N == 0:
+        return grad_x, grad_weight.zero_(), grad_bias.zero_()
+    config = _config(C, s.element_size())
+    programs = config["programs"] * _multiprocessors(s.device)
+    partial = s.new_empty(2 if has_bias else 1, programs, C, dtype=torch.float32)
+    grad_y, weight = grad_y.contiguous(), weight.contiguous()
+    wrap_triton(_backward_kernel)[(programs,)](
+        grad_y, grad_y if grad_s is None else grad_s.contiguous(), s, weight, stats, grad_x, partial, N, C=C,
+        ADD=grad_s is not None, BIAS=has_bias, PAIRED=not INTERPRETED, **config["backward"])
+    wrap_triton(_column_sums_kernel)[(triton.cdiv(C, config["sums"]["BLOCK_C"]), 2 if has_bias else 1)](
+        partial, grad_weight, grad_bias, programs, C=C, **config["sums"])
+    return grad_x, grad_weight, grad_bias
+
+
+def _keep(ctx, inputs, output):
+    x, out, weight, bias, _ = inputs
+    _, s, stats = output
+    ctx.save_for_backward(x.contiguous() if out is None else s, weight, stats)
+    ctx.has_out, ctx.has_bias = out is not None, bias is not None
+    ctx.set_materialize_grads(False)  # a result that nobody used costs no tensor of zeros
+    ctx.mark_non_differentiable(stats)
+
+
+def _differentiate(ctx, grad_y, grad_s, _grad_stats):
+    s, weight, stats = ctx.saved_tensors
+    grad_weight = grad_bias = None
+    if grad_y is not None:
+        grad_s, grad_weight, grad_bias = _backward(grad_y, grad_s if ctx.has_out else None, s, weight, stats,
+                                                   ctx.has_bias)
+    return (grad_s, grad_s if ctx.has_out else None, grad_weight, grad_bias if ctx.has_bias else None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+if triton is not None:
+    import triton.language as tl
+
+    @triton.jit
+    def _add_pairs(a, b, c, d):
+        return a + c, b + d
+
+    @triton.jit
+    def _forward_kernel(
+        x_ptr, out_ptr,  # (N, C); out only if ADD
+        weight_ptr, bias_ptr,  # (C,); bias only if BIAS
+        s_ptr,  # (N, C), only if ADD
+        y_ptr,  # (N, C)
+        stats_ptr,  # (2, N) fp32: mean, reciprocal deviation
+        N, C: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
+        """One program: a row at a time, from its own on every so many."""
+        c = tl.arange(0, BLOCK)
+        mask = c < C
+        weight = tl.load(weight_ptr + c, mask=mask, other=0.0).to(tl.float32)
+        if BIAS:
+            bias = tl.load(bias_ptr + c, mask=mask, other=0.0).to(tl.float32)
+        for row in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=STAGES):
+            offsets = tl.cast(row, tl.int64) * C + c
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            if ADD:
+                x += tl.load(out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                s = x.to(s_ptr.dtype.element_ty)
+                tl.store(s_ptr + offsets, s, mask=mask)
+                x = s.to(tl.float32)  # as others will read it
+            mean = tl.sum(x, axis=0) / C
+            x = tl.where(mask, x - mean, 0.0)
+            rstd = tl.rsqrt(tl.sum(x * x, axis=0) / C + EPS)
+            y = x * rstd * weight
+            if BIAS:
+                y += bias
+            tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(stats_ptr + row, mean)
+            tl.store(stats_ptr + N + row, rstd)
+
+    @triton.jit
+    def _backward_kernel(
+        grad_y_ptr,  # (N, C)
+        grad_s_ptr,  # (N, C), only if ADD: what reaches s by other ways
+        s_ptr,  # (N, C)
+        weight_ptr,  # (C,)
+        stats_ptr,  # (2, N) fp32
+        grad_x_ptr,  # (N, C)
+        partial_ptr,  # (2 if BIAS else 1, P, C) fp32: this program's part of weight's and bias's gradients
+        N, C: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, PAIRED: tl.constexpr, BLOCK: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
+        """One program: a row at a time, from its own on every so many; their sums stay in registers."""
+        program, programs = tl.program_id(0), tl.num_programs(0)
+        c = tl.arange(0, BLOCK)
+        mask = c < C
+        weight = tl.load(weight_ptr + c, mask=mask, other=0.0).to(tl.float32)
+        grad_weight = tl.zeros((BLOCK,), tl.float32)
+        grad_bias = tl.zeros((BLOCK,), tl.float32)
+        for row in tl.range(program, N, programs, num_stages=STAGES):
+            offsets = tl.cast(row, tl.int64) * C + c
+            grad = tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            s = tl.load(s_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            mean, rstd = tl.load(stats_ptr + row), tl.load(stats_ptr + N + row)
+            x_hat = (s - mean) * rstd  # rubbish outside the row, where grad is zero
+            grad_weight += grad * x_hat
+            if BIAS:
+                grad_bias += grad
+            grad *= weight
+            if PAIRED:  # warps that share a row meet once for both sums
+                along_one, along_x = tl.reduce((grad, grad * x_hat), 0, _add_pairs)
+            else:
+                along_one, along_x = tl.sum(grad, axis=0), tl.sum(grad * x_hat, axis=0)
+            grad = (grad - along_one / C - x_hat * (along_x / C)) * rstd
+            if ADD:
+                grad += tl.load(grad_s_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            tl.store(grad_x_ptr + offsets, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        tl.store(partial_ptr + program * C + c, grad_weight, mask=mask)
+        if BIAS:
+            tl.store(partial_ptr + (programs + program) * C + c, grad_bias, mask=mask)
+
+    @triton.jit
+    def _column_sums_kernel(
+        partial_ptr,  # (2 or 1, P, C) fp32
+        grad_weight_ptr, grad_bias_ptr,  # (C,): the sums of the first and, on a grid of two rows, the second
+        P, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    ):
+        """One program: BLOCK_C columns, always in the same order."""
+        c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+        inside = c < C
+        partial_ptr += tl.program_id(1) * P * C
+        total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        for start in range(0, P, BLOCK_P):
+            p = (start + tl.arange(0, BLOCK_P))[:, None]
+            total += tl.load(partial_ptr + p * C + c, mask=inside & (p < P), other=0.0)
+        total = tl.sum(total, axis=0, keep_dims=True)
+        if tl.program_id(1) == 0:
+            tl.store(grad_weight_ptr + c, total.to(grad_weight_ptr.dtype.element_ty), mask=inside)
+        else:
+            tl.store(grad_bias_ptr + c, total.to(grad_bias_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,273 @@
+"""kernels/layer_norm.py: both results and all gradients against fp64, and how it sits in PyTorch.
+
+    TRITON_INTERPRET=1 python -m pytest tests/test_layer_norm.py    # anywhere, in Triton's interpreter; 20 s
+    python -m pytest tests/test_layer_norm.py                       # on a CUDA GPU, else only compiled
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_kernels import DEVICE, error, randn, runs
+from test_model import random_model, tokens
+
+import kernels
+from kernels import layer_norm as module
+from kernels.layer_norm import add_layer_norm, layer_norm
+from model import LayerNorm, use_triton_layer_norm
+from tensor_parallel_model import DistributedGPT, DistributedGPTConfig
+
+SIZES = [(1, 64), (65, 64), (2, 127), (7, 768), (2, 1023), (2, 1600), (2, 4096)]  # rows, width
+if DEVICE == "cuda":
+    SIZES += [(n, c) for c in (8192, 16384) for n in (1, 7, 300)]
+    SIZES += [(65536, c) for c in (64, 127, 768, 1023, 1600, 4096)]
+CASES = [(torch.float32, *size) for size in SIZES]
+CASES += [(dtype, *size) for dtype in (torch.bfloat16, torch.float16)  # the interpreter is slow
+          for size in (SIZES if DEVICE == "cuda" else [(2, 127), (7, 768)])]
+
+
+def inputs(N, C, dtype=torch.float32, weights=None, bias=True):
+    """x, out (N, C), weight and bias (C,), all requiring gradients, and gradients of sum and norm (N, C)."""
+    weights = weights or dtype
+    values = [2 * randn(N, C, dtype=dtype) + 1, randn(N, C, dtype=dtype, seed=1),
+              1 + randn(C, dtype=weights, seed=2) / 2, randn(C, dtype=weights, seed=3) if bias else None]
+    grads = [randn(N, C, dtype=dtype, seed=4), randn(N, C, dtype=dtype, seed=5)]
+    return [v if v is None else v.requires_grad_() for v in values], grads
+
+
+def plain_add(x, out, weight, bias):
+    s = x + out
+    return s, F.layer_norm(s, weight.shape, weight, bias)
+
+
+def run(function, values, grads):
+    """Results, then the gradients of what is not None."""
+    results = function(*values)
+    results = results if isinstance(results, tuple) else (results,)
+    grads = [g.to(y.dtype) for g, y in zip(grads[-len(results):], results)]
+    return [*results, *torch.autograd.grad(results, [v for v in values if v is not None], grads)]
+
+
+def exact(values):
+    return [v if v is None else v.detach().double().requires_grad_() for v in values]
+
+
+@runs
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype, N, C", CASES)
+def test_against_fp64(N, C, dtype, bias):
+    """Alone without a bias, with the addition and a bias. No further from the truth than PyTorch's own, which
+    in fp32 may be luckier by half: both are a few roundings away from it."""
+    (x, out, weight, b), grads = inputs(N, C, dtype, bias=bias)
+    if bias:
+        values, ours, plain = [x, out, weight, b], add_layer_norm, plain_add
+    else:
+        values, ours = [x, weight, b], layer_norm
+        plain = lambda x, w, b: F.layer_norm(x, w.shape, w, b)  # noqa: E731
+    results, eager = run(ours, values, grads), run(plain, values, grads)
+    truth = run(plain, exact(values), [g.double() for g in grads])
+    slack = 1.5 if dtype == torch.float32 else 1.02
+    if kernels.INTERPRETED and dtype == torch.bfloat16:
+        slack = 2.5  # Triton's interpreter cuts bits off where the GPU rounds
+    for mine, theirs, true in zip(results, eager, truth, strict=True):
+        assert mine.dtype == theirs.dtype == dtype
+        true = true.detach()
+        assert error(mine, true) <= slack * error(theirs, true) + 1e-7 * (true.norm() > 0)
+    if bias:  # x and out get the same gradient
+        assert torch.equal(results[2], results[3])
+    for first, second in zip(results, run(ours, values, grads)):
+        assert torch.equal(first, second)
+
+
+@runs
+def test_far_from_zero():
+    """A mean a thousand times the deviation: squares of what is not centred would leave nothing."""
+    x = (1000 + randn(3, 300)).requires_grad_()
+    weight = torch.ones(300, device=DEVICE)
+    y, grad = layer_norm(x, weight, None), randn(3, 300, seed=1)
+    z = x.detach().double().requires_grad_()
+    true = F.layer_norm(z, (300,))
+    assert error(y, true.detach()) < 1e-4  # 1000 is rounded to 6e-5
+    true_grad = torch.autograd.grad(true, z, grad.double())[0]
+    assert error(torch.autograd.grad(y, x, grad)[0], true_grad) < 1e-4
+
+
+@runs
+def test_strides_shapes_and_no_rows():
+    weight, bias = randn(96)[::2].requires_grad_(), randn(48, 2)[:, 1].requires_grad_()
+    wide = randn(2, 3, 96)
+    for x in (wide[..., 48:], wide.view(6, 96).T[:48].T, wide[0, 0, :48], wide[:, :0, :48],
+              wide[:, -1:, ::2]):
+        x = x.detach().requires_grad_()
+        grad = x.new_ones(()).expand(x.shape)  # what .sum() sends back, strides 0
+        for function, first in ((layer_norm, ()), (add_layer_norm, (x.detach().flip(0).requires_grad_(),))):
+            other = run(function, [x, *first, weight, bias], [grad, grad])
+            own = [(x if first == () else x + first[0]).detach().contiguous().requires_grad_(), weight, bias]
+            norm = run(layer_norm, own, [grad.contiguous()])
+            assert torch.equal(other[1 if first else 0], norm[0]) and other[0].shape == x.shape
+            assert torch.equal(other[-2], norm[-2]) and torch.equal(other[-1], norm[-1])
+            if x.numel() == 0:
+                assert (other[-2] == 0).all() and (other[-1] == 0).all()
+
+
+@runs
+def test_either_result_alone():
+    values, (grad_s, grad_y) = inputs(3, 40)
+    values, (x, out, weight, bias) = exact(values), values
+    for part, grad in enumerate((grad_s, grad_y)):
+        mine = torch.autograd.grad(add_layer_norm(x, out, weight, bias)[part], (x, out, weight, bias), grad,
+                                   allow_unused=True)
+        true = torch.autograd.grad(plain_add(*values)[part], values, grad.double(), allow_unused=True)
+        for a, b in zip(mine, true):
+            assert (a is None) == (b is None) and (a is None or error(a, b) < 1e-6)
+    s, y = add_layer_norm(x, out, weight.detach(), bias.detach())  # frozen
+    assert torch.autograd.grad(s.sum() + y.sum(), x)[0].isfinite().all()
+    with torch.no_grad():
+        assert torch.equal(add_layer_norm(x, out, weight, bias)[1], y)
+
+
+@runs
+@pytest.mark.parametrize("stream", [torch.float32, torch.float16])
+def test_autocast(stream):
+    """The norm is in autocast's dtype, rounded once; sum and gradients are in the dtypes of what came in."""
+    (x, out, weight, bias), grads = inputs(5, 100, stream, weights=torch.float32)
+    with torch.autocast(DEVICE, torch.float16):
+        s, y = add_layer_norm(x, out, weight, bias)
+        assert torch.equal(layer_norm(s, weight, bias), y)
+    assert s.dtype == stream and y.dtype == torch.float16
+    assert torch.equal(layer_norm(s.float(), weight, bias).half(), y)
+    results = torch.autograd.grad((s, y), (x, out, weight, bias), (grads[0], grads[1].half()))
+    assert [g.dtype for g in results] == [stream, stream, torch.float32, torch.float32]
+    assert layer_norm(x, weight, bias).dtype == stream
+    mixed, _ = add_layer_norm(x, out.bfloat16(), weight, bias)
+    assert mixed.dtype == (x + out.bfloat16()).dtype
+
+
+def test_without_triton(monkeypatch):
+    """PyTorch's path, to the bit; fp64 and rows that are too wide take it anywhere."""
+    (x, out, weight, bias), grads = inputs(3, 33, torch.float64)
+    for got, expected in zip(run(add_layer_norm, [x, out, weight, bias], grads),
+                             run(plain_add, [x, out, weight, bias], grads)):
+        assert torch.equal(got, expected)
+    x, weight = randn(1, module.MAX_WIDTH + 1), randn(module.MAX_WIDTH + 1, seed=1)
+    assert torch.equal(layer_norm(x, weight, None), F.layer_norm(x, weight.shape, weight))
+    monkeypatch.setattr(kernels.layer_norm, "usable", lambda x: False)
+    assert torch.equal(layer_norm(x[:, :9], weight[:9], None), F.layer_norm(x[:, :9], (9,), weight[:9]))
+
+
+@pytest.mark.parametrize("dynamic", [False, True] if DEVICE == "cuda" else [True])
+def test_compiled(dynamic):
+    """One graph. On a GPU with the kernels in it; the interpreter cannot be compiled, PyTorch's path can."""
+    (x, out, weight, bias), grads = inputs(6, 64)
+
+    def function(x, out, weight, bias):
+        s, y = add_layer_norm(x * 1.5, out, weight, bias)
+        return s, layer_norm(2 * y, weight, None)
+
+    torch.compiler.reset()
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+    for n in (6, 4):
+        values, part = [x[:n], out[:n], weight, bias], [g[:n] for g in grads]
+        for got, expected in zip(run(compiled, values, part), run(function, values, part)):
+            assert error(got, expected.detach().double()) < 1e-6
+
+
+def in_models():
+    dense = random_model(torch.float32)
+    ranks = DistributedGPT(DistributedGPTConfig(**vars(dense.config), tp_size=2, block_types=["spd", "tp"]))
+    return dense, ranks
+
+
+@runs
+@pytest.mark.parametrize("kind", [0, 1], ids=["GPT", "DistributedGPT"])
+def test_in_models(kind):
+    """The same loss and gradients, and that the kernels were what ran."""
+    model, idx = in_models()[kind].to(DEVICE), tokens(2, 6).to(DEVICE)
+    names = dict(model.named_parameters())
+    before = [model(idx, idx.roll(-1, 1))[1]]
+    before += torch.autograd.grad(before[0], list(names.values()))
+    use_triton_layer_norm(model)
+    assert all(m.triton for m in model.modules() if isinstance(m, LayerNorm)) and not LayerNorm.triton
+    loss = model(idx, idx.roll(-1, 1))[1]
+    functions, seen = [loss.grad_fn], set()
+    while functions:
+        node = functions.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            functions += [f for f, _ in node.next_functions]
+    kinds = [type(node).__name__ for node in seen]
+    assert "NativeLayerNormBackward0" not in kinds and any("nanosync_layer_norm" in k for k in kinds)
+    after = [loss, *torch.autograd.grad(loss, list(names.values()))]
+    for name, a, b in zip(["loss", *names], after, before, strict=True):
+        assert error(a.detach(), b.detach().double()) < 1e-5, name
+
+
+COMPILED = pytest.mark.skipif(kernels.triton is None or kernels.INTERPRETED, reason="no Triton compiler")
+
+
+@COMPILED
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype, C", [("bf16", 127), ("bf16", 768), ("bf16", 4096), ("fp32", 8192),
+                                      ("bf16", 16384)])
+def test_compiles_without_a_gpu(dtype, C, capability):
+    """As `_config` has it, for A100 and H100: fits their memory, and moves 16 bytes at a time where rows are
+    multiples of that."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    config = module._config(C, 2 if dtype == "bf16" else 4)
+    t = f" *{dtype}"
+    cases = [
+        (module._forward_kernel, 2 * t + " *fp32 *fp32" + 2 * t + " *fp32 i32",
+         dict(C=C, ADD=True, BIAS=True, EPS=1e-5), config["forward"]),
+        (module._backward_kernel, 3 * t + " *fp32 *fp32" + t + " *fp32 i32",
+         dict(C=C, ADD=True, BIAS=True, PAIRED=True), config["backward"]),
+        (module._column_sums_kernel, "*fp32 *fp32 *fp32 i32", dict(C=C), config["sums"]),
+    ]
+    for kernel, types, constants, options in cases:
+        options = dict(options)
+        constants = constants | {n: options.pop(n) for n in list(options) if n.isupper()}
+        names = kernel.arg_names
+        kinds = dict(zip((n for n in names if n not in constants), types.split()))
+        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in kinds if n.endswith("_ptr")}
+        source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
+                           {(i,): constants[n] for i, n in enumerate(names) if n in constants}, aligned)
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert len(compiled.asm["cubin"]) > 0 and compiled.metadata.shared <= 96 * 1024
+        ptx = compiled.asm["ptx"]
+        if C % 8 == 0 and kernel is not module._column_sums_kernel:
+            assert "st.global.v4.b32" in ptx and "st.global.b16" not in ptx and "ld.global.b16" not in ptx
+
+
+@COMPILED
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends to have a GPU")
+def test_graph_without_a_gpu(monkeypatch):
+    """What torch.compile makes of it: the three kernels, in one graph each way, and nothing but their results
+    is taken for written, which would cost a copy."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    written = []
+
+    def record(graph, _):
+        calls = [n for n in graph.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+        written.append([n.kwargs["tensors_to_clone"] for n in calls])
+        return make_boxed_func(graph.forward)
+
+    monkeypatch.setattr(kernels.layer_norm, "usable", lambda x: True)
+    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", Driver())
+    torch.compiler.reset()
+    with FakeTensorMode():
+        x, out = (torch.empty(2, 8, 768, requires_grad=True) for _ in range(2))
+        weight, bias = (torch.empty(768, requires_grad=True) for _ in range(2))
+        backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+        s, y = torch.compile(add_layer_norm, fullgraph=True, backend=backend)(x, out, weight, bias)
+        (s.sum() + y.sum()).backward()
+    assert written == [[["s_ptr", "y_ptr", "stats_ptr"]],
+                       [["grad_x_ptr", "partial_ptr"], ["grad_weight_ptr", "grad_bias_ptr"]]]
