@@ -153,9 +153,12 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, out=None, cache=None):
+        """The residual stream x and the last MLP's `out`, None before the first block, both (B, T, C) -> the
+        same after this block. They come apart so that a LayerNorm's kernel can add them (LayerNorm.add)."""
+        x, y = self.ln_1.add(x, out)
+        x, y = self.ln_2.add(x, self.attn(y, cache))
+        return x, self.mlp(y)
 
 
 class GPT(nn.Module):
@@ -175,10 +178,10 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None):
         """Token ids (B, T) -> the hidden states after ln_f (B, T, C). cache: (L, 2, B, H, block_size, D)."""
-        x = self.transformer.drop(self.embed(idx))
+        x, out = self.transformer.drop(self.embed(idx)), None
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache[i])
-        return self.transformer.ln_f(x)
+            x, out = block(x, out, None if cache is None else cache[i])
+        return self.transformer.ln_f.add(x, out)[1]
 
     def embed(self, idx):
         """Token ids (B, T) -> their embeddings with that of their position (B, T, C)."""
