@@ -11,6 +11,9 @@ $ python bench.py --model_type=distributed_gpt --tp_size=2 --syncs="[24,12,6,3,1
 $ torchrun --standalone --nproc_per_node=4 bench.py --model_type=distributed_gpt --tp_size=4 --tp_processes=4
 $ torchrun --standalone --nproc_per_node=4 bench.py --mode=decode --tp_allreduce=oneshot  # or --mode=prefill
 
+LayerNorm's kernels beside PyTorch's, torch.compile's and those of a Liger-Kernel checkout
+$ python bench.py --mode=kernels --peer=FOLDER --rows="[16384,65536]" --widths="[768,4096]" --plot=kernels.png
+
 All contenders do the same work on the same tokens. Each is warmed up, then they take turns, `steps` steps a
 turn, for `rounds` rounds; a figure is the median over rounds, with the range. A training step is forward,
 backward, clipping and AdamW. A step of generation is the time that one more token takes a batch: that of
@@ -24,6 +27,7 @@ a model). Weights are random; a schedule's speed does not depend on them.
 import copy
 import dataclasses
 import importlib.util
+import itertools
 import json as json_
 import os
 import statistics
@@ -47,14 +51,17 @@ from distributed import (
     pick_dtype,
     start,
 )
+from kernels import benchmark, usable
+from kernels.layer_norm import MAX_WIDTH
 from model import GPT, GPTConfig, capture_graph
 from optim import build_adamw, clip_gradients
 from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, Ranks, SyncSchedule, ranks_on
 from training_logger import environment, peak_flops
 
 # -----------------------------------------------------------------------------
-mode = "train"  # 'train', 'generate', or, under torchrun, 'decode' or 'prefill'
-peer = ""  # a folder with a nanoGPT-like model.py to alternate with; to generate, also 'hf' (transformers)
+mode = "train"  # 'train', 'generate', 'kernels', or, under torchrun, 'decode' or 'prefill'
+peer = ""  # a folder with a nanoGPT-like model.py to alternate with; to generate, also 'hf' (transformers);
+# for kernels a checkout of Liger-Kernel
 json = ""  # write the figures to this file as well
 # model: GPT-2 (124M) with nanoGPT's padded vocabulary
 batch_size = 12
@@ -72,7 +79,9 @@ syncs: list | None = None  # instead: several schedules, with so many all-reduce
 tp_processes = 1  # processes that hold the ranks of one model when training; 1 simulates them
 tp_allreduce = "nccl"  # decode: 'nccl' (the group's all-reduce) or 'oneshot' (through symmetric memory)
 batch_sizes: list = [1, 16]  # decode, prefill
-widths: list = [768, 2048]  # decode, prefill: n_embd, in heads of 64
+widths: list = [768, 2048]  # decode, prefill: n_embd, in heads of 64; kernels, by default 768 to 8192
+rows: list = [16384, 65536]  # kernels: how many of these a tensor has
+plot = ""  # kernels: draw the shares of the copy bandwidth into this file
 # measurement
 steps = 10  # training steps a turn
 warmup = 5  # training steps before the first turn, after the one that compiles
@@ -99,12 +108,12 @@ check_at_least(config, 2, "max_new_tokens")
 check_at_least(config, 0, "loss_steps", "grad_clip")
 check_seed(config)
 check_all_reduce(tp_allreduce)
-if mode not in ("train", "generate", "decode", "prefill"):
-    raise UserError(f"mode={mode!r} is unknown: use train, generate, decode or prefill")
+if mode not in ("train", "generate", "kernels", "decode", "prefill"):
+    raise UserError(f"mode={mode!r} is unknown: use train, generate, kernels, decode or prefill")
 recorded = {**config, "json": "", "peer": os.path.basename(os.path.normpath(peer)) if peer else ""}
 if model_type not in ("gpt", "distributed_gpt"):
     raise UserError(f"model_type={model_type!r} is unknown: use gpt or distributed_gpt")
-for name in ("syncs", "batch_sizes", "widths"):
+for name in ("syncs", "batch_sizes", "widths", "rows"):
     for number in config[name] or []:
         if type(number) is not int or number < 1:
             raise UserError(f"{name} has {number!r}: its entries are whole numbers from 1")
@@ -121,7 +130,15 @@ if latency and block_types is not None:
 elif syncs is None:
     syncs = [2 * n_layer // n for n in (1, 2, 4, 8, 24) if 2 * n_layer % n == 0] if latency else []
 schedules = {f"{n} syncs": SyncSchedule.evenly(n_layer, n) for n in syncs}
-if peer and not os.path.isfile(os.path.join(peer, "model.py")) and not (peer == "hf" and mode == "generate"):
+if mode == "kernels":
+    if not config.origin["widths"]:
+        widths = recorded["widths"] = [768, 1024, 1600, 4096, 8192]
+    if not (widths and rows) or max(widths) > MAX_WIDTH:
+        raise UserError(f"kernels need rows, and widths up to {MAX_WIDTH}")
+    liger = benchmark.load_liger(peer) if peer else None
+elif plot:
+    raise UserError("plot draws what mode kernels measures")
+elif peer and not (os.path.isfile(os.path.join(peer, "model.py")) or (peer == "hf" and mode == "generate")):
     raise UserError(f"peer={peer!r} is no folder with a model.py" + ", nor 'hf'" * (mode == "generate"))
 if peer == "hf" and importlib.util.find_spec("transformers") is None:
     raise UserError("peer='hf' needs the package transformers: pip install transformers")
@@ -133,8 +150,9 @@ if loss_steps and not dataset:
 if mode == "generate" and prompt_tokens + max_new_tokens > block_size:
     raise UserError(f"prompt_tokens={prompt_tokens} and max_new_tokens={max_new_tokens} together exceed "
                     f"block_size={block_size}")
-if json:
-    check_output_file(json, "json")
+for name in ("json", "plot"):
+    if config[name]:
+        check_output_file(config[name], name)
 processes = start(device, tp_processes=tp_processes)
 device = processes.device
 if tp_processes > 1 and (mode != "train" or model_type != "distributed_gpt"):
@@ -143,9 +161,41 @@ if peer and (latency or model_type != "gpt"):
     raise UserError("a peer is measured against the dense GPT, in mode train or generate")
 if peer and processes.world_size > 1:
     raise UserError("a peer is measured on one process: start bench.py with python, not torchrun")
-if mode == "generate" and processes.world_size > 1:
-    raise UserError("generation is measured on one process: start bench.py with python, not torchrun")
+if mode in ("generate", "kernels") and processes.world_size > 1:
+    raise UserError(f"mode {mode} is measured on one process: start bench.py with python, not torchrun")
 compute_dtype = pick_dtype(dtype, device)
+
+
+def bench_kernels():
+    """Print a line for each operation, size and contender; return the figures."""
+    bandwidth = benchmark.copy_bandwidth(device, rounds)
+    where, name, figures = environment(device), str(compute_dtype).removeprefix("torch."), []
+    print(f"LayerNorm: {where['device']}, torch {where['torch']}, {name}, bias={bias}; a copy moves "
+          f"{bandwidth / 1e9:.0f} GB/s; us, median of {rounds} rounds (range), share of the copy")
+    for operation, N, C in itertools.product(benchmark.OPERATIONS, rows, widths):
+        for f in benchmark.measure(operation, N, C, compute_dtype, bias, liger, rounds, device, bandwidth):
+            figures.append(f)
+            print(f"{operation:>12} {N:6} x {C:5} {f['name']:>8}  {f['us']:9.1f} ({min(f['us_all']):.1f}-"
+                  f"{max(f['us_all']):.1f})  {f['gb_per_second']:6.0f} GB/s  {100 * f['of_copy']:5.1f}%",
+                  flush=True)
+    if plot:
+        benchmark.plot(figures, plot, f"LayerNorm, {where['device']}, {name}")
+    return {"copy_gb_per_second": bandwidth / 1e9, "rows": figures}
+
+
+if mode == "kernels":
+    if not usable(torch.empty(0, device=device, dtype=compute_dtype)):
+        raise UserError("kernels run on a CUDA GPU that Triton supports; TRITON_INTERPRET=1 only tries them, "
+                        "slowly, on a CPU")
+    if peer and device.type != "cuda":
+        raise UserError("Liger's kernels need a GPU: they do not run in Triton's interpreter. Leave peer out")
+    figures = bench_kernels()
+    if json:
+        with open(json, "w") as f:
+            json_.dump({"config": recorded, "environment": environment(device), **figures}, f, indent=1)
+    finish(processes)
+    raise SystemExit(0)
+
 if compile and mode == "train":
     check_compile(device)
 data = open_dataset(dataset, block_size) if dataset else None

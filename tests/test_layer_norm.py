@@ -11,6 +11,7 @@ from test_kernels import DEVICE, error, randn, runs
 from test_model import random_model, tokens
 
 import kernels
+from kernels import benchmark
 from kernels import layer_norm as module
 from kernels.layer_norm import add_layer_norm, layer_norm
 from model import LayerNorm, use_triton_layer_norm
@@ -200,6 +201,21 @@ def test_in_models(kind):
     after = [loss, *torch.autograd.grad(loss, list(names.values()))]
     for name, a, b in zip(["loss", *names], after, before, strict=True):
         assert error(a.detach(), b.detach().double()) < 1e-5, name
+
+
+@runs
+def test_benchmark(tmp_path):
+    device = torch.device(DEVICE)
+    bandwidth = benchmark.copy_bandwidth(device, 2)
+    figures = [f for operation in benchmark.OPERATIONS
+               for f in benchmark.measure(operation, 2, 64, torch.float32, True, None, 2, device, bandwidth)]
+    assert len(figures) == 4 * (3 if DEVICE == "cuda" else 2) and bandwidth > 0
+    for f in figures:
+        values = {"forward": 2, "backward": 3, "add forward": 4, "add backward": 4}[f["operation"]]
+        moved = values * 2 * 64 * 4
+        assert f["of_copy"] == pytest.approx(moved / (1e-6 * f["us"]) / bandwidth) and len(f["us_all"]) == 2
+    benchmark.plot(figures, str(tmp_path / "k.png"), "LayerNorm")
+    assert (tmp_path / "k.png").stat().st_size > 10_000
 
 
 COMPILED = pytest.mark.skipif(kernels.triton is None or kernels.INTERPRETED, reason="no Triton compiler")
