@@ -10,8 +10,10 @@ adding its rows' part of the gradients of weight and bias up in registers; a sec
 sums. Nothing is atomic: the same input gives the same bits.
 
 Operators of torch.library, not an autograd.Function: torch.compile keeps the graph whole and, as these are
-`triton_op`s, plans the memory of what they allocate with the rest of it. (Two steps backward are also how
-Triton's tutorial 05 and Liger-Kernel's LayerNorm, arXiv 2410.10989, get the gradients of weight and bias.)
+`triton_op`s, plans the memory of what they allocate with the rest of it. PyTorch looks for the kernels when
+an operator is registered, to tell its caches of compiled code apart: so they stand before it. (Two steps
+backward are also how Triton's tutorial 05 and Liger-Kernel's LayerNorm, arXiv 2410.10989, get the gradients
+of weight and bias.)
 
 Shapes: N rows (the product of all dimensions but the last), C channels, P programs.
 """
@@ -20,10 +22,11 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch.library import wrap_triton
 
 from kernels import INTERPRETED, triton, usable
 
+triton_op = torch.library.custom_op if triton is None else torch.library.triton_op  # which would warn, unused
+wrap_triton = (lambda kernel: kernel) if INTERPRETED else torch.library.wrap_triton
 EPS = 1e-5
 MAX_WIDTH = 16384  # wider rows do not fit the registers of one program
 
@@ -65,99 +68,6 @@ def _result_dtype(x, dtype: torch.dtype) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return dtype
-
-
-@functools.cache
-def _config(C: int, size: int = 2) -> dict:
-    """What to tune, by width and by the bytes of a value. Of the launches of the kernels:
-
-    num_warps           that share a row: up to 32 values a thread forward, 16 backward, to fit its registers
-    STAGES              rows under way: above 1 the next ones are fetched into shared memory meanwhile, which
-                        takes three rows' bytes for each, and up to 64 KB are sure to be there
-    BLOCK_P, BLOCK_C    of the sums over programs: how many are looked at together
-
-    and of their grids: `rows`, forward: that a program normalises, with weight and bias loaded once;
-    `programs`, backward: for each multiprocessor, at most what it holds, as each leaves 2 C sums to be added.
-    """
-    block = triton.next_power_of_2(C)
-    columns = max(16, block // 128)
-    return dict(forward=dict(num_warps=max(1, min(16, block // 1024)), STAGES=1, BLOCK=block), rows=4,
-                backward=dict(num_warps=max(1, block // 512), STAGES=min(3, 1 + 65536 // (3 * block * size)),
-                              BLOCK=block),
-                programs=max(1, min(6, 8192 // block)),
-                sums=dict(num_warps=4, BLOCK_P=2048 // columns, BLOCK_C=columns))
-
-
-@functools.cache
-def _multiprocessors(device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@torch.library.triton_op("nanosync::layer_norm", mutates_args=())
-def _forward(x: torch.Tensor, out: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
-             dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y in `dtype`; x + out, empty without out; mean and reciprocal deviation of each row, (2, N) fp32."""
-    C = int(weight.shape[0])
-    N = x.numel() // C
-    x, weight = x.contiguous(), weight.contiguous()
-    y = torch.empty_like(x, dtype=dtype)
-    stats = x.new_empty(2, N, dtype=torch.float32)
-    if out is None:
-        s = x.new_empty(0)
-    else:
-        out = out.contiguous()
-        s = torch.empty_like(x, dtype=torch.promote_types(x.dtype, out.dtype))
-    if N == 0:
-        return y, s, stats
-    bias_ptr = weight if bias is None else bias.contiguous()  # any, where there is none to read
-    config = _config(C, x.element_size())
-    wrap_triton(_forward_kernel)[(triton.cdiv(N, config["rows"]),)](
-        x, x if out is None else out, weight, bias_ptr, s, y, stats, N, C=C, ADD=out is not None,
-        BIAS=bias is not None, EPS=EPS, **config["forward"])
-    return y, s, stats
-
-
-@torch.library.triton_op("nanosync::layer_norm_backward", mutates_args=())
-def _backward(grad_y: torch.Tensor, grad_s: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor,
-              stats: torch.Tensor, has_bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of s (..., C), of weight and of bias (C,), the last one empty without a bias."""
-    C = int(weight.shape[0])
-    N = s.numel() // C
-    grad_x, grad_weight = torch.empty_like(s), weight.new_empty(C)
-    grad_bias = weight.new_empty(C if has_bias else 0)
-    if N == 0:
-        return grad_x, grad_weight.zero_(), grad_bias.zero_()
-    config = _config(C, s.element_size())
-    programs = config["programs"] * _multiprocessors(s.device)
-    partial = s.new_empty(2 if has_bias else 1, programs, C, dtype=torch.float32)
-    grad_y, weight = grad_y.contiguous(), weight.contiguous()
-    wrap_triton(_backward_kernel)[(programs,)](
-        grad_y, grad_y if grad_s is None else grad_s.contiguous(), s, weight, stats, grad_x, partial, N, C=C,
-        ADD=grad_s is not None, BIAS=has_bias, PAIRED=not INTERPRETED, **config["backward"])
-    wrap_triton(_column_sums_kernel)[(triton.cdiv(C, config["sums"]["BLOCK_C"]), 2 if has_bias else 1)](
-        partial, grad_weight, grad_bias, programs, C=C, **config["sums"])
-    return grad_x, grad_weight, grad_bias
-
-
-def _keep(ctx, inputs, output):
-    x, out, weight, bias, _ = inputs
-    _, s, stats = output
-    ctx.save_for_backward(x.contiguous() if out is None else s, weight, stats)
-    ctx.has_out, ctx.has_bias = out is not None, bias is not None
-    ctx.set_materialize_grads(False)  # a result that nobody used costs no tensor of zeros
-    ctx.mark_non_differentiable(stats)
-
-
-def _differentiate(ctx, grad_y, grad_s, _grad_stats):
-    s, weight, stats = ctx.saved_tensors
-    grad_weight = grad_bias = None
-    if grad_y is not None:
-        grad_s, grad_weight, grad_bias = _backward(grad_y, grad_s if ctx.has_out else None, s, weight, stats,
-                                                   ctx.has_bias)
-    return (grad_s, grad_s if ctx.has_out else None, grad_weight, grad_bias if ctx.has_bias else None, None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 if triton is not None:
@@ -261,3 +171,96 @@ if triton is not None:
             tl.store(grad_weight_ptr + c, total.to(grad_weight_ptr.dtype.element_ty), mask=inside)
         else:
             tl.store(grad_bias_ptr + c, total.to(grad_bias_ptr.dtype.element_ty), mask=inside)
+
+
+@functools.cache
+def _config(C: int, size: int = 2) -> dict:
+    """What to tune, by width and by the bytes of a value. Of the launches of the kernels:
+
+    num_warps           that share a row: up to 32 values a thread forward, 16 backward, to fit its registers
+    STAGES              rows under way: above 1 the next ones are fetched into shared memory meanwhile, which
+                        takes three rows' bytes for each, and up to 64 KB are sure to be there
+    BLOCK_P, BLOCK_C    of the sums over programs: how many are looked at together
+
+    and of their grids: `rows`, forward: that a program normalises, with weight and bias loaded once;
+    `programs`, backward: for each multiprocessor, at most what it holds, as each leaves 2 C sums to be added.
+    """
+    block = triton.next_power_of_2(C)
+    columns = max(16, block // 128)
+    return dict(forward=dict(num_warps=max(1, min(16, block // 1024)), STAGES=1, BLOCK=block), rows=4,
+                backward=dict(num_warps=max(1, block // 512), STAGES=min(3, 1 + 65536 // (3 * block * size)),
+                              BLOCK=block),
+                programs=max(1, min(6, 8192 // block)),
+                sums=dict(num_warps=4, BLOCK_P=2048 // columns, BLOCK_C=columns))
+
+
+@functools.cache
+def _multiprocessors(device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton_op("nanosync::layer_norm", mutates_args=())
+def _forward(x: torch.Tensor, out: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
+             dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y in `dtype`; x + out, empty without out; mean and reciprocal deviation of each row, (2, N) fp32."""
+    C = int(weight.shape[0])
+    N = x.numel() // C
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty_like(x, dtype=dtype)
+    stats = x.new_empty(2, N, dtype=torch.float32)
+    if out is None:
+        s = x.new_empty(0)
+    else:
+        out = out.contiguous()
+        s = torch.empty_like(x, dtype=torch.promote_types(x.dtype, out.dtype))
+    if N == 0:
+        return y, s, stats
+    bias_ptr = weight if bias is None else bias.contiguous()  # any, where there is none to read
+    config = _config(C, x.element_size())
+    wrap_triton(_forward_kernel)[(triton.cdiv(N, config["rows"]),)](
+        x, x if out is None else out, weight, bias_ptr, s, y, stats, N, C=C, ADD=out is not None,
+        BIAS=bias is not None, EPS=EPS, **config["forward"])
+    return y, s, stats
+
+
+@triton_op("nanosync::layer_norm_backward", mutates_args=())
+def _backward(grad_y: torch.Tensor, grad_s: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor,
+              stats: torch.Tensor, has_bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of s (..., C), of weight and of bias (C,), the last one empty without a bias."""
+    C = int(weight.shape[0])
+    N = s.numel() // C
+    grad_x, grad_weight = torch.empty_like(s), weight.new_empty(C)
+    grad_bias = weight.new_empty(C if has_bias else 0)
+    if N == 0:
+        return grad_x, grad_weight.zero_(), grad_bias.zero_()
+    config = _config(C, s.element_size())
+    programs = config["programs"] * _multiprocessors(s.device)
+    partial = s.new_empty(2 if has_bias else 1, programs, C, dtype=torch.float32)
+    grad_y, weight = grad_y.contiguous(), weight.contiguous()
+    wrap_triton(_backward_kernel)[(programs,)](
+        grad_y, grad_y if grad_s is None else grad_s.contiguous(), s, weight, stats, grad_x, partial, N, C=C,
+        ADD=grad_s is not None, BIAS=has_bias, PAIRED=not INTERPRETED, **config["backward"])
+    wrap_triton(_column_sums_kernel)[(triton.cdiv(C, config["sums"]["BLOCK_C"]), 2 if has_bias else 1)](
+        partial, grad_weight, grad_bias, programs, C=C, **config["sums"])
+    return grad_x, grad_weight, grad_bias
+
+
+def _keep(ctx, inputs, output):
+    x, out, weight, bias, _ = inputs
+    _, s, stats = output
+    ctx.save_for_backward(x.contiguous() if out is None else s, weight, stats)
+    ctx.has_out, ctx.has_bias = out is not None, bias is not None
+    ctx.set_materialize_grads(False)  # a result that nobody used costs no tensor of zeros
+    ctx.mark_non_differentiable(stats)
+
+
+def _differentiate(ctx, grad_y, grad_s, _grad_stats):
+    s, weight, stats = ctx.saved_tensors
+    grad_weight = grad_bias = None
+    if grad_y is not None:
+        grad_s, grad_weight, grad_bias = _backward(grad_y, grad_s if ctx.has_out else None, s, weight, stats,
+                                                   ctx.has_bias)
+    return (grad_s, grad_s if ctx.has_out else None, grad_weight, grad_bias if ctx.has_bias else None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
