@@ -27,15 +27,17 @@ import shutil
 import signal
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule
 
 from configurator import Config, UserError, check_can_write
 from data.files import json_text, replace_file, sha256_of, unused_path, write_json
-from distributed import gather_to_main, on_main
+from distributed import gather_to_main, on_main, whole_tensor
 from model import GPT, GPTConfig
 from optim import gather_state, whole_on_cpu
 
@@ -78,7 +80,8 @@ class Checkpoint:
         return f"step {self.step}, val loss {'not measured' if val_loss is None else f'{val_loss:.4f}'}"
 
     def tensors(self, which: str) -> dict[str, torch.Tensor]:
-        """'model', 'optim' or 'rng' -> tensors by name, on the CPU. Raises UserError."""
+        """'model', 'optim' or 'rng' -> tensors by name, on the CPU, read when they are used. Raises
+        UserError."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -638,7 +641,7 @@ def as_kind(model: nn.Module, kind: str, **fields) -> nn.Module:
 
 
 def check_size(config: GPTConfig) -> None:
-    """Raise UserError for a model that this machine's memory cannot hold, where each is built, in fp32.
+    """Raise UserError for a model whose parameters this machine's memory cannot hold, in fp32.
 
     Without this, Linux grants the memory and kills the process that uses it.
     """
@@ -669,9 +672,11 @@ def model_config(description: dict, **overrides) -> tuple[type, object]:
 
 
 def build_model(description: dict, **overrides) -> nn.Module:
-    """A model with the architecture of a `model` entry, freshly initialised. Raises UserError."""
+    """A model with the architecture of a `model` entry, freshly initialised, or without values if PyTorch's
+    default device is 'meta'. Raises UserError."""
     model_class, config = model_config(description, **overrides)
-    check_size(config)
+    if torch.get_default_device().type != "meta":
+        check_size(config)
     return model_class(config)
 
 
@@ -701,6 +706,54 @@ def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: s
             raise UserError(f"{where} does not fit the model: {name} is {tuple(tensors[name].shape)} there "
                             f"and {tuple(parameter.shape)} here")
         parameter.copy_(tensors[name])
+
+
+@torch.no_grad()
+def fill(model: nn.Module, weights, where: str, device: torch.device):
+    """Give a model on any device, which may be in parts on several processes, its parameters on `device`, one
+    at a time; an iterator that yields the name of each when that is done.
+
+    weights: (name, value) of each, as the dense model has them; where: they are from. Raises UserError if
+    names or shapes differ.
+    """
+    places = {}  # (module, attribute) of each parameter; a tied one has two
+    for module in model.modules():
+        for attribute, p in module.named_parameters(recurse=False):
+            places.setdefault(id(p), []).append((module, attribute))
+    parameters, given = dict(model.named_parameters()), set()
+    problem = "{} does not fit the model: {} is {} there and {} here"
+    for name, value in weights:
+        if name not in parameters:
+            raise UserError(problem.format(where, name, tuple(value.shape), "not"))
+        try:
+            part = model.own_part({name: value})[name]
+        except (IndexError, RuntimeError):  # it has too few dimensions for that
+            part = value
+        p = parameters[name]
+        if part.shape != p.shape:
+            raise UserError(problem.format(where, name, tuple(part.shape), tuple(p.shape)))
+        filled = nn.Parameter(part.to(device, p.dtype, copy=True))
+        for module, attribute in places[id(p)]:
+            setattr(module, attribute, filled)
+        given.add(name)
+        yield name
+    if missing := sorted(set(parameters) - given):
+        raise UserError(problem.format(where, missing[0], "not", tuple(parameters[missing[0]].shape)))
+
+
+def unsharded(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A copy of a model that FSDP sharded, whole but for its tensor-parallel parts, for what does not go
+    through its forward pass; a model that is not sharded, itself. All processes take part."""
+    if not isinstance(model, FSDPModule):
+        return model
+    with torch.device("meta"):
+        copy = build_model(model_description(kind, model)).to(dtype)
+    ranks = getattr(model, "ranks", None)
+    if ranks is not None and ranks.group is not None:
+        copy.place(ranks)
+    weights = ((name, model.whole({name: whole_tensor(p)})[name]) for name, p in model.named_parameters())
+    deque(fill(copy, weights, "the sharded model", device), maxlen=0)
+    return copy
 
 
 def load_model(checkpoint: Checkpoint, **overrides) -> nn.Module:

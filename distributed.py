@@ -17,6 +17,15 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
@@ -192,12 +201,13 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def data_parallel(model: torch.nn.Module, processes: Processes, compiled: bool) -> torch.nn.Module:
-    """The model with its gradients averaged over dp_group; the model itself if there is none.
+    """The model with its gradients averaged over dp_group; the model itself if there is none, or if it is
+    sharded and so does that anyway.
 
     A compiled backward pass hands over all gradients at its end, so there is nothing for several buckets to
     overlap with, and one large bucket costs the least (see records/).
     """
-    if processes.dp_group is None:
+    if processes.dp_group is None or isinstance(model, FSDPModule):
         return model
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
     return DistributedDataParallel(
@@ -222,6 +232,92 @@ def settle_buckets(trained: torch.nn.Module, shape: tuple[int, int], device: tor
         trained.zero_grad(set_to_none=True)
     if shared is not None:
         shared.set_state(state)
+
+
+def average_gradients(trained: torch.nn.Module, now: bool) -> None:
+    """Whether the next backward pass averages gradients over the data-parallel processes, or leaves that,
+    and all communication, to a later one. FSDP still fetches parameters that it does not keep."""
+    if isinstance(trained, DistributedDataParallel):
+        trained.require_backward_grad_sync = now
+    elif isinstance(trained, FSDPModule):
+        trained.set_requires_gradient_sync(now)
+        if not trained.reshard_after_forward:
+            trained.set_reshard_after_backward(now)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How FSDP2 divides a model over data-parallel processes (ZeRO-3, arXiv 1910.02054)."""
+
+    processes: Processes
+    dtype: torch.dtype  # that parameters are computed with; they are kept and gradients averaged in fp32
+    min_num_params: float = 1e6  # blocks are fetched together until they hold so many
+    reshard_after_forward: bool = True  # drop what was fetched, and fetch it again for the backward pass
+    cpu_offload: bool = False  # keep parameters, gradients and optimizer state in the CPU's memory
+
+    def units(self, blocks) -> list[list[torch.nn.Module]]:
+        """Consecutive blocks that are fetched together. Those at the end that hold too few are in none: they
+        stay with what is not in a block, embedding, head and final LayerNorm."""
+        units, unit, size = [], [], 0
+        for block in blocks:
+            unit.append(block)
+            size += sum(p.numel() for p in block.parameters())
+            if size >= self.min_num_params:
+                units.append(unit)
+                unit, size = [], 0
+        return units
+
+    def shard(self, modules, reshard_after_forward: bool) -> None:
+        """Keep this process's part of the parameters of a module or of modules that make a unit."""
+        low = self.dtype != torch.float32
+        precision = MixedPrecisionPolicy(param_dtype=self.dtype if low else None,
+                                         reduce_dtype=torch.float32 if low else None,
+                                         cast_forward_inputs=False)
+        device = self.processes.device
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if self.cpu_offload else OffloadPolicy()
+        fully_shard(modules, mesh=DeviceMesh.from_group(self.processes.dp_group, device.type),
+                    reshard_after_forward=reshard_after_forward, mp_policy=precision,
+                    offload_policy=offload)
+
+    def shard_as_filled(self, model: torch.nn.Module, names) -> None:
+        """Shard each unit as soon as its parameters have values, so that never more than one is whole, and
+        then the rest. names: an iterator that fills a parameter of the model and then gives its name."""
+        waiting = self.units(model.transformer.h)
+        for _ in names:
+            while waiting and not any(p.is_meta for block in waiting[0] for p in block.parameters()):
+                self.shard(waiting.pop(0), self.reshard_after_forward)
+        self.shard(model, False)  # the last that is needed and the first again
+        model.reshard_after_forward = self.reshard_after_forward
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor that FSDP sharded; of others, all."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP sharded, with all processes' parts, on the device of its group; others as they are.
+    All processes of the group take part."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh = tensor.device_mesh
+    local = tensor.to_local().to(mesh.device_type)  # with cpu_offload it is not there
+    return DTensor.from_local(local, mesh, tensor.placements, run_check=False, shape=tensor.shape,
+                              stride=tensor.stride()).full_tensor()
+
+
+def part_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A copy of the part of a whole tensor that this process has of `like`, sharded if that is, on its
+    device. A scalar has no parts."""
+    if not isinstance(like, DTensor) or whole.dim() == 0:
+        return whole.to(like.device, copy=True)
+    mesh, local = like.device_mesh, like.to_local()
+    rows = -(-whole.shape[0] // mesh.size())
+    first = min(mesh.get_local_rank() * rows, whole.shape[0])
+    part = whole[first:first + rows].to(local.device, local.dtype, copy=True)
+    assert part.shape == local.shape, f"FSDP divides {tuple(whole.shape)} in another way than into rows"
+    return DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape,
+                              stride=like.stride())
 
 
 def functional_all_reduce(x: torch.Tensor, group_name: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ tied head).
 Shapes: B batch, T tokens of a sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -17,6 +18,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from configurator import UserError
 from kernels import decode
@@ -146,6 +148,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    recompute = "none"  # what its backward pass computes again, see use_activation_checkpointing
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, config.bias)
@@ -153,28 +157,76 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, out=None, cache=None):
+    def forward(self, *args):
+        """What `compute` does, with or without keeping what the backward pass needs."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self.compute(*args)
+        return checkpoint(self.compute, *args, use_reentrant=False, context_fn=self.recompute_contexts)
+
+    def compute(self, x, out=None, cache=None):
         """The residual stream x and the last MLP's `out`, None before the first block, both (B, T, C) -> the
         same after this block. They come apart so that a LayerNorm's kernel can add them (LayerNorm.add)."""
         x, y = self.ln_1.add(x, out)
         x, y = self.ln_2.add(x, self.attn(y, cache))
         return x, self.mlp(y)
 
+    def recompute_contexts(self):
+        """What surrounds the forward pass and its recomputation."""
+        if self.recompute == "block":
+            return contextlib.nullcontext(), contextlib.nullcontext()
+        return create_selective_checkpoint_contexts(KEPT)
+
+
+ACTIVATION_CHECKPOINTING = ("none", "block", "selective")
+aten = torch.ops.aten
+KEPT = [  # by 'selective': what costs the most to compute again for what it takes to keep
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops._c10d_functional.all_reduce.default,
+    torch.ops._c10d_functional.wait_tensor.default,
+]
+
+
+def use_activation_checkpointing(model: nn.Module, kind: str) -> None:
+    """What a model of any kind keeps of its blocks for the backward pass: 'none' means that nothing is
+    computed again; 'block' keeps only what goes into each and computes it again (arXiv 1604.06174);
+    'selective' keeps the results of matrix products, attention and all-reduces and computes the rest again
+    (arXiv 2205.05198). Raises UserError for another.
+    """
+    if kind not in ACTIVATION_CHECKPOINTING:
+        raise UserError(f"activation_checkpointing={kind!r} is unknown: use "
+                        f"{', '.join(ACTIVATION_CHECKPOINTING)}")
+    for block in model.transformer.h:
+        block.recompute = kind
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile each block of a model by itself, for FSDP, which has work to do between them; they share
+    one compilation."""
+    for block in model.transformer.h:
+        block.forward = torch.compile(block.forward)
+
 
 class GPT(nn.Module):
+    block_class = Block
+
     def __init__(self, config: GPTConfig):
+        """On PyTorch's default device; on 'meta' it is a model without values, see initial_parameters."""
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=LayerNorm(config.n_embd, config.bias),
-        ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        with torch.device("meta"):  # PyTorch would draw values, which are drawn below
+            self.transformer = nn.ModuleDict(dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([self.block_class(config) for _ in range(config.n_layer)]),
+                ln_f=LayerNorm(config.n_embd, config.bias),
+            ))
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.to_empty(device=torch.get_default_device())
         self.lm_head.weight = self.transformer.wte.weight
-        init_weights(self, config.n_layer)
+        for name, p in self.named_parameters():
+            init_parameter(name, p, config.n_layer)
 
     def hidden(self, idx, cache=None):
         """Token ids (B, T) -> the hidden states after ln_f (B, T, C). cache: (L, 2, B, H, block_size, D)."""
@@ -189,7 +241,8 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise UserError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream is in the compute dtype throughout
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            # the residual stream is in the compute dtype throughout
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
@@ -373,23 +426,35 @@ def _load_huggingface_weights(model: GPT, folder: str) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, n_layer: int) -> None:
+def init_parameter(name: str, p: torch.Tensor, n_layer: int) -> None:
     """GPT-2's initialisation, by parameter name: a name that no rule covers is an error, not left to chance.
 
     Matrices and embeddings are normal with std 0.02, the two projections back into the residual stream with
-    0.02 / sqrt(2L); LayerNorm weights are one, biases zero. In the order of `named_parameters`.
+    0.02 / sqrt(2L); LayerNorm weights are one, biases zero.
     """
-    for name, p in model.named_parameters():
-        if name.endswith("bias"):
-            p.zero_()
-        elif name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
-            p.fill_(1.0)
-        elif name.endswith("c_proj.weight"):
-            p.normal_(std=0.02 / math.sqrt(2 * n_layer))
-        elif name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight")):
-            p.normal_(std=0.02)
-        else:
-            raise AssertionError(f"no initialisation rule for parameter {name}")
+    if name.endswith("bias"):
+        p.zero_()
+    elif name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
+        p.fill_(1.0)
+    elif name.endswith("c_proj.weight"):
+        p.normal_(std=0.02 / math.sqrt(2 * n_layer))
+    elif name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight")):
+        p.normal_(std=0.02)
+    else:
+        raise AssertionError(f"no initialisation rule for parameter {name}")
+
+
+def initial_parameters(model: nn.Module):
+    """(name, value) of each parameter of a model, a dense one or with all ranks here, drawn on the CPU in the
+    order and to the bits in which a new model has them. Each is gone when the next is asked for."""
+    shapes, n_layer = {name: p.shape for name, p in model.named_parameters()}, model.config.n_layer
+
+    def drawn(name):
+        p = torch.empty(shapes[name], device="cpu")
+        init_parameter(name, p, n_layer)
+        return p
+
+    return ((name, drawn(name)) for name in shapes)
 
 
 def sample_tokens(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):

@@ -7,9 +7,10 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.tensor import DTensor
 
 from configurator import UserError
-from distributed import all_reduce_sum, all_values
+from distributed import all_reduce_sum, all_values, local_part, part_like, whole_tensor
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -116,21 +117,25 @@ def clip_gradients(parameters, max_norm: float, split=(), group=None) -> torch.T
     before, a scalar on the device; nothing waits for it.
 
     split, group: parameters of which each process of the group has a part; the others it has whole. The norm
-    is that of the whole gradient, the same on all.
+    is that of the whole gradient, the same on all. What FSDP sharded it has parts of as well.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    gradients = [p.grad for p in parameters]
-    if group is None:
+    gradients = [local_part(p.grad) for p in parameters]
+    sharded = [p.grad.device_mesh for p in parameters if isinstance(p.grad, DTensor)]
+    if group is None and not sharded:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     else:
         in_parts = {id(p) for p in split}
-        here = [p.grad for p in parameters if id(p) in in_parts]
-        whole = [p.grad for p in parameters if id(p) not in in_parts]
-        squares = [torch.stack(torch._foreach_norm(grads)).square().sum() for grads in (here, whole)]
+        squares = torch.stack(torch._foreach_norm(gradients)).square()
+        counted = [1.0 if group is None or id(p) in in_parts else 1 / group.size() for p in parameters]
+        total = (squares * torch.tensor(counted).to(squares, non_blocking=True)).sum()
+        for mesh in sharded[:1]:  # all have the same
+            total = all_reduce_sum(total.to(mesh.device_type), mesh.get_group())
         # the same bits on all processes, though replicas of a gradient may differ in rounding
-        norm = all_reduce_sum(squares[0] + squares[1] / group.size(), group).sqrt()
+        norm = all_reduce_sum(total, group).sqrt()
     if max_norm > 0:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device))
     return norm
 
 
@@ -150,7 +155,7 @@ def whole_on_cpu(model: nn.Module, tensors: dict[str, torch.Tensor], keep: bool)
     All processes of the model take part."""
     copies = {}
     for name, tensor in tensors.items():
-        whole = model.whole({name: tensor.detach()})
+        whole = model.whole({name: whole_tensor(tensor.detach())})
         if keep:
             copies[name] = whole[name].to("cpu", copy=True).contiguous()
         del whole  # before the next is made
@@ -202,4 +207,4 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
         for entry in entries:
             value = state[f"{name}.{entry}"]
             # a step counter stays where AdamW put it: fused, beside the parameter
-            optimizer.state[parameter][entry] = value.to(parameter.device, copy=True)
+            optimizer.state[parameter][entry] = part_like(value, parameter)

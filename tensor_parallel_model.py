@@ -24,6 +24,7 @@ R = tp_size, P processes of a group, B batch, T tokens, C = n_embd, H = n_head, 
 part of C (attention) or 4C (MLP).
 """
 
+import contextlib
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,11 +35,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from distributed import GroupSum, from_main, functional_all_gather, functional_all_reduce
+from distributed import GroupSum, from_main, functional_all_gather, functional_all_reduce, local_part
 from kernels import decode
 from kernels.cross_entropy import vocab_parallel_cross_entropy
 from kernels.pending_norm import pending_layer_norm
-from model import GPT, Decoder, GPTConfig, gelu, sample_tokens
+from model import GPT, Block, Decoder, GPTConfig, gelu, sample_tokens
 
 BLOCK_TYPES = ("tp", "spd", "parallel")
 
@@ -207,10 +208,19 @@ def row_parallel(y, weight, local: int, together: bool):
 class Residual:
     """The residual stream on its way through the layers: base, pending sums, and what the ranks see."""
 
-    def __init__(self, base, ranks: Ranks, dropout):
-        """base: (B, T, C); dropout: a function of tensors that get the same mask on all ranks."""
+    def __init__(self, ranks: Ranks, dropout, state: tuple):
+        """dropout: a function of tensors that get the same mask on all ranks; state: of a Residual that this
+        one goes on from, or only a base (B, T, C)."""
         self.ranks, self.dropout = ranks, dropout
-        self._restart(base)
+        if len(state) == 1:
+            self._restart(*state)
+        else:
+            self.base, self.shared, self.biases, self.pending, self.latest, self.total = state
+
+    @property
+    def state(self) -> tuple:
+        """Tensors and None: what a block takes and gives must be plain for FSDP's and checkpoint's hooks."""
+        return self.base, self.shared, self.biases, self.pending, self.latest, self.total
 
     def _restart(self, base):
         self.base = base  # (B, T, C)
@@ -290,6 +300,57 @@ def split_attention(attn, x, cache=None):
     return y.transpose(1, 2).reshape(m, B, T, -1)
 
 
+class RankBlock(Block):
+    """A dense block's parameters, each rank's part of them on what it sees."""
+
+    generator = None  # of the dropout masks that real ranks have in common
+
+    def compute(self, state, sublayers, ranks: Ranks, dropout, cache=None):
+        """A Residual's state before the layer -> that after it. sublayers: its two of the schedule."""
+        residual, (after_attention, after_mlp) = Residual(ranks, dropout, state), sublayers
+        x = residual.normed(self.ln_1, after_attention.sync)
+        y = split_attention(self.attn, x, cache)
+        residual.add(y, self.attn.c_proj, after_attention.sync)
+        x = residual.normed(self.ln_2, after_mlp.sync)
+        y = gelu(column_parallel(x, self.mlp.c_fc))
+        residual.add(y, self.mlp.c_proj, after_mlp.sync)
+        return residual.state
+
+    def recompute_contexts(self):
+        first, again = super().recompute_contexts()
+        if self.generator is None:
+            return first, again
+        rewind = _Rewind(self.generator)  # PyTorch does so for its own generators only
+        return _both(first, rewind.noted()), _both(again, rewind.back())
+
+
+class _Rewind:
+    """Lets a generator draw again what it drew."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+
+    @contextlib.contextmanager
+    def noted(self):
+        self.state = self.generator.get_state()
+        yield
+
+    @contextlib.contextmanager
+    def back(self):
+        now = self.generator.get_state()
+        self.generator.set_state(self.state)
+        try:
+            yield
+        finally:
+            self.generator.set_state(now)
+
+
+@contextlib.contextmanager
+def _both(first, second):
+    with first, second:
+        yield
+
+
 @dataclass
 class RanksConfig(GPTConfig):
     """GPTConfig and the number of ranks; those derived from it have a `schedule()`."""
@@ -329,6 +390,8 @@ class DistributedGPTConfig(RanksConfig):
 
 class DistributedGPT(GPT):
     """The dense GPT's parameters under a sync schedule, on simulated or real ranks."""
+
+    block_class = RankBlock
 
     def __init__(self, config: RanksConfig, ranks: Ranks | None = None):
         """ranks: None simulates all of them here. With a group the model keeps its own part of the weights,
@@ -378,17 +441,12 @@ class DistributedGPT(GPT):
         """Token ids (B, T) -> the hidden states after ln_f (B, T, C). cache: a (local, 2, B, H / R,
         block_size, D) for each layer."""
         base = self._residual_dropout(self.embed(idx)[None])[0].squeeze(0)
-        residual = Residual(base, self.ranks, self._residual_dropout)
+        dropout, sublayers = self._residual_dropout, self.schedule.sublayers
+        state = Residual(self.ranks, dropout, (base,)).state
         for i, block in enumerate(self.transformer.h):
-            after_attention, after_mlp = self.schedule.sublayers[2 * i:2 * i + 2]
-            layer_cache = None if cache is None else cache[i]
-            x = residual.normed(block.ln_1, after_attention.sync)
-            y = split_attention(block.attn, x, layer_cache)
-            residual.add(y, block.attn.c_proj, after_attention.sync)
-            x = residual.normed(block.ln_2, after_mlp.sync)
-            y = gelu(column_parallel(x, block.mlp.c_fc))
-            residual.add(y, block.mlp.c_proj, after_mlp.sync)
-        return self.transformer.ln_f(residual.close())
+            state = block(state, sublayers[2 * i:2 * i + 2], self.ranks, dropout,
+                          None if cache is None else cache[i])
+        return self.transformer.ln_f(Residual(self.ranks, dropout, state).close())
 
     def forward(self, idx, targets=None, all_logits: bool = False):
         """As GPT.forward. On real ranks each process computes the logits of its part of the vocabulary; they
@@ -446,6 +504,8 @@ class DistributedGPT(GPT):
         Its stream is none of those that processes are seeded with, seed + rank.
         """
         self.shared_generator = torch.Generator(device).manual_seed((seed + 2**40 + dp_rank) % 2**63)
+        for block in self.transformer.h:
+            block.generator = self.shared_generator
         return self.shared_generator
 
     def n_parameters(self) -> int:
@@ -469,7 +529,7 @@ class DistributedGPT(GPT):
         """Sum them over the group, in one all-reduce."""
         if self.ranks.group is None:
             return
-        grads = [p.grad for p in self.partial_gradients() if p.grad is not None]
+        grads = [local_part(p.grad) for p in self.partial_gradients() if p.grad is not None]
         bucket = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(bucket, group=self.ranks.group)
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad
@@ -485,7 +545,7 @@ class DistributedGPT(GPT):
         for p in self.parameters():
             if id(p) not in divided:
                 for tensor in (p, *(t for t in optimizer.state.get(p, {}).values() if t.dim() > 0)):
-                    dist.broadcast(tensor, group_src=0, group=self.ranks.group)
+                    dist.broadcast(local_part(tensor), group_src=0, group=self.ranks.group)
 
     def save_pretrained(self, folder: str) -> None:
         """As GPT.save_pretrained; what is written is the dense GPT with these weights, and says so if this

@@ -19,6 +19,7 @@ GPT, and a model is good only with the schedule that it was trained with.
 
 import math
 import time
+from collections import deque
 
 import torch
 
@@ -27,8 +28,10 @@ from configurator import UserError, before_exit, check_at_least, check_at_most, 
 from data import hellaswag, tokenizers
 from dataloader import DataLoader, epoch_messages, evaluate, evaluation_batches, open_dataset
 from distributed import (
+    Sharding,
     StopSignal,
     agree,
+    average_gradients,
     barrier,
     check_compile,
     data_parallel,
@@ -41,7 +44,16 @@ from distributed import (
     settle_buckets,
     start,
 )
-from model import padded_vocab_size, sample_text
+from kernels import usable
+from model import (
+    ACTIVATION_CHECKPOINTING,
+    compile_blocks,
+    initial_parameters,
+    padded_vocab_size,
+    sample_text,
+    use_activation_checkpointing,
+    use_triton_layer_norm,
+)
 from optim import build_adamw, clip_gradients, cosine_learning_rate, load_state_by_name
 from reduced_sync_model import parse_stop_if
 from tensor_parallel_model import ranks_on
@@ -113,6 +125,12 @@ deterministic = False  # the same bits in every run on a GPU, too; slower
 timeout = 600.0  # seconds after which a process that no other answers ends the run
 backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
 use_zero1 = False  # shard the optimizer's state over the data-parallel processes
+use_fsdp = False  # shard parameters, gradients and the optimizer's state over them (FSDP2, ZeRO-3)
+fsdp_min_num_params = 1e6  # layers are fetched together until they hold so many parameters
+fsdp_reshard_after_forward = True  # drop what was fetched and fetch it again for the backward pass
+fsdp_cpu_offload = False  # keep what is sharded in the CPU's memory, updates included
+activation_checkpointing = "none"  # 'block', 'selective': compute again in the backward pass, see model.py
+use_triton = False  # LayerNorm as a Triton kernel
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 
@@ -123,7 +141,13 @@ check_at_least(config, 0, "max_iters", "warmup_iters", "grad_clip", "min_lr", "c
                "sample_interval", "hellaswag_interval")
 check_at_least(config, 1, "sample_tokens", "timeout")
 check_at_most(config, 1e6, "timeout")
+check_at_least(config, 0, "fsdp_min_num_params")
 check_seed(config)
+if use_fsdp and use_zero1:
+    raise UserError("use_fsdp shards the optimizer's state already, with all else: leave use_zero1 out")
+if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
+    raise UserError(f"activation_checkpointing={activation_checkpointing!r} is unknown: use "
+                    f"{', '.join(ACTIVATION_CHECKPOINTING)}")
 if list_checkpoints:
     if env_rank() == 0:
         print(checkpoint.listing(out_dir))
@@ -139,6 +163,12 @@ if deterministic:
 processes = start(device, backend, timeout, tp_processes)
 main, group, device = processes.main, processes.group, processes.device
 compute_dtype = pick_dtype(dtype, device)
+if compute_dtype == torch.float16 and (use_fsdp or tp_processes > 1):
+    raise UserError("float16 scales losses for one process at a time: with use_fsdp or tp_processes use "
+                    "--dtype=bfloat16")
+if fsdp_cpu_offload and (tp_processes > 1 or device.type != "cuda" or not use_fsdp):
+    raise UserError("fsdp_cpu_offload moves what use_fsdp shards out of a GPU's memory: it needs use_fsdp, "
+                    "CUDA, and tp_processes=1")
 if compile:
     check_compile(device)
 if gradient_accumulation_steps % processes.dp_size:
@@ -159,9 +189,6 @@ if resumed is not None:
     block_size, seed = config["block_size"], config["seed"]
 ranks = None  # those of this process, if they are real
 if tp_processes > 1:
-    if compute_dtype == torch.float16:
-        raise UserError("float16 scales losses for one process at a time: with tp_processes use "
-                        "--dtype=bfloat16")
     ranks = ranks_on(processes.tp_group, config["tp_size"])
 tokens_per_iter = batch_size * block_size * gradient_accumulation_steps
 
@@ -185,18 +212,27 @@ if hellaswag_interval:
     examples = on_main(lambda: hellaswag.load(hellaswag_input, setting="hellaswag_input"), group)
     hellaswag.check_lengths(examples, block_size)
 
-# model; the tokens are checked as soon as its vocabulary is known
+# model; first without values, so that none are anywhere but where they are to be; the tokens are checked as
+# soon as its vocabulary is known
 checkpoint.seed_random_states(seed)
+sharding = None
+if use_fsdp and processes.dp_size > 1:
+    sharding = Sharding(processes, compute_dtype, fsdp_min_num_params, fsdp_reshard_after_forward,
+                        fsdp_cpu_offload)
 variant = {name: config[name] for name in checkpoint.VARIANT["reduced_sync_gpt"]}
 if resumed is not None:
     check_tokens(resumed.state["model"]["config"]["vocab_size"])
-    model = checkpoint.load_model(resumed, dropout=dropout)
+    with torch.device("meta"):
+        model = checkpoint.build_model(resumed.state["model"], dropout=dropout)
+    weights = resumed.tensors("model").items()
 elif init_from == "scratch":
     used_vocab_size, vocab_size = padded_vocab_size(data.meta)
     architecture = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
                         n_embd=n_embd, dropout=dropout, bias=bias, used_vocab_size=used_vocab_size)
     check_tokens(vocab_size)
-    model = checkpoint.build_model({"kind": "reduced_sync_gpt", "config": architecture | variant})
+    with torch.device("meta"):
+        model = checkpoint.build_model({"kind": "reduced_sync_gpt", "config": architecture | variant})
+    weights = initial_parameters(model)
 else:
     model = checkpoint.load_weights(init_from, "reduced_sync_gpt", variant, warn=log.line, group=group,
                                     dropout=dropout)
@@ -204,11 +240,22 @@ else:
     if block_size != model.config.block_size:
         model.crop_block_size(block_size)
     checkpoint.take_architecture(config, vars(model.config), init_from)
+    weights = list(model.named_parameters())
 if hellaswag_interval:
     hellaswag.check_vocabulary(model.config.used_vocab_size, data.meta, data.folder)
+if device.type == "cpu":
+    checkpoint.check_size(model.config)
 if ranks is not None:
     model.place(ranks)
-model.to(device)
+use_activation_checkpointing(model, activation_checkpointing)
+if use_triton:
+    use_triton_layer_norm(model)
+filled = checkpoint.fill(model, weights, init_from if resumed is None else resumed.path, device)
+if sharding is None:
+    deque(filled, maxlen=0)
+else:
+    sharding.shard_as_filled(model, filled)
+del weights, filled
 
 # optimizer; the scaler does nothing unless the dtype is float16
 optimizer = build_adamw(model, learning_rate, (beta1, beta2), weight_decay,
@@ -255,9 +302,15 @@ log.line(f"device {where['device']}, {str(compute_dtype).removeprefix('torch.')}
          f"{data.val.n_tokens:,} val tokens, {data.train.n_windows:,} windows an epoch")
 log.line(f"tokens per iteration: {batch_size} sequences x {block_size} tokens x {micro_steps} accumulation x "
          f"{processes.dp_size} ranks = {tokens_per_iter:,}")
+alone = ": one data-parallel process keeps it all" if processes.dp_size == 1 else ""
 if use_zero1:
-    alone = ": one data-parallel process keeps it all, as plain AdamW does"
-    log.line("Using ZeRO-1 optimizer state sharding" + (alone if processes.dp_size == 1 else ""))
+    log.line("Using ZeRO-1 optimizer state sharding" + alone)
+if use_fsdp:
+    units = "" if sharding is None else f" {len(sharding.units(model.transformer.h))} units of layers"
+    log.line("Wrapping model with FSDP..." + (alone or units))
+if use_triton:
+    log.line("using Triton-accelerated LayerNorm" if usable(torch.empty(0, device=device)) else
+             f"use_triton: no Triton kernels on {device.type} here, LayerNorm is PyTorch's")
 log.line(f"{model.syncs} of {2 * model.config.n_layer} synchronization points, {model.config.tp_size} ranks "
          f"on {tp_processes} process{'es' if tp_processes > 1 else ''}")
 log.event("schedule", **checkpoint.schedule_description(model))
@@ -271,7 +324,7 @@ if compile and ranks is not None and model.config.dropout > 0:
     log.line("not compiling: the dropout masks of real ranks come from a generator that they share")
 elif compile:
     log.line("compiling the model (about a minute)")
-    model.compile()
+    model.compile() if sharding is None else compile_blocks(model)
 trained = data_parallel(model, processes, compile)
 flops_per_iter, peak = model.flops_per_token(block_size) * tokens_per_iter, peak_flops(device, compute_dtype)
 
@@ -363,16 +416,20 @@ for it in range(first_iter, max_iters + 1):
         if not math.isfinite(losses["train"] + val_loss):
             problem = f"the train loss is {losses['train']}, the val loss {val_loss}"
             break
-    if due(sample_interval) and not stopping and processes.dp_rank == 0:
+    if due(sample_interval) and not stopping:
+        whole = checkpoint.unsharded(model, "reduced_sync_gpt", compute_dtype, device)
         with autocast:
-            log.sample(it, sample_text(model, tokenizer, sample_prompt, sample_tokens, seed))
+            if processes.dp_rank == 0:
+                log.sample(it, sample_text(whole, tokenizer, sample_prompt, sample_tokens, seed))
     if due(hellaswag_interval) and not stopping:
+        whole = checkpoint.unsharded(model, "reduced_sync_gpt", compute_dtype, device)
         with autocast:
-            result = hellaswag.accuracy(model, examples, batch_size, device, processes.dp_rank,
+            result = hellaswag.accuracy(whole, examples, batch_size, device, processes.dp_rank,
                                         processes.dp_size, processes.dp_group, signals.received_anywhere)
         stopping = result is None
         if not stopping:
             log.hellaswag(it, **result)
+    whole = None
     if stopping:  # what is due here and not done is done by who goes on
         if not saved_here:
             save_checkpoint(it, not any(map(due, (eval_interval, sample_interval, hellaswag_interval))), None,
@@ -399,8 +456,7 @@ for it in range(first_iter, max_iters + 1):
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         x, y = loader.next()
-        if processes.dp_group is not None:  # gradients are averaged over processes once an update
-            trained.require_backward_grad_sync = micro_step == micro_steps - 1
+        average_gradients(trained, micro_step == micro_steps - 1)  # over processes once an update
         with autocast:
             _, loss = trained(x, y)
         scaler.scale(loss / micro_steps).backward()

@@ -19,4 +19,4 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def usable(x: torch.Tensor) -> bool:
     """True where a Triton kernel can run on `x`: a CUDA tensor, or any tensor under Triton's interpreter."""
-    return triton is not None and x.dtype != torch.float64 and (x.is_cuda or INTERPRETED)
+    return triton is not None and x.dtype != torch.float64 and (x.is_cuda or (INTERPRETED and not x.is_meta))

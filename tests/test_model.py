@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import UserError
 from kernels.cross_entropy import linear_cross_entropy
-from model import GPT, GPT2_SIZES, MLP, GPTConfig, init_weights, padded_vocab_size
+from model import GPT, GPT2_SIZES, MLP, GPTConfig, init_parameter, padded_vocab_size
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 
@@ -164,10 +164,8 @@ def test_initialisation(config):
 
 
 def test_initialisation_fails_on_an_unknown_parameter():
-    model = GPT(GPTConfig(**SMALL))
-    model.extra = torch.nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(AssertionError, match="no initialisation rule for parameter extra"):
-        init_weights(model, 2)
+        init_parameter("extra", torch.zeros(3, 3), 2)
 
 
 def test_parameters_of_gpt2():

@@ -1,9 +1,13 @@
-"""AdamW's state shared out over processes (ZeRO-1): the bits of AdamW without it, the memory, checkpoints of
-every way to divide a run loaded in every other, exact resume. CPU, real gloo processes; half a minute.
+"""Training state divided over processes: AdamW's (ZeRO-1) or all of it (FSDP2), alone and with tensor
+parallelism. Losses, gradient norms and weights of one process, the memory, what is communicated, activation
+checkpointing, checkpoints of every way to divide a run loaded in every other, exact resume. CPU, real gloo
+processes; a minute.
 
-    python -m pytest tests/test_zero1.py
+    python -m pytest tests/test_sharded_training.py
 """
 
+import time
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import pytest
@@ -13,9 +17,20 @@ from conftest import TINY, run_processes, torchrun
 from long_runs import losses, newest
 from test_model import tokens
 from test_tensor_parallel import build
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
-from distributed import Processes, agree, data_parallel
+from distributed import (
+    Processes,
+    Sharding,
+    agree,
+    average_gradients,
+    data_parallel,
+    local_part,
+    whole_tensor,
+)
+from model import ACTIVATION_CHECKPOINTING, use_activation_checkpointing
 from optim import ShardedAdamW, build_adamw, clip_gradients, load_state_by_name, share_out, state_by_name
 from tensor_parallel_model import Ranks
 
@@ -30,10 +45,12 @@ class Division:
     processes: int
     tp: int = 1
     zero1: bool = False
+    fsdp: bool = False
 
 
 DIVISIONS = [Division(1), Division(2), Division(2, zero1=True), Division(4), Division(4, zero1=True),
-             Division(2, tp=2), Division(4, tp=2), Division(4, tp=2, zero1=True)]
+             Division(2, tp=2), Division(4, tp=2), Division(4, tp=2, zero1=True), Division(2, fsdp=True),
+             Division(4, fsdp=True), Division(4, tp=2, fsdp=True)]
 
 
 def processes_of_divisions(rank: int) -> dict[Division, Processes]:
@@ -55,16 +72,29 @@ def processes_of_divisions(rank: int) -> dict[Division, Processes]:
 class Run:
     """Two simulated or real ranks that synchronise after every MLP, and their optimizer."""
 
-    def __init__(self, division: Division, processes: Processes, seed: int = 1, scaler: bool = False):
+    def __init__(self, division: Division, processes: Processes, saved: dict | None = None,
+                 scaler: bool = False, recompute: str = "none", dropout: float = 0.0,
+                 min_num_params: float = 1, reshard: bool = True):
+        """saved: what `snapshot` gave, to go on from."""
         self.processes = processes
-        self.model = build(dict(block_types=["spd"] * 2), 2, torch.float32, seed, **MODEL)
+        initial = build(dict(block_types=["spd"] * 2), 2, torch.float32, dropout=dropout, **MODEL)
+        values = list(initial.named_parameters() if saved is None else saved["model"].items())
+        with torch.device("meta"):
+            self.model = checkpoint.build_model(checkpoint.model_description("distributed_gpt", initial))
         if division.tp > 1:
             self.model.place(Ranks(1, processes.tp_group))
+        use_activation_checkpointing(self.model, recompute)
+        filled = checkpoint.fill(self.model, values, "the test", CPU)
+        if division.fsdp:
+            Sharding(processes, torch.float32, min_num_params, reshard).shard_as_filled(self.model, filled)
+        deque(filled, maxlen=0)
         self.optimizer = build_adamw(self.model, 1e-3, (0.9, 0.95), 0.1,
                                      processes.dp_group if division.zero1 else None)
         assert isinstance(self.optimizer, ShardedAdamW) == division.zero1
         self.trained = data_parallel(self.model, processes, compiled=False)
         self.scaler = torch.amp.GradScaler("cpu", enabled=scaler, init_scale=2.0**10)
+        if saved is not None:
+            load_state_by_name(self.optimizer, self.model, self.model.own_part(saved["optim"]))
 
     def step(self, it: int, spoilt: bool = False) -> tuple[float, float]:
         """An update with 4 sequences, however many processes there are; its loss and the gradient's norm."""
@@ -72,8 +102,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-3 / (1 + it)
         for micro_step in range(4 // dp_size):
-            if dp_size > 1:
-                self.trained.require_backward_grad_sync = micro_step == 4 // dp_size - 1
+            average_gradients(self.trained, micro_step == 4 // dp_size - 1)
             seed = 4 * it + micro_step * dp_size + self.processes.dp_rank
             _, loss = self.trained(tokens(1, 16, seed=seed), tokens(1, 16, seed=seed + 1000))
             if spoilt and seed == 4 * it:  # on one process only
@@ -94,27 +123,102 @@ class Run:
         self.model.align_replicas(self.optimizer)
         return checkpoint.snapshot(self.model, self.optimizer, CPU, None, self.processes.group)
 
-    def load(self, tensors: dict) -> None:
-        checkpoint.load_parameters(self.model, self.model.own_part(tensors["model"]), "the file")
-        load_state_by_name(self.optimizer, self.model, self.model.own_part(tensors["optim"]))
+
+ALONE = Processes(0, 1, 0, CPU, None)
 
 
 def weights(run: Run) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+    return torch.cat([whole_tensor(p.detach()).flatten() for p in run.model.parameters()])
 
 
 def check_training(rank: int, world: int) -> None:
+    """Rounding differs by about 1e-7 an update, in fp32; ZeRO-1 has the bits of DDP."""
+    mine, alone = processes_of_divisions(rank), Run(Division(1), ALONE)
+    expected = [alone.step(it) for it in range(50)]
+    for division in mine:
+        run, plain = Run(division, mine[division]), None
+        if division.zero1:
+            plain = Run(Division(division.processes, division.tp), mine[division])
+        for it in range(50 if division.processes > 1 else 0):
+            values = run.step(it)
+            assert values == pytest.approx(expected[it], rel=1e-6), (division, it)
+            if plain is not None and it < 10:
+                assert plain.step(it) == values, (division, it)
+                assert torch.equal(weights(run), weights(plain)), (division, it)
+                check_shares(division, plain, run)
+        if division.fsdp:
+            check_parts(division, run)
+
+
+def check_parts(division: Division, run: Run) -> None:
+    """Of each parameter and its moments a process has its rows."""
+    parameters = list(run.model.parameters())
+    parts = parameters + [t for state in run.optimizer.state.values() for t in state.values() if t.dim()]
+    assert len(parts) == 3 * len(parameters) and all(isinstance(t, DTensor) for t in parts)
+    share = sum(local_part(t).numel() for t in parts) / sum(t.numel() for t in parts)
+    assert share == pytest.approx(division.tp / division.processes, rel=0.05)
+
+
+class Counted(TorchDispatchMode):
+    """How often each of PyTorch's operators is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function.namespace, function.overloadpacket.__name__] += 1
+        return function(*args, **kwargs or {})
+
+    def collectives(self) -> dict[str, int]:
+        return {name: n for (space, name), n in self.calls.items() if space in ("c10d", "_c10d_functional")
+                and name != "wait_tensor"}
+
+    def times(self, *names: str) -> int:
+        return sum(self.calls["aten", name] for name in names)
+
+
+def check_communication(rank: int, world: int) -> None:
+    """Collectives of an update of 4 processes, in two micro-steps of which the first leaves gradients where
+    they are: units are fetched once for each pass, or once in all if they are kept."""
+    processes = processes_of_divisions(rank)[Division(4, fsdp=True)]
+    for min_num_params, units in ((1, 3), (20_000, 2), (1e9, 1)):  # a layer has 12,704 parameters
+        for reshard in (True, False):
+            run = Run(Division(4, fsdp=True), processes, min_num_params=min_num_params, reshard=reshard)
+            assert len(run.model.transformer.h) == 2
+            run.step(0)
+            with Counted() as counted:
+                for last in (False, True):
+                    average_gradients(run.trained, last)
+                    run.trained(tokens(1, 16), tokens(1, 16))[1].backward()
+            fetched = 4 * (units - 1) + 2 if reshard else units  # the rest is kept for the backward pass
+            assert counted.collectives() == {"_allgather_base_": fetched, "_reduce_scatter_base_": units}
+
+
+def check_recomputation(rank: int, world: int) -> None:
+    """The same gradients to the bit, with masks that ranks draw in common, too; 'block' computes everything
+    twice, 'selective' no product and no all-reduce."""
     mine = processes_of_divisions(rank)
-    alone = Run(Division(1), Processes(0, 1, 0, CPU, None))
-    expected = [alone.step(it) for it in range(10)]
-    for division in (d for d in mine if d.zero1):
-        plain = Run(Division(division.processes, division.tp), mine[division])
-        sharded = Run(division, mine[division])
-        for it in range(10):
-            loss, norm = plain.step(it)
-            assert sharded.step(it) == (loss, norm) == pytest.approx(expected[it], rel=1e-6), (division, it)
-            assert torch.equal(weights(sharded), weights(plain)), (division, it)
-        check_shares(division, plain, sharded)
+    for division in (Division(4), Division(4, fsdp=True), Division(4, tp=2), Division(4, tp=2, fsdp=True)):
+        results, calls = {}, {}
+        for kind in ACTIVATION_CHECKPOINTING:
+            run = Run(division, mine[division], recompute=kind, dropout=0.2)
+            if division.tp > 1:
+                run.model.share_dropout(1, mine[division].dp_rank, CPU)
+            torch.manual_seed(rank)
+            results[kind] = [run.step(it) for it in range(3)], weights(run)
+            with Counted() as counted:
+                run.step(3)
+            calls[kind] = counted
+        products = {kind: c.times("mm", "addmm", "bmm") for kind, c in calls.items()}
+        norms = {kind: c.times("native_layer_norm") for kind, c in calls.items()}
+        for kind in ("block", "selective"):
+            assert results[kind][0] == results["none"][0], (division, kind)
+            assert torch.equal(results[kind][1], results["none"][1]), (division, kind)
+            assert norms[kind] > norms["none"], (division, norms)
+        assert products["block"] > products["selective"] == products["none"], (division, products)
+        all_reduces = {kind: c.collectives().get("all_reduce", 0) for kind, c in calls.items()}
+        assert all_reduces["selective"] == all_reduces["none"], (division, all_reduces)
 
 
 def check_shares(division: Division, plain: Run, sharded: Run) -> None:
@@ -142,7 +246,8 @@ def check_scaler(rank: int, world: int) -> None:
 
 
 def check_checkpoints(rank: int, world: int) -> None:
-    """Saved of every division, loaded in every other: the same bits, and the next losses to 1e-6."""
+    """Saved of every division, loaded in every other: the same bits. So whose they were cannot matter to the
+    next losses, which are those of one process to 1e-6."""
     mine, saved = processes_of_divisions(rank), {}
     runs = {division: Run(division, processes) for division, processes in mine.items()}
     for division in DIVISIONS:
@@ -153,14 +258,14 @@ def check_checkpoints(rank: int, world: int) -> None:
         box = [saved.get(division)]
         dist.broadcast_object_list(box, src=0)
         saved[division] = box[0]
-    alone = Run(Division(1), Processes(0, 1, 0, CPU, None))
     for source, tensors in saved.items():
         assert len(tensors["optim"]) == 3 * len(tensors["model"])
-        alone.load(tensors)
-        expected = [alone.step(it) for it in range(3, 5)]
-        for division, run in runs.items():
-            case = source, division
-            run.load(tensors)
+        expected = []
+        if source == DIVISIONS[-1]:
+            alone = Run(Division(1), ALONE, saved=tensors)
+            expected = [alone.step(it) for it in range(3, 13)]
+        for division, processes in mine.items():
+            case, run = (source, division), Run(division, processes, saved=tensors)
             again = run.snapshot()
             for which in ("model", "optim") if rank == 0 else ():
                 assert set(again[which]) == set(tensors[which]), case
@@ -170,8 +275,11 @@ def check_checkpoints(rank: int, world: int) -> None:
 
 
 def check_all(rank: int, world: int) -> None:
-    for check in (check_training, check_scaler, check_checkpoints):
+    for check in (check_training, check_communication, check_recomputation, check_scaler, check_checkpoints):
+        started = time.time()
         check(rank, world)
+        if rank == 0:
+            print(check.__name__, time.time() - started, flush=True)
 
 
 @pytest.mark.slow
