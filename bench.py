@@ -5,6 +5,10 @@ $ python bench.py --batch_size=64 --peer=FOLDER      # alternating with the GPT 
 $ python bench.py --mode=generate --batch_size=32    # ms a step of generation; --peer=FOLDER or --peer=hf
 $ torchrun --standalone --nproc_per_node=4 bench.py --batch_size=64    # DDP against GPUs alone
 
+What divides or saves memory, by turns, and what each takes of it
+$ torchrun --standalone --nproc_per_node=4 bench.py --batch_size=64 --compare=ddp,zero1,fsdp,fsdp+triton
+$ torchrun --standalone --nproc_per_node=4 bench.py --mode=memory --compare=ddp,zero1,fsdp+block
+
 Tensor-parallel ranks, beside the dense GPT: simulated, and on real ranks
 $ python bench.py --model_type=distributed_gpt --tp_size=2 --block_types="['spd']*12"
 $ python bench.py --model_type=distributed_gpt --tp_size=2 --syncs="[24,12,6,3,1]"
@@ -19,6 +23,11 @@ turn, for `rounds` rounds; a figure is the median over rounds, with the range. A
 backward, clipping and AdamW. A step of generation is the time that one more token takes a batch: that of
 max_new_tokens less that of one.
 
+A strategy of `compare` is words with + between: ddp, zero1 or fsdp; tp (tp_processes hold a model); keep
+(fsdp_reshard_after_forward=False), offload (fsdp_cpu_offload); block or selective (activation_checkpointing);
+triton; eager (not compiled). In mode train they take turns in the same processes; in mode memory each has the
+GPUs to itself.
+
 decode and prefill measure latency, each as a CUDA graph, for every width and batch size: of one GPU (TP=1),
 of all of them by schedules with so many all-reduces, and without any (0 syncs: what communication costs, not
 a model). Weights are random; a schedule's speed does not depend on them.
@@ -26,12 +35,15 @@ a model). Weights are random; a schedule's speed does not depend on them.
 
 import copy
 import dataclasses
+import gc
 import importlib.util
 import itertools
 import json as json_
 import os
 import statistics
 import time
+from collections import deque
+from dataclasses import dataclass
 
 import torch
 
@@ -41,6 +53,8 @@ from data.files import first_line
 from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
 from distributed import (
     Processes,
+    Sharding,
+    all_data_parallel,
     all_values,
     barrier,
     check_all_reduce,
@@ -48,18 +62,30 @@ from distributed import (
     data_parallel,
     env_rank,
     finish,
+    local_part,
     pick_dtype,
     start,
 )
 from kernels import benchmark, usable
 from kernels.layer_norm import MAX_WIDTH
-from model import GPT, GPTConfig, capture_graph
+from model import (
+    GPT,
+    GPTConfig,
+    capture_graph,
+    compile_blocks,
+    initial_parameters,
+    use_activation_checkpointing,
+    use_triton_layer_norm,
+)
 from optim import build_adamw, clip_gradients
 from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, Ranks, SyncSchedule, ranks_on
 from training_logger import environment, peak_flops
 
 # -----------------------------------------------------------------------------
-mode = "train"  # 'train', 'generate', 'kernels', or, under torchrun, 'decode' or 'prefill'
+mode = "train"  # 'train', 'memory', 'generate', 'kernels', or, under torchrun, 'decode' or 'prefill'
+compare = ""  # train, memory: strategies by turns, e.g. 'ddp,zero1,fsdp,fsdp+tp'
+largest = False  # memory: also the most layers with which a step fits, for each strategy
+fsdp_min_num_params = 1e6  # layers that FSDP fetches together hold at least so many parameters
 peer = ""  # a folder with a nanoGPT-like model.py to alternate with; to generate, also 'hf' (transformers);
 # for kernels a checkout of Liger-Kernel
 json = ""  # write the figures to this file as well
@@ -103,13 +129,60 @@ compile = True  # torch.compile for training; generation uses its own kernels an
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a training step is divided over processes and what it keeps."""
+
+    name: str
+    zero1: bool
+    fsdp: bool
+    tp: bool
+    keep: bool
+    offload: bool
+    triton: bool
+    eager: bool
+    recompute: str
+
+
+def parse_strategy(text: str) -> Strategy:
+    """'fsdp+block' -> a Strategy. Raises UserError."""
+    words = text.split("+")
+    known = ("ddp", "zero1", "fsdp", "tp", "keep", "offload", "block", "selective", "triton", "eager")
+    for word in words:
+        if word not in known:
+            raise UserError(f"compare: {text!r} has {word!r}, and known are {', '.join(known)}")
+    has = set(words).__contains__
+    if sum(map(has, ("ddp", "zero1", "fsdp"))) > 1 or (has("block") and has("selective")):
+        raise UserError(f"compare: {text!r} names two ways to do the same: take one of ddp, zero1 and fsdp, "
+                        f"and one of block and selective")
+    if (has("keep") or has("offload")) and not has("fsdp"):
+        raise UserError(f"compare: keep and offload are for fsdp, and {text!r} is without")
+    if has("offload") and has("tp"):
+        raise UserError(f"compare: {text!r}: offload and tp do not go together")
+    if has("tp") and tp_processes == 1:
+        raise UserError(f"compare: {text!r} needs --tp_processes, how many processes hold a model")
+    recompute = "block" if has("block") else "selective" if has("selective") else "none"
+    return Strategy(text, *map(has, ("zero1", "fsdp", "tp", "keep", "offload", "triton", "eager")), recompute)
+
+
 check_at_least(config, 1, "batch_size", "steps", "rounds", "warmup", "prompt_tokens")
 check_at_least(config, 2, "max_new_tokens")
 check_at_least(config, 0, "loss_steps", "grad_clip")
 check_seed(config)
 check_all_reduce(tp_allreduce)
-if mode not in ("train", "generate", "kernels", "decode", "prefill"):
-    raise UserError(f"mode={mode!r} is unknown: use train, generate, kernels, decode or prefill")
+if mode not in ("train", "memory", "generate", "kernels", "decode", "prefill"):
+    raise UserError(f"mode={mode!r} is unknown: use train, memory, generate, kernels, decode or prefill")
+if compare and (mode not in ("train", "memory") or peer or model_type != "gpt" or syncs or loss_steps):
+    raise UserError("compare is for mode train or memory, and for nothing else at a time: leave peer, "
+                    "model_type, syncs and loss_steps out")
+if mode == "memory" and not compare:
+    compare = "ddp"
+if largest and mode != "memory":
+    raise UserError("largest is for --mode=memory")
+strategies = [parse_strategy(text) for text in compare.split(",")] if compare else []
+if len({s.name for s in strategies}) < len(strategies):
+    raise UserError(f"compare={compare!r} names a strategy twice")
 recorded = {**config, "json": "", "peer": os.path.basename(os.path.normpath(peer)) if peer else ""}
 if model_type not in ("gpt", "distributed_gpt"):
     raise UserError(f"model_type={model_type!r} is unknown: use gpt or distributed_gpt")
@@ -155,8 +228,16 @@ for name in ("json", "plot"):
         check_output_file(config[name], name)
 processes = start(device, tp_processes=tp_processes)
 device = processes.device
-if tp_processes > 1 and (mode != "train" or model_type != "distributed_gpt"):
-    raise UserError("tp_processes is for training a distributed_gpt: decode and prefill use all processes")
+if tp_processes > 1 and not (mode == "train" and model_type == "distributed_gpt") and not compare:
+    raise UserError("tp_processes is for training a distributed_gpt, or for compare: decode and prefill use "
+                    "all processes")
+for s in strategies:
+    if processes.world_size == 1 and (s.zero1 or s.fsdp or s.tp):
+        raise UserError(f"compare: {s.name} divides a model over processes: start bench.py with torchrun")
+    if s.offload and device.type != "cuda":
+        raise UserError(f"compare: {s.name}: offload moves memory off a GPU, and the device is {device}")
+if largest and device.type != "cuda":
+    raise UserError(f"largest fills a GPU's memory, and the device is {device}")
 if peer and (latency or model_type != "gpt"):
     raise UserError("a peer is measured against the dense GPT, in mode train or generate")
 if peer and processes.world_size > 1:
@@ -196,13 +277,13 @@ if mode == "kernels":
     finish(processes)
     raise SystemExit(0)
 
-if compile and mode == "train":
+if compile and mode in ("train", "memory"):
     check_compile(device)
 data = open_dataset(dataset, block_size) if dataset else None
 architecture = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
                     n_embd=n_embd, dropout=dropout, bias=bias)
 checkpoint.check_size(GPTConfig(**architecture))
-if (model_type == "distributed_gpt" or block_types is not None) and not schedules:
+if (model_type == "distributed_gpt" or block_types is not None) and not (schedules or compare):
     ranks = processes.world_size if latency else tp_size
     blocks = DistributedGPTConfig(**architecture, tp_size=ranks, block_types=block_types)
     schedules = {f"{ranks} ranks": blocks.schedule()}
@@ -269,22 +350,48 @@ def make_model(name: str):
 peer_module = load_peer_module(peer) if peer not in ("", "hf") else None
 
 
+def make_divided(strategy: Strategy, on: Processes, layers: int):
+    """A model of so many layers by a strategy, with random weights drawn on the device."""
+    torch.manual_seed(seed)
+    config, kind = architecture | dict(n_layer=layers), "gpt"
+    if strategy.tp:
+        config, kind = config | dict(tp_size=tp_processes, block_types=block_types), "distributed_gpt"
+    with torch.device("meta"):
+        model = checkpoint.build_model({"kind": kind, "config": config})
+    weights = initial_parameters(model, device)
+    if strategy.tp:
+        model.place(ranks_on(on.tp_group, tp_processes))
+    use_activation_checkpointing(model, strategy.recompute)
+    if strategy.triton:
+        use_triton_layer_norm(model)
+    filled = checkpoint.fill(model, weights, "bench.py", device)
+    if strategy.fsdp and on.dp_size > 1:
+        Sharding(on, compute_dtype, fsdp_min_num_params, not strategy.keep,
+                 strategy.offload).shard_as_filled(model, filled)
+    deque(filled, maxlen=0)
+    return model
+
+
 class Training:
     """A contender that trains: `step()` is one update on its next batch."""
 
-    def __init__(self, name: str, on: Processes):
+    def __init__(self, name: str, on: Processes, strategy: Strategy | None = None, layers: int = 0):
         """on: the processes it runs on. A model on several of them gets the batches that they would have."""
         self.name, self.on = name, on
         self.batch_size = batch_size * (on.world_size // on.dp_size)
         before = allocated()
-        self.model = make_model(name)
+        self.model = make_divided(strategy, on, layers or n_layer) if strategy else make_model(name)
         if name == "peer":
             self.optimizer = self.model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), device.type)
         else:
-            self.optimizer = build_adamw(self.model, learning_rate, (0.9, 0.95), 0.1)
-        if compile:
+            self.optimizer = build_adamw(self.model, learning_rate, (0.9, 0.95), 0.1,
+                                         on.dp_group if strategy and strategy.zero1 else None)
+        compiled = compile and not (strategy and strategy.eager)
+        if compiled and strategy and strategy.fsdp:
+            compile_blocks(self.model)
+        elif compiled:
             self.model.compile()
-        self.trained = data_parallel(self.model, on, compile)
+        self.trained = data_parallel(self.model, on, compiled)
         self.batches = self.make_batches()
         started = time.perf_counter()
         self.step()
@@ -292,8 +399,10 @@ class Training:
         self.first_step_seconds = time.perf_counter() - started
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.step()
-        self.peak_bytes = allocated(peak=True) - before
+        self.step(zero_grad=False)
+        self.peak_bytes, self.held_bytes = allocated(peak=True) - before, allocated() - before
+        self.memory = self.tensors_by_role()
+        self.optimizer.zero_grad(set_to_none=True)
         if loss_steps:
             self.val_loss = self.train_and_evaluate()
         for _ in range(warmup):
@@ -306,7 +415,16 @@ class Training:
         x, y = random_tokens(2, self.batch_size, block_size)
         return lambda: (x, y)
 
-    def step(self):
+    def tensors_by_role(self) -> dict[str, int]:
+        """Bytes on this device, when an update has been made and its gradients are still there."""
+        parameters = list(self.model.parameters())
+        roles = {"parameters": parameters, "gradients": [p.grad for p in parameters],
+                 "optimizer": [t for state in self.optimizer.state.values() for t in state.values()
+                               if torch.is_tensor(t)]}
+        return {role: sum(t.nbytes for t in map(local_part, tensors) if t.device.type == device.type)
+                for role, tensors in roles.items()}
+
+    def step(self, zero_grad: bool = True):
         x, y = self.batches()
         with autocast:
             _, loss = self.trained(x, y)
@@ -318,7 +436,8 @@ class Training:
             model.reduce_partial_gradients()
             clip_gradients(model.parameters(), grad_clip, model.split_parameters(), self.on.tp_group)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if zero_grad:
+            self.optimizer.zero_grad(set_to_none=True)
         return loss
 
     def train_and_evaluate(self) -> float:
@@ -415,14 +534,14 @@ def measure(contenders: list) -> dict[str, list[float]]:
     return times
 
 
-def report(contenders: list, times: dict[str, list[float]]) -> dict:
-    """Print the table; return its figures."""
+def report(contenders: list, times: dict[str, list[float]], quiet: bool = False) -> dict:
+    """Print the table, unless quiet; return its figures."""
     rows, peak = {}, peak_flops(device, compute_dtype)
     for c in contenders:
         seconds = statistics.median(times[c.name])
         row = {"ms": 1e3 * seconds, "ms_all": [1e3 * t for t in times[c.name]],
                "first_step_s": c.first_step_seconds}
-        if mode == "train":
+        if mode in ("train", "memory"):
             scale = processes.world_size if c.name == "each alone" else c.on.world_size
             row["tokens_per_second"] = scale * batch_size * block_size / seconds
             flops = GPT.flops_per_token(contenders[0].model, block_size) * row["tokens_per_second"] / scale
@@ -434,10 +553,12 @@ def report(contenders: list, times: dict[str, list[float]]) -> dict:
             row["tokens_per_second"] = batch_size / seconds
             row["prefill_ms"] = 1e3 * c.prefill_seconds
         rows[c.name] = row
+    if quiet:
+        return rows
     first = rows[contenders[0].name]
     for name, row in rows.items():
         extra = ""
-        if mode == "train":
+        if mode in ("train", "memory"):
             mfu = "n/a" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%"
             gb = row["peak_memory_gb"]
             extra = f"  mfu {mfu:>6}  peak " + ("n/a" if gb is None else f"{gb:5.1f} GB")
@@ -453,7 +574,7 @@ def report(contenders: list, times: dict[str, list[float]]) -> dict:
             print(f"DDP reaches {ratio:.3f} of {processes.world_size} times one GPU")
         elif name == "each alone":
             print(f"DDP reaches {ratio:.3f} of as many GPUs at once that do not communicate")
-        elif name in schedules:
+        elif name in schedules or compare:
             ratio = 1 / ratio
             print(f"{name} / {contenders[0].name} = {ratio:.3f}x in tokens/s")
         else:
@@ -567,10 +688,109 @@ if latency:
     finish(processes)
     raise SystemExit(0)
 
-alone = Processes(0, 1, 0, device, None)
-everyone = dataclasses.replace(processes, dp_rank=processes.rank, dp_size=processes.world_size,
-                               dp_group=processes.group, tp_group=None)
-if mode == "train" and processes.world_size > 1:
+alone, everyone = Processes(0, 1, 0, device, None), all_data_parallel(processes)
+
+
+def contender(strategy: Strategy, layers: int = 0) -> Training:
+    return Training(strategy.name, processes if strategy.tp else everyone, strategy, layers)
+
+
+def predicted_bytes(strategy: Strategy, c: Training) -> float:
+    """Of parameters and gradients in fp32 and AdamW's two moments: 16 bytes a parameter, less what is divided
+    over the data-parallel processes (arXiv 1910.02054); the parameters are this model's or its part's."""
+    n, dp = sum(p.numel() for p in c.model.parameters()), c.on.dp_size
+    if strategy.offload:
+        return 0.0
+    return n * (16 / dp if strategy.fsdp else 8 + 8 / dp if strategy.zero1 else 16)
+
+
+def free_memory() -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    barrier(processes.group)
+
+
+def measure_memory(strategy: Strategy) -> dict:
+    """One strategy with the GPUs to itself: a row of what it takes, of the process that takes the most."""
+    c = contender(strategy)
+    times = measure([c])
+    mine = {"bytes": c.memory | {"held": c.held_bytes, "peak": c.peak_bytes},
+            "predicted": predicted_bytes(strategy, c)}
+    rows = report([c], times, quiet=True) if processes.main else {strategy.name: {}}
+    worst = max(all_values(mine, processes.group), key=lambda m: m["bytes"]["peak"])
+    return rows[strategy.name] | worst
+
+
+def largest_model(strategy: Strategy) -> dict:
+    """The most layers with which a step fits, by the peaks at two sizes and then one or two at the limit."""
+    free_memory()
+    limit = 0.97 * min(all_values(torch.cuda.mem_get_info()[0], processes.group))
+    tried = {}
+
+    def peak(layers: int) -> int:
+        c = contender(strategy, layers)
+        tried[layers] = max(all_values(c.peak_bytes, processes.group))
+        c.n_parameters = c.model.n_parameters()
+        return c.n_parameters
+
+    layers = [n_layer, n_layer + max(4, n_layer // 2)]
+    for n in layers:
+        peak(n)
+        free_memory()
+    for _ in range(2):
+        (n1, p1), (n2, p2) = sorted(tried.items())[-2:]
+        n = n2 + int((limit - p2) / (p2 - p1) * (n2 - n1))
+        if n <= n2:
+            break
+        parameters = peak(n)
+        free_memory()
+    n = max(tried)
+    return {"layers": n, "parameters": parameters, "peak": tried[n], "limit": limit, "tried": tried}
+
+
+def print_memory(rows: list[dict]) -> None:
+    """held: after an update with its gradients; what the peak has beyond that are activations and buffers."""
+    columns = ("parameters", "gradients", "optimizer", "held", "predicted", "peak", "activations")
+    first = rows[0]
+    print(f"{'GB a GPU':>20}" + "".join(f"{column:>12}" for column in (*columns, "held/pred.", "tokens/s"))
+          + f"  of {first['name']}")
+    for row in rows:
+        b = row["bytes"] | {"predicted": row["predicted"]}
+        b["activations"] = b["peak"] - b["held"]
+        share = f"{b['held'] / b['predicted']:.3f}" if b["predicted"] and b["held"] else "n/a"
+        ratio = row["tokens_per_second"] / first["tokens_per_second"]
+        print(f"{row['name']:>20}" + "".join(f"{b[column] / 2**30:12.2f}" for column in columns)
+              + f"{share:>12}{row['tokens_per_second']:12,.0f}  {ratio:.3f}")
+        if "largest" in row:
+            best = row["largest"]
+            print(f"{'':>20} a step fits with {best['layers']} layers, {best['parameters'] / 1e9:.2f}B "
+                  f"parameters: {best['peak'] / 2**30:.1f} of {best['limit'] / 2**30:.1f} GB")
+
+
+if mode == "memory":
+    where, rows = environment(device), []
+    for strategy in strategies:
+        rows.append({"name": strategy.name, **measure_memory(strategy)})
+        free_memory()
+        if largest:
+            rows[-1]["largest"] = largest_model(strategy)
+            free_memory()
+    if processes.main:
+        print(f"memory: {processes.world_size} x {where['device']}, torch {where['torch']}, "
+              f"{str(compute_dtype).removeprefix('torch.')}, compile={compile}, B={batch_size} a process, "
+              f"T={block_size}, L={n_layer} H={n_head} C={n_embd} V={vocab_size}; median of {rounds} rounds")
+        print_memory(rows)
+        if json:
+            with open(json, "w") as f:
+                json_.dump({"config": recorded, "environment": where, "world_size": processes.world_size,
+                            "rows": rows}, f, indent=1)
+    finish(processes)
+    raise SystemExit(0)
+
+if strategies:
+    contenders = [contender(s) for s in strategies]
+elif mode == "train" and processes.world_size > 1:
     contenders = [Training("DDP", everyone), *(Training(name, processes) for name in schedules)]
     if not schedules:
         each = Training("each alone", alone)

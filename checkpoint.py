@@ -746,7 +746,7 @@ def unsharded(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.dev
     through its forward pass; a model that is not sharded, itself. All processes take part."""
     if not isinstance(model, FSDPModule):
         return model
-    with torch.device("meta"):
+    with torch.device("meta"), contextlib.redirect_stdout(None):  # what it says of itself is known
         copy = build_model(model_description(kind, model)).to(dtype)
     ranks = getattr(model, "ranks", None)
     if ranks is not None and ranks.group is not None:

@@ -368,5 +368,6 @@ def _for_users(kind: type, error: BaseException) -> str | None:
     # PyTorch's, known by name because it is not imported here: on a GPU, and on the CPU a RuntimeError
     if kind.__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
         detail = str(error).splitlines()[0]
-        return f"out of memory: use a smaller batch_size, block_size or model ({detail})"
+        return f"out of memory: use a smaller batch_size, block_size or model, or, in training, " \
+               f"--activation_checkpointing=block or --use_fsdp ({detail})"
     return None

@@ -12,7 +12,8 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -118,6 +119,12 @@ def _mesh(rank: int, world_size: int, tp_processes: int):
     tp_groups = [dist.new_group(range(i, i + tp_processes)) for i in range(0, world_size, tp_processes)]
     dp_groups = [dist.new_group(range(i, world_size, tp_processes)) for i in range(tp_processes)]
     return dp_rank, dp_size, dp_groups[rank % tp_processes] if dp_size > 1 else None, tp_groups[dp_rank]
+
+
+def all_data_parallel(processes: Processes) -> Processes:
+    """The same processes, each with a model of its own."""
+    return replace(processes, dp_rank=processes.rank, dp_size=processes.world_size, dp_group=processes.group,
+                   tp_group=None)
 
 
 def _torchrun_ranks() -> tuple[int, int, int] | None:
@@ -269,6 +276,8 @@ class Sharding:
 
     def shard(self, modules, reshard_after_forward: bool) -> None:
         """Keep this process's part of the parameters of a module or of modules that make a unit."""
+        # of tensor-parallel blocks, whose results nobody writes into
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         low = self.dtype != torch.float32
         precision = MixedPrecisionPolicy(param_dtype=self.dtype if low else None,
                                          reduce_dtype=torch.float32 if low else None,

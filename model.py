@@ -444,13 +444,13 @@ def init_parameter(name: str, p: torch.Tensor, n_layer: int) -> None:
         raise AssertionError(f"no initialisation rule for parameter {name}")
 
 
-def initial_parameters(model: nn.Module):
-    """(name, value) of each parameter of a model, a dense one or with all ranks here, drawn on the CPU in the
-    order and to the bits in which a new model has them. Each is gone when the next is asked for."""
+def initial_parameters(model: nn.Module, device="cpu"):
+    """(name, value) of each parameter of a model, a dense one or with all ranks here, drawn in the order and,
+    on the same device, to the bits in which a new model has them. Each is gone when the next is asked for."""
     shapes, n_layer = {name: p.shape for name, p in model.named_parameters()}, model.config.n_layer
 
     def drawn(name):
-        p = torch.empty(shapes[name], device="cpu")
+        p = torch.empty(shapes[name], device=device)
         init_parameter(name, p, n_layer)
         return p
 
