@@ -299,6 +299,13 @@ class Sharding:
         model.reshard_after_forward = self.reshard_after_forward
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Let go of what FSDP keeps whole from a forward pass to its backward pass, where none follows: until
+    then a model's parameters are not those that the optimizer knows."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process has of a tensor that FSDP sharded; of others, all."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

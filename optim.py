@@ -143,7 +143,8 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
     """The optimizer's state as `{parameter}.{entry}` -> tensor, e.g. `transformer.wte.weight.exp_avg`; of a
     ShardedAdamW, what this process has of it.
     """
-    state = {}
+    state, parameters = {}, set(model.parameters())
+    assert parameters.issuperset(optimizer.state), "the model must be resharded first"
     for name, parameter in model.named_parameters():
         for entry, value in optimizer.state.get(parameter, {}).items():
             state[f"{name}.{entry}"] = torch.as_tensor(value)

@@ -41,6 +41,7 @@ from distributed import (
     on_main,
     peak_memory,
     pick_dtype,
+    reshard,
     settle_buckets,
     start,
 )
@@ -338,6 +339,7 @@ def estimate_losses() -> dict[str, float]:
                                      processes.dp_size)
         with autocast:
             losses[split.name] = evaluate(model, batches, processes.dp_group)
+    reshard(model)
     model.train()
     return losses
 
