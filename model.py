@@ -7,7 +7,6 @@ tied head).
 Shapes: B batch, T tokens of a sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
 """
 
-import contextlib
 import copy
 import json
 import math
@@ -161,7 +160,9 @@ class Block(nn.Module):
         """What `compute` does, with or without keeping what the backward pass needs."""
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.compute(*args)
-        return checkpoint(self.compute, *args, use_reentrant=False, context_fn=self.recompute_contexts)
+        if self.recompute == "block":
+            return checkpoint(self.compute, *args, use_reentrant=False)
+        return checkpoint(self.compute, *args, use_reentrant=False, context_fn=selective_contexts)
 
     def compute(self, x, out=None, cache=None):
         """The residual stream x and the last MLP's `out`, None before the first block, both (B, T, C) -> the
@@ -169,12 +170,6 @@ class Block(nn.Module):
         x, y = self.ln_1.add(x, out)
         x, y = self.ln_2.add(x, self.attn(y, cache))
         return x, self.mlp(y)
-
-    def recompute_contexts(self):
-        """What surrounds the forward pass and its recomputation."""
-        if self.recompute == "block":
-            return contextlib.nullcontext(), contextlib.nullcontext()
-        return create_selective_checkpoint_contexts(KEPT)
 
 
 ACTIVATION_CHECKPOINTING = ("none", "block", "selective")
@@ -185,6 +180,11 @@ KEPT = [  # by 'selective': what costs the most to compute again for what it tak
     aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.wait_tensor.default,
 ]
+
+
+def selective_contexts():
+    """What surrounds the forward pass and its recomputation."""
+    return create_selective_checkpoint_contexts(KEPT)
 
 
 def use_activation_checkpointing(model: nn.Module, kind: str) -> None:

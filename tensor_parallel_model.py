@@ -33,13 +33,14 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from configurator import UserError
 from distributed import GroupSum, from_main, functional_all_gather, functional_all_reduce, local_part
 from kernels import decode
 from kernels.cross_entropy import vocab_parallel_cross_entropy
 from kernels.pending_norm import pending_layer_norm
-from model import GPT, Block, Decoder, GPTConfig, gelu, sample_tokens
+from model import GPT, Block, Decoder, GPTConfig, gelu, sample_tokens, selective_contexts
 
 BLOCK_TYPES = ("tp", "spd", "parallel")
 
@@ -316,12 +317,16 @@ class RankBlock(Block):
         residual.add(y, self.mlp.c_proj, after_mlp.sync)
         return residual.state
 
-    def recompute_contexts(self):
-        first, again = super().recompute_contexts()
-        if self.generator is None:
-            return first, again
-        rewind = _Rewind(self.generator)  # PyTorch does so for its own generators only
-        return _both(first, rewind.noted()), _both(again, rewind.back())
+    def forward(self, *args):
+        if self.generator is None or self.recompute == "none" or not torch.is_grad_enabled():
+            return super().forward(*args)
+
+        def contexts():  # PyTorch lets only its own generators draw again what they drew
+            first, again = selective_contexts() if self.recompute == "selective" else noop_context_fn()
+            rewind = _Rewind(self.generator)
+            return _both(first, rewind.noted()), _both(again, rewind.back())
+
+        return checkpoint(self.compute, *args, use_reentrant=False, context_fn=contexts)
 
 
 class _Rewind:

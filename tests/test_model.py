@@ -13,7 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import UserError
 from kernels.cross_entropy import linear_cross_entropy
-from model import GPT, GPT2_SIZES, MLP, GPTConfig, init_parameter, padded_vocab_size
+from model import (
+    GPT,
+    GPT2_SIZES,
+    MLP,
+    GPTConfig,
+    init_parameter,
+    padded_vocab_size,
+    use_activation_checkpointing,
+)
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 
@@ -268,3 +276,21 @@ def test_padded_vocab_size():
     assert padded_vocab_size(None) == (50257, 50304)
     assert padded_vocab_size({"vocab_size": 65}) == (65, 65)
     assert padded_vocab_size({"vocab_size": 50304}) == (50304, 50304)
+
+
+@pytest.mark.parametrize("kind", ["block", "selective"])
+def test_activation_checkpointing_compiled(kind):
+    """One graph, and the gradients of the eager model that keeps everything."""
+    gradients = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(**SMALL))
+        if compiled:
+            use_activation_checkpointing(model, kind)
+            model.compile(fullgraph=True, backend="aot_eager")
+        model(tokens(2, 9), tokens(2, 9, seed=2))[1].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for expected, grad in zip(*gradients):
+        assert torch.allclose(grad, expected, rtol=1e-4, atol=1e-6)  # fp32, other orders of sums
+    with pytest.raises(UserError, match="activation_checkpointing='all' is unknown"):
+        use_activation_checkpointing(model, "all")
