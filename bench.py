@@ -24,8 +24,8 @@ backward, clipping and AdamW. A step of generation is the time that one more tok
 max_new_tokens less that of one.
 
 A strategy of `compare` is words with + between: ddp, zero1 or fsdp; tp (tp_processes hold a model); keep
-(fsdp_reshard_after_forward=False), offload (fsdp_cpu_offload); block or selective (activation_checkpointing);
-triton; eager (not compiled). In mode train they take turns in the same processes; in mode memory each has the
+(fsdp_reshard_after_forward=False), offload (fsdp_cpu_offload), 100M (fsdp_min_num_params=1e8, or another
+number); block or selective (activation_checkpointing); triton; eager (not compiled). In mode train they take turns in the same processes; in mode memory each has the
 GPUs to itself.
 
 decode and prefill measure latency, each as a CUDA graph, for every width and batch size: of one GPU (TP=1),
@@ -40,6 +40,7 @@ import importlib.util
 import itertools
 import json as json_
 import os
+import re
 import statistics
 import time
 from collections import deque
@@ -85,7 +86,6 @@ from training_logger import environment, peak_flops
 mode = "train"  # 'train', 'memory', 'generate', 'kernels', or, under torchrun, 'decode' or 'prefill'
 compare = ""  # train, memory: strategies by turns, e.g. 'ddp,zero1,fsdp,fsdp+tp'
 largest = False  # memory: also the most layers with which a step fits, for each strategy
-fsdp_min_num_params = 1e6  # layers that FSDP fetches together hold at least so many parameters
 peer = ""  # a folder with a nanoGPT-like model.py to alternate with; to generate, also 'hf' (transformers);
 # for kernels a checkout of Liger-Kernel
 json = ""  # write the figures to this file as well
@@ -142,12 +142,14 @@ class Strategy:
     offload: bool
     triton: bool
     eager: bool
+    min_num_params: float
     recompute: str
 
 
 def parse_strategy(text: str) -> Strategy:
     """'fsdp+block' -> a Strategy. Raises UserError."""
-    words = text.split("+")
+    words = [word for word in text.split("+") if not re.fullmatch(r"\d+M", word)]
+    sizes = [1e6 * int(word[:-1]) for word in text.split("+") if word not in words]
     known = ("ddp", "zero1", "fsdp", "tp", "keep", "offload", "block", "selective", "triton", "eager")
     for word in words:
         if word not in known:
@@ -156,14 +158,15 @@ def parse_strategy(text: str) -> Strategy:
     if sum(map(has, ("ddp", "zero1", "fsdp"))) > 1 or (has("block") and has("selective")):
         raise UserError(f"compare: {text!r} names two ways to do the same: take one of ddp, zero1 and fsdp, "
                         f"and one of block and selective")
-    if (has("keep") or has("offload")) and not has("fsdp"):
-        raise UserError(f"compare: keep and offload are for fsdp, and {text!r} is without")
+    if (has("keep") or has("offload") or sizes) and not has("fsdp"):
+        raise UserError(f"compare: keep, offload and a number are for fsdp, and {text!r} is without")
     if has("offload") and has("tp"):
         raise UserError(f"compare: {text!r}: offload and tp do not go together")
     if has("tp") and tp_processes == 1:
         raise UserError(f"compare: {text!r} needs --tp_processes, how many processes hold a model")
     recompute = "block" if has("block") else "selective" if has("selective") else "none"
-    return Strategy(text, *map(has, ("zero1", "fsdp", "tp", "keep", "offload", "triton", "eager")), recompute)
+    return Strategy(text, *map(has, ("zero1", "fsdp", "tp", "keep", "offload", "triton", "eager")),
+                    sizes[-1] if sizes else 1e6, recompute)
 
 
 check_at_least(config, 1, "batch_size", "steps", "rounds", "warmup", "prompt_tokens")
@@ -366,7 +369,7 @@ def make_divided(strategy: Strategy, on: Processes, layers: int):
         use_triton_layer_norm(model)
     filled = checkpoint.fill(model, weights, "bench.py", device)
     if strategy.fsdp and on.dp_size > 1:
-        Sharding(on, compute_dtype, fsdp_min_num_params, not strategy.keep,
+        Sharding(on, compute_dtype, strategy.min_num_params, not strategy.keep,
                  strategy.offload).shard_as_filled(model, filled)
     deque(filled, maxlen=0)
     return model

@@ -218,7 +218,7 @@ BENCH = [
     (["--compare=ddp,fdsp"], "compare: 'fdsp' has 'fdsp', and known are ddp, zero1, fsdp"),
     (["--compare=zero1+fsdp"], "'zero1+fsdp' names two ways to do the same"),
     (["--compare=ddp,ddp"], "compare='ddp,ddp' names a strategy twice"),
-    (["--compare=ddp+keep"], "keep and offload are for fsdp, and 'ddp+keep' is without"),
+    (["--compare=ddp+keep"], "keep, offload and a number are for fsdp, and 'ddp+keep'"),
     (["--compare=fsdp+tp"], "'fsdp+tp' needs --tp_processes"),
     (["--compare=fsdp"], "compare: fsdp divides a model over processes: start bench.py with torchrun"),
     (["--compare=ddp", "--mode=decode"], "compare is for mode train or memory"),
