@@ -401,6 +401,8 @@ class Training:
         synchronize()
         self.first_step_seconds = time.perf_counter() - started
         if device.type == "cuda":
+            if on.dp_group is not None:  # DDP's first buckets are alive until the third
+                self.step(), self.step()
             torch.cuda.reset_peak_memory_stats()
         self.step(zero_grad=False)
         self.peak_bytes, self.held_bytes = allocated(peak=True) - before, allocated() - before

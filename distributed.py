@@ -224,7 +224,8 @@ def data_parallel(model: torch.nn.Module, processes: Processes, compiled: bool) 
 
 def settle_buckets(trained: torch.nn.Module, shape: tuple[int, int], device: torch.device,
                    shared: torch.Generator | None) -> None:
-    """Let DDP see one backward pass, of tokens (B, T), before the first that counts.
+    """Let DDP see three backward passes, of tokens (B, T), before the first that counts: before there are
+    moments, where it still has both its first buckets and its final ones.
 
     After its first pass it orders gradients anew, and in which order an all-reduce adds up the ranks depends
     on where a gradient lies. So a run that was resumed would add up its first step in another order than the
@@ -235,8 +236,9 @@ def settle_buckets(trained: torch.nn.Module, shape: tuple[int, int], device: tor
     state = None if shared is None else shared.get_state()
     with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
         zeros = torch.zeros(shape, dtype=torch.int64, device=device)
-        trained(zeros, zeros)[1].backward()
-        trained.zero_grad(set_to_none=True)
+        for _ in range(3):
+            trained(zeros, zeros)[1].backward()
+            trained.zero_grad(set_to_none=True)
     if shared is not None:
         shared.set_state(state)
 
