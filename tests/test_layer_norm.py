@@ -4,10 +4,12 @@
     python -m pytest tests/test_layer_norm.py                       # on a CUDA GPU, else only compiled
 """
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels import DEVICE, error, randn, runs
+from test_kernels import DEVICE, runs
 from test_model import random_model, tokens
 
 import kernels
@@ -18,12 +20,23 @@ from model import LayerNorm, use_triton_layer_norm
 from tensor_parallel_model import DistributedGPT, DistributedGPTConfig
 
 SIZES = [(1, 64), (65, 64), (2, 127), (7, 768), (2, 1023), (1, 1600), (1, 4096)]  # rows, width
+LOW_PRECISION_SIZES = [(2, 127), (7, 768)]  # the interpreter is slow
 if DEVICE == "cuda":
-    SIZES += [(n, c) for c in (8192, 16384) for n in (1, 7, 300)]
-    SIZES += [(65536, c) for c in (64, 127, 768, 1023, 1600, 4096)]
-CASES = [(torch.float32, *size) for size in SIZES]
-CASES += [(dtype, *size) for dtype in (torch.bfloat16, torch.float16)  # the interpreter is slow
-          for size in (SIZES if DEVICE == "cuda" else [(2, 127), (7, 768)])]
+    SIZES = [(n, c) for c in (64, 127, 768, 1023, 1600, 4096, 8192, 16384) for n in (1, 7, 300, 65536)]
+    LOW_PRECISION_SIZES = SIZES
+CASES = [(torch.bfloat16, *size) for size in LOW_PRECISION_SIZES]
+CASES += [(torch.float16, n, c) for n, c in LOW_PRECISION_SIZES if n * c <= 2**29]  # memory
+CASES += [(torch.float32, n, c) for n, c in SIZES if n * c <= 2**28]
+CHUNK = 2**25  # values of a tensor in fp64 at a time
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=DEVICE, dtype=torch.float32).to(dtype)
+
+
+def error(result, reference):
+    return ((result.double() - reference).norm() / reference.norm()).item()
 
 
 def inputs(N, C, dtype=torch.float32, weights=None, bias=True):
@@ -40,6 +53,10 @@ def plain_add(x, out, weight, bias):
     return s, F.layer_norm(s, weight.shape, weight, bias)
 
 
+def plain_alone(x, weight, bias):
+    return F.layer_norm(x, weight.shape, weight, bias)
+
+
 def run(function, values, grads):
     """Results, then the gradients of what is not None."""
     results = function(*values)
@@ -52,9 +69,44 @@ def exact(values):
     return [v if v is None else v.detach().double().requires_grad_() for v in values]
 
 
+@contextlib.contextmanager
+def poisoned_memory():
+    """PyTorch fills what is allocated with NaN: what a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3, device=DEVICE).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def errors(function, values, grads, *candidates):
+    """Of results and gradients as `run` gives them, for each candidate: relative to `function` in fp64, which
+    sees some rows at a time."""
+    n = len(grads[-2:] if function is plain_add else grads[-1:])
+    rows = max(1, CHUNK // values[0].shape[1])
+    wrong = [torch.zeros(len(c), dtype=torch.float64, device=DEVICE) for c in candidates]
+    size, sums = torch.zeros_like(wrong[0]), 0
+    of_weights = [i for i, result in enumerate(candidates[0]) if result.dim() == 1]
+    for start in range(0, values[0].shape[0], rows):
+        part = [v if v is None or v.dim() == 1 else v[start:start + rows] for v in values]
+        true = run(function, exact(part), [g[start:start + rows].double() for g in grads[-n:]])
+        sums = [s + true[i] for s, i in zip(sums or [0] * len(of_weights), of_weights)]
+        for i, t in enumerate(true):
+            if i not in of_weights:
+                size[i] += t.detach().square().sum()
+                for w, c in zip(wrong, candidates):
+                    w[i] += (c[i][start:start + rows].detach().double() - t.detach()).square().sum()
+    for i, t in zip(of_weights, sums):
+        size[i] = t.square().sum()
+        for w, c in zip(wrong, candidates):
+            w[i] = (c[i].double() - t).square().sum()
+    return [(w / size).sqrt().tolist() for w in wrong]
+
+
 @runs
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype, N, C", CASES)
+@pytest.mark.parametrize("bias", [True, False], ids=["add", "alone"])
+@pytest.mark.parametrize("dtype, N, C", CASES, ids=lambda v: str(v).removeprefix("torch."))
 def test_against_fp64(N, C, dtype, bias):
     """Alone without a bias, with the addition and a bias. No further from the truth than PyTorch's own, which
     in fp32 may be luckier by half: both are a few roundings away from it."""
@@ -62,19 +114,20 @@ def test_against_fp64(N, C, dtype, bias):
     if bias:
         values, ours, plain = [x, out, weight, b], add_layer_norm, plain_add
     else:
-        values, ours = [x, weight, b], layer_norm
-        plain = lambda x, w, b: F.layer_norm(x, w.shape, w, b)  # noqa: E731
-    results, eager = run(ours, values, grads), run(plain, values, grads)
-    truth = run(plain, exact(values), [g.double() for g in grads])
+        values, ours, plain = [x, weight, b], layer_norm, plain_alone
+    with poisoned_memory():
+        results = run(ours, values, grads)
+    eager = run(plain, values, grads)
     slack = 1.5 if dtype == torch.float32 else 1.02
     if kernels.INTERPRETED and dtype == torch.bfloat16:
         slack = 2.5  # Triton's interpreter cuts bits off where the GPU rounds
-    for mine, theirs, true in zip(results, eager, truth, strict=True):
-        assert mine.dtype == theirs.dtype == dtype
-        true = true.detach()
-        assert error(mine, true) <= slack * error(theirs, true) + 1e-7 * (true.norm() > 0)
+    assert all(r.dtype == e.dtype == dtype for r, e in zip(results, eager, strict=True))
+    for i, (mine, theirs) in enumerate(zip(*errors(plain, values, grads, results, eager), strict=True)):
+        # of a few values a single one that is rounded the other way shows
+        assert mine <= (slack + results[i].numel() ** -0.5) * theirs + 1e-7, i
     if bias:  # x and out get the same gradient
         assert torch.equal(results[2], results[3])
+    del eager
     for first, second in zip(results, run(ours, values, grads)):
         assert torch.equal(first, second)
 
@@ -197,7 +250,7 @@ def test_in_models(kind):
             seen.add(node)
             functions += [f for f, _ in node.next_functions]
     kinds = [type(node).__name__ for node in seen]
-    assert "NativeLayerNormBackward0" not in kinds and any("nanosync_layer_norm" in k for k in kinds)
+    assert "NativeLayerNormBackward0" not in kinds and "_EagerBackward" in kinds
     after = [loss, *torch.autograd.grad(loss, list(names.values()))]
     for name, a, b in zip(["loss", *names], after, before, strict=True):
         assert error(a.detach(), b.detach().double()) < 1e-5, name
@@ -207,9 +260,9 @@ def test_in_models(kind):
 def test_benchmark(tmp_path):
     device = torch.device(DEVICE)
     bandwidth = benchmark.copy_bandwidth(device, 2)
-    figures = [f for operation in benchmark.OPERATIONS
-               for f in benchmark.measure(operation, 2, 64, torch.float32, True, None, 2, device, bandwidth)]
-    assert len(figures) == 4 * (3 if DEVICE == "cuda" else 2) and bandwidth > 0
+    figures = [f for add in (False, True)
+               for f in benchmark.measure(add, 2, 64, torch.float32, True, None, 2, device, bandwidth)]
+    assert len(figures) == 4 * (4 if DEVICE == "cuda" else 3) and bandwidth > 0
     for f in figures:
         values = {"forward": 2, "backward": 3, "add forward": 4, "add backward": 4}[f["operation"]]
         moved = values * 2 * 64 * 4
@@ -219,6 +272,30 @@ def test_benchmark(tmp_path):
 
 
 COMPILED = pytest.mark.skipif(kernels.triton is None or kernels.INTERPRETED, reason="no Triton compiler")
+
+
+@runs
+def test_through_the_operator():
+    """Where a dispatch mode looks on the operators are there to be seen, with the same bits as without."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Onlooker(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    values, grads = inputs(3, 40)
+    direct = run(add_layer_norm, values, grads)
+    with Onlooker():
+        for one, other in zip(run(add_layer_norm, values, grads), direct):
+            assert torch.equal(one, other)
+    assert "nanosync.layer_norm.default" in seen and "nanosync.layer_norm_backward.default" in seen
+    y = layer_norm(values[0], values[2], None)
+    grad = torch.autograd.grad(y.square().sum(), values[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 @COMPILED
@@ -231,7 +308,7 @@ def test_compiles_without_a_gpu(dtype, C, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    config = module._config(C, 2 if dtype == "bf16" else 4)
+    config = module._config(C, 2 if dtype == "bf16" else 4, True)
     t = f" *{dtype}"
     cases = [
         (module._forward_kernel, 2 * t + " *fp32 *fp32" + 2 * t + " *fp32 i32",
@@ -249,7 +326,7 @@ def test_compiles_without_a_gpu(dtype, C, capability):
         source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
                            {(i,): constants[n] for i, n in enumerate(names) if n in constants}, aligned)
         compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert len(compiled.asm["cubin"]) > 0 and compiled.metadata.shared <= 96 * 1024
+        assert len(compiled.asm["cubin"]) > 0 and compiled.metadata.shared <= 99 * 1024
         ptx = compiled.asm["ptx"]
         if C % 8 == 0 and kernel is not module._column_sums_kernel:
             assert "st.global.v4.b32" in ptx and "st.global.b16" not in ptx and "ld.global.b16" not in ptx
