@@ -2,6 +2,7 @@
 
 $ python bench.py --batch_size=64                    # tokens/s, MFU, memory of a training step
 $ python bench.py --batch_size=64 --peer=FOLDER      # alternating with the GPT of FOLDER/model.py, a nanoGPT
+$ python bench.py --batch_size=64 --use_triton       # with the model whose LayerNorm is the Triton kernel
 $ python bench.py --mode=generate --batch_size=32    # ms a step of generation; --peer=FOLDER or --peer=hf
 $ torchrun --standalone --nproc_per_node=4 bench.py --batch_size=64    # DDP against GPUs alone
 
@@ -126,6 +127,7 @@ seed = 1337
 device = "auto"
 dtype = "auto"
 compile = True  # torch.compile for training; generation uses its own kernels and CUDA graph
+use_triton = False  # training: beside the model the same one whose LayerNorm is the Triton kernel
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 
@@ -256,15 +258,18 @@ def bench_kernels():
     where, name, figures = environment(device), str(compute_dtype).removeprefix("torch."), []
     print(f"LayerNorm: {where['device']}, torch {where['torch']}, {name}, bias={bias}; a copy moves "
           f"{bandwidth / 1e9:.0f} GB/s; us, median of {rounds} rounds (range), share of the copy")
-    for operation, N, C in itertools.product(benchmark.OPERATIONS, rows, widths):
-        for f in benchmark.measure(operation, N, C, compute_dtype, bias, liger, rounds, device, bandwidth):
+    for add, N, C in itertools.product((False, True), rows, widths):
+        for f in benchmark.measure(add, N, C, compute_dtype, bias, liger, rounds, device, bandwidth):
             figures.append(f)
-            print(f"{operation:>12} {N:6} x {C:5} {f['name']:>8}  {f['us']:9.1f} ({min(f['us_all']):.1f}-"
-                  f"{max(f['us_all']):.1f})  {f['gb_per_second']:6.0f} GB/s  {100 * f['of_copy']:5.1f}%",
-                  flush=True)
+            print(f"{f['operation']:>12} {N:6} x {C:5} {f['name']:>8}  {f['us']:9.1f} "
+                  f"({min(f['us_all']):.1f}-{max(f['us_all']):.1f})  {f['gb_per_second']:6.0f} GB/s  "
+                  f"{100 * f['of_copy']:5.1f}%", flush=True)
+    after = benchmark.copy_bandwidth(device, rounds)
+    print(f"after that a copy moves {after / 1e9:.0f} GB/s")
     if plot:
         benchmark.plot(figures, plot, f"LayerNorm, {where['device']}, {name}")
-    return {"copy_gb_per_second": bandwidth / 1e9, "rows": figures}
+    return {"copy_gb_per_second": bandwidth / 1e9, "copy_gb_per_second_after": after / 1e9,
+            "rows": figures}
 
 
 if mode == "kernels":
@@ -339,6 +344,8 @@ def make_model(name: str):
             model.place(ranks_on(processes.tp_group, tp_size))
         return model.to(device)
     ours = GPT(GPTConfig(**architecture))
+    if name == "triton":
+        use_triton_layer_norm(ours)
     if name != "peer":
         return ours.to(device)
     try:
@@ -803,7 +810,8 @@ elif mode == "train" and processes.world_size > 1:
         one.name = "one GPU"
         contenders += [each, one]
 elif mode == "train":
-    contenders = [Training(name, alone) for name in ["ours", *["peer"] * bool(peer), *schedules]]
+    contenders = [Training(name, alone) for name in
+                  ["ours", *["triton"] * use_triton, *["peer"] * bool(peer), *schedules]]
 else:
     peers = ["hf-dynamic", "hf-static"] if peer == "hf" else ["peer"] * bool(peer)
     contenders = [Generation(name) for name in ["ours", *peers, *schedules]]

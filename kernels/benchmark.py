@@ -1,9 +1,9 @@
 """LayerNorm's kernels beside PyTorch, its compiler and Liger-Kernel: time, and share of what a copy reaches.
 
 On a GPU one turn is a pass over so many sets of tensors that none is still in the L2 cache when it comes up
-again. The GPU is kept busy until all launches of the pass are queued, so what is timed is the GPU's time and
-not that of launching; contenders take turns. (In Triton's interpreter it all runs, and no figure means
-anything.)
+again, several times in a row, from a CUDA graph: what is timed is the GPU, not the host that launches.
+Contenders take turns; one of them is a copy of as many bytes, which at small sizes does not reach what a
+large one does, either. (In Triton's interpreter it all runs, and no figure means anything.)
 
 What an operation must move, in N x C values: forward x and y; backward the gradient of y, x and its gradient;
 with the residual addition s = x + out, y = LayerNorm(s): x, out, s, y, and backward the gradients of s and y,
@@ -23,6 +23,8 @@ from kernels import layer_norm as ours
 
 OPERATIONS = {"forward": 2, "backward": 3, "add forward": 4, "add backward": 4}  # N x C values moved
 COPIED_BYTES = 1 << 30  # of the copy that sets the scale, on a GPU
+PIECE = 1 << 28  # bytes of one copy: in a graph, on H200, 512 MB and most larger ones go at 2.7 TB/s
+LAUNCHES = 16  # at least so many in a row are timed together
 
 
 def load_liger(folder: str):
@@ -53,15 +55,19 @@ def _ours(x, out, weight, bias):
 
 
 def contenders(add: bool, liger, compiled: bool) -> dict:
-    """By name, functions of x, out, weight and bias. Liger has no LayerNorm with an addition."""
+    """By name, functions of x, out, weight and bias. Liger's LayerNorm always has a bias, and no addition."""
     functions = {"ours": _ours, "eager": _plain}
     if compiled:
         torch.compiler.reset()
         torch._functorch.config.donated_buffer = False  # a backward pass is run again and again
         functions["inductor"] = torch.compile(_plain, fullgraph=True, dynamic=False)
     if liger is not None and not add:
+        zeros = {}  # made once
+
         def with_bias(x, out, weight, bias):
-            return liger.apply(x, weight, torch.zeros_like(weight) if bias is None else bias, ours.EPS)
+            if bias is None and weight not in zeros:
+                zeros[weight] = torch.zeros_like(weight)
+            return liger.apply(x, weight, zeros[weight] if bias is None else bias, ours.EPS)
         functions["Liger"] = with_bias
     return functions
 
@@ -81,73 +87,121 @@ def _sets(rows: int, C: int, dtype: torch.dtype, add: bool, bias: bool, device) 
     return [one() for _ in range(n)]
 
 
-def _passes(function, sets: list[tuple], backward: bool):
-    """A function that runs the operation once on every set."""
+def _pass(function, sets: list[tuple], backward: bool):
+    """A function that runs the operation once on every set and returns all results. Forward as in training:
+    what the backward pass needs is kept."""
     if not backward:
-        @torch.no_grad()
-        def run():
-            for inputs, _ in sets:
-                function(*inputs)
-        return run
+        return lambda: [function(*inputs) for inputs, _ in sets]
     graphs = []
     for inputs, grads in sets:
         results = function(*inputs)
         graphs.append((results if isinstance(results, tuple) else (results,),
                        [t for t in inputs if t is not None], grads))
-
-    def run():
-        for results, inputs, grads in graphs:
-            torch.autograd.grad(results, inputs, grads, retain_graph=True)
-    return run
+    return lambda: [torch.autograd.grad(results, inputs, grads, retain_graph=True)
+                    for results, inputs, grads in graphs]
 
 
-def _seconds(run, device) -> float:
-    if device.type != "cuda":
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    to_launch = time.perf_counter() - started
-    torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(4e9 * min(to_launch, 0.2)))  # cycles: twice the time that launching takes
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+class _Timer:
+    """`seconds()` a pass. On a GPU the current stream must not be the default one: passes, as many as make
+    LAUNCHES launches, are captured there in a CUDA graph, so that the time is the GPU's, not the launching
+    host's."""
+
+    def __init__(self, run, sets: int, device):
+        self.run, self.device = run, device
+        run()  # compiles
+        if device.type != "cuda":
+            return
+        self.passes = -(-LAUNCHES // sets)
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            for _ in range(self.passes):
+                results = run()
+                del results  # within a pass no two sets write to the same memory
+
+    def seconds(self) -> float:
+        if self.device.type != "cuda":
+            started = time.perf_counter()
+            self.run()
+            return time.perf_counter() - started
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1_000_000)  # cycles, in which the host queues what follows
+        begin.record()
+        self.graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / self.passes
+
+
+def _own_stream(device):
+    """The context of a stream that can be captured."""
+    return torch.cuda.stream(torch.cuda.Stream() if device.type == "cuda" else None)
 
 
 def copy_bandwidth(device, rounds: int) -> float:
     """Bytes a second, read and written, of a large copy: the median."""
     source = torch.empty(COPIED_BYTES if device.type == "cuda" else 1 << 20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = [_seconds(lambda: target.copy_(source), device) for _ in range(rounds + 1)][1:]
-    return 2 * source.nbytes / statistics.median(times)
+    pair = (source.random_(), torch.empty_like(source))
+    with _own_stream(device):
+        timer = _Timer(lambda: _copy(*pair), 1, device)
+        _wake(device, [timer])
+        return 2 * source.nbytes / statistics.median([timer.seconds() for _ in range(rounds)])
 
 
-def measure(operation: str, rows: int, C: int, dtype: torch.dtype, bias: bool, liger, rounds: int, device,
+def _copy(source, target) -> None:
+    piece = PIECE // source.itemsize
+    for a, b in zip(source.split(piece), target.split(piece)):
+        b.copy_(a)
+
+
+def _wake(device, timers) -> None:
+    """One turn each, on a GPU until its clocks, which fall when nothing runs, have risen again."""
+    started = time.perf_counter()
+    while True:
+        for timer in timers:
+            timer.seconds()
+        if device.type != "cuda" or time.perf_counter() > started + 0.25:
+            return
+
+
+def _copies(sets: list[tuple], values: int):
+    """A pass of copies that move as many bytes as the operation."""
+    x = sets[0][0][0]
+    pairs = [(torch.randn(values * x.numel() // 2, dtype=x.dtype, device=x.device),
+              x.new_empty(values * x.numel() // 2)) for _ in sets]
+    return lambda: [_copy(*pair) for pair in pairs]
+
+
+def measure(add: bool, rows: int, C: int, dtype: torch.dtype, bias: bool, liger, rounds: int, device,
             bandwidth: float) -> list[dict]:
-    """A row of figures for each contender."""
-    add, backward = operation.startswith("add"), operation.endswith("backward")
-    sets = _sets(rows, C, dtype, add, bias, device)
-    functions = contenders(add, liger, device.type == "cuda")
-    runs = {name: _passes(function, sets, backward) for name, function in functions.items()}
-    for run in runs.values():  # compiles
-        run()
-    times = {name: [] for name in runs}
-    for round_ in range(-1, rounds):  # the first does not count
-        for name, run in runs.items():
-            seconds = _seconds(run, device) / len(sets)
-            if round_ >= 0:
-                times[name].append(seconds)
-    moved = OPERATIONS[operation] * rows * C * dtype.itemsize
-    return [{"operation": operation, "rows": rows, "width": C, "name": name,
-             "us": 1e6 * statistics.median(t), "us_all": [1e6 * s for s in t],
-             "gb_per_second": moved / statistics.median(t) / 1e9,
-             "of_copy": moved / statistics.median(t) / bandwidth} for name, t in times.items()]
+    """Forward, then backward: a row of figures for each contender and for a copy of as many bytes."""
+    functions, figures = contenders(add, liger, device.type == "cuda"), []
+    with _own_stream(device):
+        sets = _sets(rows, C, dtype, add, bias, device)
+        for backward in (False, True):
+            operation = "add " * add + ("backward" if backward else "forward")
+            moved = OPERATIONS[operation] * rows * C * dtype.itemsize
+            for name, times in _take_turns(functions, sets, operation, rounds, device).items():
+                seconds = statistics.median(times)
+                figures.append({"operation": operation, "rows": rows, "width": C, "name": name,
+                                "us": 1e6 * seconds, "us_all": [1e6 * s for s in times],
+                                "gb_per_second": moved / seconds / 1e9,
+                                "of_copy": moved / seconds / bandwidth})
+    return figures
+
+
+def _take_turns(functions: dict, sets: list[tuple], operation: str, rounds: int, device) -> dict:
+    """By contender, seconds of one operation in each round."""
+    passes = {name: _pass(f, sets, operation.endswith("backward")) for name, f in functions.items()}
+    passes["copy"] = _copies(sets, OPERATIONS[operation])
+    timers = {name: _Timer(run, len(sets), device) for name, run in passes.items()}
+    _wake(device, timers.values())
+    times = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            times[name].append(timer.seconds() / len(sets))
+    return times
 
 
 def plot(figures: list[dict], path: str, title: str) -> None:
@@ -164,7 +218,9 @@ def plot(figures: list[dict], path: str, title: str) -> None:
         for i, name in enumerate(dict.fromkeys(f["name"] for f in figures)):
             line = sorted((f["width"], 100 * f["of_copy"]) for f in shown if f["name"] == name)
             if line:
-                axis.plot(*zip(*line), "o-", color=f"C{i}", label=name, linewidth=2 if name == "ours" else 1)
+                style = dict(color="0.6", linestyle=":") if name == "copy" else dict(color=f"C{i}")
+                axis.plot(*zip(*line), marker="o", markersize=4, label=name,
+                          linewidth=2 if name == "ours" else 1, **style)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sorted({f["width"] for f in shown}), labels=sorted({f["width"] for f in shown}),
                         minor=False, rotation=60)
@@ -172,8 +228,8 @@ def plot(figures: list[dict], path: str, title: str) -> None:
         axis.grid(alpha=0.3)
         axis.set_title(operation, fontsize=10)
         axis.set_xlabel("width")
-    axes[0].set_ylabel("% of a copy's bandwidth")
-    axes[0].legend(loc="lower left", frameon=False, fontsize=8)
+    axes[0].set_ylabel("% of a large copy's bandwidth")
+    axes[2].legend(*axes[0].get_legend_handles_labels(), loc="lower right", frameon=False, fontsize=8)
     figure.suptitle(f"{title}, {rows} rows", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
