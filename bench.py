@@ -2,7 +2,7 @@
 
 $ python bench.py --batch_size=64                    # tokens/s, MFU, memory of a training step
 $ python bench.py --batch_size=64 --peer=FOLDER      # alternating with the GPT of FOLDER/model.py, a nanoGPT
-$ python bench.py --batch_size=64 --use_triton       # with the model whose LayerNorm is the Triton kernel
+$ python bench.py --batch_size=64 --compare=ddp,triton,eager,eager+triton    # ways to run it, see below
 $ python bench.py --mode=generate --batch_size=32    # ms a step of generation; --peer=FOLDER or --peer=hf
 $ torchrun --standalone --nproc_per_node=4 bench.py --batch_size=64    # DDP against GPUs alone
 
@@ -127,7 +127,6 @@ seed = 1337
 device = "auto"
 dtype = "auto"
 compile = True  # torch.compile for training; generation uses its own kernels and CUDA graph
-use_triton = False  # training: beside the model the same one whose LayerNorm is the Triton kernel
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 
@@ -344,8 +343,6 @@ def make_model(name: str):
             model.place(ranks_on(processes.tp_group, tp_size))
         return model.to(device)
     ours = GPT(GPTConfig(**architecture))
-    if name == "triton":
-        use_triton_layer_norm(ours)
     if name != "peer":
         return ours.to(device)
     try:
@@ -810,8 +807,7 @@ elif mode == "train" and processes.world_size > 1:
         one.name = "one GPU"
         contenders += [each, one]
 elif mode == "train":
-    contenders = [Training(name, alone) for name in
-                  ["ours", *["triton"] * use_triton, *["peer"] * bool(peer), *schedules]]
+    contenders = [Training(name, alone) for name in ["ours", *["peer"] * bool(peer), *schedules]]
 else:
     peers = ["hf-dynamic", "hf-static"] if peer == "hf" else ["peer"] * bool(peer)
     contenders = [Generation(name) for name in ["ours", *peers, *schedules]]
