@@ -196,7 +196,7 @@ def check_training(rank: int, n: int, group, sum_gradients: bool) -> None:
     sums = (8 * MATRICES + 2 * rest) * (n - 1)
     sent = all_reduce_sum(torch.tensor(sharded.bytes_sent), group).item()
     # every owner's part is as large as the largest
-    assert 1 <= sent / (10 * (updates + sums * sum_gradients)) < 1.1, (n, sum_gradients)
+    assert 1 <= sent / (10 * (updates + sums * sum_gradients)) < 1.15, (n, sum_gradients)
     assert optimizer.bytes_sent == 0
     names = all_values([name for name in state_by_name(sharded, model) if "momentum_buffer" in name], group)
     names = [name for of_one in names for name in of_one]
