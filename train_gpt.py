@@ -522,8 +522,8 @@ if __name__ == "__main__":
         check_compile(device)
     at_once = device_batch_size * processes.world_size
     if batch_size % at_once:
-        raise UserError(f"batch_size={batch_size} is the total over {processes.world_size} processes and must "
-                        f"be a multiple of {at_once}, with device_batch_size={device_batch_size} for each")
+        raise UserError(f"{batch_size=} is the total over {processes.world_size} processes and must "
+                        f"be a multiple of {at_once}, {device_batch_size=} for each")
     micro_steps, share = batch_size // at_once, device_batch_size / batch_size  # of one in the mean loss
     tokens_per_step = batch_size * sequence_length
     log = TrainingLogger(active=main)
@@ -589,10 +589,9 @@ if __name__ == "__main__":
     barrier(group)  # nobody still reads weights that are moved now
     on_main(open_out_dir, group)
     log.line("settings, with where they differ from the script's:\n" + config.table())
-    log.line(f"Python {where['python']}, PyTorch {where['torch']}, {where['device']}, {compute_dtype}, "
-             f"git {where['git_commit']}")
-    log.line(f"{model.n_parameters() / 1e6:.2f}M parameters; {data.folder}: {data.train.n_tokens:,} train and "
-             f"{data.val.n_tokens:,} val tokens")
+    log.line("Python {python}, PyTorch {torch}, {device}, git {git_commit}".format(**where))
+    log.line(f"{model.n_parameters() / 1e6:.2f}M parameters, {compute_dtype}; {data.folder}: "
+             f"{data.train.n_tokens:,} train and {data.val.n_tokens:,} val tokens")
     log.line(f"tokens per step: {device_batch_size} sequences x {sequence_length} tokens x {micro_steps} "
              f"accumulation x {processes.world_size} processes = {tokens_per_step:,}")
     if variant == "sync":
@@ -621,7 +620,7 @@ if __name__ == "__main__":
         zeros = torch.zeros(device_batch_size, sequence_length, dtype=torch.int64, device=device)
         plans = whole + [Plan(sequence_length, (0,))] * (variant == "depth_warm")
         for plan in plans:
-            loss_of(zeros, zeros, plan).backward()
+            loss_of(zeros, zeros.clone(), plan).backward()  # one tensor as both would make another graph
         model.zero_grad(set_to_none=True)
 
     def run_evaluation() -> float:
@@ -658,7 +657,8 @@ if __name__ == "__main__":
             flops = model.flops_per_token(late.plan.crop, len(late.plan.layers)) * tokens_per_step
             report(f"train_loss:{train_loss:.4f}", late.step + 1)
             log.event("iter", step=late.step, loss=train_loss, lr=late.lr, norm=None, seconds=seconds,
-                      tokens_per_second=tokens_per_step / seconds, epoch=loader.epoch, memory=peak_memory(device),
+                      tokens_per_second=tokens_per_step / seconds, epoch=loader.epoch,
+                      memory=peak_memory(device),
                       mfu=None if peak is None else flops / seconds / (peak * processes.world_size),
                       crop=late.plan.crop, layers=len(late.plan.layers), **timing(late.step + 1))
 
@@ -748,6 +748,9 @@ if __name__ == "__main__":
 
         settle(late)  # of the step before
         late = LateReport(step, plan, lr, loss_share, signals.received > 0, group)
+        if device.type != "cuda":  # there is nothing to wait for
+            settle(late)
+            late = None
         for message in epoch_messages(data.train, epoch, loader.epoch):
             log.line(message)
         epoch = loader.epoch
