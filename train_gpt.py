@@ -41,6 +41,7 @@ from distributed import (
     start,
 )
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.qk_rotary import qk_norm_rotary, rms_norm
 from model import padded_vocab_size
 from optim import build_muon, load_state_by_name, set_learning_rate, trapezoidal_learning_rate
 from reduced_sync_model import GPTConfig as SyncStrategy
@@ -130,28 +131,16 @@ class GPTConfig:
                             f"choose n_embd as a multiple of {2 * self.n_head}")
 
 
-def norm(x):
-    """RMSNorm (arXiv 1910.07467) without a weight. eps is given: bfloat16's own would drown the embedding."""
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6).to(x.dtype)
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding (arXiv 2104.09864): pairs (i, i + D / 2) of x (B, T, H, D) by angles (T, 1, D / 2)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
-
-
-def attend(q, k, v, cos, sin, crop: int):
-    """Causal attention inside pieces of `crop` tokens: (B, T, H, D) each -> (B, T, H * D). If crop does not
-    divide T, each sequence ends with a shorter piece."""
-    q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-    B, T, H, D = q.shape
-    ends = [T] if T % crop == 0 or T < crop else [T - T % crop, T]
+def attend(qkv, cos, sin, crop: int):
+    """QK-norm, rotary embedding, and causal attention inside pieces of `crop` tokens: (B, T, 3, H, D) ->
+    (B, T, H * D). If crop does not divide T, each sequence ends with a shorter piece."""
+    B, T, _, H, D = qkv.shape
+    qkv = qk_norm_rotary(qkv, cos, sin)
     parts, begin = [], 0
-    for end in ends:
+    for end in [T] if T % crop == 0 or T < crop else [T - T % crop, T]:
         length = min(crop, end - begin)
-        pieces = (x[:, begin:end].reshape(-1, length, H, D).transpose(1, 2) for x in (q, k, v))
-        y = F.scaled_dot_product_attention(*pieces, is_causal=True)
+        q, k, v = (x[:, begin:end].reshape(-1, length, H, D).transpose(1, 2) for x in qkv)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         parts.append(y.transpose(1, 2).reshape(B, end - begin, H * D))
         begin = end
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -166,8 +155,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, crop: int):
         B, T, C = x.size()
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
-        return self.c_proj(attend(q, k, v, cos, sin, crop))
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        return self.c_proj(attend(qkv, cos, sin, crop))
 
 
 class MLP(nn.Module):
@@ -192,8 +181,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, crop: int):
-        x = x + self.attn(norm(x), cos, sin, crop)
-        return x + self.mlp(norm(x))
+        x = x + self.attn(rms_norm(x), cos, sin, crop)
+        return x + self.mlp(rms_norm(x))
 
 
 class GPT(nn.Module):
@@ -207,8 +196,8 @@ class GPT(nn.Module):
             h=nn.ModuleList([self.block(config) for _ in range(config.n_layer)])))
         D = config.n_embd // config.n_head
         angles = torch.outer(torch.arange(config.sequence_length), 10000 ** -(torch.arange(0, D, 2) / D))
-        self.register_buffer("cos", angles.cos()[:, None], persistent=False)  # (T, 1, D / 2)
-        self.register_buffer("sin", angles.sin()[:, None], persistent=False)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (T, D / 2)
+        self.register_buffer("sin", angles.sin(), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -230,9 +219,10 @@ class GPT(nn.Module):
         return x
 
     def rotations(self, T: int, crop: int):
-        """cos and sin (T, 1, D / 2) of positions that begin anew in every piece of `crop` tokens."""
-        position = torch.arange(T, device=self.cos.device) % crop
-        return self.cos[position], self.sin[position]
+        """cos and sin (T, D / 2) of positions that begin anew in every piece of `crop` tokens."""
+        lengths = [crop] * (T // crop) + [T % crop] * (T % crop > 0)
+        return tuple(torch.cat([table[:n] for n in lengths]) if len(lengths) > 1 else table[:T]
+                     for table in (self.cos, self.sin))
 
     def hidden(self, idx, crop: int, layers: tuple[int, ...]):
         """Token ids (B, T) -> what the head is applied to (B, T, C)."""
@@ -240,7 +230,7 @@ class GPT(nn.Module):
         x = self.embed(idx)
         for i in layers:
             x = self.transformer.h[i](x, cos, sin, crop)
-        return norm(x)
+        return rms_norm(x)
 
     def forward(self, idx, targets=None, crop: int | None = None, layers: tuple[int, ...] | None = None):
         """Token ids (B, T) -> (None, mean loss) with `targets` (B, T), -1 where one does not count, else
@@ -276,7 +266,7 @@ class PalmBlock(Block):
     as that of two independent terms."""
 
     def forward(self, x, cos, sin, crop: int):
-        y = norm(x)
+        y = rms_norm(x)
         return x + (self.attn(y, cos, sin, crop) + self.mlp(y)) * 2**-0.5
 
 
@@ -311,7 +301,7 @@ class SyncGPT(GPT):
             base, pending = self.add(base, pending, y, block.attn.c_proj.weight, after_attention.sync)
             y = relu_squared(column_parallel(self.seen(base, pending), block.mlp.c_fc))
             base, pending = self.add(base, pending, y, block.mlp.c_proj.weight, after_mlp.sync)
-        return norm(base if pending is None else base + g_op(pending, self.ranks))
+        return rms_norm(base if pending is None else base + g_op(pending, self.ranks))
 
     def seen(self, base, pending):
         """The norm of what the ranks see, (R, B, T, C), or (1, B, T, C) while they agree."""
@@ -322,7 +312,7 @@ class SyncGPT(GPT):
         """Each rank's heads: (m, B, T, C) -> (m, B, T, C / m)."""
         m, B, T, C = x.shape
         qkv = column_parallel(x, attn.c_attn, parts=3).view(m * B, T, 3, attn.n_head // m, C // attn.n_head)
-        return attend(*qkv.unbind(2), cos, sin, crop).view(m, B, T, -1)
+        return attend(qkv, cos, sin, crop).view(m, B, T, -1)
 
     def add(self, base, pending, y, weight, sync: bool):
         """Take in a sublayer's y (m, B, T, K / m) through its row-parallel matrix."""
