@@ -306,7 +306,7 @@ class SyncGPT(GPT):
     def seen(self, base, pending):
         """The norm of what the ranks see, (R, B, T, C), or (1, B, T, C) while they agree."""
         x = f_op(base, self.ranks if pending is not None else self.ranks.as_one)
-        return norm(x if pending is None else x + pending)
+        return rms_norm(x if pending is None else x + pending)
 
     def heads(self, attn, x, cos, sin, crop: int):
         """Each rank's heads: (m, B, T, C) -> (m, B, T, C / m)."""

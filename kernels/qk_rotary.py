@@ -1,4 +1,4 @@
-"""QK-norm and rotary embedding in one kernel each way, from a fused q, k, v projection to what attention takes.
+"""QK-norm and rotary embedding in one kernel each way, from a fused q, k, v projection to attention.
 
     x_hat = x / sqrt(mean(x^2) + eps)               for each head of q and k (RMSNorm without a weight)
     y[i], y[i + D / 2] = x_hat[i] cos + x_hat[i + D / 2] sin, x_hat[i + D / 2] cos - x_hat[i] sin
