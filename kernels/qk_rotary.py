@@ -24,7 +24,7 @@ from kernels import INTERPRETED, triton, usable
 triton_op = torch.library.custom_op if triton is None else torch.library.triton_op  # which would warn, unused
 wrap_triton = (lambda kernel: kernel) if INTERPRETED else torch.library.wrap_triton
 EPS = 1e-6  # bfloat16's own, 0.008, would drown the embedding of a new model
-ROWS = 32  # of a program
+ROWS = 16  # of a program: 16 values a thread
 
 
 def qk_norm_rotary(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -56,6 +56,17 @@ if triton is not None:
     import triton.language as tl
 
     @triton.jit
+    def _load(ptr, offsets, HALF: tl.constexpr, mask):
+        """Both halves of heads, (ROWS, BLOCK) each."""
+        a = tl.load(ptr + offsets, mask=mask, other=0.0)
+        return a, tl.load(ptr + offsets + HALF, mask=mask, other=0.0)
+
+    @triton.jit
+    def _store(ptr, offsets, a, b, HALF: tl.constexpr, mask):
+        tl.store(ptr + offsets, a.to(ptr.dtype.element_ty), mask=mask)
+        tl.store(ptr + offsets + HALF, b.to(ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
     def _forward_kernel(
         qkv_ptr,  # (B, T, 3, H, D)
         cos_ptr, sin_ptr,  # (T, HALF) fp32
@@ -71,22 +82,21 @@ if triton is not None:
         mask = (row < N)[:, None] & (i < HALF)
         source = (token.to(tl.int64) * 3 * H + which * H + row % H)[:, None] * (2 * HALF) + i
         target = row.to(tl.int64)[:, None] * (2 * HALF) + i
-        a = tl.load(qkv_ptr + source, mask=mask, other=0.0)
-        b = tl.load(qkv_ptr + source + HALF, mask=mask, other=0.0)
+        a, b = _load(qkv_ptr, source, HALF, mask)
         if which == 2:
-            tl.store(v_ptr + target, a, mask=mask)
-            tl.store(v_ptr + target + HALF, b, mask=mask)
+            _store(v_ptr, target, a, b, HALF, mask)
         else:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-            scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + EPS)
+            x, y = a.to(tl.float32), b.to(tl.float32)
+            scale = tl.rsqrt((tl.sum(x * x, axis=1) + tl.sum(y * y, axis=1)) / (2 * HALF) + EPS)
             tl.store(scale_ptr + which * N + row, scale, mask=row < N)
-            a, b = a * scale[:, None], b * scale[:, None]
+            x, y = x * scale[:, None], y * scale[:, None]
             angle = (token % T)[:, None] * HALF + i
             cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
             sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-            y_ptr = q_ptr if which == 0 else k_ptr
-            tl.store(y_ptr + target, (a * cos + b * sin).to(y_ptr.dtype.element_ty), mask=mask)
-            tl.store(y_ptr + target + HALF, (b * cos - a * sin).to(y_ptr.dtype.element_ty), mask=mask)
+            if which == 0:
+                _store(q_ptr, target, x * cos + y * sin, y * cos - x * sin, HALF, mask)
+            else:
+                _store(k_ptr, target, x * cos + y * sin, y * cos - x * sin, HALF, mask)
 
     @triton.jit
     def _backward_kernel(
@@ -105,25 +115,24 @@ if triton is not None:
         mask = (row < N)[:, None] & (i < HALF)
         target = (token.to(tl.int64) * 3 * H + which * H + row % H)[:, None] * (2 * HALF) + i
         source = row.to(tl.int64)[:, None] * (2 * HALF) + i
-        g_ptr = grad_q_ptr if which == 0 else (grad_k_ptr if which == 1 else grad_v_ptr)
-        a = tl.load(g_ptr + source, mask=mask, other=0.0)
-        b = tl.load(g_ptr + source + HALF, mask=mask, other=0.0)
         if which == 2:
-            tl.store(grad_ptr + target, a, mask=mask)
-            tl.store(grad_ptr + target + HALF, b, mask=mask)
+            grad_a, grad_b = _load(grad_v_ptr, source, HALF, mask)
+            _store(grad_ptr, target, grad_a, grad_b, HALF, mask)
         else:
-            y_ptr = q_ptr if which == 0 else k_ptr
-            y = tl.load(y_ptr + source, mask=mask, other=0.0).to(tl.float32)
-            z = tl.load(y_ptr + source + HALF, mask=mask, other=0.0).to(tl.float32)
-            a, b = a.to(tl.float32), b.to(tl.float32)
+            if which == 0:
+                g, h = _load(grad_q_ptr, source, HALF, mask)
+                y, z = _load(q_ptr, source, HALF, mask)
+            else:
+                g, h = _load(grad_k_ptr, source, HALF, mask)
+                y, z = _load(k_ptr, source, HALF, mask)
+            a, b, y, z = g.to(tl.float32), h.to(tl.float32), y.to(tl.float32), z.to(tl.float32)
             along = ((tl.sum(a * y, axis=1) + tl.sum(b * z, axis=1)) / (2 * HALF))[:, None]
             scale = tl.load(scale_ptr + which * N + row, mask=row < N, other=0.0)[:, None]
             a, b = (a - y * along) * scale, (b - z * along) * scale
             angle = (token % T)[:, None] * HALF + i
             cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
             sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-            tl.store(grad_ptr + target, (a * cos - b * sin).to(grad_ptr.dtype.element_ty), mask=mask)
-            tl.store(grad_ptr + target + HALF, (a * sin + b * cos).to(grad_ptr.dtype.element_ty), mask=mask)
+            _store(grad_ptr, target, a * cos - b * sin, a * sin + b * cos, HALF, mask)
 
 
 def _launch(B: int, T: int, H: int, D: int) -> tuple[tuple, dict]:
