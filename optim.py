@@ -149,7 +149,7 @@ class Muon(torch.optim.AdamW):
         present = [p for p in self._stacked if p.grad is not None]
         mine = list(filter(self.owns, present))
         gradients, others = self._own_gradients(present, mine)
-        updates = present[0].new_zeros(self._part, dtype=self._dtype)
+        updates = present[0].new_empty(self._part, dtype=self._dtype)  # what nothing fills, nobody reads
         self._orthogonalise(mine, gradients, self._views(updates, mine))
         if self.processes > 1:
             self.bytes_sent += (self.processes - 1) * updates.nbytes
@@ -163,7 +163,7 @@ class Muon(torch.optim.AdamW):
         """The whole gradients of this process's matrices, and what the others' sums are to be waited for."""
         if self.processes == 1 or not self.sum_gradients:
             return [p.grad for p in mine], []
-        flat = present[0].new_zeros(self.processes * self._part)
+        flat = present[0].new_empty(self.processes * self._part)
         torch._foreach_copy_(self._views(flat, present), [p.grad for p in present])
         part = begin_reduce_scatter(flat, self.group)
         rest = [p.grad for p in self._rest if p.grad is not None]
