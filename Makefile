@@ -34,7 +34,7 @@ demo: .venv
 
 test: .venv
 	$(BIN)/python -m pytest -q --durations=10 tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_layer_norm.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_layer_norm.py tests/test_qk_rotary.py
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -59,14 +59,15 @@ class Config(dict):
         return "\n".join(lines)
 
 
-def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0,
-              others: tuple[str, ...] = ()) -> Config:
+def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, others: tuple[str, ...] = (),
+              environment: str = "") -> Config:
     """Apply config files and --key=value to the settings in `namespace`, a script's globals(); return them.
 
     argv defaults to the command line. `--help` prints the settings and exits. `others` are paths of scripts
     whose settings may be given as well; they are only in what is returned, and the last script that has a
-    setting says its default. Raises UserError; installs the hook that ends the script on one with a line on
-    stderr and exit code 2 (`rank` is who says it first, see there).
+    setting says its default. `environment`, if given, is a prefix: variables <prefix><KEY> count, after the
+    files and before the command line. Raises UserError; installs the hook that ends the script on one with a
+    line on stderr and exit code 2 (`rank` is who says it first, see there).
     """
     install_error_hook(rank)
     argv = sys.argv[1:] if argv is None else argv
@@ -83,6 +84,11 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0,
     for path in (arg for arg in argv if not arg.startswith("-")):
         for name, value in run_config_file(path, values, settings).items():
             values[name], origin[name] = value, path
+    for variable in sorted(v for v in os.environ if environment and v.startswith(environment)):
+        name, where = variable.removeprefix(environment).lower(), f"the environment's {variable}"
+        if name not in settings:
+            raise unknown_key(name, settings, where)
+        values[name], origin[name] = read_value(settings[name], os.environ[variable], where), variable
     for arg in (arg for arg in argv if arg.startswith("-")):
         name, value = parse_argument(arg, settings)
         values[name], origin[name] = value, "command line"
@@ -208,19 +214,23 @@ def parse_argument(arg: str, settings: dict[str, Setting]) -> tuple[str, object]
     name = name if name in settings else name.replace("-", "_")
     if name not in settings:
         raise unknown_key(key[2:], settings, "the command line")
-    setting = settings[name]
-    allowed = _allowed(setting)
     if not equals:
-        if bool not in allowed:
+        if bool not in _allowed(settings[name]):
             raise UserError(f"--{name} needs a value: --{name}=...")
         return name, True
+    return name, read_value(settings[name], text, "the command line")
+
+
+def read_value(setting: Setting, text: str, where: str):
+    """The value that a text stands for: a literal, or itself where that is meant. Raises UserError."""
+    allowed = _allowed(setting)
     try:
         value = evaluate(text)
     except (ValueError, SyntaxError, TypeError, ArithmeticError, MemoryError):
         value = text
     if str in allowed and type(value) not in allowed:
         value = text  # --out_dir=2026
-    return name, check_type(setting, value, "the command line")
+    return check_type(setting, value, where)
 
 
 def evaluate(text: str):

@@ -256,15 +256,17 @@ def to_tensors(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor,
 
 
 def evaluation_batches(split: Split, n_windows: int, batch_size: int, device: torch.device, rank: int = 0,
-                       world_size: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Fixed windows spread evenly over the split, the same for any number of ranks, each rank its share.
+                       world_size: int = 1, spread: bool = True
+                       ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Fixed windows spread evenly over the split, or else its first ones, the same for any number of ranks,
+    each rank its share.
 
     All that fit side by side in its files, once, if they are no more than n_windows. Every rank gets the same
     number of batches, all of (B, T): rows that fill up a batch have targets -1.
     """
     total = sum(split.eval_windows)
     n = min(n_windows, total)
-    numbers = np.arange(n) * total // n
+    numbers = np.arange(n) * total // n if spread else np.arange(n)
     ends = np.cumsum(split.eval_windows)
     files = np.searchsorted(ends, numbers, side="right")
     starts = (numbers - (ends - split.eval_windows)[files]) * split.block_size

@@ -352,6 +352,22 @@ def functional_all_gather(x: torch.Tensor, processes: int, group_name: str) -> t
         processes, *x.shape)
 
 
+def begin_all_gather(x: torch.Tensor, group) -> torch.Tensor:
+    """x of every process, one after the other, (processes * x.shape[0], ...): valid after finish_tensor, what
+    is computed until then goes on at the same time. Sends (processes - 1) times the bytes of x."""
+    return torch.ops._c10d_functional.all_gather_into_tensor(x, group.size(), group.group_name)
+
+
+def begin_reduce_scatter(x: torch.Tensor, group) -> torch.Tensor:
+    """This process's part of the sum over the group, (x.shape[0] / processes, ...), likewise. Sends
+    (processes - 1) times the bytes of that part."""
+    return torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", group.size(), group.group_name)
+
+
+def finish_tensor(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops._c10d_functional.wait_tensor(x)
+
+
 def all_reduce_sum(tensor: torch.Tensor, group) -> torch.Tensor:
     """Sum in place over the group, and return it."""
     if group is not None:

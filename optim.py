@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, alone and with its state shared out over processes (ZeRO-1), learning-rate
+"""Parameter groups, AdamW, alone and with its state shared out over processes (ZeRO-1), Muon, learning-rate
 schedules, the gradient norm, optimizer state by name.
 """
 
@@ -10,7 +10,16 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
 from configurator import UserError
-from distributed import all_reduce_sum, all_values, local_part, part_like, whole_tensor
+from distributed import (
+    all_reduce_sum,
+    all_values,
+    begin_all_gather,
+    begin_reduce_scatter,
+    finish_tensor,
+    local_part,
+    part_like,
+    whole_tensor,
+)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -27,17 +36,22 @@ def build_adamw(model: nn.Module, learning_rate: float, betas: tuple[float, floa
     shard_over: the data-parallel group over which to share out its state, see ShardedAdamW; the model's
     parameters must be where they are to stay.
     """
+    check_adamw(learning_rate, betas, weight_decay)
+    groups = [g for g in parameter_groups(model, weight_decay) if g["params"]]
+    options = dict(lr=learning_rate, betas=betas, fused=True)
+    if shard_over is None or shard_over.size() == 1:
+        return torch.optim.AdamW(groups, **options)
+    return ShardedAdamW(groups, shard_over, **options)
+
+
+def check_adamw(learning_rate: float, betas: tuple[float, float], weight_decay: float) -> None:
+    """Raise UserError for values that AdamW cannot take."""
     for name, beta in zip(("beta1", "beta2"), betas):
         if not 0 <= beta < 1:
             raise UserError(f"{name}={beta} must be at least 0 and below 1")
     for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
         if value < 0:
             raise UserError(f"{name}={value} must not be negative")
-    groups = [g for g in parameter_groups(model, weight_decay) if g["params"]]
-    options = dict(lr=learning_rate, betas=betas, fused=True)
-    if shard_over is None or shard_over.size() == 1:
-        return torch.optim.AdamW(groups, **options)
-    return ShardedAdamW(groups, shard_over, **options)
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -80,6 +94,193 @@ class ShardedAdamW(torch.optim.AdamW):
         return loss
 
 
+class Muon(torch.optim.AdamW):
+    """Muon (kellerjordan.github.io/posts/muon) for matrices, AdamW for all other parameters.
+
+    A matrix moves by the orthogonal matrix nearest to its momentum, so along all of its singular directions
+    alike, times 0.2 sqrt(max(rows, columns)): that has the usual size of AdamW's updates (RMS 0.2, arXiv
+    2502.16982), so that AdamW's learning rates fit. A parameter that has several matrices stacked in
+    dimension 0, as c_attn has q, k and v, is taken apart first: each is a map of its own.
+
+    Each process of a group keeps the momentum of its own matrices and orthogonalises those, all of one shape
+    in one batched product; the results are gathered, and every process applies all of them. One process is a
+    group that owns everything. Weights stay where they are, and are the same on all processes.
+    """
+
+    def __init__(self, groups: list[dict], group=None, sum_gradients: bool = False, momentum: float = 0.95,
+                 nesterov: bool = True, product_dtype: torch.dtype | None = None, **options):
+        """groups: those with a key `stacked`, the number of matrices in each of their parameters, are Muon's,
+        the others AdamW's; options: AdamW's, of which Muon takes lr and weight_decay.
+
+        sum_gradients: gradients are each process's share and still to be added up over the group, which costs
+        less than to have the whole sum everywhere; otherwise they are the same on all, as DDP leaves them.
+        product_dtype: of the products that orthogonalise; None: bfloat16 on CUDA, float32 elsewhere.
+        """
+        super().__init__(groups, **options)
+        self._step_supports_amp_scaling = False  # a GradScaler leaves out a whole step, not AdamW's part
+        self.group, self.rank = group, 0 if group is None else dist.get_rank(group)
+        self.sum_gradients, self.momentum, self.nesterov = sum_gradients, momentum, nesterov
+        self.bytes_sent = 0  # by this process so far, as rings send: gradients, if summed here, and updates
+        self._stacked = {p: g["stacked"] for g in self.param_groups if "stacked" in g for p in g["params"]}
+        self._rest = [p for g in self.param_groups if "stacked" not in g for p in g["params"]]
+        first = next(iter(self._stacked))
+        for p, n in self._stacked.items():
+            assert p.dim() == 2 and p.shape[0] % n == 0, f"{tuple(p.shape)} is not {n} matrices"
+            assert p.dtype == first.dtype and p.device == first.device, "matrices differ in dtype or device"
+        self._dtype = product_dtype or (torch.bfloat16 if first.is_cuda else torch.float32)
+        self._lay_out(1 if group is None else dist.get_world_size(group))
+        for p in filter(self.owns, self._stacked):
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def _lay_out(self, processes: int) -> None:
+        """Where the matrices lie in a flat tensor in which all owners have parts of one size."""
+        self.processes, self.owner = processes, share_out(list(self._stacked), processes)
+        ends = [0] * processes  # of what each has so far
+        places = {}
+        for p, rank in self.owner.items():
+            places[p] = rank, ends[rank]
+            ends[rank] += -(-p.numel() // 128) * 128
+        self._part = max(ends)
+        self._places = {p: rank * self._part + start for p, (rank, start) in places.items()}
+
+    def owns(self, parameter: nn.Parameter) -> bool:
+        """Whether this process has the parameter's state; that of AdamW's parameters all have."""
+        return self.owner.get(parameter, self.rank) == self.rank
+
+    def _views(self, flat: torch.Tensor, parameters: list) -> list[torch.Tensor]:
+        """Their places in a flat tensor, of which a process may have only its own part."""
+        begin = 0 if len(flat) == self.processes * self._part else self.rank * self._part
+        return [flat[self._places[p] - begin:][:p.numel()].view_as(p) for p in parameters]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every parameter that has a gradient; those must be the same parameters on all processes."""
+        assert closure is None, "gradients are computed before"
+        present = [p for p in self._stacked if p.grad is not None]
+        mine = list(filter(self.owns, present))
+        gradients, others = self._own_gradients(present, mine)
+        updates = present[0].new_empty(self._part, dtype=self._dtype)  # what nothing fills, nobody reads
+        self._orthogonalise(mine, gradients, self._views(updates, mine))
+        if self.processes > 1:
+            self.bytes_sent += (self.processes - 1) * updates.nbytes
+            updates = begin_all_gather(updates, self.group)
+        for work in others:
+            work.wait()
+        self._step_adamw()
+        self._apply(present, finish_tensor(updates))
+
+    def _own_gradients(self, present: list, mine: list) -> tuple[list[torch.Tensor], list]:
+        """The whole gradients of this process's matrices, and what the others' sums are to be waited for."""
+        if self.processes == 1 or not self.sum_gradients:
+            return [p.grad for p in mine], []
+        flat = present[0].new_empty(self.processes * self._part)
+        torch._foreach_copy_(self._views(flat, present), [p.grad for p in present])
+        part = begin_reduce_scatter(flat, self.group)
+        rest = [p.grad for p in self._rest if p.grad is not None]
+        others = [dist.all_reduce(grad, group=self.group, async_op=True) for grad in rest]
+        self.bytes_sent += (self.processes - 1) * part.nbytes
+        self.bytes_sent += sum(2 * (self.processes - 1) * grad.nbytes // self.processes for grad in rest)
+        return self._views(finish_tensor(part), mine), others
+
+    def _orthogonalise(self, parameters: list, gradients: list, out: list[torch.Tensor]) -> None:
+        """Momentum, and of that the nearest orthogonal matrices, into `out`."""
+        if not parameters:
+            return
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
+        moves = torch._foreach_lerp(gradients, buffers, self.momentum) if self.nesterov else buffers
+        by_shape = {}  # wide matrices, (rows, columns) -> pairs of a matrix and where its result goes
+        for p, move, place in zip(parameters, moves, out):
+            for pair in zip(move.chunk(self._stacked[p]), place.chunk(self._stacked[p])):
+                wide = pair if pair[0].shape[0] <= pair[0].shape[1] else tuple(m.mT for m in pair)
+                by_shape.setdefault(wide[0].shape, []).append(wide)
+        for pairs in by_shape.values():
+            matrices, places = zip(*pairs)
+            torch._foreach_copy_(list(places), list(newton_schulz(torch.stack(matrices), self._dtype)))
+
+    def _step_adamw(self) -> None:
+        whole = self.param_groups
+        try:
+            self.param_groups = [g for g in whole if "stacked" not in g]
+            super().step()
+        finally:
+            self.param_groups = whole
+
+    def _apply(self, present: list, updates: torch.Tensor) -> None:
+        moves = dict(zip(present, self._views(updates.to(present[0].dtype), present)))
+        for g in self.param_groups:
+            parameters = [p for p in g["params"] if p in moves]
+            if parameters and g["weight_decay"] > 0:
+                torch._foreach_mul_(parameters, 1 - g["lr"] * g["weight_decay"])
+            sizes = [max(p.shape[0] // g["stacked"], p.shape[1]) for p in parameters]
+            for size in set(sizes):
+                alike = [p for p, s in zip(parameters, sizes) if s == size]
+                torch._foreach_add_(alike, [moves[p] for p in alike], alpha=-g["lr"] * 0.2 * size**0.5)
+
+
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Keller Jordan's, steepest at 0: see the page that Muon names
+
+
+def newton_schulz(matrices: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
+    """Matrices (n, rows, columns) of no more rows than columns -> about U V^T of each one's singular value
+    decomposition U S V^T, in `dtype`: singular values that were not tiny lie between 0.68 and 1.14 then.
+    """
+    a, b, c = NEWTON_SCHULZ
+    X = (matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=1e-7)).to(dtype)
+    for _ in range(steps):  # X <- (a + b X X^T + c (X X^T)^2) X
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X
+
+
+def check_optimizer(kind: str, use_zero1: bool, use_fsdp: bool, tp_processes: int) -> None:
+    """Raise UserError for a setting `optimizer` that there is not, or not with these."""
+    if kind not in ("adamw", "muon"):
+        raise UserError(f"optimizer={kind!r} is unknown: use adamw or muon")
+    if kind == "muon" and use_zero1:
+        raise UserError("optimizer='muon' shares its state out over the data-parallel processes anyway: "
+                        "leave use_zero1 out")
+    if kind == "muon" and use_fsdp:
+        raise UserError("optimizer='muon' needs whole matrices, and use_fsdp divides them: leave use_fsdp out "
+                        "(Muon's own state is shared out anyway), or use --optimizer=adamw")
+    if kind == "muon" and tp_processes > 1:
+        raise UserError(f"optimizer='muon' needs whole matrices, and tp_processes={tp_processes} divides "
+                        f"them: use --tp_processes=1, which simulates the ranks, or --optimizer=adamw")
+
+
+def build_muon(model: nn.Module, learning_rate: float, muon_learning_rate: float, betas: tuple[float, float],
+               weight_decay: float, momentum: float, group=None, sum_gradients: bool = False) -> Muon:
+    """Muon for the matrices of a model's blocks, AdamW for embeddings, head and vectors. Raises UserError.
+
+    muon_learning_rate: the highest, where AdamW's is learning_rate; a schedule scales both, see
+    set_learning_rate. group, sum_gradients: see Muon; the model must be where it is to stay.
+    """
+    if not 0 <= momentum < 1:
+        raise UserError(f"muon_momentum={momentum} must be at least 0 and below 1")
+    if muon_learning_rate < 0:
+        raise UserError(f"muon_learning_rate={muon_learning_rate} must not be negative")
+    if learning_rate <= 0:
+        raise UserError(f"learning_rate={learning_rate} must be above 0: Muon's follows it in proportion")
+    check_adamw(learning_rate, betas, weight_decay)
+    matrices = {p: 3 if "c_attn." in name else 1 for name, p in model.named_parameters()
+                if ".h." in name and p.dim() == 2}
+    ratio, stacked = muon_learning_rate / learning_rate, sorted(set(matrices.values()))
+    groups = [{"params": [p for p in matrices if matrices[p] == n], "stacked": n, "lr_ratio": ratio,
+               "weight_decay": weight_decay} for n in stacked]
+    for g in parameter_groups(model, weight_decay):
+        rest = [p for p in g["params"] if p not in matrices]
+        groups += [g | {"params": rest}] if rest else []
+    optimizer = Muon(groups, group, sum_gradients, momentum, lr=learning_rate, betas=betas, fused=True)
+    set_learning_rate(optimizer, learning_rate)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """In all groups; those that have a learning rate of their own keep its ratio to this one."""
+    for g in optimizer.param_groups:
+        g["lr"] = learning_rate * g.get("lr_ratio", 1.0)
+
+
 def share_out(parameters: list[nn.Parameter], processes: int) -> dict[nn.Parameter, int]:
     """Which process owns a parameter: the largest first, each to the one that has the least so far."""
     owner, load = {}, [0] * processes
@@ -109,6 +310,14 @@ def cosine_learning_rate(step: int, peak: float, minimum: float, warmup_steps: i
         return minimum
     progress = (step - warmup_steps) / max(1, decay_steps - warmup_steps)
     return minimum + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - minimum)
+
+
+def trapezoidal_learning_rate(step: int, peak: float, warmup_steps: int, warmdown_steps: int,
+                              total_steps: int) -> float:
+    """Linear to `peak` over warmup_steps, then that, then linear to 0 over the last warmdown_steps."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * min(1.0, (total_steps - step) / max(1, warmdown_steps))
 
 
 @torch.no_grad()
@@ -141,7 +350,7 @@ def clip_gradients(parameters, max_norm: float, split=(), group=None) -> torch.T
 
 def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """The optimizer's state as `{parameter}.{entry}` -> tensor, e.g. `transformer.wte.weight.exp_avg`; of a
-    ShardedAdamW, what this process has of it.
+    ShardedAdamW or Muon, what this process has of it.
     """
     state, parameters = {}, set(model.parameters())
     assert parameters.issuperset(optimizer.state), "the model must be resharded first"
@@ -169,12 +378,16 @@ def gather_state(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool)
     with the first of the data-parallel models. All processes take part; none has more than one tensor of
     others on its device at a time.
     """
-    group = optimizer.group if isinstance(optimizer, ShardedAdamW) else None
+    group = optimizer.group if isinstance(optimizer, (ShardedAdamW, Muon)) else None
     rank = 0 if group is None else optimizer.rank
     mine, state, device = state_by_name(optimizer, model), {}, next(model.parameters()).device
     entries = all_values({name: (t.shape, t.dtype) for name, t in mine.items()}, group)
+    seen = set()  # of Muon, all processes have AdamW's part
     for owner, of_owner in enumerate(entries):
         for name, (shape, dtype) in of_owner.items():
+            if name in seen:
+                continue
+            seen.add(name)
             tensor = mine[name] if owner == rank else torch.empty(shape, dtype=dtype, device=device)
             if owner > 0:
                 dist.broadcast(tensor, group_src=owner, group=group)
@@ -187,25 +400,30 @@ def gather_state(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool)
 @torch.no_grad()
 def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
                        state: dict[str, torch.Tensor]) -> None:
-    """The inverse of `state_by_name`; from the state of all parameters, a ShardedAdamW takes what it owns.
-    Raises UserError if names or shapes are not those of the model's parameters.
+    """The inverse of `state_by_name`; from the state of all parameters, a ShardedAdamW or a Muon takes what
+    it owns. Raises UserError if names or shapes are not those of the model's parameters.
     """
-    entries = sorted({key.rpartition(".")[2] for key in state})
-    expected = {f"{name}.{entry}" for name, _ in model.named_parameters() for entry in entries}
+    kinds = {key.rpartition(".")[2] for key in state}
+    of_matrices = kinds & {"momentum_buffer"}
+    muons = optimizer.owner if isinstance(optimizer, Muon) else ()
+    entries = {name: sorted(of_matrices if parameter in muons else kinds - of_matrices)
+               for name, parameter in model.named_parameters()}
+    expected = {f"{name}.{entry}" for name in entries for entry in entries[name]}
     if expected != set(state):
         odd = sorted(expected ^ set(state))
+        hint = ": was it saved with another --optimizer?" if muons or of_matrices else ""
         raise UserError(f"the optimizer's state does not fit the model: {len(odd)} entries differ, such as "
-                        f"{odd[0]}")
+                        f"{odd[0]}{hint}")
     for name, parameter in model.named_parameters():
-        for entry in entries:
+        for entry in entries[name]:
             shape = state[f"{name}.{entry}"].shape
             if shape not in (parameter.shape, torch.Size()):  # a step counter is a scalar
                 raise UserError(f"the optimizer's state does not fit the model: {name}.{entry} is "
                                 f"{tuple(shape)} and the parameter {tuple(parameter.shape)}")
     for name, parameter in model.named_parameters():
-        if isinstance(optimizer, ShardedAdamW) and not optimizer.owns(parameter):
+        if isinstance(optimizer, (ShardedAdamW, Muon)) and not optimizer.owns(parameter):
             continue
-        for entry in entries:
+        for entry in entries[name]:
             value = state[f"{name}.{entry}"]
             # a step counter stays where AdamW put it: fused, beside the parameter
             optimizer.state[parameter][entry] = part_like(value, parameter)

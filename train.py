@@ -55,7 +55,15 @@ from model import (
     use_activation_checkpointing,
     use_triton_layer_norm,
 )
-from optim import build_adamw, clip_gradients, cosine_learning_rate, load_state_by_name
+from optim import (
+    build_adamw,
+    build_muon,
+    check_optimizer,
+    clip_gradients,
+    cosine_learning_rate,
+    load_state_by_name,
+    set_learning_rate,
+)
 from tensor_parallel_model import ranks_on
 from training_logger import Stopwatch, TrainingLogger, check_installed, environment, peak_flops
 
@@ -106,6 +114,10 @@ weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient, 0 for no limit
+# Muon
+optimizer = "adamw"  # or 'muon' for the matrices of the blocks, with AdamW for the rest
+muon_learning_rate = 6e-4  # the highest, in AdamW's units; the schedule scales both alike
+muon_momentum = 0.95
 # learning-rate schedule
 decay_lr = True  # cosine from learning_rate to min_lr; otherwise constant
 warmup_iters = 2000
@@ -154,6 +166,7 @@ if model_type not in ("gpt", "distributed_gpt"):
     raise UserError(f"model_type={model_type!r} is unknown: use gpt or distributed_gpt")
 if block_types is not None and model_type == "gpt":
     raise UserError("block_types is for --model_type=distributed_gpt; the dense GPT has one kind of block")
+check_optimizer(optimizer, use_zero1, use_fsdp, tp_processes)
 if deterministic:
     make_deterministic()
 processes = start(device, backend, timeout, tp_processes)
@@ -257,8 +270,12 @@ else:
 del weights, filled
 
 # optimizer; the scaler does nothing unless the dtype is float16
-optimizer = build_adamw(model, learning_rate, (beta1, beta2), weight_decay,
-                        processes.dp_group if use_zero1 else None)
+if optimizer == "muon":
+    optimizer = build_muon(model, learning_rate, muon_learning_rate, (beta1, beta2), weight_decay,
+                           muon_momentum, processes.dp_group)
+else:
+    optimizer = build_adamw(model, learning_rate, (beta1, beta2), weight_decay,
+                            processes.dp_group if use_zero1 else None)
 scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
 first_iter, first_sample, evaluated, best_val_loss = 0, 0, False, math.inf
 same_run = resumed is not None and checkpoint.belongs_to(resumed, out_dir)  # or it goes on in another out_dir
@@ -402,8 +419,7 @@ for it in range(first_iter, max_iters + 1):
     lr = learning_rate
     if decay_lr:
         lr = cosine_learning_rate(it, learning_rate, min_lr, warmup_iters, lr_decay_iters)
-    for parameter_group in optimizer.param_groups:
-        parameter_group["lr"] = lr
+    set_learning_rate(optimizer, lr)
 
     # what is due before update `it`, but for what was done there before the checkpoint resumed from
     done, saved_here = it == first_iter and evaluated, it == first_iter and same_run

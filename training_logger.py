@@ -1,9 +1,9 @@
 """What a run says, and reading it again: console and log.txt, JSON Lines, TensorBoard, wandb; MFU.
 
     out_dir/log.txt                  every printed line, also those from before the files are opened
-    out_dir/run_<timestamp>.jsonl    one JSON object an event: start, schedule, iter, eval, checkpoint,
-                                     hellaswag, sample, end; null stands for a number that is NaN or infinite,
-                                     which JSON does not have
+    out_dir/run_<timestamp>.jsonl    one JSON object an event: start, source, schedule, iter, eval,
+                                     checkpoint, hellaswag, sample, end; null stands for a number that is NaN
+                                     or infinite, which JSON does not have
     out_dir/tensorboard/             curves, samples and hyperparameters, if asked for
     out_dir/wandb/, wandb_id         likewise
     out_dir/status.json              how the run is, for other programs
@@ -253,6 +253,15 @@ class TrainingLogger:
     def hellaswag(self, step: int, acc: float, acc_norm: float, n: int) -> None:
         self.line(f"step {step}: HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} on {n}")
         self.event("hellaswag", step=step, acc=acc, acc_norm=acc_norm, n=n)
+
+    def source(self, path: str) -> None:
+        """The text of the script that runs, for log.txt and for programs; people have the file."""
+        if not self.active:
+            return
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+        self._write_text(f"source of {path}:\n{text}")
+        self.event("source", path=path, text=text)
 
     def sample(self, step: int, text: str) -> None:
         """What the model writes. People get it without what would steer a terminal."""
