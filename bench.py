@@ -159,12 +159,15 @@ def parse_strategy(text: str) -> Strategy:
     if sum(map(has, ("ddp", "zero1", "fsdp"))) > 1 or (has("block") and has("selective")):
         raise UserError(f"compare: {text!r} names two ways to do the same: take one of ddp, zero1 and fsdp, "
                         f"and one of block and selective")
+    if len(sizes) > 1:
+        raise UserError(f"compare: {text!r} has several numbers: give one")
     if (has("keep") or has("offload") or sizes) and not has("fsdp"):
         raise UserError(f"compare: keep, offload and a number are for fsdp, and {text!r} is without")
     if has("offload") and has("tp"):
         raise UserError(f"compare: {text!r}: offload and tp do not go together")
-    if has("tp") and tp_processes == 1:
-        raise UserError(f"compare: {text!r} needs --tp_processes, how many processes hold a model")
+    if has("tp") and (tp_processes == 1 or dropout > 0):
+        raise UserError(f"compare: {text!r} needs --tp_processes, how many processes hold a model, and no "
+                        f"dropout")
     recompute = "block" if has("block") else "selective" if has("selective") else "none"
     return Strategy(text, *map(has, ("zero1", "fsdp", "tp", "keep", "offload", "triton", "eager")),
                     sizes[-1] if sizes else 1e6, recompute)
@@ -238,8 +241,13 @@ if tp_processes > 1 and not (mode == "train" and model_type == "distributed_gpt"
 for s in strategies:
     if processes.world_size == 1 and (s.zero1 or s.fsdp or s.tp):
         raise UserError(f"compare: {s.name} divides a model over processes: start bench.py with torchrun")
+    if s.tp and (s.zero1 or s.fsdp) and processes.dp_size == 1:
+        raise UserError(f"compare: {s.name}: tp_processes={tp_processes} are all processes, and nothing is left "
+                        f"to divide: start more")
     if s.offload and device.type != "cuda":
         raise UserError(f"compare: {s.name}: offload moves memory off a GPU, and the device is {device}")
+    if s.triton and not usable(torch.empty(0, device=device)):
+        raise UserError(f"compare: {s.name}: no Triton kernel runs on {device} here")
 if largest and device.type != "cuda":
     raise UserError(f"largest fills a GPU's memory, and the device is {device}")
 if peer and (latency or model_type != "gpt"):
@@ -732,30 +740,36 @@ def measure_memory(strategy: Strategy) -> dict:
 
 
 def largest_model(strategy: Strategy) -> dict:
-    """The most layers with which a step fits, by the peaks at two sizes and then one or two at the limit."""
+    """About the most layers with which a step fits, 97% of the memory that is free now: by the peaks at two
+    sizes, and then steps at the limit; what does not fit is noted as None."""
     free_memory()
     limit = 0.97 * min(all_values(torch.cuda.mem_get_info()[0], processes.group))
-    tried = {}
+    tried, parameters = {}, {}
 
-    def peak(layers: int) -> int:
-        c = contender(strategy, layers)
-        tried[layers] = max(all_values(c.peak_bytes, processes.group))
-        c.n_parameters = c.model.n_parameters()
-        return c.n_parameters
+    def fits(layers: int) -> bool:
+        try:
+            c = contender(strategy, layers)
+            peak, parameters[layers] = c.peak_bytes, c.model.n_parameters()
+        except torch.OutOfMemoryError:  # on all alike: they hold the same
+            peak = None
+        peaks = all_values(peak, processes.group)
+        tried[layers] = None if None in peaks else max(peaks)
+        return tried[layers] is not None
 
-    layers = [n_layer, n_layer + max(4, n_layer // 2)]
-    for n in layers:
-        peak(n)
-        free_memory()
+    fitting = [n for n in (n_layer, n_layer + max(4, n_layer // 2)) if fits(n)]
     for _ in range(2):
-        (n1, p1), (n2, p2) = sorted(tried.items())[-2:]
-        n = n2 + int((limit - p2) / (p2 - p1) * (n2 - n1))
-        if n <= n2:
+        if len(fitting) < 2:
             break
-        parameters = peak(n)
         free_memory()
-    n = max(tried)
-    return {"layers": n, "parameters": parameters, "peak": tried[n], "limit": limit, "tried": tried}
+        n1, n2 = fitting[-2:]
+        n = n2 + int((limit - tried[n2]) / (tried[n2] - tried[n1]) * (n2 - n1))
+        if n <= n2 or not fits(n):
+            break
+        fitting.append(n)
+    free_memory()
+    best = max(fitting, default=None)
+    return {"layers": best, "parameters": parameters.get(best), "peak": tried.get(best), "limit": limit,
+            "tried": tried}
 
 
 def print_memory(rows: list[dict]) -> None:
@@ -767,12 +781,15 @@ def print_memory(rows: list[dict]) -> None:
     for row in rows:
         b = row["bytes"] | {"predicted": row["predicted"]}
         b["activations"] = b["peak"] - b["held"]
-        share = f"{b['held'] / b['predicted']:.3f}" if b["predicted"] and b["held"] else "n/a"
+        if device.type != "cuda":  # nobody counts there
+            b |= dict.fromkeys(("held", "peak", "activations"))
+        cells = ["n/a" if b[column] is None else f"{b[column] / 2**30:.2f}" for column in columns]
+        cells += [f"{b['held'] / b['predicted']:.3f}" if b["predicted"] and b["held"] else "n/a",
+                  f"{row['tokens_per_second']:,.0f}"]
         ratio = row["tokens_per_second"] / first["tokens_per_second"]
-        print(f"{row['name']:>20}" + "".join(f"{b[column] / 2**30:12.2f}" for column in columns)
-              + f"{share:>12}{row['tokens_per_second']:12,.0f}  {ratio:.3f}")
-        if "largest" in row:
-            best = row["largest"]
+        print(f"{row['name']:>20}" + "".join(f"{cell:>12}" for cell in cells) + f"  {ratio:.3f}")
+        best = row.get("largest", {"layers": None})
+        if best["layers"] is not None:
             print(f"{'':>20} a step fits with {best['layers']} layers, {best['parameters'] / 1e9:.2f}B "
                   f"parameters: {best['peak'] / 2**30:.1f} of {best['limit'] / 2**30:.1f} GB")
 
@@ -784,16 +801,15 @@ if mode == "memory":
         free_memory()
         if largest:
             rows[-1]["largest"] = largest_model(strategy)
-            free_memory()
+        if processes.main and json:  # as far as it has come
+            with open(json, "w") as f:
+                json_.dump({"config": recorded, "environment": where, "world_size": processes.world_size,
+                            "rows": rows}, f, indent=1)
     if processes.main:
         print(f"memory: {processes.world_size} x {where['device']}, torch {where['torch']}, "
               f"{str(compute_dtype).removeprefix('torch.')}, compile={compile}, B={batch_size} a process, "
               f"T={block_size}, L={n_layer} H={n_head} C={n_embd} V={vocab_size}; median of {rounds} rounds")
         print_memory(rows)
-        if json:
-            with open(json, "w") as f:
-                json_.dump({"config": recorded, "environment": where, "world_size": processes.world_size,
-                            "rows": rows}, f, indent=1)
     finish(processes)
     raise SystemExit(0)
 

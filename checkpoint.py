@@ -713,14 +713,17 @@ def fill(model: nn.Module, weights, where: str, device: torch.device):
     """Give a model on any device, which may be in parts on several processes, its parameters on `device`, one
     at a time; an iterator that yields the name of each when that is done.
 
-    weights: (name, value) of each, as the dense model has them; where: they are from. Raises UserError if
-    names or shapes differ.
+    weights: (name, value) of each, as the dense model has them, or a dict of them, which is taken in the
+    model's order; where: they are from. Raises UserError if names or shapes differ.
     """
     places = {}  # (module, attribute) of each parameter; a tied one has two
     for module in model.modules():
         for attribute, p in module.named_parameters(recurse=False):
             places.setdefault(id(p), []).append((module, attribute))
     parameters, given = dict(model.named_parameters()), set()
+    if isinstance(weights, dict):
+        order = {name: i for i, name in enumerate(parameters)}
+        weights = sorted(weights.items(), key=lambda item: order.get(item[0], -1))
     problem = "{} does not fit the model: {} is {} there and {} here"
     for name, value in weights:
         if name not in parameters:

@@ -245,12 +245,13 @@ def settle_buckets(trained: torch.nn.Module, shape: tuple[int, int], device: tor
 
 def average_gradients(trained: torch.nn.Module, now: bool) -> None:
     """Whether the next backward pass averages gradients over the data-parallel processes, or leaves that,
-    and all communication, to a later one. FSDP still fetches parameters that it does not keep."""
+    and all communication, to a later one. Until then every process has whole gradients, in fp32, unless
+    FSDP is to accumulate_sharded. FSDP still fetches parameters that it does not keep."""
     if isinstance(trained, DistributedDataParallel):
         trained.require_backward_grad_sync = now
     elif isinstance(trained, FSDPModule):
-        trained.set_requires_gradient_sync(now)
-        if not trained.reshard_after_forward:
+        trained.set_requires_gradient_sync(now or trained.sharding.accumulate_sharded)
+        if not trained.sharding.reshard_after_forward:
             trained.set_reshard_after_backward(now)
 
 
@@ -263,17 +264,21 @@ class Sharding:
     min_num_params: float = 1e6  # blocks are fetched together until they hold so many
     reshard_after_forward: bool = True  # drop what was fetched, and fetch it again for the backward pass
     cpu_offload: bool = False  # keep parameters, gradients and optimizer state in the CPU's memory
+    accumulate_sharded: bool = False  # average gradients after every micro-step, and never hold them whole
 
-    def units(self, blocks) -> list[list[torch.nn.Module]]:
-        """Consecutive blocks that are fetched together. Those at the end that hold too few are in none: they
-        stay with what is not in a block, embedding, head and final LayerNorm."""
+    def units(self, blocks) -> list[list[int]]:
+        """The numbers of consecutive blocks that are fetched together; those at the end that hold too few
+        join the last unit. If all together hold too few there is none: the blocks stay with embedding, head
+        and final LayerNorm, which are whole throughout a step."""
         units, unit, size = [], [], 0
-        for block in blocks:
-            unit.append(block)
+        for i, block in enumerate(blocks):
+            unit.append(i)
             size += sum(p.numel() for p in block.parameters())
             if size >= self.min_num_params:
                 units.append(unit)
                 unit, size = [], 0
+        if units:
+            units[-1] += unit
         return units
 
     def shard(self, modules, reshard_after_forward: bool) -> None:
@@ -291,21 +296,31 @@ class Sharding:
                     offload_policy=offload)
 
     def shard_as_filled(self, model: torch.nn.Module, names) -> None:
-        """Shard each unit as soon as its parameters have values, so that never more than one is whole, and
-        then the rest. names: an iterator that fills a parameter of the model and then gives its name."""
-        waiting = self.units(model.transformer.h)
-        for _ in names:
-            while waiting and not any(p.is_meta for block in waiting[0] for p in block.parameters()):
-                self.shard(waiting.pop(0), self.reshard_after_forward)
+        """Shard each unit as soon as its parameters have values, and then the rest: if they come in the
+        model's order, never more than one is whole beside embedding and head.
+
+        names: an iterator that fills a parameter of the model and then gives its name.
+        """
+        blocks = model.transformer.h
+        missing = {}  # names of a unit's parameters that have no value yet
+        for unit in self.units(blocks):
+            prefixes = tuple(f"transformer.h.{i}." for i in unit)
+            missing[tuple(unit)] = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+        for name in names:
+            for unit in [unit for unit, waited_for in missing.items() if name in waited_for]:
+                missing[unit].discard(name)
+                if not missing[unit]:
+                    self.shard([blocks[i] for i in unit], self.reshard_after_forward)
         self.shard(model, False)  # the last that is needed and the first again
-        model.reshard_after_forward = self.reshard_after_forward
+        model.sharding = self
 
 
 def reshard(model: torch.nn.Module) -> None:
     """Let go of what FSDP keeps whole from a forward pass to its backward pass, where none follows: until
     then a model's parameters are not those that the optimizer knows."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens of a sequence, C = n_embd, H = n_head, D = C / H, V = 
 
 import copy
 import json
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -201,11 +202,16 @@ def use_activation_checkpointing(model: nn.Module, kind: str) -> None:
                         f"{', '.join(ACTIVATION_CHECKPOINTING)}")
     for block in model.transformer.h:
         block.recompute = kind
+    # compiled, 'selective' is met with a warning about operations in place, of which blocks have none
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(
+        lambda record: "context_fn is passed" not in record.getMessage())
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile each block of a model by itself, for FSDP, which has work to do between them; they share
-    one compilation."""
+    """torch.compile each block of a model by itself, for FSDP, which has work to do between them. Blocks that
+    compute the same share one compilation; there may be as many as blocks, in training and evaluation."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 4 * len(model.transformer.h))
     for block in model.transformer.h:
         block.forward = torch.compile(block.forward)
 

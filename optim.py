@@ -241,8 +241,8 @@ def check_optimizer(kind: str, use_zero1: bool, use_fsdp: bool, tp_processes: in
         raise UserError("optimizer='muon' shares its state out over the data-parallel processes anyway: "
                         "leave use_zero1 out")
     if kind == "muon" and use_fsdp:
-        raise UserError("optimizer='muon' needs whole matrices, and use_fsdp divides them: leave use_fsdp out "
-                        "(Muon's own state is shared out anyway), or use --optimizer=adamw")
+        raise UserError("optimizer='muon' needs whole matrices, and use_fsdp divides them: leave use_fsdp "
+                        "out (Muon's own state is shared out anyway), or use --optimizer=adamw")
     if kind == "muon" and tp_processes > 1:
         raise UserError(f"optimizer='muon' needs whole matrices, and tp_processes={tp_processes} divides "
                         f"them: use --tp_processes=1, which simulates the ranks, or --optimizer=adamw")

@@ -259,8 +259,8 @@ class Residual:
             self._synchronise(out if self.total is None else out + self.total, bias)
             return
         self.latest = out
-        if bias is not None:
-            self.biases = bias if self.biases is None else self.biases + bias
+        if bias is not None:  # a copy: FSDP takes a parameter back at the end of its block
+            self.biases = bias.clone() if self.biases is None else self.biases + bias
 
     def close(self):
         """The base (B, T, C) with everything that was pending."""

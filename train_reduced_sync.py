@@ -141,6 +141,7 @@ use_zero1 = False  # shard the optimizer's state over the data-parallel processe
 use_fsdp = False  # shard parameters, gradients and the optimizer's state over them (FSDP2, ZeRO-3)
 fsdp_min_num_params = 1e6  # layers are fetched together until they hold so many parameters
 fsdp_reshard_after_forward = True  # drop what was fetched and fetch it again for the backward pass
+fsdp_accumulate_sharded = False  # with accumulation, average gradients every time; True: less memory, slower
 fsdp_cpu_offload = False  # keep what is sharded in the CPU's memory, updates included
 activation_checkpointing = "none"  # 'block', 'selective': compute again in the backward pass, see model.py
 use_triton = False  # LayerNorm as a Triton kernel
@@ -156,6 +157,9 @@ check_at_least(config, 1, "sample_tokens", "timeout")
 check_at_most(config, 1e6, "timeout")
 check_at_least(config, 0, "fsdp_min_num_params")
 check_seed(config)
+for name in config:
+    if name.startswith("fsdp_") and config.origin[name] and not use_fsdp:
+        raise UserError(f"{name} is for --use_fsdp")
 if use_fsdp and use_zero1:
     raise UserError("use_fsdp shards the optimizer's state already, with all else: leave use_zero1 out")
 if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
@@ -180,9 +184,9 @@ compute_dtype = pick_dtype(dtype, device)
 if compute_dtype == torch.float16 and (use_fsdp or tp_processes > 1):
     raise UserError("float16 scales losses for one process at a time: with use_fsdp or tp_processes use "
                     "--dtype=bfloat16")
-if fsdp_cpu_offload and (tp_processes > 1 or device.type != "cuda" or not use_fsdp):
-    raise UserError("fsdp_cpu_offload moves what use_fsdp shards out of a GPU's memory: it needs use_fsdp, "
-                    "CUDA, and tp_processes=1")
+if fsdp_cpu_offload and (tp_processes > 1 or device.type != "cuda" or processes.dp_size == 1):
+    raise UserError("fsdp_cpu_offload moves what use_fsdp shards out of a GPU's memory: it needs CUDA, "
+                    "several processes, and tp_processes=1")
 if compile:
     check_compile(device)
 if gradient_accumulation_steps % processes.dp_size:
@@ -232,13 +236,13 @@ checkpoint.seed_random_states(seed)
 sharding = None
 if use_fsdp and processes.dp_size > 1:
     sharding = Sharding(processes, compute_dtype, fsdp_min_num_params, fsdp_reshard_after_forward,
-                        fsdp_cpu_offload)
+                        fsdp_cpu_offload, fsdp_accumulate_sharded)
 variant = {name: config[name] for name in checkpoint.VARIANT["reduced_sync_gpt"]}
 if resumed is not None:
     check_tokens(resumed.state["model"]["config"]["vocab_size"])
     with torch.device("meta"):
         model = checkpoint.build_model(resumed.state["model"], dropout=dropout)
-    weights = resumed.tensors("model").items()
+    weights = resumed.tensors("model")
 elif init_from == "scratch":
     used_vocab_size, vocab_size = padded_vocab_size(data.meta)
     architecture = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
@@ -401,14 +405,14 @@ if eval_only:
     raise SystemExit(0)
 
 # training loop
-loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device,
-                    processes.dp_rank, processes.dp_size, sample=first_sample)
 checkpoint.seed_random_states(seed + processes.rank)  # dropout differs between processes
 shared_generator = None  # but for the masks that all ranks of a model have in common
 if ranks is not None:
     shared_generator = model.share_dropout(seed, processes.dp_rank, device)
 with autocast:
     settle_buckets(trained, (batch_size, block_size), device, shared_generator)
+loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device,
+                    processes.dp_rank, processes.dp_size, sample=first_sample)
 if resumed is not None:
     checkpoint.resume_random_states(resumed, processes, tp_processes, shared_generator, log.line)
 saver = checkpoint.Saver(out_dir, keep_checkpoints, (resumed.step,) if same_run else (), log)
@@ -434,13 +438,13 @@ for it in range(first_iter, max_iters + 1):
         if not math.isfinite(losses["train"] + val_loss):
             problem = f"the train loss is {losses['train']}, the val loss {val_loss}"
             break
-    if due(sample_interval) and not stopping:
+    whole = None
+    if (due(sample_interval) or due(hellaswag_interval)) and not stopping:
         whole = checkpoint.unsharded(model, "reduced_sync_gpt", compute_dtype, device)
+    if due(sample_interval) and not stopping and processes.dp_rank == 0:
         with autocast:
-            if processes.dp_rank == 0:
-                log.sample(it, sample_text(whole, tokenizer, sample_prompt, sample_tokens, seed))
+            log.sample(it, sample_text(whole, tokenizer, sample_prompt, sample_tokens, seed))
     if due(hellaswag_interval) and not stopping:
-        whole = checkpoint.unsharded(model, "reduced_sync_gpt", compute_dtype, device)
         with autocast:
             result = hellaswag.accuracy(whole, examples, batch_size, device, processes.dp_rank,
                                         processes.dp_size, processes.dp_group, signals.received_anywhere)

@@ -27,9 +27,10 @@ from distributed import (
     average_gradients,
     data_parallel,
     local_part,
+    reshard,
     whole_tensor,
 )
-from model import ACTIVATION_CHECKPOINTING, use_activation_checkpointing
+from model import ACTIVATION_CHECKPOINTING, GPT, GPTConfig, use_activation_checkpointing
 from optim import ShardedAdamW, build_adamw, clip_gradients, load_state_by_name, share_out, state_by_name
 from tensor_parallel_model import Ranks
 
@@ -73,7 +74,7 @@ class Run:
 
     def __init__(self, division: Division, processes: Processes, saved: dict | None = None,
                  scaler: bool = False, recompute: str = "none", dropout: float = 0.0,
-                 min_num_params: float = 1, reshard: bool = True):
+                 min_num_params: float = 1, reshard: bool = True, whole_gradients: bool = True):
         """saved: what `snapshot` gave, to go on from."""
         self.processes = processes
         initial = build(dict(block_types=["spd"] * 2), 2, torch.float32, dropout=dropout, **MODEL)
@@ -85,7 +86,8 @@ class Run:
         use_activation_checkpointing(self.model, recompute)
         filled = checkpoint.fill(self.model, values, "the test", CPU)
         if division.fsdp:
-            Sharding(processes, torch.float32, min_num_params, reshard).shard_as_filled(self.model, filled)
+            Sharding(processes, torch.float32, min_num_params, reshard, False,
+                     not whole_gradients).shard_as_filled(self.model, filled)
         deque(filled, maxlen=0)
         self.optimizer = build_adamw(self.model, 1e-3, (0.9, 0.95), 0.1,
                                      processes.dp_group if division.zero1 else None)
@@ -181,17 +183,46 @@ def check_communication(rank: int, world: int) -> None:
     """Collectives of an update of 4 processes, in two micro-steps of which the first leaves gradients where
     they are: units are fetched once for each pass, or once in all if they are kept."""
     processes = processes_of_divisions(rank)[Division(4, fsdp=True)]
+    expected = Run(Division(1), ALONE).step(0)
     for min_num_params, units in ((1, 3), (20_000, 2), (1e9, 1)):  # a layer has 12,704 parameters
-        for reshard in (True, False):
-            run = Run(Division(4, fsdp=True), processes, min_num_params=min_num_params, reshard=reshard)
-            assert len(run.model.transformer.h) == 2
-            run.step(0)
+        for reshard, whole in ((True, True), (False, True), (True, False)):
+            run = Run(Division(4, fsdp=True), processes, min_num_params=min_num_params, reshard=reshard,
+                      whole_gradients=whole)
+            assert run.step(0) == pytest.approx(expected, rel=1e-6)
             with Counted() as counted:
                 for last in (False, True):
                     average_gradients(run.trained, last)
                     run.trained(tokens(1, 16), tokens(1, 16))[1].backward()
             fetched = 4 * (units - 1) + 2 if reshard else units  # the rest is kept for the backward pass
-            assert counted.collectives() == {"_allgather_base_": fetched, "_reduce_scatter_base_": units}
+            assert counted.collectives() == {"_allgather_base_": fetched,
+                                             "_reduce_scatter_base_": units * (1 if whole else 2)}
+
+
+def check_starting(rank: int, world: int) -> None:
+    """While a model gets its weights, never more than one unit is whole beside embedding and head, in
+    whatever order a file has them; afterwards nothing is."""
+    processes = processes_of_divisions(rank)[Division(4, fsdp=True)]
+    torch.manual_seed(1)
+    dense = GPT(GPTConfig(n_layer=12, n_head=2, n_embd=8, block_size=8, vocab_size=16))
+    values = dict(sorted(dense.named_parameters()))  # h.1, h.10, h.11, h.2, ...
+    with torch.device("meta"):
+        model = checkpoint.build_model(checkpoint.model_description("gpt", dense))
+    most = []
+
+    def watched(names):
+        for name in names:
+            most.append(len({id(block) for block in model.transformer.h for p in block.parameters()
+                             if not p.is_meta and not isinstance(p, DTensor)}))
+            yield name
+
+    sharding = Sharding(processes, torch.float32, min_num_params=1500)  # two of 872 parameters
+    sharding.shard_as_filled(model, watched(checkpoint.fill(model, values, "the test", CPU)))
+    assert max(most) == 2 and all(isinstance(p, DTensor) for p in model.parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(whole_tensor(p), values[name]), name
+    idx = tokens(2, 8, vocab_size=16)
+    assert torch.equal(model(idx, idx)[1], dense(idx, idx)[1])
+    reshard(model)
 
 
 def check_recomputation(rank: int, world: int) -> None:
@@ -245,26 +276,27 @@ def check_scaler(rank: int, world: int) -> None:
 
 
 def check_checkpoints(rank: int, world: int) -> None:
-    """Saved of every division, loaded in every other: the same bits. So whose they were cannot matter to the
-    next losses, which are those of one process to 1e-6."""
+    """What is saved is whole tensors by name. Loaded in any division and saved again it has the same bits, so
+    whose they were cannot matter to the next losses, which are those of one process to 1e-6. Of some sources,
+    for time."""
     mine, saved = processes_of_divisions(rank), {}
-    runs = {division: Run(division, processes) for division, processes in mine.items()}
-    for division in DIVISIONS:
+    for division in (Division(1), Division(4, zero1=True), Division(2, tp=2), Division(4, tp=2, fsdp=True)):
         if division in mine:
+            run = Run(division, mine[division])
             for it in range(3):
-                runs[division].step(it)
-            saved[division] = runs[division].snapshot()
+                run.step(it)
+            saved[division] = run.snapshot()
         box = [saved.get(division)]
         dist.broadcast_object_list(box, src=0)
         saved[division] = box[0]
     for source, tensors in saved.items():
         assert len(tensors["optim"]) == 3 * len(tensors["model"])
         expected = []
-        if source == DIVISIONS[-1]:
-            alone = Run(Division(1), ALONE, saved=tensors)
+        if source == Division(4, tp=2, fsdp=True):
+            alone = Run(Division(1), ALONE, tensors)
             expected = [alone.step(it) for it in range(3, 13)]
         for division, processes in mine.items():
-            case, run = (source, division), Run(division, processes, saved=tensors)
+            case, run = (source, division), Run(division, processes, tensors)
             again = run.snapshot()
             for which in ("model", "optim") if rank == 0 else ():
                 assert set(again[which]) == set(tensors[which]), case
@@ -274,7 +306,8 @@ def check_checkpoints(rank: int, world: int) -> None:
 
 
 def check_all(rank: int, world: int) -> None:
-    for check in (check_training, check_communication, check_recomputation, check_scaler, check_checkpoints):
+    for check in (check_training, check_starting, check_communication, check_recomputation,
+                   check_scaler, check_checkpoints):
         check(rank, world)
 
 
@@ -304,11 +337,13 @@ RUN = [*TINY, "--batch_size=2", "--gradient_accumulation_steps=4", "--max_iters=
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, script, options, says", [
     (2, "train.py", ["--use_zero1"], "Using ZeRO-1 optimizer state sharding\n"),
-    (2, "train.py", ["--use_fsdp", "--fsdp_min_num_params=1", "--activation_checkpointing=selective",
-                     "--sample_interval=6", "--sample_prompt=A", "--sample_tokens=9"],
+    (2, "train.py", ["--use_fsdp", "--fsdp_min_num_params=1", "--fsdp_reshard_after_forward=False",
+                     "--activation_checkpointing=selective", "--sample_interval=6", "--sample_prompt=A",
+                     "--sample_tokens=9"],
      "Wrapping model with FSDP... 2 units of layers\n"),
-    (4, "train_reduced_sync.py", ["--use_fsdp", "--tp_processes=2", "--sync_strategy=spd"],
-     "Wrapping model with FSDP... 0 units of layers\n")], ids=["zero1", "fsdp", "fsdp tp"])
+    (4, "train_reduced_sync.py", ["--use_fsdp", "--tp_processes=2", "--sync_strategy=custom", "--bias",
+                                  "--sync_points=[0,3]", "--fsdp_min_num_params=1"],
+     "Wrapping model with FSDP... 2 units of layers\n")], ids=["zero1", "fsdp", "fsdp tp"])
 def test_exact_resume(processes, script, options, says, tiny_data, tmp_path):
     """Losses, weights, moments, random states, to the last bit."""
     args = [*RUN, *options, f"--dataset={tiny_data}"]
@@ -319,6 +354,11 @@ def test_exact_resume(processes, script, options, says, tiny_data, tmp_path):
     assert done.code == 0 and newest(tmp_path / "again") == newest(tmp_path / "out"), done.err
     through = losses(tmp_path / "out")
     assert losses(tmp_path / "again") == {it: through[it] for it in range(6, 12)}
+    if script == "train.py" and "--use_fsdp" in options:  # weights of another run, of fewer positions
+        crop = [*RUN, f"--dataset={tiny_data}", "--init_from=out", "--block_size=8", "--eval_only"]
+        values = [torchrun(n, script, *crop, *use, cwd=tmp_path).out.splitlines()[-1]
+                  for n, use in ((1, []), (2, options))]
+        assert values[0] == values[1] and values[0].startswith("step 0: train loss 3.0"), values
 
 
 @pytest.mark.parametrize("script", ["train.py", "train_reduced_sync.py"])
