@@ -177,10 +177,11 @@ def _screen(story: Story, stage: str) -> list[str]:
                        interval=interval, runs=len(good)) if good else dict(variant=variant, runs=0)
         if not good:
             story.note(stage, "drop", f"{variant}: no run succeeded", **numbers)
-        elif interval is not None and interval[0] > 0:
-            story.note(stage, "drop", f"{variant}: {_against(mean, interval, OF_SCREENING)}, worse", **numbers)
-        else:
-            story.note(stage, "keep", f"{variant}: {_against(mean, interval, OF_SCREENING)}", **numbers)
+            continue
+        worse = interval is not None and interval[0] > 0
+        against = _against(mean, interval, OF_SCREENING)
+        story.note(stage, "drop" if worse else "keep", f"{variant}: {against}{', worse' * worse}", **numbers)
+        if not worse:
             kept.append(variant)
     return kept
 
@@ -379,8 +380,11 @@ def run_campaign(plan: Plan, results: Results, budget: Budget, costs: Costs, pro
         tell(decisions)
         if outcome is not None:
             return outcome
-        if not costs.knows(batch[0].stage):
-            if not probe(batch[0].stage):
-                without.add(batch[0].stage)
+        stage, done = batch[0].stage, len(results.losses)
+        if not costs.knows(stage):
+            if not probe(stage):
+                without.add(stage)
             continue
         do(batch)
+        if len(results.losses) == done:  # what they may take is more than there is
+            without.add(stage)

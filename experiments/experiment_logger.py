@@ -46,7 +46,7 @@ class ExperimentLogger:
                  say=print):
         """For `create` and `reopen`. results, metrics: by run_id."""
         self.folder, self.config, self.results, self.metrics, self.say = folder, config, results, metrics, say
-        self.lock = None  # the file that runner.lock holds
+        self.lock = None  # what runner.lock returned
         self._git = git_info()
         self._gpus = gpu_info()
 

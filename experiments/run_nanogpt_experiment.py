@@ -76,7 +76,7 @@ def main() -> None:
     end_on_signals()
     log = ExperimentLogger.reopen(args.resume) if args.resume else ExperimentLogger.create(
         config, args.log_dir, n_runs)
-    lock(log)
+    log.lock = lock(log.folder)
     execute(log, n_runs, args.retry_failed, places)
 
 

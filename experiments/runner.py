@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass, field
 
 from configurator import UserError
+from data.files import unused_path
 from experiments.experiment_config import command, num_iterations, shown
 from experiments.experiment_logger import ExperimentLogger, gpu_info
 from training_logger import read_log
@@ -43,6 +44,8 @@ class Job:
     limit: float = 0.0
     changed: dict = field(default_factory=dict)  # settings other than the experiment's
     recorded: bool = True  # otherwise it is a probe, which is no result
+    folder: str | None = None  # of its output, once that is known
+    key: str = ""  # of its reservation in a campaign
 
     @property
     def name(self) -> str:
@@ -62,9 +65,9 @@ class Running:
         if job.recorded:
             self.folder = job.log.fresh_run_folder(job.run_id)
         else:
-            self.folder = job.log.path("probe")
+            self.folder = job.folder or unused_path(job.log.path("probe"))
             os.makedirs(self.folder)
-        self.out_dir = os.path.join(self.folder, "out")
+        job.folder, self.out_dir = self.folder, os.path.join(self.folder, "out")
         self.report = os.path.join(self.folder, "report.json")
         self.command = command(job.log.config, job.run_id, os.path.abspath(self.out_dir), **job.changed)
         job.log.note(f"{job.name}: {shown(self.command, gpus)}")
@@ -235,17 +238,16 @@ def slots(config: dict, parallel: int) -> list[str | None]:
     return [",".join(gpus[i * n:(i + 1) * n]) if parallel > 1 else None for i in range(parallel)]
 
 
-def lock(log: ExperimentLogger, patience: float = 2 * ENDING) -> None:
-    """Take the experiment's folder for this process and its supervisors. Raises UserError."""
-    log.lock = open(log.path("LOCK"), "a")
-    until = time.monotonic() + patience
+def lock(folder: str, patience: float = 2 * ENDING):
+    """The open file by which a folder is this process's and its supervisors'. Raises UserError."""
+    file, until = open(os.path.join(folder, "LOCK"), "a"), time.monotonic() + patience
     while True:
         try:
-            fcntl.flock(log.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
         except OSError:
             if time.monotonic() > until:
-                raise UserError(f"{log.folder} is in use by another runner: wait for it, or end it") from None
+                raise UserError(f"{folder} is in use by another runner: wait for it, or end it") from None
             time.sleep(0.1)
 
 
