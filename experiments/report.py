@@ -10,7 +10,7 @@ from data.files import os_error_as_user_error, replace_file
 from experiments.experiment_logger import read_folder
 from visualize_training import save
 
-SHOWN = 0.1  # of the steps after which a curve's loss must be in the picture
+SHOWN = 0.25  # of the steps after which a curve's loss must be in the picture
 
 
 @dataclass
@@ -111,7 +111,7 @@ def draw(experiments: list[Experiment], target: float | None, path: str) -> None
         bottom = min(bottom, target)
         for ax in axes:
             ax.axhline(target, color="0.35", linestyle=":", linewidth=1)
-        axes[0].annotate(f"target {target:g}", (1, target), xycoords=("axes fraction", "data"), ha="right",
+        axes[0].annotate(f"target {target:g}", (0.01, target), xycoords=("axes fraction", "data"),
                          va="bottom", color="0.35")
     axes[0].set_ylim(bottom - margin, top + margin)
     axes[0].set_ylabel("val loss (what is higher is cut off)")
