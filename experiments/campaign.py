@@ -68,16 +68,17 @@ class Results:
         good = self.good(stage, variant)
         return math.fsum(good) / len(good) if good else math.inf
 
-    def noise(self, stage: str) -> tuple[float, int] | None:
-        """Standard deviation within variants, and its degrees of freedom; None if there is no spread."""
-        samples = [self.good(stage, variant) for variant in sorted({
-            run.variant for run in self.losses if run.stage == stage})]
+    def noise(self, stage: str, among: list[str] | None = None) -> tuple[float, int] | None:
+        """Standard deviation within variants, and its degrees of freedom; None if there is no spread. among:
+        the variants to pool, None for all."""
+        among = sorted({run.variant for run in self.losses if run.stage == stage}) if among is None else among
+        samples = [self.good(stage, variant) for variant in among]
         return pooled_std(*samples) if any(map(differ, samples)) else None
 
-    def difference(self, stage: str, a: str, b: str, confidence: float = CONFIDENCE
-                   ) -> tuple[float, tuple[float, float] | None]:
-        """b's mean - a's, and its interval by the stage's noise."""
-        noise, n = self.noise(stage), [len(self.good(stage, variant)) for variant in (a, b)]
+    def difference(self, stage: str, a: str, b: str, confidence: float = CONFIDENCE,
+                   among: list[str] | None = None) -> tuple[float, tuple[float, float] | None]:
+        """b's mean - a's, and its interval by the stage's noise among some variants, None for all."""
+        noise, n = self.noise(stage, among), [len(self.good(stage, variant)) for variant in (a, b)]
         mean = self.mean(stage, b) - self.mean(stage, a)
         if noise is None or not all(n):
             return mean, None
@@ -219,7 +220,8 @@ def _validate(story: Story, before: str, stage: str, candidates: list[str]) -> l
                 return story.out_of_budget(stage, candidates, before)
             story.note(stage, "skip", f"{', '.join(group)}: the budget does not pay for this and a proof")
             break
-        verdicts |= {variant: _judge(story, stage, variant) for variant in group}
+        there = [plan.baseline, *verdicts, *group]  # those that come later must not change this
+        verdicts |= {variant: _judge(story, stage, variant, there) for variant in group}
         left = [variant for variant in left if variant not in group]
         group = _next(story, before, stage, verdicts, left)
     passed = [variant for variant, verdict in verdicts.items() if verdict != NO]
@@ -244,14 +246,14 @@ def _next(story: Story, before: str, stage: str, verdicts: dict[str, str], left:
     return left[:1]
 
 
-def _judge(story: Story, stage: str, variant: str) -> str:
-    """Whether a variant is better than the baseline: yes, no, or open."""
+def _judge(story: Story, stage: str, variant: str, among: list[str]) -> str:
+    """Whether a variant is better than the baseline, by the noise among these: yes, no, or open."""
     good = story.results.good(stage, variant)
-    mean, interval = story.results.difference(stage, story.plan.baseline, variant)
+    mean, interval = story.results.difference(stage, story.plan.baseline, variant, among=among)
     if not good or not math.isfinite(mean):
         story.note(stage, NO, f"{variant}: no successful runs to compare", variant=variant, runs=len(good))
         return NO
-    narrow = story.results.difference(stage, story.plan.baseline, variant, OF_NO)[1]
+    narrow = story.results.difference(stage, story.plan.baseline, variant, OF_NO, among)[1]
     worse = mean >= 0 if narrow is None else narrow[0] > 0
     verdict = NO if worse else YES if interval is not None and interval[1] < 0 else OPEN
     meaning = {YES: "better", NO: "worse", OPEN: "cannot be told from it"}[verdict]

@@ -1,5 +1,6 @@
 """What analyses of experiments share: reading their folders, tables, and curves with a band over seeds."""
 
+import io
 import os
 from dataclasses import dataclass
 
@@ -8,7 +9,6 @@ import numpy as np
 from configurator import UserError
 from data.files import os_error_as_user_error, replace_file
 from experiments.experiment_logger import read_folder
-from visualize_training import save
 
 SHOWN = 0.25  # of the steps after which a curve's loss must be in the picture
 
@@ -122,8 +122,10 @@ def draw(experiments: list[Experiment], target: float | None, path: str) -> None
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_xlim(left=0)
-    save(figure, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
     plt.close(figure)
+    write(path, picture.getvalue())
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -144,8 +146,10 @@ def p_value(p: float | None) -> str:
     return "-" if p is None else f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
 
 
-def write(path: str, text: str) -> None:
+def write(path: str, content: str | bytes) -> None:
     """A file whole or not at all. Raises UserError."""
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     with os_error_as_user_error(f"cannot write {path}"):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        replace_file(path, text.encode(errors="backslashreplace"))
+        replace_file(path, content)

@@ -25,7 +25,6 @@ from configurator import UserError
 from data.files import unused_path
 from experiments.experiment_config import command, num_iterations, shown
 from experiments.experiment_logger import ExperimentLogger, gpu_info
-from training_logger import read_log
 
 SUPERVISOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervise.py")
 ENDING = 5.0  # seconds that ending a run may take at most
@@ -139,6 +138,8 @@ def read_run(out_dir: str, asked: dict, report: dict) -> tuple[dict, list[dict]]
 
     asked: the settings it was given; report: supervise.py's.
     """
+    from training_logger import read_log  # and with it torch, which takes seconds
+
     result = {"final_val_loss": None, "final_train_loss": None, "time_seconds": 0.0, "final_step": 0,
               "success": False}
     status, metrics, config = {}, [], {}

@@ -39,7 +39,7 @@ seed = 1
 out_dir = "out"
 config = configure(globals())
 
-behaviour = (behaviours or {{}}).get(seed, "fine")
+behaviour = (behaviours or {{}}).get(str(seed), "fine")
 if behaviour == "refuse":
     sys.exit("error: no data set")
 if int(os.environ.get("RANK", 0)):
@@ -73,9 +73,8 @@ for step in range(last + 1):
     if step % val_loss_every == 0 or step == last:
         print(f"step:{{step}}/{{num_iterations}} val_loss:{{loss:.4f}}", flush=True)
         name = "valid_loss" if behaviour == "other format" else "val_loss"
-        if behaviour != "silent":
-            event("eval", step=step, train_loss=loss, lr=0.1, **clock,
-                  **{{name: None if behaviour == "not finite" else loss}})
+        event("eval", step=step, train_loss=loss, lr=0.1, **clock,
+              **{{name: None if behaviour == "not finite" else loss}})
     if behaviour == "crash" and step == 7:
         raise RuntimeError("the GPU has fallen off the bus")
     time.sleep(step_seconds)
@@ -145,7 +144,7 @@ def kill_once(folder: Path, args: tuple[str, ...], number: int, after: float) ->
 def campaign(folder: Path, kills: int, seed: int, longest: float = 8.0) -> list[dict]:
     """As many kills of one experiment, then its end; what happened. Raises AssertionError."""
     numbers = random.Random(seed)
-    config = write_experiment(folder, n_gpus=2, steps=40, step_seconds=0.05)
+    config = write_experiment(folder, n_gpus=2, steps=20, step_seconds=0.1)
     n_runs, cases, done = kills + 1, [], {}
     args = ("--config", str(config), f"--n_runs={n_runs}")
     for i in range(kills):

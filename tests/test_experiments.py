@@ -26,15 +26,16 @@ from experiments.report import time_to
 
 A, B, C = STAGES
 CONFIGS = ROOT / "experiments" / "configs"
-TOY = ["--device=cpu", "--compile=False", "--n_layer=2", "--n_head=2", "--n_embd=32", "--sequence_length=32",
+TOY = ["--device=cpu", "--compile=False", "--n_layer=5", "--n_head=2", "--n_embd=32", "--sequence_length=32",
        "--batch_size=8", "--device_batch_size=4", "--num_iterations=40", "--warmdown_iters=10",
        "--val_loss_every=10", "--val_tokens=1024", "--learning_rate=0.01"]
 
 
 def run(script: str, *args, cwd: Path, code: int = 0) -> str:
     """What an experiments/ script printed."""
-    done = subprocess.run([sys.executable, str(ROOT / "experiments" / script), *map(str, args)], cwd=cwd,
-                          capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, str(ROOT / "experiments" / script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == code, done.stdout + done.stderr
     assert code != 2 or done.stderr.count("\n") == 1, done.stderr
     return done.stdout + done.stderr
@@ -72,7 +73,8 @@ def test_power_against_scipy_and_itself():
         expected = stats.nct.sf(stats.t.ppf(0.99, n - 1), n - 1, 2.0 * math.sqrt(n))
         assert es.power_at_most(3.276, 0.002, n, 3.28, 0.01) == pytest.approx(expected, abs=1e-5)
     n = es.runs_needed(3.276, 0.002, 3.28)
-    assert es.power_at_most(3.276, 0.002, n, 3.28, 0.01) >= 0.8 > es.power_at_most(3.276, 0.002, n - 1, 3.28, 0.01)
+    reached = [es.power_at_most(3.276, 0.002, runs, 3.28, 0.01) for runs in (n - 1, n)]
+    assert reached[0] < 0.8 <= reached[1]
     assert es.runs_needed(3.29, 0.002, 3.28) is None
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=5), rng.normal(size=4)
@@ -85,7 +87,8 @@ def test_power_against_scipy_and_itself():
 
 
 def test_holm():
-    """Against its definition: reject the smallest at alpha / m, the next at alpha / (m - 1), until one fails."""
+    """Against its definition: reject the smallest at alpha / m, the next at alpha / (m - 1), until one fails.
+    """
     p = [0.012, 0.04, 0.0001, 0.03, None, 0.5]
     adjusted = es.holm(p)
     assert adjusted[4] is None
@@ -157,7 +160,8 @@ def test_planner_without_money_or_results():
 
 
 def test_planner_by_simulation():
-    """The budget is never exceeded; with enough of it the best is found about as often as in full, for less."""
+    """The budget is never exceeded; with enough of it the best is found about as often as in full, for less.
+    """
     found = simulate.campaigns(60, 8, 5.0, 60.0, seed=3)
     assert found["exceeded"] == 0 and found["cost_staged"] < 0.7 * found["cost_full"]
     assert found["found_staged"] > found["found_full"] - 4 * found["standard_error"]
@@ -192,7 +196,8 @@ def test_shipped_configurations():
         assert (settings["num_iterations"], settings["batch_size"], settings["device_batch_size"],
                 settings["val_loss_every"], config["n_gpus"]) == expected[stage]
         names.add((stage, config["hyperparameters"]["variant"]))
-    assert {(stage, name) for stage in STAGES for name in ("baseline", "palm", "curriculum", "depth_warm")} <= names
+    wanted = ("baseline", "palm", "curriculum", "depth_warm")
+    assert {(stage, name) for stage in STAGES for name in wanted} <= names
     full = load_config(str(CONFIGS / "baseline.json"))
     assert full["stage_config"] == load_config(str(CONFIGS / C / "palm_full.json"))["stage_config"]
 
@@ -202,7 +207,8 @@ def test_shipped_configurations():
     ({"n_gpus": True}, "n_gpus=true must be an integer"), ({"n_gpus": 0}, "n_gpus=0 must be at least 1"),
     ({"stage": "a"}, "stage='a' is unknown"), ({"experiment_name": "a/b"}, "names a folder"),
     ({"script": "none.py"}, "cannot read the script"), ({"base_seed": -1}, "base_seed=-1"),
-    ({"modification_type": "magic"}, "modification_type='magic' is unknown"), ({"stage_config": {}}, "num_iterations"),
+    ({"modification_type": "magic"}, "modification_type='magic' is unknown"),
+    ({"stage_config": {}}, "stage_config needs num_iterations"),
     ({"hyperparameters": {"batch_size": 1}}, "'batch_size' in stage_config and in hyperparameters"),
     ({"hyperparameters": {"seed": 1}}, "'seed' is set by the runner"),
     ({"hyperparameters": {"efect": 1}}, "unknown key 'efect' in hyperparameters of"),
@@ -244,43 +250,45 @@ def test_dry_run_prints_the_commands(tmp_path):
     path = runner_kills.write_experiment(tmp_path, n_gpus=2, effect=0.5)
     said = run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 2, "--dry_run", cwd=tmp_path)
     commands = [line for line in said.splitlines() if "torch.distributed.run" in line]
-    assert len(commands) == 2 and all("--nproc_per_node=2" in line and "--effect=0.5" in line for line in commands)
-    assert ["--seed=42" in commands[0], "--seed=43" in commands[1]] == [True, True]
+    assert len(commands) == 2 and "--seed=42" in commands[0] and "--seed=43" in commands[1]
+    assert all("--nproc_per_node=2" in line and "--effect=0.5" in line for line in commands)
     assert not (tmp_path / "experiment_logs").exists()
 
 
 def test_runs_that_go_wrong(tmp_path):
     """Each is recorded as failed with its reason and the end of its output, and is in no statistic."""
     wrong = {43: "crash", 44: "other format", 45: "not finite", 46: "diverged", 47: "other settings",
-             48: "stops early", 49: "silent", 50: "refuse"}
+             48: "stops early", 49: "refuse"}
     path = runner_kills.write_experiment(tmp_path, behaviours=wrong)
-    run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 10, "--parallel", 3, cwd=tmp_path)
+    run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 9, "--parallel", 3, cwd=tmp_path)
     folder = only(tmp_path / "experiment_logs")
     results = runner_kills.results(tmp_path)
     errors = {wrong[row["seed"]]: row["error"] for row in results.values() if not row["success"]}
     for what, words in {
             "crash": "crashed at step 7 (exit code 1)", "other format": "no validation loss captured",
             "not finite": "the last validation loss is None", "diverged": "non_finite at step 20",
-            "other settings": "asked for batch_size=8 and ran with 3", "silent": "no validation loss captured",
+            "other settings": "asked for batch_size=8 and ran with 3",
             "stops early": "no validation loss captured at step 20: the last is of 15",
             "refuse": "left no status.json"}.items():
         assert words in errors.pop(what)
     assert not errors
     assert results[1]["output_tail"][-1] == "RuntimeError: the GPU has fallen off the bus"
-    assert results[8]["output_tail"] == ["error: no data set"]
+    assert results[7]["output_tail"] == ["error: no data set"]
     summary = json.loads((folder / "summary.json").read_text())["statistics"]
-    good = [results[i]["final_val_loss"] for i in (0, 9)]
+    good = [results[i]["final_val_loss"] for i in (0, 8)]
     assert summary["val_loss"]["mean"] == pytest.approx(np.mean(good)) and summary["successful_runs"] == 2
-    assert summary["n_runs"] == 10 and summary["time"]["total"] == pytest.approx(0.4)
+    assert summary["n_runs"] == 9 and summary["time"]["total"] == pytest.approx(0.4)
     said = run("analyze_results.py", folder, cwd=tmp_path)
-    assert "8 of 10 runs failed and are in no statistic" in said and (folder / "loss_curves.png").stat().st_size > 1e4
+    assert "7 of 9 runs failed and are in no statistic" in said
+    assert (folder / "loss_curves.png").stat().st_size > 1e4
 
 
 def test_nothing_that_trains_is_loud(tmp_path):
     """The runner ends with an error, and without starting the rest, where nothing gets to a step."""
     path = runner_kills.write_experiment(tmp_path, behaviours={42: "refuse"})
     said = run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 3, cwd=tmp_path, code=2)
-    assert "no validation loss captured" in said and "not started" in said and len(runner_kills.results(tmp_path)) == 1
+    assert "no validation loss captured" in said and "run 1 (seed 43): not started" in said
+    assert len(runner_kills.results(tmp_path)) == 1
 
 
 def test_killed_runners(tmp_path):
@@ -292,33 +300,33 @@ def test_killed_runners(tmp_path):
 def test_stages_go_on(tmp_path):
     """A campaign that is killed and goes on, with its budget kept over both; the plan may not change."""
     truth = {"baseline": 0.0, "good": -0.05, "bad": 0.05}
-    for stage, steps in ((A, 10), (B, 12), (C, 14)):
+    for stage, steps in zip(STAGES, (10, 12, 14)):
         for name, effect in truth.items():
             runner_kills.write_experiment(tmp_path, name, stage, steps=steps, effect=effect)
-    stages = [{"stage": stage, "config": "{variant}_" + stage + ".json", "n_runs": n}
-              for stage, n in ((A, 2), (B, 2), (C, 2))]
-    plan = {"campaign_name": "toy", "baseline": "baseline", "variants": ["good", "bad"], "target_val_loss": 3.7,
-            "stages": stages, "most_advanced": 1, "most_proved": 1, "probe_steps": 5,
-            "budget": {"gpu_hours": 1, "gpu_hours_per_run": 0.2, "probe_gpu_hours": 0.1, "price_per_gpu_hour": 2.5}}
+    stages = [{"stage": stage, "config": "{variant}_" + stage + ".json", "n_runs": 2} for stage in STAGES]
+    plan = {"campaign_name": "toy", "baseline": "baseline", "variants": ["good", "bad"],
+            "target_val_loss": 3.7, "stages": stages, "most_advanced": 1, "most_proved": 1, "probe_steps": 5,
+            "budget": {"gpu_hours": 1, "gpu_hours_per_run": 0.2, "probe_gpu_hours": 0.1,
+                       "price_per_gpu_hour": 2.5}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     first = subprocess.Popen([sys.executable, str(ROOT / "experiments/run_stages.py"), "--plan", "plan.json",
                               "--parallel=3"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for line in first.stdout:
-        if "good run 0" in line:
+        if "good run 0" in line and "of training" in line:
             break
     first.kill()
     first.wait()
     folder = tmp_path / "experiment_logs" / "toy"
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/*/runs/run_?_seed_??/out/status.json")
-              if '"finished"' in path.read_text() and (path.parents[3] / "results.jsonl").exists()}
-    said = run("run_stages.py", "--plan", "plan.json", "--parallel=3", cwd=tmp_path)
+    before = {path: path.read_text() for path in folder.glob("*/*/*/results.jsonl")}
+    assert before
+    said = run("run_stages.py", "--plan", "plan.json", "--parallel=3", "--until", B, cwd=tmp_path)
     outcome = json.loads((folder / "outcome.json").read_text())
-    assert outcome["best"] == "good" and outcome["stage"] == C and outcome["proved"], said
+    assert outcome["best"] == "good" and outcome["stage"] == B and f"{B}: yes: good" in said
     assert 0 < outcome["gpu_seconds_spent"] <= outcome["gpu_seconds_budget"] == 3600
     assert not (folder / B / "bad").exists() and "GPU-hours" in (folder / "report.md").read_text()
-    assert all((folder / f"{stage}_comparison.{end}").exists() for stage in STAGES for end in ("md", "json", "png"))
-    recorded = [path for path in before if json.loads((path.parents[3] / "results.jsonl").read_text().splitlines()[0])]
-    assert all(path.stat().st_mtime_ns == before[path] for path in recorded)
+    assert all((folder / f"{stage}_comparison.{end}").exists() for stage in (A, B) for end in ("md", "png"))
+    for path, rows in before.items():
+        assert set(rows.splitlines()) <= set(path.read_text().splitlines()), "what was done was done again"
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     settled = {entry["key"]: entry["spent"] for entry in ledger if entry["what"] == "settle"}
     reserved = {entry["key"]: entry["reserved"] for entry in ledger if entry["what"] == "reserve"}
@@ -336,38 +344,38 @@ def test_time_to():
 # train_gpt.py itself
 
 
+def val_losses(folder: Path, run_id: int = 0) -> list[float]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["val_loss"] for row in rows if row["run_id"] == run_id and "val_loss" in row]
+
+
 def test_pipeline(tmp_path):
-    """run, analyse, compare, stages: all four variants train and improve."""
+    """run, analyse, stages, compare: all four variants train and improve."""
     random = np.random.RandomState(7)
     tokens = (np.arange(12000) * 3 + random.randint(0, 2, 12000)) % 26
     data = write_dataset(tmp_path / "letters", tokens[:10000], tokens[10000:], 26)
-    for name in ("baseline", "palm"):
-        run("run_nanogpt_experiment.py", "--config", f"configs/stage_a_screening/{name}_screening.json",
-            "--n_runs", 2, "--parallel=2", "--log_dir", tmp_path / "logs", f"--dataset={data}", *TOY,
-            cwd=ROOT / "experiments")
-    folders = [only(tmp_path / "logs", f"{name}*") for name in ("baseline", "palm")]
-    for folder in folders:
-        assert {path.name for path in folder.iterdir()} >= {
-            "experiment.log", "config.json", "results.jsonl", "metrics.jsonl", "summary.json", "git_diff.patch"}
-        assert (folder / "runs" / "run_0_seed_42" / "stdout.log").exists()
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        losses = [row["val_loss"] for row in rows if row["run_id"] == 1 and "val_loss" in row]
-        assert losses[-1] < losses[0] - 1 and sum("train_loss" in row for row in rows) == 80
-        summary = json.loads((folder / "summary.json").read_text())
-        assert {"experiment_name", "end_time", "statistics", "git_info", "gpu_info"} <= summary.keys()
-        assert {"mean", "std", "min", "max", "median", "ci_95"} <= summary["statistics"]["val_loss"].keys()
-    assert "one-sided t-test, p = " in run("analyze_results.py", folders[1], cwd=tmp_path)
-    compared = run("compare_experiments.py", *folders, f"--out={tmp_path / 'compared'}", cwd=tmp_path)
-    assert "| palm_screening | variant | baseline | palm |" in compared and (tmp_path / "compared.png").exists()
-    plan = json.loads((CONFIGS / "plan.json").read_text())
+    run("run_nanogpt_experiment.py", "--config", "configs/stage_a_screening/palm_screening.json", "--n_runs", 2,
+        "--parallel=2", "--log_dir", tmp_path / "logs", f"--dataset={data}", *TOY, cwd=ROOT / "experiments")
+    palm = only(tmp_path / "logs")
+    assert {path.name for path in palm.iterdir()} >= {
+        "experiment.log", "config.json", "results.jsonl", "metrics.jsonl", "summary.json", "git_diff.patch"}
+    assert (palm / "runs" / "run_0_seed_42" / "stdout.log").exists()
+    assert (palm / "metrics.jsonl").read_text().count("train_loss") == 80
+    summary = json.loads((palm / "summary.json").read_text())
+    assert {"experiment_name", "end_time", "statistics", "git_info", "gpu_info"} <= summary.keys()
+    assert {"mean", "std", "min", "max", "median", "ci_95"} <= summary["statistics"]["val_loss"].keys()
+    assert "one-sided t-test, p = " in run("analyze_results.py", palm, cwd=tmp_path)
+    plan = json.loads((CONFIGS / "plan.json").read_text()) | {"variants": ["curriculum", "depth_warm"]}
     for stage in plan["stages"]:
         stage["config"] = str(CONFIGS / stage["config"])
     plan["stages"][0]["n_runs"] = 1
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     run("run_stages.py", "--plan", "plan.json", "--until", A, "--parallel=2", f"--dataset={data}", *TOY,
         cwd=tmp_path)
-    for name in ("curriculum", "depth_warm"):
-        folder = only(tmp_path / "experiment_logs" / "speedrun" / A / name)
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        losses = [row["val_loss"] for row in rows if "val_loss" in row]
-        assert losses[-1] < losses[0] - 1
+    screened = tmp_path / "experiment_logs" / "speedrun" / A
+    folders = [palm, *(only(screened / name) for name in ("baseline", "curriculum", "depth_warm"))]
+    for folder in folders:
+        assert len(val_losses(folder)) == 5 and val_losses(folder)[-1] < val_losses(folder)[0] - 1
+    compared = run("compare_experiments.py", folders[1], palm, f"--out={tmp_path / 'compared'}", cwd=tmp_path)
+    assert "| palm_screening | variant | baseline | palm |" in compared
+    assert (tmp_path / "compared.png").stat().st_size > 1e4
