@@ -21,7 +21,7 @@ from configurator import UserError, check_can_write
 from data.files import Parser, json_text
 from experiments.experiment_config import STAGES, check_settings, command, load_config, shown
 from experiments.experiment_logger import ExperimentLogger, read_folder
-from experiments.runner import Job, end_on_signals, lock, run_jobs, slots
+from experiments.runner import Job, end_on_signals, lock, recover, run_jobs, slots
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -77,6 +77,7 @@ def main() -> None:
     log = ExperimentLogger.reopen(args.resume) if args.resume else ExperimentLogger.create(
         config, args.log_dir, n_runs)
     log.lock = lock(log.folder)
+    recover(log, n_runs)
     execute(log, n_runs, args.retry_failed, places)
 
 

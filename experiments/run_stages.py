@@ -40,7 +40,7 @@ from experiments.experiment_config import (
 )
 from experiments.experiment_logger import ExperimentLogger, lines_of, read_lines
 from experiments.report import table, write
-from experiments.runner import ENDING, Job, end_on_signals, lock, run_jobs, slots, visible_gpus
+from experiments.runner import ENDING, Job, end_on_signals, lock, recover, run_jobs, slots, visible_gpus
 
 PLAN = {"campaign_name": (str, True), "description": (str, False), "baseline": (str, True),
         "variants": (list, True), "target_val_loss": (NUMBER, True), "stages": (list, True),
@@ -136,6 +136,7 @@ class Campaign:
 
     def _open(self, stage: str, arm: str, log: ExperimentLogger) -> None:
         log.lock = lock(log.folder)
+        recover(log, next(s["n_runs"] for s in self.plan["stages"] if s["stage"] == stage))
         self.logs[stage, arm] = log
         for run_id, result in log.results.items():
             self._take(Run(stage, arm, run_id), result)
@@ -203,7 +204,7 @@ class Campaign:
 
     def probe(self, stage: str) -> bool:
         """A few steps of the baseline, to know what a run costs. Raises UserError if they fail."""
-        from training_logger import read_log  # and with it torch, which takes seconds
+        from training_logger import read_log  # and with it torch, which no dry run needs
 
         run = Run(stage, self.plan["baseline"], 0)
         log = self.log_of(stage, run.variant)

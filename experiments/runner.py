@@ -11,6 +11,7 @@ waits until nothing of the earlier runner is left.
 
 import contextlib
 import fcntl
+import importlib
 import json
 import math
 import os
@@ -90,14 +91,32 @@ class Running:
                 report = json.load(f)
         except (OSError, ValueError):
             report = {"code": None, "seconds": time.monotonic() - self.started, "ended_by": "nobody knows"}
-        asked = self.job.log.config["stage_config"] | self.job.log.config["hyperparameters"]
-        asked |= {"seed": self.job.log.config["base_seed"] + self.job.run_id} | self.job.changed
-        result, metrics = read_run(self.out_dir, asked, report)
-        result = {"run_id": self.job.run_id, "seed": asked["seed"], **result,
-                  "wall_seconds": round(report["seconds"], 3), "gpus": self.job.log.config["n_gpus"]}
-        if not result["success"]:
-            result["output_tail"] = last_lines(os.path.join(self.folder, "stdout.log"))
-        return result, metrics
+        return result_of(self.job, self.folder, report)
+
+
+def result_of(job: Job, folder: str, report: dict) -> tuple[dict, list[dict]]:
+    """What `record` takes of a run that has ended, from its folder and from what supervise.py reports."""
+    config = job.log.config
+    asked = config["stage_config"] | config["hyperparameters"] | {"seed": config["base_seed"] + job.run_id}
+    asked |= job.changed
+    result, metrics = read_run(os.path.join(folder, "out"), asked, report)
+    result = {"run_id": job.run_id, "seed": asked["seed"], **result,
+              "wall_seconds": round(report["seconds"], 3), "gpus": config["n_gpus"]}
+    if not result["success"]:
+        result["output_tail"] = last_lines(os.path.join(folder, "stdout.log"))
+    return result, metrics
+
+
+def recover(log: ExperimentLogger, n_runs: int) -> None:
+    """Record what ended by itself when the runner was no longer there to record it."""
+    for run_id in log.missing(n_runs):
+        folder = log.run_folder(run_id)
+        with contextlib.suppress(OSError, ValueError):
+            with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
+                report = json.load(f)
+            if report["ended_by"] == "itself":
+                job = Job(log, run_id)
+                settle(job, *result_of(job, folder, report))
 
 
 class Tail:
@@ -138,7 +157,7 @@ def read_run(out_dir: str, asked: dict, report: dict) -> tuple[dict, list[dict]]
 
     asked: the settings it was given; report: supervise.py's.
     """
-    from training_logger import read_log  # and with it torch, which takes seconds
+    from training_logger import read_log  # and with it torch, which no dry run needs
 
     result = {"final_val_loss": None, "final_train_loss": None, "time_seconds": 0.0, "final_step": 0,
               "success": False}
@@ -337,6 +356,7 @@ def run_jobs(jobs: list[Job], places: list[str | None], may_start=None, ended=No
                 job = waiting.pop(0)
                 if may_start is None or may_start(job):
                     running.append(Running(job, free.pop(0)))
+            importlib.import_module("training_logger")  # torch takes seconds, in which the runs start, too
             progress.show(done, running, waiting, len(places))
             time.sleep(POLL)
             for run in [run for run in running if run.supervisor.poll() is not None]:
