@@ -276,7 +276,7 @@ def test_runs_that_go_wrong(tmp_path):
     assert results[7]["output_tail"] == ["error: no data set"]
     before = (folder / "results.jsonl").read_text()
     (folder / "results.jsonl").unlink()  # as if the runner had been killed before it could record
-    run("run_nanogpt_experiment.py", "--resume", folder, cwd=tmp_path)
+    run("run_nanogpt_experiment.py", "--resume", folder.relative_to(tmp_path), cwd=tmp_path)
     assert (folder / "results.jsonl").read_text() == before and len(os.listdir(folder / "runs")) == 9
     summary = json.loads((folder / "summary.json").read_text())["statistics"]
     good = [results[i]["final_val_loss"] for i in (0, 8)]
@@ -359,7 +359,8 @@ def test_pipeline(tmp_path):
     tokens = (np.arange(12000) * 3 + random.randint(0, 2, 12000)) % 26
     data = write_dataset(tmp_path / "letters", tokens[:10000], tokens[10000:], 26)
     run("run_nanogpt_experiment.py", "--config", "configs/stage_a_screening/palm_screening.json",
-        "--n_runs", 2, "--parallel=2", "--log_dir", tmp_path / "logs", f"--dataset={data}", *TOY, cwd=ROOT / "experiments")
+        "--n_runs", 2, "--parallel=2", "--log_dir", tmp_path / "logs", f"--dataset={data}", *TOY,
+        cwd=ROOT / "experiments")
     palm = only(tmp_path / "logs")
     assert {path.name for path in palm.iterdir()} >= {
         "experiment.log", "config.json", "results.jsonl", "metrics.jsonl", "summary.json", "git_diff.patch"}
