@@ -1,0 +1,116 @@
+"""What the runs of an experiment show: their spread, and whether the mean is below the target.
+
+    python experiments/analyze_results.py experiment_logs/baseline_20261121-120000 [DIR ...]
+
+For each folder prints a report and writes analysis.md, analysis.json and loss_curves.png into it. The test is
+Student's, one-sided: at p < 0.01 the mean over seeds is below the target, unless luck of one in a hundred
+made it look so. Failed runs are counted and in no statistic; if what made them fail depends on the loss, as a
+divergence does, the statistics are of the lucky ones.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from configurator import UserError, check_can_write
+from data.files import Parser, json_text
+from experiments.experiment_statistics import describe, differ, p_at_most, runs_needed
+from experiments.report import Experiment, draw, interval, number, p_value, read_experiment, table, write
+
+
+def analyze(experiment: Experiment, target: float, alpha: float, power: float) -> dict:
+    """All figures of the report."""
+    loss, p = describe(experiment.losses), p_at_most(experiment.losses, target)
+    baseline, std = experiment.config["baseline_val_loss"], experiment.config["baseline_std"]
+    against = None
+    if baseline is not None:
+        difference = loss["mean"] - baseline
+        against = {"baseline_val_loss": baseline, "difference": difference,
+                   "in_baseline_stds": difference / std if std else None}
+    return {"experiment_name": experiment.name, "n_runs": len(experiment.results),
+            "successful_runs": len(experiment.good), "val_loss": loss, "time": describe(experiment.times),
+            "target": {"val_loss": target, "alpha": alpha, "p_value": p,
+                       "reached": None if p is None else p < alpha, "power": power,
+                       "runs_needed": runs_needed(loss["mean"], loss["std"], target, alpha, power)},
+            "baseline": against}
+
+
+def verdict(figures: dict) -> str:
+    """The test in a sentence."""
+    target, loss = figures["target"], figures["val_loss"]
+    against = f"{target['val_loss']:g} at p < {target['alpha']:g}"
+    if target["p_value"] is None:
+        why = "one run has no spread" if figures["successful_runs"] == 1 else "the runs do not differ at all"
+        return f"Not to be tested whether the mean is at most {against}: {why}."
+    shown = "" if target["reached"] else "not shown to be "
+    text = f"The mean is {shown}at most {against}: one-sided t-test, p = {p_value(target['p_value'])}."
+    if target["runs_needed"] is not None:
+        text += f" If mean and std are as measured, {target['runs_needed']} runs show it with a " \
+                f"probability of {target['power']:g}."
+    elif loss["mean"] >= target["val_loss"]:
+        above = loss["mean"] - target["val_loss"]
+        text += f" The measured mean is {above:.4f} above it: more runs will not show it."
+    return text
+
+
+def report(experiment: Experiment, figures: dict) -> str:
+    """As Markdown."""
+    rows = []
+    for result in experiment.results:
+        state = "" if result["success"] else f"failed, not counted: {result.get('error', '')}"
+        rows.append([str(result["run_id"]), str(result["seed"]), number(result["final_val_loss"]),
+                     number(result["final_train_loss"]), number(result["time_seconds"], ".1f"),
+                     str(result["final_step"]), state])
+    loss, time = figures["val_loss"], figures["time"]
+    statistics = table(
+        ["", "mean", "std", "95% CI of the mean", "median", "min", "max"],
+        [[name, *(number(x[key], form) for key in ("mean", "std")), interval(x["ci_95"], form),
+          *(number(x[key], form) for key in ("median", "min", "max"))]
+         for name, x, form in (("val loss", loss, ".4f"), ("training time, s", time, ".1f"))])
+    notes = [verdict(figures)]
+    if experiment.failed:
+        notes.append(f"{experiment.failed} of {len(experiment.results)} runs failed and are in no statistic.")
+    if len(experiment.losses) > 1 and not differ(experiment.losses):
+        notes.append("All runs have the same loss: does the seed reach what is random?")
+    if figures["baseline"] is not None:
+        against = figures["baseline"]
+        stds = against["in_baseline_stds"]
+        notes.append(f"Against the baseline_val_loss {against['baseline_val_loss']:g} of its configuration, "
+                     f"as if that were exact: {against['difference']:+.4f}"
+                     + ("." if stds is None else f", {stds:+.1f} of its std."))
+    what = experiment.config
+    about = f"{what['description']}\n\n" if what["description"] else ""
+    return f"# {experiment.name}\n\n{about}{what['stage']}, {what['n_gpus']} GPU(s), `{what['script']}`\n\n" \
+        + table(["run", "seed", "val loss", "train loss", "time, s", "step", ""], rows) + "\n" \
+        + statistics + "\n" + "\n".join(f"- {note}" for note in notes) + "\n\n![Val loss](loss_curves.png)\n"
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("folders", nargs="+", metavar="DIR")
+    parser.add_argument("--target", type=float, help="val loss (default: the experiment's target_val_loss)")
+    parser.add_argument("--alpha", type=float, default=0.01, help="level of the test (default: 0.01)")
+    parser.add_argument("--power", type=float, default=0.8, help="that is wanted of it (default: 0.8)")
+    args = parser.parse_args()
+    for name in ("alpha", "power"):
+        if not 0 < getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be between 0 and 1")
+    experiments = [read_experiment(folder) for folder in dict.fromkeys(args.folders)]
+    for experiment in experiments:
+        check_can_write(experiment.folder, "DIR")
+    for experiment in experiments:
+        target = experiment.config["target_val_loss"] if args.target is None else args.target
+        figures = analyze(experiment, target, args.alpha, args.power)
+        text = report(experiment, figures)
+        names = [os.path.join(experiment.folder, name)
+                 for name in ("loss_curves.png", "analysis.json", "analysis.md")]
+        draw([experiment], target, names[0])
+        write(names[1], json_text(figures))
+        write(names[2], text)
+        print(text)
+        print(f"written: {', '.join(names)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Which of several experiments is better, and whether so few runs can tell: A is the baseline.
+
+    python experiments/compare_experiments.py experiment_logs/baseline_* experiment_logs/palm_* [--out=STEM]
+
+Prints a report and writes it as STEM.md, STEM.json and, drawn, STEM.png; by default beside A's folder. The
+final val losses are compared by Welch's t-test and, over the seeds that both have, by the paired one. Several
+comparisons are adjusted by Holm's method, for each test alone. Conclusions are Welch's: which test to believe
+is not to be chosen after looking. The minimum detectable effect is what these runs would have found 4 times
+of 5 (--power) at p < 0.05 (--alpha): "no difference found" says nothing of smaller ones.
+"""
+
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+
+from configurator import UserError, check_can_write
+from data.files import Parser, json_text, unused_path
+from experiments.experiment_statistics import (
+    describe,
+    hedges_g,
+    holm,
+    minimum_detectable,
+    paired,
+    welch,
+)
+from experiments.report import (
+    Experiment,
+    draw,
+    interval,
+    number,
+    p_value,
+    read_experiment,
+    table,
+    time_to,
+    write,
+)
+
+
+def same_seeds(a: Experiment, b: Experiment) -> tuple[list[float], list[float]]:
+    """The val losses of the seeds that succeeded in both, in one order."""
+    of_a, of_b = ({result["seed"]: result["final_val_loss"] for result in x.good} for x in (a, b))
+    seeds = sorted(of_a.keys() & of_b.keys())
+    return [of_a[seed] for seed in seeds], [of_b[seed] for seed in seeds]
+
+
+def compare(a: Experiment, b: Experiment, alpha: float, power: float) -> dict:
+    """All figures of one comparison but for the adjusted p-values."""
+    pairs = same_seeds(a, b)
+    both = paired(*pairs) if len(pairs[0]) > 1 else None
+    loss = float(np.mean(a.losses))
+    reached = [seconds for one in b.curves if (seconds := time_to(one, loss)) is not None]
+    reached = {"runs": len(reached), "mean": float(np.mean(reached)) if reached else None}
+    keys = sorted(key for key in a.settings.keys() | b.settings.keys()
+                  if a.settings.get(key) != b.settings.get(key))
+    return {"name": b.name, "folder": b.folder, "n_runs": len(b.results), "successful_runs": len(b.good),
+            "val_loss": describe(b.losses), "time": describe(b.times),
+            "welch": vars(welch(a.losses, b.losses)), "paired": None if both is None else vars(both),
+            "hedges_g": hedges_g(a.losses, b.losses),
+            "minimum_detectable": minimum_detectable(a.losses, b.losses, alpha, power),
+            "time_ratio": float(np.mean(b.times) / np.mean(a.times)) if np.mean(a.times) else None,
+            "time_to_baseline_loss": reached,
+            "differs_in": {key: [a.settings.get(key), b.settings.get(key)] for key in keys}}
+
+
+def adjust(comparisons: list[dict]) -> None:
+    """Add p_holm to each test of each comparison."""
+    for test in ("welch", "paired"):
+        there = [c[test] for c in comparisons if c[test] is not None]
+        for one, p in zip(there, holm([one["p"] for one in there])):
+            one["p_holm"] = p
+
+
+def conclusion(one: dict, baseline: str, alpha: float) -> str:
+    """In a sentence."""
+    test, name = one["welch"], one["name"]
+    if test["p"] is None:
+        return f"{name}: not to be tested, {test['n'][0]} and {test['n'][1]} runs have no spread to judge by."
+    detectable = f"the minimum detectable effect is {one['minimum_detectable']:.4f}"
+    if test["p_holm"] >= alpha:
+        return f"{name}: no difference from {baseline} found (p = {p_value(test['p_holm'])}); {detectable}."
+    lower = "lower" if test["mean"] < 0 else "higher"
+    return f"{name}: its loss is {lower} than {baseline}'s by {abs(test['mean']):.4f} " \
+           f"(p = {p_value(test['p_holm'])}); {detectable}."
+
+
+def warnings(a: Experiment, comparisons: list[dict]) -> list[str]:
+    """What keeps the numbers from meaning what they seem to."""
+    found = []
+    for one in comparisons:
+        other = {key for key in one["differs_in"] if key in a.config["stage_config"] or key in (
+            "n_gpus", "dataset", "sequence_length")}
+        if other:
+            found.append(f"{one['name']} differs from {a.name} in {', '.join(sorted(other))}: that is "
+                         f"another amount of work, not only another method.")
+    for name, n, good in [(a.name, len(a.results), len(a.good)),
+                          *((one["name"], one["n_runs"], one["successful_runs"]) for one in comparisons)]:
+        if good < n:
+            found.append(f"{n - good} of {n} runs of {name} failed and are in no statistic.")
+    return found
+
+
+def losses_table(a: Experiment, comparisons: list[dict]) -> str:
+    """A row an experiment, the baseline first."""
+    ours = {"name": a.name, "successful_runs": len(a.good), "val_loss": describe(a.losses),
+            "time": describe(a.times), "time_ratio": 1.0}
+    rows = []
+    for one in (ours, *comparisons):
+        loss, seconds, reached = one["val_loss"], one["time"], one.get("time_to_baseline_loss")
+        good = one["successful_runs"]
+        rows.append([one["name"], str(good), number(loss["mean"]), number(loss["std"]),
+                     interval(loss["ci_95"]),
+                     f"{number(seconds['mean'], '.1f')} ± {number(seconds['std'], '.1f')}",
+                     number(one["time_ratio"], ".3f"), "-" if reached is None else
+                     f"{number(reached['mean'], '.1f')} ({reached['runs']} of {good} runs)"])
+    return table(["experiment", "runs", "val loss", "std", "95% CI", "training time, s", "time / baseline's",
+                  "s to the baseline's val loss"], rows)
+
+
+def tests_table(comparisons: list[dict]) -> str:
+    rows = []
+    for one in comparisons:
+        welch_, both = one["welch"], one["paired"] or dict.fromkeys(("interval", "p", "p_holm"))
+        rows.append([one["name"], number(welch_["mean"], "+.4f"), interval(welch_["interval"], "+.4f"),
+                     p_value(welch_["p"]), p_value(welch_["p_holm"]), interval(both["interval"], "+.4f"),
+                     p_value(both["p"]), p_value(both["p_holm"]), number(one["hedges_g"], "+.2f"),
+                     number(one["minimum_detectable"])])
+    return table(["against the baseline", "difference", "95% CI", "p (Welch)", "p (Holm)", "95% CI, paired",
+                  "p (paired)", "p (Holm)", "Hedges' g", "minimum detectable"], rows)
+
+
+def report(a: Experiment, comparisons: list[dict], alpha: float, power: float, picture: str) -> str:
+    """As Markdown."""
+    settings = [[one["name"], key, str(x), str(y)] for one in comparisons
+                for key, (x, y) in one["differs_in"].items()]
+    notes = [*(conclusion(one, a.name, alpha) for one in comparisons), *warnings(a, comparisons)]
+    return "\n".join([
+        f"# {', '.join(one['name'] for one in comparisons)} against {a.name}\n",
+        losses_table(a, comparisons), tests_table(comparisons),
+        f"Two-sided at p < {alpha:g}; detectable with probability {power:g}; negative differences are lower "
+        f"losses.\n", *(f"- {note}" for note in notes), f"\n![Val loss against step and time]({picture})\n",
+        table(["experiment", "setting", a.name, "its own"], settings or [["-"] * 4])])
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="A, the baseline, then the others")
+    parser.add_argument("--out", metavar="STEM", help="of the files, without ending")
+    parser.add_argument("--alpha", type=float, default=0.05, help="level of the tests (default: 0.05)")
+    parser.add_argument("--power", type=float, default=0.8, help="that is wanted of them (default: 0.8)")
+    args = parser.parse_args()
+    for name in ("alpha", "power"):
+        if not 0 < getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be between 0 and 1")
+    folders = list(dict.fromkeys(map(os.path.normpath, args.folders)))
+    if len(folders) < 2:
+        raise UserError("give two folders or more: the baseline's, then those to be compared with it")
+    if args.out is not None and (not os.path.basename(args.out) or os.path.isdir(args.out)):
+        raise UserError(f"--out={args.out} names no file: give the name that its endings are put to")
+    stem = args.out or unused_path(os.path.join(os.path.dirname(folders[0]),
+                                                f"comparison_{time.strftime('%Y%m%d-%H%M%S')}"), ".md")
+    stem = stem.removesuffix(".md")
+    check_can_write(os.path.dirname(stem) or ".", "--out")
+    experiments = [read_experiment(folder) for folder in folders]
+    names = [experiment.name for experiment in experiments]
+    for experiment in experiments:
+        if names.count(experiment.name) > 1:
+            experiment.name = os.path.basename(experiment.folder)
+    write_comparison(experiments, stem, args.alpha, args.power)
+
+
+def write_comparison(experiments: list[Experiment], stem: str, alpha: float, power: float) -> None:
+    """Print the report, and write it with its figures and its picture."""
+    baseline, *others = experiments
+    comparisons = [compare(baseline, other, alpha, power) for other in others]
+    adjust(comparisons)
+    text = report(baseline, comparisons, alpha, power, os.path.basename(stem) + ".png")
+    target = baseline.config["target_val_loss"]
+    write(stem + ".json", json_text({"baseline": baseline.name, "alpha": alpha, "power": power,
+                                     "comparisons": comparisons}))
+    draw(experiments, target, stem + ".png")
+    write(stem + ".md", text)
+    print(text)
+    print(f"written: {stem}.md, {stem}.json, {stem}.png")
+
+
+if __name__ == "__main__":
+    main()

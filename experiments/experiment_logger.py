@@ -1,0 +1,305 @@
+"""The folder of an experiment: its configuration, every run's result and curve, and what they amount to.
+
+    experiment_logs/<name>_<timestamp>/
+        experiment.log    what the runner said, with times
+        config.json       the experiment as it was run; environment: machine, versions; script: its SHA-256
+        results.jsonl     a line a run: run_id, seed, final_val_loss, final_train_loss, time_seconds (training
+                          as the script's clock has it), wall_seconds, final_step, success; of a failed run
+                          also error and output_tail, the last lines it printed
+        metrics.jsonl     run_id, step, val_loss or train_loss, train_time_ms, step_avg_ms
+        summary.json      statistics of the successful runs, git_info, gpu_info
+        git_diff.patch    what differs from the commit; <script>: the script itself
+        runs/run_0_seed_42/{stdout.log, report.json, out/}
+
+`python experiment_logger.py` checks that an installation has all that experiments need. Files are replaced
+whole, so who reads them while runs go on never finds half of one.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from configurator import UserError
+from data.files import Parser, first_line, json_text, made_folder, replace_file, unused_path
+from experiments.experiment_config import DEFAULTS, ROOT, SCHEMA, check_keys, read_json, script_path
+from experiments.experiment_statistics import describe, p_at_most
+
+RESULT = {"run_id": int, "seed": int, "success": bool, "final_val_loss": (int, float, type(None))}
+GPU_FIELDS = ("name", "memory.total", "driver_version")
+
+
+class ExperimentLogger:
+    """Writes the folder of one experiment, and goes on in one that is there."""
+
+    def __init__(self, folder: str, config: dict, results: dict[int, dict], metrics: dict[int, list[dict]],
+                 say=print):
+        """For `create` and `reopen`. results, metrics: by run_id."""
+        self.folder, self.config, self.results, self.metrics, self.say = folder, config, results, metrics, say
+        self.lock = None  # what runner.lock returned
+        self._git = git_info()
+        self._gpus = gpu_info()
+
+    @classmethod
+    def create(cls, config: dict, parent: str, n_runs: int, say=print) -> "ExperimentLogger":
+        """A new folder in `parent`, named after the experiment and the time. Raises UserError."""
+        with made_folder(parent):
+            name = f"{config['experiment_name']}_{time.strftime('%Y%m%d-%H%M%S')}"
+            folder = unused_path(os.path.join(parent, name))
+            os.makedirs(os.path.join(folder, "runs"))
+        log = cls(folder, config, {}, {}, say)
+        script = script_path(config)
+        described = {"config": config, "n_runs": n_runs, "environment": environment(),
+                     "git_info": log._git, "gpu_info": log._gpus,
+                     "script": {"path": script, "sha256": digest(script)}}
+        log._write("config.json", json_text(described))
+        log._write("git_diff.patch", git_diff())
+        shutil.copyfile(script, log.path(os.path.basename(script)))
+        log.write_summary()
+        return log
+
+    @classmethod
+    def reopen(cls, folder: str, say=print) -> "ExperimentLogger":
+        """Go on in a folder. Raises UserError, also if the script is not what it was."""
+        described, results, metrics = read_folder(folder)
+        log = cls(folder, described["config"], results, metrics, say)
+        script = script_path(log.config)
+        if digest(script) != described["script"]["sha256"]:
+            raise UserError(f"{script} is not what it was when {folder} began: its runs would not be "
+                            f"comparable; start a new experiment, or use the copy that is there")
+        if log._git["commit"] != described["git_info"]["commit"]:
+            log.line(f"warning: the commit is {log._git['commit']} and was {described['git_info']['commit']}")
+        return log
+
+    def path(self, *names: str) -> str:
+        return os.path.join(self.folder, *names)
+
+    def run_folder(self, run_id: int) -> str:
+        return self.path("runs", f"run_{run_id}_seed_{self.config['base_seed'] + run_id}")
+
+    def fresh_run_folder(self, run_id: int) -> str:
+        """Made for a run; what an earlier attempt left is kept beside it."""
+        folder = self.run_folder(run_id)
+        if os.path.exists(folder):
+            os.rename(folder, unused_path(folder + "_unfinished"))
+        os.makedirs(folder)
+        return folder
+
+    def missing(self, n_runs: int, retry_failed: bool = False) -> list[int]:
+        """The runs of the first n that have no result, or none that counts."""
+        return [i for i in range(n_runs) if i not in self.results
+                or (retry_failed and not self.results[i]["success"])]
+
+    def line(self, text: str) -> None:
+        """For people: said, and into experiment.log with the time."""
+        self.say(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Into experiment.log only."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
+        with contextlib.suppress(OSError), open(self.path("experiment.log"), "a", encoding="utf-8",
+                                                errors="backslashreplace") as f:
+            f.writelines(stamp + part + "\n" for part in text.splitlines())
+
+    def record(self, result: dict, metrics: list[dict]) -> None:
+        """A run has ended: its result, and its curve."""
+        self.results[result["run_id"]] = result
+        self.metrics[result["run_id"]] = [{"run_id": result["run_id"], **row} for row in metrics]
+        self._write("metrics.jsonl", lines_of(row for i in sorted(self.metrics) for row in self.metrics[i]))
+        self._write("results.jsonl", lines_of(self.results[i] for i in sorted(self.results)))
+        self.write_summary()
+
+    def write_summary(self) -> None:
+        summary = {"experiment_name": self.config["experiment_name"],
+                   "end_time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                   "statistics": statistics_of(list(self.results.values()), self.config["target_val_loss"]),
+                   "git_info": self._git, "gpu_info": self._gpus}
+        self._write("summary.json", json_text(summary))
+
+    def _write(self, name: str, text: str) -> None:
+        """Raises UserError: results that cannot be written down must not be paid for."""
+        try:
+            replace_file(self.path(name), text.encode(errors="backslashreplace"))
+        except OSError as e:
+            raise UserError(f"cannot write {self.path(name)}: {e.strerror}") from None
+
+
+def statistics_of(results: list[dict], target: float) -> dict:
+    """Of the runs that succeeded; the others are counted."""
+    good = [result for result in results if result["success"]]
+    times = [result["time_seconds"] for result in good]
+    time_ = describe(times)
+    wall = [result["wall_seconds"] for result in results]
+    losses = [result["final_val_loss"] for result in good]
+    return {"n_runs": len(results), "successful_runs": len(good), "failed_runs": len(results) - len(good),
+            "val_loss": describe(losses),
+            "time": {"mean": time_["mean"], "std": time_["std"], "total": math.fsum(times)},
+            "wall_time": {"mean": describe(wall)["mean"], "total": math.fsum(wall)},
+            "target": {"val_loss": target, "p_value": p_at_most(losses, target)}}
+
+
+def lines_of(rows) -> str:
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def read_lines(path: str) -> list[dict]:
+    """The objects of a JSON Lines file, none if it is not there. Raises UserError."""
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path, encoding="utf-8") as f:
+            rows = [json.loads(text) for text in f]
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not JSON Lines: {first_line(e)}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} has a line that is no JSON object")
+    return rows
+
+
+def read_folder(folder: str) -> tuple[dict, dict[int, dict], dict[int, list[dict]]]:
+    """What is in config.json, and results and metrics by run_id. Raises UserError."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise UserError(f"{folder} is no experiment: it has no config.json (name one in experiment_logs/)")
+    described = read_json(path)
+    if not isinstance(described, dict) or not isinstance(described.get("script"), dict):
+        raise UserError(f"{path} is no experiment's: it has no config and script")
+    check_keys(described.get("config"), SCHEMA, path)
+    described["config"] = DEFAULTS | described["config"]
+    results, metrics = {}, {}
+    for row in read_lines(os.path.join(folder, "results.jsonl")):
+        for key, kinds in RESULT.items():
+            if not isinstance(row.get(key), kinds):
+                raise UserError(f"{folder}/results.jsonl: a run has {key}={row.get(key)!r}")
+        if row["success"] and not isinstance(row["final_val_loss"], (int, float)):
+            raise UserError(f"{folder}/results.jsonl: run {row['run_id']} succeeded without a val loss")
+        results[row["run_id"]] = row
+    for row in read_lines(os.path.join(folder, "metrics.jsonl")):
+        metrics.setdefault(row.get("run_id"), []).append(row)
+    return described, results, metrics
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a file. Raises UserError."""
+    try:
+        with open(path, "rb") as f:
+            return hashlib.sha256(f.read()).hexdigest()
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+
+
+def environment() -> dict:
+    """Versions and machine, without starting CUDA."""
+    from importlib import metadata
+
+    versions = {}
+    for package in ("torch", "numpy", "scipy", "triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {"python": platform.python_version(), **versions, "machine": platform.machine(),
+            "cores": os.cpu_count(), "host": platform.node()}
+
+
+def _git(*args: str) -> str | None:
+    """What git says, None if it does not work here."""
+    try:
+        return subprocess.run(["git", *args], cwd=ROOT, timeout=30, capture_output=True, check=True,
+                              text=True, errors="backslashreplace").stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def git_info() -> dict:
+    """commit, branch, dirty (tracked files differ); all None where there is no git or no history."""
+    commit, branch = _git("rev-parse", "HEAD"), _git("rev-parse", "--abbrev-ref", "HEAD")
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit and commit.strip(), "branch": branch and branch.strip(),
+            "dirty": None if commit is None or status is None else bool(status.strip())}
+
+
+def git_diff() -> str:
+    """A patch from the commit to what is run; says so if that cannot be known."""
+    diff = _git("diff", "HEAD")
+    return "# not known: git or its history is not there\n" if diff is None else diff
+
+
+def gpu_info() -> dict:
+    """count, and gpus: name, memory and driver of each that nvidia-smi sees; no CUDA is started."""
+    try:
+        done = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"],
+                              timeout=30, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {"count": 0, "gpus": []}
+    gpus = [dict(zip(("name", "memory", "driver"), map(str.strip, text.split(","))))
+            for text in done.stdout.splitlines() if text.strip()]
+    return {"count": len(gpus), "gpus": gpus}
+
+
+def check_installation() -> list[tuple[str, bool, str]]:
+    """(what, whether it is fine, what was found) of all that experiments need."""
+    found = []
+    for package in ("torch", "numpy", "scipy", "matplotlib", "tqdm"):
+        try:
+            found.append((package, True, importlib.import_module(package).__version__))
+        except ImportError as e:
+            found.append((package, False, f"{e}: pip install -r requirements.txt"))
+    script = os.path.join(ROOT, "train_gpt.py")
+    found.append(("train_gpt.py", os.path.isfile(script), script))
+    git, gpus = git_info(), gpu_info()
+    commit = git["commit"]
+    found.append(("git", True, f"commit {commit}" if commit else "none: runs cannot name a commit"))
+    names = {gpu["name"] for gpu in gpus["gpus"]}
+    found.append(("GPUs", True, f"{gpus['count']} ({', '.join(names)})" if names else "none: runs need "
+                  "--device=cpu --compile=False and small sizes"))
+    try:
+        found.append(("logging", True, _try_logging()))
+    except (UserError, AssertionError, OSError) as e:
+        found.append(("logging", False, str(e)))
+    return found
+
+
+def _try_logging() -> str:
+    """An experiment of three runs, one of which failed, written and read again."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = DEFAULTS | {"experiment_name": "check", "script": os.path.abspath(__file__), "n_gpus": 1,
+                             "stage": "stage_a_screening", "base_seed": 1, "target_val_loss": 3.28,
+                             "modification_type": "none", "stage_config": {"num_iterations": 1},
+                             "hyperparameters": {}}
+        log = ExperimentLogger.create(config, folder, 3, say=lambda text: None)
+        for i, loss in enumerate((3.0, None, 4.0)):
+            log.record({"run_id": i, "seed": 1 + i, "final_val_loss": loss, "final_train_loss": loss,
+                        "time_seconds": 1.0, "wall_seconds": 2.0, "final_step": 1,
+                        "success": loss is not None},
+                       [] if loss is None else [{"step": 1, "val_loss": loss}])
+        again = ExperimentLogger.reopen(log.folder)
+        summary = read_json(log.path("summary.json"))["statistics"]
+        assert again.results == log.results and again.metrics[0][0]["val_loss"] == 3.0, "read otherwise"
+        assert summary["val_loss"]["mean"] == 3.5 and summary["failed_runs"] == 1, summary
+        return "an experiment is written, summarised and read again"
+
+
+def main() -> None:
+    Parser(__doc__).parse_args()
+    found = check_installation()
+    for name, fine, text in found:
+        print(f"{'ok' if fine else 'MISSING':<8}{name:<14}{text}")
+    if not all(fine for _, fine, _ in found):
+        raise UserError("this installation cannot run experiments: see what is missing above")
+    print("experiments can be run here")
+
+
+if __name__ == "__main__":
+    main()

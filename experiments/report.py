@@ -1,0 +1,155 @@
+"""What analyses of experiments share: reading their folders, tables, and curves with a band over seeds."""
+
+import io
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from configurator import UserError
+from data.files import os_error_as_user_error, replace_file
+from experiments.experiment_logger import read_folder
+
+SHOWN = 0.25  # of the steps after which a curve's loss must be in the picture
+
+
+@dataclass
+class Experiment:
+    """The runs of an experiment, in the order of their seeds."""
+
+    folder: str
+    name: str
+    config: dict
+    results: list[dict]  # also of failed runs
+    curves: list[np.ndarray]  # of each successful run (n, 3): step, val loss, seconds of training
+    settings: dict  # what the script was given, and the number of GPUs and the script itself
+
+    @property
+    def good(self) -> list[dict]:
+        return [result for result in self.results if result["success"]]
+
+    @property
+    def losses(self) -> list[float]:
+        return [result["final_val_loss"] for result in self.good]
+
+    @property
+    def times(self) -> list[float]:
+        return [result["time_seconds"] for result in self.good]
+
+    @property
+    def failed(self) -> int:
+        return len(self.results) - len(self.good)
+
+
+def read_experiment(folder: str) -> Experiment:
+    """Raises UserError, also if not one run succeeded."""
+    described, by_id, metrics = read_folder(folder)
+    results = [by_id[i] for i in sorted(by_id)]
+    config = described["config"]
+    curves = [curve(metrics.get(result["run_id"], [])) for result in results if result["success"]]
+    settings = config["stage_config"] | config["hyperparameters"] | {
+        "n_gpus": config["n_gpus"], "script": described["script"].get("sha256", "")[:12]}
+    experiment = Experiment(folder, config["experiment_name"], config, results, curves, settings)
+    if not experiment.good:
+        state = f"all {len(results)} runs of it failed" if results else "no run of it has ended"
+        raise UserError(f"{folder} has no validation loss: {state}")
+    return experiment
+
+
+def curve(rows: list[dict]) -> np.ndarray:
+    """Of one run's metrics, its evaluations that are numbers."""
+    points = [(row["step"], row["val_loss"], (row["train_time_ms"] or 0.0) / 1e3) for row in rows
+              if row.get("val_loss") is not None]
+    return np.array(points, float).reshape(-1, 3)
+
+
+def on_common_steps(curves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(steps, losses (runs, steps), seconds (runs, steps)) where all runs were evaluated."""
+    steps = np.array(sorted(set.intersection(*({*one[:, 0]} for one in curves))))
+    rows = [one[np.isin(one[:, 0], steps)] for one in curves]
+    return steps, np.array([row[:, 1] for row in rows]), np.array([row[:, 2] for row in rows])
+
+
+def time_to(one: np.ndarray, loss: float) -> float | None:
+    """Seconds of training after which a run's val loss was first no higher, linear between evaluations; None
+    if it never was."""
+    below = np.flatnonzero(one[:, 1] <= loss)
+    if not len(below):
+        return None
+    i = below[0]
+    if i == 0:
+        return float(one[0, 2])
+    (_, high, before), (_, low, after) = one[i - 1], one[i]
+    return float(before + (after - before) * (high - loss) / (high - low))
+
+
+def draw(experiments: list[Experiment], target: float | None, path: str) -> None:
+    """Val loss against steps and against seconds of training: the mean over the runs, and a band from the
+    lowest to the highest. Raises UserError if the picture cannot be written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
+    bottoms, tops = [], []
+    for i, experiment in enumerate(experiments):
+        steps, losses, seconds = on_common_steps(experiment.curves)
+        color, mean = f"C{i % 10}", losses.mean(0)
+        n = len(losses)
+        # what is between two $ would be a formula, and what begins with _ is left out
+        label = f" {experiment.name}".replace("$", r"\$") + f" ({n} run{'s' if n > 1 else ''})"
+        for ax, x in zip(axes, (steps, seconds.mean(0))):
+            marker = "o" if len(steps) <= 30 else ""
+            ax.plot(x, mean, color=color, marker=marker, markersize=3, linewidth=1.5, label=label)
+            ax.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.25, linewidth=0)
+        bottoms.append(losses.min())
+        tops.append(mean[np.searchsorted(steps, SHOWN * steps[-1])])
+    bottom, top = min(bottoms), max(tops)
+    margin = 0.05 * (top - bottom) or 0.01
+    if target is not None and bottom - (top - bottom) < target < top:
+        bottom = min(bottom, target)
+        for ax in axes:
+            ax.axhline(target, color="0.35", linestyle=":", linewidth=1)
+        axes[0].annotate(f"target {target:g}", (0.01, target), xycoords=("axes fraction", "data"),
+                         va="bottom", color="0.35")
+    axes[0].set_ylim(bottom - margin, top + margin)
+    axes[0].set_ylabel("val loss (what is higher is cut off)")
+    axes[0].set_xlabel("step")
+    axes[1].set_xlabel("training time (s, mean over runs)")
+    axes[0].legend(frameon=False, loc="upper right", title="mean, and lowest to highest run")
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_xlim(left=0)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    plt.close(figure)
+    write(path, picture.getvalue())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Of Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def interval(value, form: str = ".4f") -> str:
+    return "-" if value is None else f"{value[0]:{form}} to {value[1]:{form}}"
+
+
+def p_value(p: float | None) -> str:
+    return "-" if p is None else f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
+
+
+def write(path: str, content: str | bytes) -> None:
+    """A file whole or not at all. Raises UserError."""
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
+    with os_error_as_user_error(f"cannot write {path}"):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        replace_file(path, content)

@@ -1,0 +1,114 @@
+"""Train the same thing several times with different seeds, and record what comes of it.
+
+    cd experiments
+    python run_nanogpt_experiment.py --config configs/stage_a_screening/palm_screening.json --n_runs 2
+    python run_nanogpt_experiment.py --config configs/baseline.json --n_runs 5 --n_gpus 4 --dry_run
+    python run_nanogpt_experiment.py --resume experiment_logs/palm_screening_20261121-120000
+
+--key=value for any key of the script replaces what the JSON says, as in --dataset=python_source. What is
+written is described in experiment_logger.py. Runs are torchrun's, one after the other; --parallel=4 runs four
+at a time on GPUs of their own, whose timings then share the host. Ctrl-C or a kill ends what runs; --resume
+does the runs that are missing then, each from its beginning, so that no measured time has a gap.
+"""
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from configurator import UserError, check_can_write
+from data.files import Parser, json_text
+from experiments.experiment_config import STAGES, check_settings, command, load_config, shown
+from experiments.experiment_logger import ExperimentLogger, read_folder
+from experiments.runner import Job, end_on_signals, lock, recover, run_jobs, slots
+
+
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The runner's options, and what is for the script. Raises UserError."""
+    parser = Parser(__doc__)
+    parser.add_argument("--config", metavar="FILE", help="the experiment's JSON")
+    parser.add_argument("--n_runs", type=int, help="default: 2 for stage A, 3 for B, 5 for C")
+    parser.add_argument("--n_gpus", type=int, help="of each run; on a CPU, processes (default: the JSON's)")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--log_dir", default="experiment_logs", help="where its folder is made")
+    parser.add_argument("--resume", metavar="DIR", help="go on with the experiment in this folder")
+    parser.add_argument("--retry_failed", action="store_true", help="with --resume: failed runs again, too")
+    parser.add_argument("--dry_run", action="store_true", help="check, print the commands, and run nothing")
+    args, overrides = parser.parse_known_args()
+    if bool(args.config) == bool(args.resume):
+        raise UserError("give --config=FILE for a new experiment or --resume=DIR to go on with one")
+    if args.resume and (overrides or args.n_gpus is not None):
+        raise UserError(f"{[*overrides, '--n_gpus'][0]} would change the experiment in {args.resume}: "
+                        f"its runs would not be comparable")
+    if args.n_runs is not None and args.n_runs < 1:
+        raise UserError(f"--n_runs={args.n_runs} must be at least 1")
+    return args, overrides
+
+
+def dry_run(config: dict, folder: str, run_ids: list[int], places: list) -> None:
+    """Print what would be done."""
+    print(json_text(config), end="")
+    print(f"# {len(run_ids)} runs by torchrun, {len(places)} at a time, into {folder}")
+    for i, run_id in enumerate(run_ids):
+        name = f"run_{run_id}_seed_{config['base_seed'] + run_id}"
+        out_dir = os.path.join(os.path.abspath(folder), "runs", name, "out")
+        print(shown(command(config, run_id, out_dir), places[i % len(places)]))
+
+
+def main() -> None:
+    args, overrides = arguments()
+    if args.resume:
+        described, results, _ = read_folder(args.resume)
+        config, n_runs = described["config"], max(args.n_runs or 0, described.get("n_runs", 1))
+        check_settings(config, args.resume)
+    else:
+        config = load_config(args.config, overrides, args.n_gpus)
+        results, n_runs = {}, args.n_runs or STAGES[config["stage"]]
+    places = slots(config, args.parallel)
+    if args.dry_run:
+        missing = [i for i in range(n_runs) if i not in results
+                   or (args.retry_failed and not results[i]["success"])]
+        folder = args.resume or os.path.join(args.log_dir, f"{config['experiment_name']}_TIMESTAMP")
+        return dry_run(config, folder, missing, places)
+    if not args.resume:
+        check_can_write(args.log_dir, "--log_dir")
+    end_on_signals()
+    log = ExperimentLogger.reopen(args.resume) if args.resume else ExperimentLogger.create(
+        config, args.log_dir, n_runs)
+    log.lock = lock(log.folder)
+    recover(log, n_runs)
+    execute(log, n_runs, args.retry_failed, places)
+
+
+def execute(log: ExperimentLogger, n_runs: int, retry_failed: bool, places: list) -> None:
+    """Do what is missing, and say what there is. Raises UserError if not one run succeeded."""
+    missing = log.missing(n_runs, retry_failed)
+    log.line(f"{log.folder}: {len(missing)} of {n_runs} runs to do, {len(places)} at a time on "
+             f"{log.config['n_gpus']} GPU(s) each")
+
+    def may_start(job: Job) -> bool:
+        """Not if the first runs did not get to train at all: the others would not either."""
+        tried = log.results.values()
+        if any(result["final_step"] > 0 for result in tried) or not tried:
+            return True
+        log.line(f"{job.name}: not started, because nothing that was got to its first step")
+        return False
+
+    try:
+        run_jobs([Job(log, i) for i in missing], places, may_start)
+    except KeyboardInterrupt:
+        log.say = print
+        log.line(f"interrupted: go on with --resume {log.folder}")
+        raise
+    log.say = print
+    good = [result for result in log.results.values() if result["success"]]
+    log.line(f"{len(good)} of {len(log.results)} runs succeeded; python experiments/analyze_results.py "
+             f"{log.folder}")
+    if not good:
+        raise UserError(f"no run of {log.folder} succeeded: no validation loss captured (see results.jsonl "
+                        f"and runs/*/stdout.log there)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+"""experiments/: the statistics against scipy and by simulation, the planner, configurations, the runner with
+runs that go wrong, killed runners, and train_gpt.py through the whole pipeline. CPU, about a minute.
+
+    python -m pytest tests/test_experiments.py
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runner_kills
+from conftest import ROOT, write_dataset
+from scipy import stats
+
+from configurator import UserError
+from experiments import experiment_statistics as es
+from experiments import simulate
+from experiments.campaign import Budget, Costs, Plan, Results, Run, decide
+from experiments.experiment_config import STAGES, load_config
+from experiments.report import time_to
+
+A, B, C = STAGES
+CONFIGS = ROOT / "experiments" / "configs"
+TOY = ["--device=cpu", "--compile=False", "--n_layer=5", "--n_head=2", "--n_embd=32", "--sequence_length=32",
+       "--batch_size=8", "--device_batch_size=4", "--num_iterations=40", "--warmdown_iters=10",
+       "--val_loss_every=10", "--val_tokens=1024", "--learning_rate=0.01"]
+
+
+def run(script: str, *args, cwd: Path, code: int = 0) -> str:
+    """What an experiments/ script printed."""
+    command = [sys.executable, str(ROOT / "experiments" / script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == code, done.stdout + done.stderr
+    assert code != 2 or done.stderr.count("\n") == 1, done.stderr
+    return done.stdout + done.stderr
+
+
+def only(folder: Path, pattern: str = "*") -> Path:
+    found = list(folder.glob(pattern))
+    assert len(found) == 1, found
+    return found[0]
+
+
+# statistics
+
+
+def test_statistics_against_scipy():
+    a, b = [3.281, 3.279, 3.2835, 3.2801], [3.2765, 3.2772, 3.2741]
+    low, high = es.mean_interval(a)
+    assert (low, high) == pytest.approx(stats.t.interval(0.95, 3, np.mean(a), stats.sem(a)))
+    by_hand = (np.mean(b) - 3.28) / (np.std(b, ddof=1) / math.sqrt(3))
+    assert es.p_at_most(b, 3.28) == pytest.approx(stats.t.cdf(by_hand, 2))
+    test, difference = stats.ttest_ind(b, a, equal_var=False), es.welch(a, b)
+    assert (difference.p, difference.df) == pytest.approx((test.pvalue, test.df)) and difference.mean < 0
+    assert es.paired(a[:3], b).p == pytest.approx(stats.ttest_rel(b, a[:3]).pvalue)
+    assert es.paired(a[:3], b).interval == pytest.approx(stats.ttest_rel(b, a[:3]).confidence_interval())
+    pooled = math.sqrt((3 * np.var(a, ddof=1) + 2 * np.var(b, ddof=1)) / 5)
+    assert es.hedges_g(a, b) == pytest.approx(difference.mean / pooled * (1 - 3 / (4 * 5 - 1)), rel=1e-2)
+    described = es.describe(a)
+    assert described["median"] == np.median(a) and described["std"] == pytest.approx(np.std(a, ddof=1))
+    assert es.describe([1.0])["ci_95"] is None and es.p_at_most([3.2, 3.2], 3.28) is None
+    assert es.welch([1.0, 1.0], [2.0, 2.0]).p is None
+
+
+def test_power_against_scipy_and_itself():
+    for n in (2, 3, 5, 12):
+        expected = stats.nct.sf(stats.t.ppf(0.99, n - 1), n - 1, 2.0 * math.sqrt(n))
+        assert es.power_at_most(3.276, 0.002, n, 3.28, 0.01) == pytest.approx(expected, abs=1e-5)
+    n = es.runs_needed(3.276, 0.002, 3.28)
+    reached = [es.power_at_most(3.276, 0.002, runs, 3.28, 0.01) for runs in (n - 1, n)]
+    assert reached[0] < 0.8 <= reached[1]
+    assert es.runs_needed(3.29, 0.002, 3.28) is None
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=5), rng.normal(size=4)
+    found, n = es.minimum_detectable(a, b), (5, 4)
+    std = a.std(ddof=1), b.std(ddof=1)
+    assert es.power_of_welch(found, std, n, 0.05) == pytest.approx(0.8, abs=1e-6)
+    draws = [es.welch(std[0] * rng.normal(size=5), found + std[1] * rng.normal(size=4)).p < 0.05
+             for _ in range(400)]
+    assert np.mean(draws) == pytest.approx(0.8, abs=0.08)  # 4 standard errors
+
+
+def test_holm():
+    """Against its definition: reject the smallest at alpha / m, the next at alpha / (m - 1), until one fails.
+    """
+    p = [0.012, 0.04, 0.0001, 0.03, None, 0.5]
+    adjusted = es.holm(p)
+    assert adjusted[4] is None
+    for alpha in np.linspace(0.001, 0.999, 200):
+        rejected, ordered = set(), sorted((q, i) for i, q in enumerate(p) if q is not None)
+        for rank, (q, i) in enumerate(ordered):
+            if q > alpha / (len(ordered) - rank):
+                break
+            rejected.add(i)
+        assert {i for i, q in enumerate(adjusted) if q is not None and q <= alpha} == rejected
+
+
+def test_intervals_and_false_positives_by_simulation():
+    n = 1500
+    for row in simulate.intervals_and_tests(n, np.random.default_rng(1)):
+        assert row["coverage"] == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / n))
+        assert row["false_positives"] <= 0.01 + 4 * math.sqrt(0.01 * 0.99 / n)
+
+
+# the planner
+
+
+def plan_of(*variants: str, **changed) -> Plan:
+    return Plan("baseline", variants, dict(STAGES), 3.28, **changed)
+
+
+def play(plan: Plan, truth: dict, affordable=lambda batch: True) -> tuple[list[dict], list[list[Run]], dict]:
+    """A campaign with little noise; its decisions, its batches and its outcome. Asking again after each run
+    must give the same decisions so far."""
+    results, batches, rng = Results(), [], np.random.default_rng(0)
+    while True:
+        decisions, batch, outcome = decide(plan, results, affordable)
+        if outcome is not None:
+            return decisions, batches, outcome
+        batches.append(batch)
+        for i, one in enumerate(batch):
+            results.losses[one] = truth[one.variant][list(STAGES).index(one.stage)] + 0.001 * rng.normal()
+            if i + 1 < len(batch):
+                assert decide(plan, results, affordable)[:2] == (decisions, batch[i + 1:])
+
+
+def test_planner_proves_the_best():
+    truth = {"baseline": (3.5, 3.3, 3.27), "good": (3.45, 3.25, 3.22), "bad": (3.6, 3.4, 3.4)}
+    decisions, batches, outcome = play(plan_of("bad", "good"), truth)
+    assert outcome["best"] == "good" and outcome["proved"] and outcome["target_reached"]
+    assert [(one["stage"], one["decision"]) for one in decisions] == [
+        (A, "keep"), (A, "drop"), (A, "advance"), (B, "yes"), (C, "end")]
+    assert [len(batch) for batch in batches] == [6, 6, 10]
+    assert not any(one.variant == "bad" for batch in batches[1:] for one in batch)
+
+
+def test_planner_pivots_and_keeps_the_baseline():
+    """What screening promised is worse in validation; the next of the ranking is no better."""
+    truth = {"baseline": (3.5, 3.3, 3.27), "first": (3.40, 3.35, 0.0), "second": (3.45, 3.4, 0.0)}
+    decisions, batches, outcome = play(plan_of("first", "second"), truth)
+    assert outcome["best"] == "baseline" and not outcome["proved"]
+    kinds = [one["decision"] for one in decisions]
+    assert "pivot" in kinds and kinds.count("no") == 2 and {one.stage for b in batches for one in b} == {A, B}
+
+
+def test_planner_without_money_or_results():
+    truth = {"baseline": (3.5, 3.3, 3.27), "good": (3.45, 3.25, 3.22)}
+    outcome = play(plan_of("good"), truth, lambda batch: batch[0].stage == A)[2]
+    assert outcome["best"] == "good" and outcome["stage"] == A and outcome["out_of_budget"]
+    assert not outcome["proved"]
+    failed = Results({Run(A, name, i): None for name in ("baseline", "good") for i in range(2)})
+    assert decide(plan_of("good"), failed)[2]["best"] == "baseline"
+    assert play(plan_of("good", until=A), truth)[2]["stage"] == A
+
+
+def test_planner_by_simulation():
+    """The budget is never exceeded; with enough of it the best is found about as often as in full, for less.
+    """
+    found = simulate.campaigns(60, 8, 5.0, 60.0, seed=3)
+    assert found["exceeded"] == 0 and found["cost_staged"] < 0.7 * found["cost_full"]
+    assert found["found_staged"] > found["found_full"] - 4 * found["standard_error"]
+    for budget in (3.0, 12.0):
+        assert simulate.campaigns(40, 3, 5.0, budget, seed=3)["exceeded"] == 0
+
+
+def test_budget_and_costs():
+    budget, costs = Budget(100.0, per_run=60.0), Costs({A: 1.0, B: 10.0}.__getitem__)
+    assert costs.expected(Run(A, "x", 0)) is None and costs.affordable([Run(A, "x", 0)], budget)
+    costs.add(A, "baseline", 10.0)
+    assert costs.expected(Run(A, "x", 0)) == 10.0 and costs.expected(Run(B, "x", 0)) == 100.0
+    assert costs.affordable([Run(A, "x", i) for i in range(9)], budget)
+    assert not costs.affordable([Run(A, "x", i) for i in range(10)], budget)
+    assert not budget.reserve("b", 61.0) and budget.reserve("a", 60.0) and not budget.reserve("c", 41.0)
+    budget.settle("a", 20.0)
+    assert budget.left == 80.0
+
+
+# configurations
+
+
+def test_shipped_configurations():
+    """All are valid for train_gpt.py, and those of a stage do the same amount of work."""
+    expected = {A: (1000, 128, 16, 25, 1), B: (3000, 512, 64, 125, 4), C: (5100, 512, 64, 125, 8)}
+    names = set()
+    for path in sorted(CONFIGS.glob("stage_*/*.json")):
+        config = load_config(str(path))
+        stage, settings = config["stage"], config["stage_config"]
+        assert path.parent.name == stage and path.stem == config["experiment_name"]
+        assert path.stem.startswith(config["hyperparameters"]["variant"])
+        assert (settings["num_iterations"], settings["batch_size"], settings["device_batch_size"],
+                settings["val_loss_every"], config["n_gpus"]) == expected[stage]
+        names.add((stage, config["hyperparameters"]["variant"]))
+    wanted = ("baseline", "palm", "curriculum", "depth_warm")
+    assert {(stage, name) for stage in STAGES for name in wanted} <= names
+    full = load_config(str(CONFIGS / "baseline.json"))
+    assert full["stage_config"] == load_config(str(CONFIGS / C / "palm_full.json"))["stage_config"]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"n_gpu": 1}, "unknown key 'n_gpu' in"), ({"n_gpus": "1"}, 'n_gpus="1" must be an integer'),
+    ({"n_gpus": True}, "n_gpus=true must be an integer"), ({"n_gpus": 0}, "n_gpus=0 must be at least 1"),
+    ({"stage": "a"}, "stage='a' is unknown"), ({"experiment_name": "a/b"}, "names a folder"),
+    ({"script": "none.py"}, "cannot read the script"), ({"base_seed": -1}, "base_seed=-1"),
+    ({"modification_type": "magic"}, "modification_type='magic' is unknown"),
+    ({"stage_config": {}}, "stage_config needs num_iterations"),
+    ({"hyperparameters": {"batch_size": 1}}, "'batch_size' in stage_config and in hyperparameters"),
+    ({"hyperparameters": {"seed": 1}}, "'seed' is set by the runner"),
+    ({"hyperparameters": {"efect": 1}}, "unknown key 'efect' in hyperparameters of"),
+    ({"hyperparameters": {"effect": "big"}}, "effect='big'"), ({"target_val_loss": None}, "must be a number"),
+    (None, "has no 'base_seed'")])
+def test_wrong_configurations(tmp_path, change, words):
+    path = runner_kills.write_experiment(tmp_path)
+    config = json.loads(path.read_text())
+    if change is None:
+        del config["base_seed"]
+    path.write_text(json.dumps(config | (change or {})))
+    with pytest.raises(UserError) as e:
+        load_config(str(path))
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_wrong_files_and_arguments(tmp_path, monkeypatch):
+    path = runner_kills.write_experiment(tmp_path)
+    good = path.read_text()
+    for text, words in (("{", "line 1: not JSON"), ('{"a": 1, "a": 2}', "'a' twice"), ('{"a": NaN}', "NaN"),
+                        ("[]", "must be a JSON object"), (None, "cannot read")):
+        path.write_text(text) if text else path.unlink()
+        with pytest.raises(UserError, match=words):
+            load_config(str(path))
+    path.write_text(good)
+    assert load_config(str(path), ["--effect=0.5"])["hyperparameters"] == {"effect": 0.5}
+    assert load_config(str(path), ["--batch_size=4"])["stage_config"]["batch_size"] == 4
+    with pytest.raises(UserError, match="--key=value goes to the script"):
+        load_config(str(path), ["effect"])
+    monkeypatch.setenv("STAGE_EFFECT", "1")
+    with pytest.raises(UserError, match="the environment has STAGE_EFFECT"):
+        load_config(str(path))
+
+
+# the runner
+
+
+def test_dry_run_prints_the_commands(tmp_path):
+    path = runner_kills.write_experiment(tmp_path, n_gpus=2, effect=0.5)
+    said = run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 2, "--dry_run", cwd=tmp_path)
+    commands = [line for line in said.splitlines() if "torch.distributed.run" in line]
+    assert len(commands) == 2 and "--seed=42" in commands[0] and "--seed=43" in commands[1]
+    assert all("--nproc_per_node=2" in line and "--effect=0.5" in line for line in commands)
+    assert not (tmp_path / "experiment_logs").exists()
+
+
+def test_runs_that_go_wrong(tmp_path):
+    """Each is recorded as failed with its reason and the end of its output, and is in no statistic."""
+    wrong = {43: "crash", 44: "other format", 45: "not finite", 46: "diverged", 47: "other settings",
+             48: "stops early", 49: "refuse"}
+    path = runner_kills.write_experiment(tmp_path, behaviours=wrong)
+    run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 9, "--parallel", 3, cwd=tmp_path)
+    folder = only(tmp_path / "experiment_logs")
+    results = runner_kills.results(tmp_path)
+    errors = {wrong[row["seed"]]: row["error"] for row in results.values() if not row["success"]}
+    for what, words in {
+            "crash": "crashed at step 7 (exit code 1)", "other format": "no validation loss captured",
+            "not finite": "the last validation loss is None", "diverged": "non_finite at step 20",
+            "other settings": "asked for batch_size=8 and ran with 3",
+            "stops early": "no validation loss captured at step 20: the last is of 15",
+            "refuse": "left no status.json"}.items():
+        assert words in errors.pop(what)
+    assert not errors
+    assert results[1]["output_tail"][-1] == "RuntimeError: the GPU has fallen off the bus"
+    assert results[7]["output_tail"] == ["error: no data set"]
+    before = (folder / "results.jsonl").read_text()
+    (folder / "results.jsonl").unlink()  # as if the runner had been killed before it could record
+    run("run_nanogpt_experiment.py", "--resume", folder.relative_to(tmp_path), cwd=tmp_path)
+    assert (folder / "results.jsonl").read_text() == before and len(os.listdir(folder / "runs")) == 9
+    summary = json.loads((folder / "summary.json").read_text())["statistics"]
+    good = [results[i]["final_val_loss"] for i in (0, 8)]
+    assert summary["val_loss"]["mean"] == pytest.approx(np.mean(good)) and summary["successful_runs"] == 2
+    assert summary["n_runs"] == 9 and summary["time"]["total"] == pytest.approx(0.4)
+    said = run("analyze_results.py", folder, cwd=tmp_path)
+    assert "7 of 9 runs failed and are in no statistic" in said
+    assert (folder / "loss_curves.png").stat().st_size > 1e4
+
+
+def test_nothing_that_trains_is_loud(tmp_path):
+    """The runner ends with an error, and without starting the rest, where nothing gets to a step."""
+    path = runner_kills.write_experiment(tmp_path, behaviours={42: "refuse"})
+    said = run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 3, cwd=tmp_path, code=2)
+    assert "no validation loss captured" in said and "run 1 (seed 43): not started" in said
+    assert len(runner_kills.results(tmp_path)) == 1
+
+
+def test_killed_runners(tmp_path):
+    """KILL, TERM and INT at random moments; python tests/runner_kills.py does ten."""
+    for case in runner_kills.campaign(tmp_path, kills=3, seed=1, longest=2.0):
+        assert case["left"] == 0 and case["seconds"] < 5, case
+
+
+def test_stages_go_on(tmp_path):
+    """A campaign that is killed and goes on, with its budget kept over both; the plan may not change."""
+    truth = {"baseline": 0.0, "good": -0.05, "bad": 0.05}
+    for stage, steps in zip(STAGES, (10, 12, 14)):
+        for name, effect in truth.items():
+            runner_kills.write_experiment(tmp_path, name, stage, steps=steps, effect=effect)
+    stages = [{"stage": stage, "config": "{variant}_" + stage + ".json", "n_runs": 2} for stage in STAGES]
+    plan = {"campaign_name": "toy", "baseline": "baseline", "variants": ["good", "bad"],
+            "target_val_loss": 3.7, "stages": stages, "most_advanced": 1, "most_proved": 1, "probe_steps": 5,
+            "budget": {"gpu_hours": 1, "gpu_hours_per_run": 0.2, "probe_gpu_hours": 0.1,
+                       "price_per_gpu_hour": 2.5}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    first = subprocess.Popen([sys.executable, str(ROOT / "experiments/run_stages.py"), "--plan", "plan.json",
+                              "--parallel=3"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in first.stdout:
+        if "good run 0" in line and "of training" in line:
+            break
+    first.kill()
+    first.wait()
+    folder = tmp_path / "experiment_logs" / "toy"
+    before = {path: path.read_text() for path in folder.glob("*/*/*/results.jsonl")}
+    assert before
+    said = run("run_stages.py", "--plan", "plan.json", "--parallel=3", "--until", B, cwd=tmp_path)
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["best"] == "good" and outcome["stage"] == B and f"{B}: yes: good" in said
+    assert 0 < outcome["gpu_seconds_spent"] <= outcome["gpu_seconds_budget"] == 3600
+    assert not (folder / B / "bad").exists() and "GPU-hours" in (folder / "report.md").read_text()
+    assert all((folder / f"{stage}_comparison.{end}").exists() for stage in (A, B) for end in ("md", "png"))
+    for path, rows in before.items():
+        assert set(rows.splitlines()) <= set(path.read_text().splitlines()), "what was done was done again"
+    ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    settled = {entry["key"]: entry["spent"] for entry in ledger if entry["what"] == "settle"}
+    reserved = {entry["key"]: entry["reserved"] for entry in ledger if entry["what"] == "reserve"}
+    assert settled.keys() == reserved.keys() and all(settled[key] <= reserved[key] for key in settled)
+    assert outcome["gpu_seconds_spent"] == pytest.approx(sum(settled.values()))
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"target_val_loss": 3.0}))
+    assert "only the budget may change" in run("run_stages.py", "--plan", "plan.json", cwd=tmp_path, code=2)
+
+
+def test_time_to():
+    one = np.array([[0, 5.0, 0.0], [10, 4.0, 10.0], [20, 3.0, 20.0]])
+    assert time_to(one, 3.5) == 15.0 and time_to(one, 4.0) == 10.0 and time_to(one, 2.0) is None
+
+
+# train_gpt.py itself
+
+
+def val_losses(folder: Path, run_id: int = 0) -> list[float]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["val_loss"] for row in rows if row["run_id"] == run_id and "val_loss" in row]
+
+
+def test_pipeline(tmp_path):
+    """run, analyse, stages, compare: all four variants train and improve."""
+    random = np.random.RandomState(7)
+    tokens = (np.arange(12000) * 3 + random.randint(0, 2, 12000)) % 26
+    data = write_dataset(tmp_path / "letters", tokens[:10000], tokens[10000:], 26)
+    run("run_nanogpt_experiment.py", "--config", "configs/stage_a_screening/palm_screening.json",
+        "--n_runs", 2, "--parallel=2", "--log_dir", tmp_path / "logs", f"--dataset={data}", *TOY,
+        cwd=ROOT / "experiments")
+    palm = only(tmp_path / "logs")
+    assert {path.name for path in palm.iterdir()} >= {
+        "experiment.log", "config.json", "results.jsonl", "metrics.jsonl", "summary.json", "git_diff.patch"}
+    assert (palm / "runs" / "run_0_seed_42" / "stdout.log").exists()
+    assert (palm / "metrics.jsonl").read_text().count("train_loss") == 80
+    summary = json.loads((palm / "summary.json").read_text())
+    assert {"experiment_name", "end_time", "statistics", "git_info", "gpu_info"} <= summary.keys()
+    assert {"mean", "std", "min", "max", "median", "ci_95"} <= summary["statistics"]["val_loss"].keys()
+    assert "one-sided t-test, p = " in run("analyze_results.py", palm, cwd=tmp_path)
+    plan = json.loads((CONFIGS / "plan.json").read_text()) | {"variants": ["curriculum", "depth_warm"]}
+    for stage in plan["stages"]:
+        stage["config"] = str(CONFIGS / stage["config"])
+    plan["stages"][0]["n_runs"] = 1
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    run("run_stages.py", "--plan", "plan.json", "--until", A, "--parallel=2", f"--dataset={data}", *TOY,
+        cwd=tmp_path)
+    screened = tmp_path / "experiment_logs" / "speedrun" / A
+    folders = [palm, *(only(screened / name) for name in ("baseline", "curriculum", "depth_warm"))]
+    for folder in folders:
+        assert len(val_losses(folder)) == 5 and val_losses(folder)[-1] < val_losses(folder)[0] - 1
+    compared = run("compare_experiments.py", folders[1], palm, f"--out={tmp_path / 'compared'}", cwd=tmp_path)
+    assert "| palm_screening | variant | baseline | palm |" in compared
+    assert (tmp_path / "compared.png").stat().st_size > 1e4
