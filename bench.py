@@ -242,7 +242,7 @@ for s in strategies:
     if processes.world_size == 1 and (s.zero1 or s.fsdp or s.tp):
         raise UserError(f"compare: {s.name} divides a model over processes: start bench.py with torchrun")
     if s.tp and (s.zero1 or s.fsdp) and processes.dp_size == 1:
-        raise UserError(f"compare: {s.name}: tp_processes={tp_processes} are all processes, and nothing is left "
+        raise UserError(f"compare: {s.name}: tp_processes={tp_processes} are all processes: nothing is left "
                         f"to divide: start more")
     if s.offload and device.type != "cuda":
         raise UserError(f"compare: {s.name}: offload moves memory off a GPU, and the device is {device}")

@@ -185,15 +185,15 @@ def check_communication(rank: int, world: int) -> None:
     processes = processes_of_divisions(rank)[Division(4, fsdp=True)]
     expected = Run(Division(1), ALONE).step(0)
     for min_num_params, units in ((1, 3), (20_000, 2), (1e9, 1)):  # a layer has 12,704 parameters
-        for reshard, whole in ((True, True), (False, True), (True, False)):
-            run = Run(Division(4, fsdp=True), processes, min_num_params=min_num_params, reshard=reshard,
+        for dropped, whole in ((True, True), (False, True), (True, False)):
+            run = Run(Division(4, fsdp=True), processes, min_num_params=min_num_params, reshard=dropped,
                       whole_gradients=whole)
             assert run.step(0) == pytest.approx(expected, rel=1e-6)
             with Counted() as counted:
                 for last in (False, True):
                     average_gradients(run.trained, last)
                     run.trained(tokens(1, 16), tokens(1, 16))[1].backward()
-            fetched = 4 * (units - 1) + 2 if reshard else units  # the rest is kept for the backward pass
+            fetched = 4 * (units - 1) + 2 if dropped else units  # the rest is kept for the backward pass
             assert counted.collectives() == {"_allgather_base_": fetched,
                                              "_reduce_scatter_base_": units * (1 if whole else 2)}
 
