@@ -183,7 +183,7 @@ def test_compiles_as_one_graph(R):
     model = build(dict(block_types=BLOCKS[3]), R, torch.float32)
     expected = gradients(model, model(idx, targets)[1])
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend="inductor" if R == 2 else "aot_eager")
     # fp32: gradients of size 1 through four layers
     assert largest_difference(gradients(model, compiled(idx, targets)[1]), expected) < 1e-4
 
@@ -355,7 +355,8 @@ def check_compiled(rank: int, world: int) -> None:
         simulated = build(SCHEDULES[3], 2, torch.float32)
         real = copy.deepcopy(simulated)
         real.place(Ranks(1, torch.distributed.group.WORLD))
-        real.compile(fullgraph=True)
+        # C++ is made, which takes long, for one of them; the graph of the other runs as it was traced
+        real.compile(fullgraph=True, backend="inductor" if autocast else "aot_eager")
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss, real_loss = simulated(idx, targets)[1], real(idx, targets)[1]
         assert abs(real_loss - loss) < tolerance
