@@ -368,15 +368,17 @@ class Curriculum(Schedule):
     def __init__(self, config: Config):
         super().__init__(config)
         T = config["sequence_length"]
-        self.lengths = config["curriculum_lengths"] or [T // 4, T // 2, T - T // 4, T]
-        shares = config["curriculum_shares"]
+        self.lengths, shares = config["curriculum_lengths"], config["curriculum_shares"]
+        if self.lengths is None:
+            self.lengths = [T // 4, T // 2, T - T // 4, T]
         if shares is None:
             shares = [0.1 * (i + 1) for i in range(len(self.lengths) - 1)]
-        if not all(type(n) is int and n > 0 for n in self.lengths) or self.lengths[-1] != T \
+        if not all(type(n) is int and n > 0 for n in self.lengths) or self.lengths[-1:] != [T] \
                 or sorted(set(self.lengths)) != self.lengths:
             raise UserError(f"curriculum_lengths={self.lengths} must grow, and end with sequence_length={T}")
-        if len(shares) != len(self.lengths) - 1 or sorted(shares) != shares \
-                or not all(0 <= share <= 1 for share in shares):
+        if len(shares) != len(self.lengths) - 1 \
+                or not all(type(share) in (int, float) and 0 <= share <= 1 for share in shares) \
+                or sorted(shares) != shares:
             raise UserError(f"curriculum_shares={shares} must be {len(self.lengths) - 1} numbers from 0 to 1 "
                             f"that do not fall, one for each length but the last")
         self.latest = [round(share * config["num_iterations"]) for share in shares]
@@ -588,6 +590,10 @@ if __name__ == "__main__":
         log.line(f"{model.syncs} of {2 * n_layer} synchronization points, {tp_size} simulated ranks")
         log.event("schedule", **checkpoint.schedule_description(model))
 
+    if warmup_iters + warmdown_iters > num_iterations:
+        log.line(f"warning: {warmup_iters=} and {warmdown_iters=} exceed {num_iterations=}: the learning "
+                 f"rate never reaches its peak")
+
     # speed
     torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
     autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
@@ -752,7 +758,8 @@ if __name__ == "__main__":
                         f"(--list_checkpoints shows them) with --resume=STEP and a lower learning_rate")
     on_main(lambda: saver.wait(final=True), group)
     if status == "interrupted":
-        log.line(f"interrupted at step {step}: go on with --resume=latest")
+        how = "go on with --resume=latest" if save_checkpoint else "no checkpoint was to be saved"
+        log.line(f"interrupted at step {step}: {how}")
     if device.type == "cuda":
         log.line(f"peak memory: {peak_memory(device) / 2**20:.0f} MiB")
     log.line(f"each process sent {optimizer.bytes_sent / max(1, step - first_step):,.0f} bytes a step")

@@ -127,6 +127,8 @@ def test_settings_of_file_environment_and_command_line(train, tmp_path):
     (["--variant=sync", "--sync_points=[3]"], "sync_points=[3] is for sync_strategy='custom'"),
     (["--variant=curriculum", "--curriculum_lengths=[8,16]"], "must grow, and end with sequence_length=32"),
     (["--variant=curriculum", "--curriculum_shares=[0.5]"], "must be 3 numbers"),
+    (["--variant=curriculum", "--curriculum_shares=['a',0.1,0.2]"], "must be 3 numbers"),
+    (["--variant=curriculum", "--curriculum_lengths=[]"], "must grow, and end with sequence_length=32"),
     (["--variant=depth_warm", "--depth_warm_layers=5"], "between 1 and n_layer=4"),
     (["--n_head=3"], "does not give n_head=3 heads of even width"),
     (["--dtype=float16"], "float16 would need scaled losses"),
