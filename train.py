@@ -328,8 +328,8 @@ alone = ": one data-parallel process keeps it all" if processes.dp_size == 1 els
 if use_zero1:
     log.line("Using ZeRO-1 optimizer state sharding" + alone)
 if use_fsdp:
-    units = "" if sharding is None else f" {len(sharding.units(model.transformer.h))} units of layers"
-    log.line("Wrapping model with FSDP..." + (alone or units))
+    n_units = 0 if sharding is None else len(sharding.units(model.transformer.h))
+    log.line("Wrapping model with FSDP..." + (alone or f" {n_units} unit{'s' * (n_units != 1)} of layers"))
 if use_triton:
     log.line("using Triton-accelerated LayerNorm" if usable(torch.empty(0, device=device)) else
              f"use_triton: no Triton kernels on {device.type} here, LayerNorm is PyTorch's")
