@@ -94,6 +94,16 @@ def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str,
     return configs
 
 
+def check_unchanged(folder: str, before: dict, now: dict) -> None:
+    """Raise UserError if an experiment that is gone on with was edited: its runs would not be comparable."""
+    now = json.loads(json.dumps(now))  # as config.json gives it back
+    for key in sorted(before.keys() | now.keys()):
+        if key != "description" and before.get(key) != now.get(key):
+            raise UserError(f"{folder} was begun with {key}={json.dumps(before.get(key))} and not "
+                            f"{json.dumps(now.get(key))}: put that back, or use another --log_dir or "
+                            f"campaign_name")
+
+
 class Campaign:
     """The folder of a campaign, its experiments and its ledger; does what campaign.py decides."""
 
@@ -109,7 +119,9 @@ class Campaign:
             parent = os.path.join(folder, stage, arm)
             there = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
             if there:
-                self._open(stage, arm, ExperimentLogger.reopen(os.path.join(parent, there[0])))
+                log = ExperimentLogger.reopen(os.path.join(parent, there[0]))
+                check_unchanged(log.folder, log.config, configs[stage, arm])
+                self._open(stage, arm, log)
         self._told = len(read_lines(self.path("decisions.jsonl")))
         self._read_ledger()
 
@@ -246,7 +258,7 @@ class Campaign:
         def ended(job: Job, result: dict) -> None:
             run = runs[id(job)][1]
             self._take(run, result)
-            self._settle(job, run, result, result["wall_seconds"] * job.log.config["n_gpus"])
+            self._settle(job, run, result, cost_shown(result))
 
         run_jobs([job for job, _ in runs.values()], self.places(batch[0].stage), may_start, ended)
 
@@ -294,6 +306,12 @@ class Campaign:
                 subprocess.run([sys.executable, script, *folders, f"--out={self.path(stage)}_comparison"],
                                stdout=subprocess.DEVNULL, check=True)
                 print(f"written: {self.path(stage)}_comparison.md", flush=True)
+
+
+def cost_shown(result: dict) -> float | None:
+    """GPU-seconds that a run says of others like it; None if it failed by itself, however early that was."""
+    whole = result["success"] or result.get("ended_by") == "limit"
+    return result["wall_seconds"] * result["gpus"] if whole else None
 
 
 def extrapolated(events: list[dict], steps: int, all_steps: int, val_loss_every: int) -> float:

@@ -103,6 +103,7 @@ def result_of(job: Job, folder: str, report: dict) -> tuple[dict, list[dict]]:
     result = {"run_id": job.run_id, "seed": asked["seed"], **result,
               "wall_seconds": round(report["seconds"], 3), "gpus": config["n_gpus"]}
     if not result["success"]:
+        result["ended_by"] = report["ended_by"]
         result["output_tail"] = last_lines(os.path.join(folder, "stdout.log"))
     return result, metrics
 

@@ -18,11 +18,11 @@ from conftest import ROOT, write_dataset
 from scipy import stats
 
 from configurator import UserError
+from experiments import compare_experiments, run_stages, simulate
 from experiments import experiment_statistics as es
-from experiments import simulate
 from experiments.campaign import Budget, Costs, Plan, Results, Run, decide
 from experiments.experiment_config import STAGES, load_config
-from experiments.report import time_to
+from experiments.report import Experiment, time_to
 
 A, B, C = STAGES
 CONFIGS = ROOT / "experiments" / "configs"
@@ -159,6 +159,18 @@ def test_planner_without_money_or_results():
     assert play(plan_of("good", until=A), truth)[2]["stage"] == A
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_planner_without_a_baseline(stage):
+    """Nobody is worse than what never ran."""
+    results = Results()
+    while (found := decide(plan_of("good"), results))[2] is None:
+        for one in found[1]:
+            failed = (one.stage, one.variant) == (stage, "baseline")
+            results.losses[one] = None if failed else 3.3 - 0.1 * (one.variant == "good") + 1e-3 * one.run_id
+    assert found[2]["stage"] == stage and found[2]["best"] == "baseline" and not found[2]["proved"]
+    assert found[2]["reason"] == "no run of the baseline succeeded to compare with"
+
+
 def test_planner_by_simulation():
     """The budget is never exceeded; with enough of it the best is found about as often as in full, for less.
     """
@@ -179,6 +191,24 @@ def test_budget_and_costs():
     assert not budget.reserve("b", 61.0) and budget.reserve("a", 60.0) and not budget.reserve("c", 41.0)
     budget.settle("a", 20.0)
     assert budget.left == 80.0
+
+
+def test_a_crash_says_nothing_of_costs():
+    """Else the next run would be ended when it has taken 1.5 times as long as the crash."""
+    crash = {"success": False, "ended_by": "itself", "wall_seconds": 3.0, "gpus": 2}
+    assert run_stages.cost_shown(crash) is None and run_stages.cost_shown(crash | {"success": True}) == 6.0
+    assert run_stages.cost_shown(crash | {"ended_by": "limit"}) == 6.0
+    costs = Costs({A: 1.0}.__getitem__)
+    for variant, cost in (("baseline", 100.0), ("baseline", 120.0), ("x", 5.0)):  # the first is the probe's
+        costs.add(A, variant, cost)
+    assert costs.expected(Run(A, "x", 1)) == 100.0 and costs.expected(Run(A, "baseline", 1)) == 120.0
+
+
+def test_edited_experiments_do_not_go_on(tmp_path):
+    config = load_config(str(runner_kills.write_experiment(tmp_path)))
+    run_stages.check_unchanged("f", config, config | {"description": "in other words"})
+    with pytest.raises(UserError, match="hyperparameters="):
+        run_stages.check_unchanged("f", config, config | {"hyperparameters": {"effect": 1}})
 
 
 # configurations
@@ -343,6 +373,25 @@ def test_stages_go_on(tmp_path):
 def test_time_to():
     one = np.array([[0, 5.0, 0.0], [10, 4.0, 10.0], [20, 3.0, 20.0]])
     assert time_to(one, 3.5) == 15.0 and time_to(one, 4.0) == 10.0 and time_to(one, 2.0) is None
+
+
+def experiment_of(name: str, losses: list[float], **fields) -> Experiment:
+    results = [{"run_id": i, "seed": 42 + i, "success": True, "final_val_loss": loss, "time_seconds": 1.0}
+               for i, loss in enumerate(losses)]
+    curves = [np.array([[0, 5.0, 0.0], [10, loss, 1.0]]) for loss in losses]
+    config = {"stage_config": {}, "target_val_loss": 3.28}
+    return Experiment(name, name, config, results, curves, {}, **fields)
+
+
+def test_minimum_detectable_effect_of_several_comparisons(tmp_path, capsys):
+    """Conclusions are by Holm's p, so what is detectable is, too."""
+    a, *others = [experiment_of(name, losses) for name, losses in (
+        ("a", [3.28, 3.29, 3.27]), ("b", [3.26, 3.28, 3.27]), ("c", [3.2, 3.23, 3.21]), ("one run", [3.3]))]
+    compare_experiments.write_comparison([a, *others], str(tmp_path / "x"), 0.05, 0.8)
+    found = json.loads((tmp_path / "x.json").read_text())["comparisons"]
+    assert found[0]["minimum_detectable"] == es.minimum_detectable(a.losses, others[0].losses, 0.025)
+    assert found[2]["minimum_detectable"] is None
+    assert "detectable with probability 0.8 at p < 0.025, as 2 comparison(s) need" in capsys.readouterr().out
 
 
 # train_gpt.py itself
