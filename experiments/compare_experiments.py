@@ -20,6 +20,7 @@ import numpy as np
 
 from configurator import UserError, check_can_write
 from data.files import Parser, json_text, unused_path
+from experiments.experiment_logger import differences
 from experiments.experiment_statistics import (
     describe,
     hedges_g,
@@ -65,6 +66,7 @@ def compare(a: Experiment, b: Experiment, alpha: float, power: float) -> dict:
             "minimum_detectable": minimum_detectable(a.losses, b.losses, alpha, power),
             "time_ratio": float(np.mean(b.times) / np.mean(a.times)) if np.mean(a.times) else None,
             "time_to_baseline_loss": reached,
+            "made_otherwise": differences(a.made_by, b.made_by),
             "differs_in": {key: [a.settings.get(key), b.settings.get(key)] for key in keys}}
 
 
@@ -103,6 +105,9 @@ def warnings(a: Experiment, comparisons: list[dict]) -> list[str]:
         if other:
             found.append(f"{one['name']} differs from {a.name} in {', '.join(sorted(other))}: that is "
                          f"another amount of work, not only another method.")
+        for what, (ours, its) in one["made_otherwise"].items():
+            found.append(f"{one['name']} was run with another {what} than {a.name} ({its}, not {ours}): what "
+                         f"differs may come from that.")
     for name, n, good in [(a.name, len(a.results), len(a.good)),
                           *((one["name"], one["n_runs"], one["successful_runs"]) for one in comparisons)]:
         if good < n:

@@ -119,7 +119,7 @@ class Campaign:
             parent = os.path.join(folder, stage, arm)
             there = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
             if there:
-                log = ExperimentLogger.reopen(os.path.join(parent, there[0]))
+                log = ExperimentLogger.reopen(os.path.join(parent, there[0]), len(self.places(stage)))
                 check_unchanged(log.folder, log.config, configs[stage, arm])
                 self._open(stage, arm, log)
         self._told = len(read_lines(self.path("decisions.jsonl")))
@@ -160,7 +160,8 @@ class Campaign:
         if (stage, arm) not in self.logs:
             n_runs = next(s["n_runs"] for s in self.plan["stages"] if s["stage"] == stage)
             self._open(stage, arm, ExperimentLogger.create(
-                self.configs[stage, arm], os.path.join(self.folder, stage, arm), n_runs))
+                self.configs[stage, arm], os.path.join(self.folder, stage, arm), n_runs,
+                len(self.places(stage))))
         return self.logs[stage, arm]
 
     def _enter(self, **entry) -> None:

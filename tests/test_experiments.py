@@ -22,6 +22,7 @@ from experiments import compare_experiments, run_stages, simulate
 from experiments import experiment_statistics as es
 from experiments.campaign import Budget, Costs, Plan, Results, Run, decide
 from experiments.experiment_config import STAGES, load_config
+from experiments.experiment_logger import ExperimentLogger, made_by
 from experiments.report import Experiment, time_to
 
 A, B, C = STAGES
@@ -392,6 +393,27 @@ def test_minimum_detectable_effect_of_several_comparisons(tmp_path, capsys):
     assert found[0]["minimum_detectable"] == es.minimum_detectable(a.losses, others[0].losses, 0.025)
     assert found[2]["minimum_detectable"] is None
     assert "detectable with probability 0.8 at p < 0.025, as 2 comparison(s) need" in capsys.readouterr().out
+
+
+def test_other_machines_and_code_are_seen(tmp_path):
+    config = load_config(str(runner_kills.write_experiment(tmp_path)))
+    said = []
+    log = ExperimentLogger.create(config, str(tmp_path / "logs"), 2, 1, say=said.append)
+    ExperimentLogger.reopen(log.folder, 1, 5, said.append)
+    path = Path(log.folder, "config.json")
+    described = json.loads(path.read_text())
+    assert not said and described["n_runs"] == 5 and described["parallel"] == 1
+    described |= {"gpu_info": {"count": 1, "gpus": [{"name": "X1"}]},
+                  "git_info": described["git_info"] | {"commit": "abc", "diff_sha256": "def"}}
+    path.write_text(json.dumps(described))
+    log = ExperimentLogger.reopen(log.folder, 2, 3, said.append)
+    for what, one in zip(("commit", "git diff", "GPU", "--parallel"), said, strict=True):
+        assert one.startswith(f"warning: {what} is ")
+    assert json.loads(path.read_text())["n_runs"] == 5
+    a, b = (experiment_of(name, [3.28, 3.29], made_by=made_by(described) | {"--parallel": n})
+            for name, n in (("a", 1), ("b", 4)))
+    said = compare_experiments.warnings(a, [compare_experiments.compare(a, b, 0.05, 0.8)])
+    assert said == ["b was run with another --parallel than a (4, not 1): what differs may come from that."]
 
 
 # train_gpt.py itself
