@@ -155,7 +155,8 @@ def report(a: Experiment, comparisons: list[dict], alpha: float, alpha_each: flo
         losses_table(a, comparisons), tests_table(comparisons),
         f"Two-sided at p < {alpha:g}; detectable with probability {power:g} at p < "
         f"{alpha_each:.3g}, as {round(alpha / alpha_each)} comparison(s) need; negative differences are "
-        f"lower losses.\n", *(f"- {note}" for note in notes), f"\n![Val loss against step and time]({picture})\n",
+        f"lower losses.\n",
+        *(f"- {note}" for note in notes), f"\n![Val loss against step and time]({picture})\n",
         table(["experiment", "setting", a.name, "its own"], settings or [["-"] * 4])])
 
 

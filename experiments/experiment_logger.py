@@ -151,8 +151,8 @@ def made_by(described: dict) -> dict:
 
 def differences(before: dict, now: dict) -> dict[str, tuple]:
     """(before, now) of each that is known of both and not the same."""
-    return {key: (before[key], now[key]) for key in before
-            if before[key] != now[key] and None not in (before[key], now[key])}
+    both = {key: (before[key], now.get(key)) for key in before}
+    return {key: (ours, its) for key, (ours, its) in both.items() if ours != its and None not in (ours, its)}
 
 
 def statistics_of(results: list[dict], target: float) -> dict:

@@ -15,7 +15,6 @@ comparison. The same command goes on where it was, however it ended.
 """
 
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -30,15 +29,17 @@ from experiments.campaign import Budget, Costs, Plan, Results, Run, run_campaign
 from experiments.experiment_config import (
     NUMBER,
     STAGES,
+    all_settings,
     check_keys,
     command,
+    finite,
     literal,
     load_config,
     num_iterations,
     read_json,
     shown,
 )
-from experiments.experiment_logger import ExperimentLogger, lines_of, read_lines
+from experiments.experiment_logger import ExperimentLogger, differences, lines_of, read_lines
 from experiments.report import table, write
 from experiments.runner import ENDING, Job, end_on_signals, lock, recover, run_jobs, slots, visible_gpus
 
@@ -72,8 +73,10 @@ def read_plan(path: str) -> dict:
         if plan[key] < 1:
             raise UserError(f"{path}: {key}={plan[key]} must be at least 1")
     for key, value in plan["budget"].items():
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"{path}: budget's {key}={value} must be above 0")
+        if value is not None and (finite(value) is None or value <= 0):
+            raise UserError(f"{path}: budget's {key}={str(value)[:20]} must be finite and above 0")
+    if finite(plan["target_val_loss"]) is None:
+        raise UserError(f"{path}: target_val_loss={str(plan['target_val_loss'])[:20]} must be finite")
     return plan
 
 
@@ -91,7 +94,17 @@ def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str,
                 if config[key] != first[key]:
                     raise UserError(f"{file} has another {key} than the stage's baseline: they would not be "
                                     f"comparable")
+            for key, (ours, its) in differences(judged_by(first), judged_by(config)).items():
+                raise UserError(f"{file} has {key}={its} and the stage's baseline {ours}: they would not be "
+                                f"comparable")
     return configs
+
+
+def judged_by(config: dict) -> dict:
+    """The settings that a val loss depends on without being better or worse."""
+    settings = all_settings(config)
+    keys = {"dataset", "sequence_length"} | {key for key in settings if key.startswith("val_")}
+    return {key: settings.get(key) for key in sorted(keys)}
 
 
 def check_unchanged(folder: str, before: dict, now: dict) -> None:
@@ -143,8 +156,7 @@ class Campaign:
     def _sequences(self, stage: str) -> float:
         """That a run trains on, but for a constant."""
         config = self.configs[stage, self.plan["baseline"]]
-        settings = config["stage_config"] | config["hyperparameters"]
-        return num_iterations(config) * float(settings.get("batch_size", 1))
+        return num_iterations(config) * float(all_settings(config).get("batch_size", 1))
 
     def _open(self, stage: str, arm: str, log: ExperimentLogger) -> None:
         log.lock = lock(log.folder)
@@ -221,11 +233,11 @@ class Campaign:
 
         run = Run(stage, self.plan["baseline"], 0)
         log = self.log_of(stage, run.variant)
-        settings, steps = log.config["stage_config"] | log.config["hyperparameters"], self.plan["probe_steps"]
-        if num_iterations(log.config) <= steps:
-            steps = num_iterations(log.config)
-        shorter = {"num_iterations": steps, "val_loss_every": steps, "warmdown_iters": 0, "warmup_iters": 0}
-        changed = {key: value for key, value in shorter.items() if key in settings or key == "num_iterations"}
+        settings = all_settings(log.config)
+        steps = min(self.plan["probe_steps"], num_iterations(log.config))
+        shorter = {"num_iterations": steps, "val_loss_every": steps, "warmdown_iters": 0, "warmup_iters": 0,
+                   "log_interval": 1}  # of which the time of a step is known
+        changed = {key: value for key, value in shorter.items() if key in settings}
         job = Job(log, 0, changed=changed, recorded=False)
         if not self._start(job, run, HOUR * self.plan["budget"]["probe_gpu_hours"]):
             return False
@@ -237,9 +249,13 @@ class Campaign:
             self._settle(job, run, result, None)
             raise UserError(f"the probe of {stage} failed, so its runs would: {result['error']} (see "
                             f"{job.folder}/stdout.log)")
-        expected = result["wall_seconds"] + extrapolated(read_log(os.path.join(job.folder, "out")), steps,
-                                                         num_iterations(log.config),
-                                                         settings.get("val_loss_every", 0))
+        try:
+            expected = result["wall_seconds"] + extrapolated(
+                read_log(os.path.join(job.folder, "out")), steps, num_iterations(log.config),
+                settings.get("val_loss_every", 0))
+        except UserError:
+            self._settle(job, run, result, None)
+            raise
         self._settle(job, run, result, expected * log.config["n_gpus"])
         log.line(f"{stage}: a run of {log.config['experiment_name']} should take {expected:.0f} s on "
                  f"{log.config['n_gpus']} GPU(s)")
@@ -316,11 +332,16 @@ def cost_shown(result: dict) -> float | None:
 
 
 def extrapolated(events: list[dict], steps: int, all_steps: int, val_loss_every: int) -> float:
-    """Seconds that a run takes beyond its probe: by the median step, and by the last evaluation."""
+    """Seconds that a run takes beyond its probe: by the median step, and by the last evaluation. Raises
+    UserError if the probe does not say how long those took."""
     times = [event["seconds"] for event in events if event["event"] == "iter" and event["seconds"]]
+    last = max((i for i, event in enumerate(events) if event["event"] == "eval"), default=0)
+    stamps = [event.get("time") for event in events[last - 1:last + 1]] if last else []
+    if not times or len([stamp for stamp in stamps if finite(stamp) is not None]) < 2:
+        raise UserError("a probe's log has no times of its steps and its last evaluation, so what runs cost "
+                        "is not known: let the script write them as train_gpt.py does, or raise probe_steps")
     step = statistics.median(times[len(times) // 2:])
-    last = max(i for i, event in enumerate(events) if event["event"] == "eval")
-    evaluation = max(events[last]["time"] - events[last - 1]["time"], 0.0)
+    evaluation = max(stamps[1] - stamps[0], 0.0)
     evaluations = (all_steps // val_loss_every if val_loss_every else 1) - 1
     return (all_steps - steps) * step + max(evaluations, 0) * evaluation
 

@@ -212,6 +212,28 @@ def test_edited_experiments_do_not_go_on(tmp_path):
         run_stages.check_unchanged("f", config, config | {"hyperparameters": {"effect": 1}})
 
 
+def test_what_a_probe_says():
+    step, evaluation = ({"event": name, "seconds": 2.0, "time": 7.0} for name in ("iter", "eval"))
+    assert run_stages.extrapolated([step, step, evaluation | {"time": 10.0}], 2, 12, 5) == 10 * 2 + 3
+    for events in ([evaluation, evaluation], [step], [step, step, evaluation | {"time": None}]):
+        with pytest.raises(UserError, match="no times"):
+            run_stages.extrapolated(events, 2, 12, 5)
+
+
+def test_a_stage_is_judged_by_the_same(tmp_path):
+    """What an experiment does not say is the script's default."""
+    plan = {"baseline": "a", "variants": ["b"],
+            "stages": [{"stage": A, "config": "{variant}_" + A + ".json"}]}
+    for fine, more in ((True, {"val_loss_every": 5, "effect": 1}), (False, {"val_loss_every": 6})):
+        runner_kills.write_experiment(tmp_path, "a", A)
+        runner_kills.write_experiment(tmp_path, "b", A, **more)
+        if fine:
+            run_stages.read_configs(plan, str(tmp_path / "plan.json"), [])
+        else:
+            with pytest.raises(UserError, match="val_loss_every=6 and the stage's baseline 5"):
+                run_stages.read_configs(plan, str(tmp_path / "plan.json"), [])
+
+
 # configurations
 
 
