@@ -7,7 +7,7 @@
         results.jsonl     a line a run: run_id, seed, final_val_loss, final_train_loss, time_seconds (training
                           as the script's clock has it), wall_seconds, final_step, success; of a failed run
                           also error, ended_by (see supervise.py) and output_tail, its last lines
-        metrics.jsonl     run_id, step, val_loss or train_loss, train_time_ms, step_avg_ms
+        metrics.jsonl     run_id, step (updates done), val_loss or train_loss, train_time_ms, step_avg_ms
         summary.json      statistics of the successful runs, git_info, gpu_info
         git_diff.patch    what differs from the commit; <script>: the script itself
         runs/run_0_seed_42/{stdout.log, report.json, out/}

@@ -18,7 +18,7 @@ from conftest import ROOT, write_dataset
 from scipy import stats
 
 from configurator import UserError
-from experiments import compare_experiments, run_stages, simulate
+from experiments import compare_experiments, run_stages, runner, simulate
 from experiments import experiment_statistics as es
 from experiments.campaign import Budget, Costs, Plan, Results, Run, decide
 from experiments.experiment_config import STAGES, load_config
@@ -297,6 +297,49 @@ def test_wrong_files_and_arguments(tmp_path, monkeypatch):
 
 
 # the runner
+
+
+def test_odd_events():
+    """What is no number fails loudly, what is not finite is null, steps are counted in one way."""
+    clock = {"train_time_ms": 5.0, "step_avg_ms": math.nan}
+    rows = [runner.metric({"event": name, "step": step, key: loss, **clock})
+            for name, step, key, loss in (("iter", 4, "loss", 10**400), ("eval", 5, "val_loss", math.inf))]
+    assert rows == [{"step": 5, name: None, "train_time_ms": 5.0, "step_avg_ms": None}
+                    for name in ("train_loss", "val_loss")]
+    fine = {"event": "eval", "step": 5, "val_loss": 3.2, **clock}
+    for odd in ({"val_loss": "3.2"}, {"train_time_ms": "10ms"}, {"step": "5"}, {"step": None}):
+        with pytest.raises(UserError, match="an event 'eval' of its log has"):
+            runner.metric(fine | odd)
+    with pytest.raises(UserError, match="has no val_loss"):
+        runner.metric({"event": "eval", "step": 5, **clock})
+    assert runner.metric({"event": "checkpoint"}) is None
+
+
+def test_odd_output_is_a_failed_run(tmp_path, monkeypatch):
+    config = load_config(str(runner_kills.write_experiment(tmp_path)))
+    log = ExperimentLogger.create(config, str(tmp_path / "logs"), 1, say=lambda text: None)
+    report = {"code": 0, "seconds": 1.0, "ended_by": "itself"}
+    out = Path(log.run_folder(0), "out")
+    out.mkdir(parents=True)
+    (out.parent / "stdout.log").write_text("said\n")
+    (out / "status.json").write_text('{"status": "diverged", "step": "many"}')
+    start = {"event": "start", "time": 1.0, "config": {}, "resumed": False}
+    ends = {"event": "eval", "step": 20, "val_loss": 3.2, "train_loss": 3.2, "lr": 0.1,
+            "train_time_ms": "10ms", "step_avg_ms": 1e999}
+    (out / "run_1.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (start, ends)))
+    (out.parent / "report.json").write_text(json.dumps(report))
+    runner.recover(log, 1)
+    assert not log.results[0]["success"] and log.results[0]["error"].startswith("diverged at step 0")
+    (out / "status.json").write_text('{"status": "finished", "step": 20}')
+    result, metrics = runner.result_of(runner.Job(log, 0), log.run_folder(0), report)
+    assert "no validation loss captured" in result["error"] and "'10ms'" in result["error"]
+    monkeypatch.setattr(runner, "read_run", lambda *args: 1 / 0)
+    result, metrics = runner.result_of(runner.Job(log, 0), log.run_folder(0), report)
+    assert "cannot be read: ZeroDivisionError" in result["error"] and metrics == []
+    log.record(result, metrics)
+    tail = runner.Tail(str(out))
+    tail.read()
+    assert tail.val_loss == 3.2 and tail.val_step == 20
 
 
 def test_dry_run_prints_the_commands(tmp_path):
