@@ -18,7 +18,7 @@ from conftest import ROOT, write_dataset
 from scipy import stats
 
 from configurator import UserError
-from experiments import compare_experiments, run_stages, runner, simulate
+from experiments import compare_experiments, run_nanogpt_experiment, run_stages, runner, simulate
 from experiments import experiment_statistics as es
 from experiments.campaign import Budget, Costs, Plan, Results, Run, decide
 from experiments.experiment_config import STAGES, load_config
@@ -389,6 +389,27 @@ def test_nothing_that_trains_is_loud(tmp_path):
     said = run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 3, cwd=tmp_path, code=2)
     assert "no validation loss captured" in said and "run 1 (seed 43): not started" in said
     assert len(runner_kills.results(tmp_path)) == 1
+
+
+def test_failed_runs_are_tried_again(tmp_path, monkeypatch):
+    """Also if they failed before their first step."""
+    config = load_config(str(runner_kills.write_experiment(tmp_path)))
+    log = ExperimentLogger.create(config, str(tmp_path / "logs"), 3, say=lambda text: None)
+    failed = {"success": False, "final_val_loss": None, "time_seconds": 0.0, "wall_seconds": 1.0}
+    for i in range(3):
+        log.record(failed | {"run_id": i, "seed": 42 + i, "final_step": 0}, [])
+    started = []
+
+    def run_jobs(jobs, places, may_start, ended):
+        for job in jobs:
+            if may_start(job):
+                started.append((job.run_id, job.limit))
+                ended(job, {"final_step": 7 * (job.run_id == 0)})
+
+    monkeypatch.setattr(run_nanogpt_experiment, "run_jobs", run_jobs)
+    with pytest.raises(UserError, match="no run of"):
+        run_nanogpt_experiment.execute(log, 3, True, [None], 90.0)
+    assert started == [(0, 90.0), (1, 90.0), (2, 90.0)]
 
 
 def test_killed_runners(tmp_path):
