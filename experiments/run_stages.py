@@ -24,7 +24,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from configurator import UserError, check_can_write
-from data.files import Parser, json_text, replace_file, unused_path
+from data.files import Parser, json_text, os_error_as_user_error, replace_file, unused_path
 from experiments.campaign import Budget, Costs, Plan, Results, Run, run_campaign
 from experiments.experiment_config import (
     NUMBER,
@@ -178,7 +178,8 @@ class Campaign:
 
     def _enter(self, **entry) -> None:
         """A line of the ledger, on the disk before anything else happens."""
-        with open(self.path("ledger.jsonl"), "a", encoding="utf-8") as f:
+        path = self.path("ledger.jsonl")
+        with os_error_as_user_error(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"time": time.time(), **entry}) + "\n")
             f.flush()
             os.fsync(f.fileno())
@@ -187,6 +188,7 @@ class Campaign:
         """What was spent so far. Who reserved and did not come to say what it took is charged what its
         supervisor has written down, or else all that was reserved."""
         open_, path = {}, self.path("ledger.jsonl")
+        cut_torn_line(path)
         for entry in read_lines(path):
             if entry["what"] == "reserve":
                 open_[entry["key"]] = entry
@@ -323,6 +325,14 @@ class Campaign:
                 subprocess.run([sys.executable, script, *folders, f"--out={self.path(stage)}_comparison"],
                                stdout=subprocess.DEVNULL, check=True)
                 print(f"written: {self.path(stage)}_comparison.md", flush=True)
+
+
+def cut_torn_line(path: str) -> None:
+    """Take from a file that one appends to what was not written to its end; nothing follows from that, because
+    a line comes before what it tells of. Raises UserError."""
+    if os.path.exists(path):
+        with os_error_as_user_error(f"cannot write {path}"), open(path, "r+b") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
 
 
 def cost_shown(result: dict) -> float | None:

@@ -457,6 +457,19 @@ def test_stages_go_on(tmp_path):
     assert "only the budget may change" in run("run_stages.py", "--plan", "plan.json", cwd=tmp_path, code=2)
 
 
+def test_a_torn_line_of_the_ledger(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    run_stages.cut_torn_line(str(path))
+    for text, left in (('{"a": 1}\n{"b', '{"a": 1}\n'), ('{"a', ""), ('{"a": 1}\n', '{"a": 1}\n')):
+        path.write_text(text)
+        run_stages.cut_torn_line(str(path))
+        assert path.read_text() == left
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        run_stages.cut_torn_line(str(path))
+
+
 def test_time_to():
     one = np.array([[0, 5.0, 0.0], [10, 4.0, 10.0], [20, 3.0, 20.0]])
     assert time_to(one, 3.5) == 15.0 and time_to(one, 4.0) == 10.0 and time_to(one, 2.0) is None
