@@ -129,7 +129,8 @@ class Story:
         """The end for want of budget: what is known is what the stage before says."""
         known = [self.plan.baseline, *candidates]
         best = min(known, key=lambda name: self.results.mean(before, name)) if before else self.plan.baseline
-        return self.outcome(before or stage, best, f"what is left of the budget does not pay for {stage}",
+        return self.outcome(before or stage, best, f"what is left of the budget, or what it allows one "
+                            f"run, does not pay for {stage}",
                             out_of_budget=True)
 
 

@@ -170,6 +170,9 @@ def main() -> None:
     for name in ("alpha", "power"):
         if not 0 < getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be between 0 and 1")
+    if args.power <= args.alpha:
+        raise UserError(f"--power={args.power} must be above --alpha={args.alpha}: less than that is had for "
+                        f"nothing")
     folders = list(dict.fromkeys(map(os.path.normpath, args.folders)))
     if len(folders) < 2:
         raise UserError("give two folders or more: the baseline's, then those to be compared with it")

@@ -104,11 +104,15 @@ def check_keys(value, schema: dict, where: str) -> None:
             raise UserError(f"{where}: {key}={json.dumps(value[key])} must be {expected}")
 
 
+def check_name(name: str, key: str, where: str) -> None:
+    """Raise UserError unless it can be the name of a folder everywhere."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(f"{where}: {key}={name!r} names a folder: use letters, digits, '.', '_' and '-'")
+
+
 def check_values(config: dict, where: str) -> None:
     """Raise UserError for what no run could be made of."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config["experiment_name"]):
-        raise UserError(f"{where}: experiment_name={config['experiment_name']!r} names a folder: use "
-                        f"letters, digits, '.', '_' and '-'")
+    check_name(config["experiment_name"], "experiment_name", where)
     if config["stage"] not in STAGES:
         raise UserError(f"{where}: stage={config['stage']!r} is unknown: use {', '.join(STAGES)}")
     if config["modification_type"] not in MODIFICATIONS:
@@ -116,8 +120,8 @@ def check_values(config: dict, where: str) -> None:
                         f"{', '.join(MODIFICATIONS)}")
     if not 1 <= config["n_gpus"] <= 1024:
         raise UserError(f"{where}: n_gpus={config['n_gpus']} must be at least 1 (processes, on a CPU)")
-    if not 0 <= config["base_seed"] < 2**62:
-        raise UserError(f"{where}: base_seed={config['base_seed']} must be at least 0 and fit into 62 bits")
+    if not 0 <= config["base_seed"] < 2**31:  # the order of the data takes 32 bits of base_seed + run_id
+        raise UserError(f"{where}: base_seed={config['base_seed']} must be at least 0 and below 2**31")
     for key in ("target_val_loss", "baseline_val_loss", "baseline_std"):
         if config[key] is not None and (finite(config[key]) is None or config[key] < 0):
             raise UserError(f"{where}: {key}={str(config[key])[:20]} must be finite and not below 0")

@@ -55,6 +55,9 @@ def read_experiment(folder: str) -> Experiment:
     if not experiment.good:
         state = f"all {len(results)} runs of it failed" if results else "no run of it has ended"
         raise UserError(f"{folder} has no validation loss: {state}")
+    if not len(on_common_steps(curves)[0]):
+        raise UserError(f"{folder}/metrics.jsonl has no step at which all successful runs were evaluated: "
+                        f"it is not what was written with results.jsonl; put it back")
     return experiment
 
 

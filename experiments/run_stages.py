@@ -31,6 +31,7 @@ from experiments.experiment_config import (
     STAGES,
     all_settings,
     check_keys,
+    check_name,
     command,
     finite,
     literal,
@@ -59,6 +60,7 @@ def read_plan(path: str) -> dict:
     plan = read_json(path)
     check_keys(plan, PLAN, path)
     check_keys(plan["budget"], BUDGET, f"budget of {path}")
+    check_name(plan["campaign_name"], "campaign_name", path)
     for stage in plan["stages"]:
         check_keys(stage, STAGE, f"a stage of {path}")
         if stage["n_runs"] < 1:
@@ -98,6 +100,22 @@ def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str,
                 raise UserError(f"{file} has {key}={its} and the stage's baseline {ours}: they would not be "
                                 f"comparable")
     return configs
+
+
+def with_ends(cost: float, n_gpus: int) -> float:
+    """GPU-seconds to reserve for a cost: with what starting may take longer and ending at the limit takes."""
+    return cost + (STARTING + ENDING) * n_gpus
+
+
+def check_cap(plan: dict, configs: dict, path: str) -> None:
+    """Raise UserError if gpu_hours_per_run does not even let probes start."""
+    n_gpus, budget = max(config["n_gpus"] for config in configs.values()), plan["budget"]
+    needed = with_ends(HOUR * budget["probe_gpu_hours"], n_gpus) / HOUR
+    for key in ("gpu_hours_per_run", "gpu_hours"):
+        if budget[key] < needed:
+            raise UserError(f"{path}: {key}={budget[key]} is below the {needed:.3f} that a probe on {n_gpus} "
+                            f"GPU(s) may take (probe_gpu_hours and {STARTING + ENDING:.0f} s): raise it, or "
+                            f"lower probe_gpu_hours")
 
 
 def judged_by(config: dict) -> dict:
@@ -213,7 +231,7 @@ class Campaign:
         n_gpus = job.log.config["n_gpus"]
         job.key = f"{run.stage}/{run.variant}/{run.run_id}/{time.time():.3f}"
         job.limit = cost / n_gpus + STARTING
-        reserved = (job.limit + ENDING) * n_gpus
+        reserved = with_ends(cost, n_gpus)
         if not self.budget.reserve(job.key, reserved):
             return False
         job.folder = job.log.run_folder(run.run_id) if job.recorded else unused_path(job.log.path("probe"))
@@ -328,8 +346,7 @@ class Campaign:
 
 
 def cut_torn_line(path: str) -> None:
-    """Take from a file that one appends to what was not written to its end; nothing follows from that, because
-    a line comes before what it tells of. Raises UserError."""
+    """Take from a file that one appends to what was not written to its end. Raises UserError."""
     if os.path.exists(path):
         with os_error_as_user_error(f"cannot write {path}"), open(path, "r+b") as f:
             f.truncate(f.read().rfind(b"\n") + 1)
@@ -378,6 +395,7 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     plan = read_plan(args.plan)
     configs = read_configs(plan, args.plan, overrides)
+    check_cap(plan, configs, args.plan)
     for stage in plan["stages"]:
         slots(configs[stage["stage"], plan["baseline"]], 1)
         if stage["stage"] == args.until:

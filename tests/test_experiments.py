@@ -7,6 +7,7 @@ runs that go wrong, killed runners, and train_gpt.py through the whole pipeline.
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,14 @@ from conftest import ROOT, write_dataset
 from scipy import stats
 
 from configurator import UserError
-from experiments import compare_experiments, run_nanogpt_experiment, run_stages, runner, simulate
+from experiments import (
+    analyze_results,
+    compare_experiments,
+    run_nanogpt_experiment,
+    run_stages,
+    runner,
+    simulate,
+)
 from experiments import experiment_statistics as es
 from experiments.campaign import Budget, Costs, Plan, Results, Run, decide
 from experiments.experiment_config import STAGES, load_config
@@ -237,6 +245,26 @@ def test_a_stage_is_judged_by_the_same(tmp_path):
 # configurations
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"campaign_name": "../../x"}, "campaign_name='../../x' names a folder"),
+    ({"target_val_loss": 10**400}, "must be finite"), ({"budget": {"gpu_hours": 10**400}}, "must be finite"),
+    ({"budget": {"gpu_hours_per_run": 1.0}}, "gpu_hours_per_run=1.0 is below the 1.144 that a probe on 8"),
+    ({"budget": {"gpu_hours_per_run": 1.2}}, None)])
+def test_plans(tmp_path, change, words):
+    plan = json.loads((CONFIGS / "plan.json").read_text())
+    path = str(tmp_path / "plan.json")
+    Path(path).write_text(json.dumps(plan | change | {"budget": plan["budget"] | change.get("budget", {})}))
+
+    def read():
+        run_stages.check_cap(run_stages.read_plan(path), {(C, "baseline"): {"n_gpus": 8}}, path)
+
+    if words is None:
+        return read()
+    with pytest.raises(UserError) as e:
+        read()
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
 def test_shipped_configurations():
     """All are valid for train_gpt.py, and those of a stage do the same amount of work."""
     expected = {A: (1000, 128, 16, 25, 1), B: (3000, 512, 64, 125, 4), C: (5100, 512, 64, 125, 8)}
@@ -260,6 +288,7 @@ def test_shipped_configurations():
     ({"n_gpus": True}, "n_gpus=true must be an integer"), ({"n_gpus": 0}, "n_gpus=0 must be at least 1"),
     ({"stage": "a"}, "stage='a' is unknown"), ({"experiment_name": "a/b"}, "names a folder"),
     ({"script": "none.py"}, "cannot read the script"), ({"base_seed": -1}, "base_seed=-1"),
+    ({"base_seed": 2**32}, "below 2**31"), ({"target_val_loss": 10**400}, "must be finite"),
     ({"modification_type": "magic"}, "modification_type='magic' is unknown"),
     ({"stage_config": {}}, "stage_config needs num_iterations"),
     ({"hyperparameters": {"batch_size": 1}}, "'batch_size' in stage_config and in hyperparameters"),
@@ -468,6 +497,20 @@ def test_a_torn_line_of_the_ledger(tmp_path):
     path.mkdir()
     with pytest.raises(UserError, match="cannot write"):
         run_stages.cut_torn_line(str(path))
+
+
+@pytest.mark.parametrize("script, arguments, words", [
+    (compare_experiments, ["--power=0.04"], "--power=0.04 must be above --alpha=0.05"),
+    (analyze_results, ["--target=nan"], "--target=nan must be finite"),
+    (analyze_results, [], "metrics.jsonl has no step")])
+def test_wrong_analyses(tmp_path, monkeypatch, script, arguments, words):
+    config = load_config(str(runner_kills.write_experiment(tmp_path)))
+    log = ExperimentLogger.create(config, str(tmp_path / "logs"), 1, say=lambda text: None)
+    log.record({"run_id": 0, "seed": 42, "success": True, "final_val_loss": 3.2, "time_seconds": 1.0,
+                "wall_seconds": 1.0, "final_step": 20}, [])
+    monkeypatch.setattr(sys, "argv", ["script", log.folder, *arguments])
+    with pytest.raises(UserError, match=re.escape(words)):
+        script.main()
 
 
 def test_time_to():
