@@ -71,9 +71,9 @@ class ExperimentLogger:
         return log
 
     @classmethod
-    def reopen(cls, folder: str, parallel: int = 1, n_runs: int = 0, say=print) -> "ExperimentLogger":
-        """Go on in a folder, with n_runs if those are more than before; warns of what differs and may matter.
-        Raises UserError, also if the script is not what it was."""
+    def reopen(cls, folder: str, parallel: int = 1, say=print) -> "ExperimentLogger":
+        """Go on in a folder; warns of what differs and may matter. Raises UserError, also if the script is
+        not what it was."""
         described, results, metrics = read_folder(folder)
         log = cls(folder, described["config"], results, metrics, say)
         script = script_path(log.config)
@@ -83,9 +83,13 @@ class ExperimentLogger:
         now = described | {"git_info": log._git, "gpu_info": log._gpus, "parallel": parallel}
         for what, (before, is_) in differences(made_by(described), made_by(now)).items():
             log.line(f"warning: {what} is {is_} and was {before}: its runs may not be comparable")
-        if n_runs > described.get("n_runs", 0):
-            log._write("config.json", json_text(described | {"n_runs": n_runs}))
         return log
+
+    def raise_n_runs(self, n_runs: int) -> None:
+        """Have config.json say so, if these are more than it says. Raises UserError."""
+        described = read_json(self.path("config.json"))
+        if n_runs > described.get("n_runs", 0):
+            self._write("config.json", json_text(described | {"n_runs": n_runs}))
 
     def path(self, *names: str) -> str:
         return os.path.join(self.folder, *names)

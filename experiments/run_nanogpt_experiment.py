@@ -79,9 +79,10 @@ def main() -> None:
     if not args.resume:
         check_can_write(args.log_dir, "--log_dir")
     end_on_signals()
-    log = ExperimentLogger.reopen(args.resume, args.parallel, n_runs) if args.resume else \
+    log = ExperimentLogger.reopen(args.resume, args.parallel) if args.resume else \
         ExperimentLogger.create(config, args.log_dir, n_runs, args.parallel)
     log.lock = lock(log.folder)
+    log.raise_n_runs(n_runs)
     recover(log, n_runs)
     execute(log, n_runs, args.retry_failed, places, 60 * (args.limit_minutes or 0.0))
 

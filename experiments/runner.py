@@ -33,11 +33,8 @@ TAIL = 20  # lines of a failed run's output that are kept
 POLL = 0.25  # seconds
 # where torchrun begins to tell of a worker that failed, which is not what it failed of
 OF_TORCHRUN = re.compile(r"[EWI]\d{4} \d\d:\d\d:\d\d.*torch/distributed/")
-
-
 NOTHING = {"final_val_loss": None, "final_train_loss": None, "time_seconds": 0.0, "final_step": 0,
            "success": False}  # of a run
-
 ODD = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)  # of an event nobody foresaw
 
 

@@ -541,17 +541,17 @@ def test_other_machines_and_code_are_seen(tmp_path):
     config = load_config(str(runner_kills.write_experiment(tmp_path)))
     said = []
     log = ExperimentLogger.create(config, str(tmp_path / "logs"), 2, 1, say=said.append)
-    ExperimentLogger.reopen(log.folder, 1, 5, said.append)
+    for n_runs in (5, 3):
+        ExperimentLogger.reopen(log.folder, 1, said.append).raise_n_runs(n_runs)
     path = Path(log.folder, "config.json")
     described = json.loads(path.read_text())
     assert not said and described["n_runs"] == 5 and described["parallel"] == 1
     described |= {"gpu_info": {"count": 1, "gpus": [{"name": "X1"}]},
                   "git_info": described["git_info"] | {"commit": "abc", "diff_sha256": "def"}}
     path.write_text(json.dumps(described))
-    log = ExperimentLogger.reopen(log.folder, 2, 3, said.append)
+    ExperimentLogger.reopen(log.folder, 2, said.append)
     for what, one in zip(("commit", "git diff", "GPU", "--parallel"), said, strict=True):
         assert one.startswith(f"warning: {what} is ")
-    assert json.loads(path.read_text())["n_runs"] == 5
     a, b = (experiment_of(name, [3.28, 3.29], made_by=made_by(described) | {"--parallel": n})
             for name, n in (("a", 1), ("b", 4)))
     said = compare_experiments.warnings(a, [compare_experiments.compare(a, b, 0.05, 0.8)])
