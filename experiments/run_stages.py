@@ -111,11 +111,10 @@ def check_cap(plan: dict, configs: dict, path: str) -> None:
     """Raise UserError if gpu_hours_per_run does not even let probes start."""
     n_gpus, budget = max(config["n_gpus"] for config in configs.values()), plan["budget"]
     needed = with_ends(HOUR * budget["probe_gpu_hours"], n_gpus) / HOUR
-    for key in ("gpu_hours_per_run", "gpu_hours"):
-        if budget[key] < needed:
-            raise UserError(f"{path}: {key}={budget[key]} is below the {needed:.3f} that a probe on {n_gpus} "
-                            f"GPU(s) may take (probe_gpu_hours and {STARTING + ENDING:.0f} s): raise it, or "
-                            f"lower probe_gpu_hours")
+    if budget["gpu_hours_per_run"] < needed:
+        raise UserError(f"{path}: gpu_hours_per_run={budget['gpu_hours_per_run']} is below the {needed:.3f} "
+                        f"that a probe on {n_gpus} GPU(s) may take (probe_gpu_hours and "
+                        f"{STARTING + ENDING:.0f} s of each): raise it, or lower probe_gpu_hours")
 
 
 def judged_by(config: dict) -> dict:
