@@ -8,6 +8,7 @@ made it look so. Failed runs are counted and in no statistic; if what made them 
 divergence does, the statistics are of the lucky ones.
 """
 
+import math
 import os
 import sys
 
@@ -96,6 +97,8 @@ def main() -> None:
     for name in ("alpha", "power"):
         if not 0 < getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be between 0 and 1")
+    if args.target is not None and not math.isfinite(args.target):
+        raise UserError(f"--target={args.target} must be finite")
     experiments = [read_experiment(folder) for folder in dict.fromkeys(args.folders)]
     for experiment in experiments:
         check_can_write(experiment.folder, "DIR")

@@ -23,6 +23,7 @@ from experiments.experiment_statistics import CONFIDENCE, differ, p_at_most, poo
 YES, NO, OPEN = "yes", "no", "open"
 OF_SCREENING = 0.99  # its intervals: short runs mislead by more than their noise
 OF_NO = 0.8  # the interval that must lie above zero for a variant to end at validation: a miss costs more
+NO_BASELINE = "no run of the baseline succeeded to compare with"
 OF_TARGET = 0.01  # level of the test that the proved mean is at most the target
 
 
@@ -128,7 +129,8 @@ class Story:
         """The end for want of budget: what is known is what the stage before says."""
         known = [self.plan.baseline, *candidates]
         best = min(known, key=lambda name: self.results.mean(before, name)) if before else self.plan.baseline
-        return self.outcome(before or stage, best, f"what is left of the budget does not pay for {stage}",
+        return self.outcome(before or stage, best, f"what is left of the budget, or what it allows one "
+                            f"run, does not pay for {stage}",
                             out_of_budget=True)
 
 
@@ -151,7 +153,7 @@ def _tell(story: Story) -> dict:
     if not story.need(screening, [plan.baseline, *plan.variants]):
         return story.out_of_budget(screening, [], None)
     if not story.results.good(screening, plan.baseline):
-        return story.outcome(screening, plan.baseline, "no run of the baseline succeeded to compare with")
+        return story.outcome(screening, plan.baseline, NO_BASELINE)
     candidates = _screen(story, screening)
     if not candidates:
         return story.outcome(screening, plan.baseline, "no variant is left")
@@ -220,6 +222,8 @@ def _validate(story: Story, before: str, stage: str, candidates: list[str]) -> l
                 return story.out_of_budget(stage, candidates, before)
             story.note(stage, "skip", f"{', '.join(group)}: the budget does not pay for this and a proof")
             break
+        if not story.results.good(stage, plan.baseline):
+            return story.outcome(stage, plan.baseline, NO_BASELINE)
         there = [plan.baseline, *verdicts, *group]  # those that come later must not change this
         verdicts |= {variant: _judge(story, stage, variant, there) for variant in group}
         left = [variant for variant in left if variant not in group]
@@ -280,22 +284,20 @@ def _prove(story: Story, passed: list[str]) -> dict:
         story.note(stage, "pivot", f"{', '.join(group)}: not below the baseline's mean", variants=group)
     if not tried:
         return story.out_of_budget(stage, passed, validation)
+    if not story.results.good(stage, plan.baseline):
+        return story.outcome(stage, plan.baseline, NO_BASELINE)
     best = min((plan.baseline, *tried), key=lambda name: story.results.mean(stage, name))
     good, of_baseline = story.results.good(stage, best), story.results.good(stage, plan.baseline)
-    if not good:
-        return story.outcome(stage, plan.baseline, "no run of the proof succeeded")
     p = p_at_most(good, plan.target)
     numbers = dict(mean=story.results.mean(stage, best), p_target=p,
                    target_reached=None if p is None else p < OF_TARGET)
     if best == plan.baseline:
         return story.outcome(stage, best, "no variant that was proved is better than the baseline", **numbers)
-    test = welch(of_baseline, good) if of_baseline else None
-    proved = test is not None and test.interval is not None and test.interval[1] < 0
-    mean, interval = (None, None) if test is None else (test.mean, test.interval)
-    against = "the baseline has no runs" if test is None else _against(mean, interval)
-    numbers |= dict(proved=proved, difference=mean, interval=interval, p_welch=test and test.p)
+    test = welch(of_baseline, good)
+    proved = test.interval is not None and test.interval[1] < 0
+    numbers |= dict(proved=proved, difference=test.mean, interval=test.interval, p_welch=test.p)
     shown = "better" if proved else "not shown to be better"
-    return story.outcome(stage, best, f"{best}: {against}: {shown}", **numbers)
+    return story.outcome(stage, best, f"{best}: {_against(test.mean, test.interval)}: {shown}", **numbers)
 
 
 class Budget:
@@ -329,20 +331,22 @@ class Costs:
 
     def __init__(self, tokens: Callable[[str], float]):
         """tokens(stage): what a run of the stage trains on, for stages of which nothing is measured yet."""
-        self.measured, self.tokens = {}, tokens
+        self.measured, self.probed, self.tokens = {}, {}, tokens
 
     def add(self, stage: str, variant: str, cost: float) -> None:
+        """Of a run that succeeded or came to its limit; first of all of the stage's probe."""
+        self.probed.setdefault(stage, cost)
         self.measured.setdefault((stage, variant), []).append(cost)
 
     def knows(self, stage: str) -> bool:
         return any(name == stage for name, _ in self.measured)
 
     def expected(self, run: Run) -> float | None:
-        """The most that such a run has taken: of its own kind, of its stage, or of another stage per token;
-        None if nothing has run."""
+        """The most that such a run has taken: of its own kind, but no less than the stage's probe said; else
+        of its stage, or of another stage per token; None if nothing has run."""
         own = self.measured.get((run.stage, run.variant))
         if own:
-            return max(own)
+            return max(*own, self.probed[run.stage])
         stage = [max(costs) for (name, _), costs in self.measured.items() if name == run.stage]
         if stage:
             return max(stage)

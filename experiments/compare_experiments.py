@@ -6,7 +6,8 @@ Prints a report and writes it as STEM.md, STEM.json and, drawn, STEM.png; by def
 final val losses are compared by Welch's t-test and, over the seeds that both have, by the paired one. Several
 comparisons are adjusted by Holm's method, for each test alone. Conclusions are Welch's: which test to believe
 is not to be chosen after looking. The minimum detectable effect is what these runs would have found 4 times
-of 5 (--power) at p < 0.05 (--alpha): "no difference found" says nothing of smaller ones.
+of 5 (--power) at p < 0.05 (--alpha), divided by the number of comparisons, as Holm's first step divides it:
+"no difference found" says nothing of smaller ones.
 """
 
 import os
@@ -19,6 +20,7 @@ import numpy as np
 
 from configurator import UserError, check_can_write
 from data.files import Parser, json_text, unused_path
+from experiments.experiment_logger import differences
 from experiments.experiment_statistics import (
     describe,
     hedges_g,
@@ -48,7 +50,8 @@ def same_seeds(a: Experiment, b: Experiment) -> tuple[list[float], list[float]]:
 
 
 def compare(a: Experiment, b: Experiment, alpha: float, power: float) -> dict:
-    """All figures of one comparison but for the adjusted p-values."""
+    """All figures of one comparison but for the adjusted p-values. alpha: of the minimum detectable effect.
+    """
     pairs = same_seeds(a, b)
     both = paired(*pairs) if len(pairs[0]) > 1 else None
     loss = float(np.mean(a.losses))
@@ -63,7 +66,13 @@ def compare(a: Experiment, b: Experiment, alpha: float, power: float) -> dict:
             "minimum_detectable": minimum_detectable(a.losses, b.losses, alpha, power),
             "time_ratio": float(np.mean(b.times) / np.mean(a.times)) if np.mean(a.times) else None,
             "time_to_baseline_loss": reached,
+            "made_otherwise": differences(a.made_by, b.made_by),
             "differs_in": {key: [a.settings.get(key), b.settings.get(key)] for key in keys}}
+
+
+def n_tests(a: Experiment, others: list[Experiment]) -> int:
+    """Over how many comparisons Holm's method spreads alpha."""
+    return max(1, sum(welch(a.losses, b.losses).p is not None for b in others))
 
 
 def adjust(comparisons: list[dict]) -> None:
@@ -96,6 +105,9 @@ def warnings(a: Experiment, comparisons: list[dict]) -> list[str]:
         if other:
             found.append(f"{one['name']} differs from {a.name} in {', '.join(sorted(other))}: that is "
                          f"another amount of work, not only another method.")
+        for what, (ours, its) in one["made_otherwise"].items():
+            found.append(f"{one['name']} was run with another {what} than {a.name} ({its}, not {ours}): what "
+                         f"differs may come from that.")
     for name, n, good in [(a.name, len(a.results), len(a.good)),
                           *((one["name"], one["n_runs"], one["successful_runs"]) for one in comparisons)]:
         if good < n:
@@ -132,7 +144,8 @@ def tests_table(comparisons: list[dict]) -> str:
                   "p (paired)", "p (Holm)", "Hedges' g", "minimum detectable"], rows)
 
 
-def report(a: Experiment, comparisons: list[dict], alpha: float, power: float, picture: str) -> str:
+def report(a: Experiment, comparisons: list[dict], alpha: float, alpha_each: float, power: float,
+           picture: str) -> str:
     """As Markdown."""
     settings = [[one["name"], key, str(x), str(y)] for one in comparisons
                 for key, (x, y) in one["differs_in"].items()]
@@ -140,8 +153,10 @@ def report(a: Experiment, comparisons: list[dict], alpha: float, power: float, p
     return "\n".join([
         f"# {', '.join(one['name'] for one in comparisons)} against {a.name}\n",
         losses_table(a, comparisons), tests_table(comparisons),
-        f"Two-sided at p < {alpha:g}; detectable with probability {power:g}; negative differences are lower "
-        f"losses.\n", *(f"- {note}" for note in notes), f"\n![Val loss against step and time]({picture})\n",
+        f"Two-sided at p < {alpha:g}; detectable with probability {power:g} at p < "
+        f"{alpha_each:.3g}, as {round(alpha / alpha_each)} comparison(s) need; negative differences are "
+        f"lower losses.\n",
+        *(f"- {note}" for note in notes), f"\n![Val loss against step and time]({picture})\n",
         table(["experiment", "setting", a.name, "its own"], settings or [["-"] * 4])])
 
 
@@ -155,6 +170,9 @@ def main() -> None:
     for name in ("alpha", "power"):
         if not 0 < getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be between 0 and 1")
+    if args.power <= args.alpha:
+        raise UserError(f"--power={args.power} must be above --alpha={args.alpha}: less than that is had for "
+                        f"nothing")
     folders = list(dict.fromkeys(map(os.path.normpath, args.folders)))
     if len(folders) < 2:
         raise UserError("give two folders or more: the baseline's, then those to be compared with it")
@@ -175,12 +193,14 @@ def main() -> None:
 def write_comparison(experiments: list[Experiment], stem: str, alpha: float, power: float) -> None:
     """Print the report, and write it with its figures and its picture."""
     baseline, *others = experiments
-    comparisons = [compare(baseline, other, alpha, power) for other in others]
+    alpha_each = alpha / n_tests(baseline, others)
+    comparisons = [compare(baseline, other, alpha_each, power) for other in others]
     adjust(comparisons)
-    text = report(baseline, comparisons, alpha, power, os.path.basename(stem) + ".png")
+    text = report(baseline, comparisons, alpha, alpha_each, power,
+                  os.path.basename(stem) + ".png")
     target = baseline.config["target_val_loss"]
-    write(stem + ".json", json_text({"baseline": baseline.name, "alpha": alpha, "power": power,
-                                     "comparisons": comparisons}))
+    write(stem + ".json", json_text({"baseline": baseline.name, "alpha": alpha, "alpha_each": alpha_each,
+                                     "power": power, "comparisons": comparisons}))
     draw(experiments, target, stem + ".png")
     write(stem + ".md", text)
     print(text)

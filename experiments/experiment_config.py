@@ -12,6 +12,7 @@ baseline_std are for a baseline that there are no logs of; both may be null.
 """
 
 import ast
+import contextlib
 import difflib
 import json
 import math
@@ -75,6 +76,14 @@ def read_json(path: str):
         raise UserError(f"cannot read {path}: {e.strerror}{hint}") from None
 
 
+def finite(value) -> float | int | None:
+    """The value if it is a number that floats have, else None."""
+    if isinstance(value, NUMBER) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            return value if math.isfinite(value) else None
+    return None
+
+
 def check_keys(value, schema: dict, where: str) -> None:
     """Raise UserError unless it is an object with the schema's keys, of their types, and no others."""
     if not isinstance(value, dict):
@@ -95,11 +104,15 @@ def check_keys(value, schema: dict, where: str) -> None:
             raise UserError(f"{where}: {key}={json.dumps(value[key])} must be {expected}")
 
 
+def check_name(name: str, key: str, where: str) -> None:
+    """Raise UserError unless it can be the name of a folder everywhere."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(f"{where}: {key}={name!r} names a folder: use letters, digits, '.', '_' and '-'")
+
+
 def check_values(config: dict, where: str) -> None:
     """Raise UserError for what no run could be made of."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config["experiment_name"]):
-        raise UserError(f"{where}: experiment_name={config['experiment_name']!r} names a folder: use "
-                        f"letters, digits, '.', '_' and '-'")
+    check_name(config["experiment_name"], "experiment_name", where)
     if config["stage"] not in STAGES:
         raise UserError(f"{where}: stage={config['stage']!r} is unknown: use {', '.join(STAGES)}")
     if config["modification_type"] not in MODIFICATIONS:
@@ -107,11 +120,11 @@ def check_values(config: dict, where: str) -> None:
                         f"{', '.join(MODIFICATIONS)}")
     if not 1 <= config["n_gpus"] <= 1024:
         raise UserError(f"{where}: n_gpus={config['n_gpus']} must be at least 1 (processes, on a CPU)")
-    if not 0 <= config["base_seed"] < 2**62:
-        raise UserError(f"{where}: base_seed={config['base_seed']} must be at least 0 and fit into 62 bits")
+    if not 0 <= config["base_seed"] < 2**31:  # the order of the data takes 32 bits of base_seed + run_id
+        raise UserError(f"{where}: base_seed={config['base_seed']} must be at least 0 and below 2**31")
     for key in ("target_val_loss", "baseline_val_loss", "baseline_std"):
-        if config[key] is not None and not (math.isfinite(config[key]) and config[key] >= 0):
-            raise UserError(f"{where}: {key}={config[key]} must be finite and not below 0")
+        if config[key] is not None and (finite(config[key]) is None or config[key] < 0):
+            raise UserError(f"{where}: {key}={str(config[key])[:20]} must be finite and not below 0")
     steps = config["stage_config"].get("num_iterations", config["hyperparameters"].get("num_iterations"))
     if type(steps) is not int or steps < 1:
         raise UserError(f"{where}: stage_config needs num_iterations, an integer of at least 1, and has "
@@ -189,6 +202,13 @@ def literal(text: str):
 def script_path(config: dict) -> str:
     """Of a relative path: from the root of the repository."""
     return os.path.join(ROOT, os.path.expanduser(config["script"]))
+
+
+def all_settings(config: dict) -> dict:
+    """Of the script: its defaults, and what the experiment says."""
+    values = script_defaults(script_path(config))
+    names = {setting.name for setting in read_settings(values)}
+    return {name: values[name] for name in names} | config["stage_config"] | config["hyperparameters"]
 
 
 def num_iterations(config: dict) -> int:

@@ -2,11 +2,12 @@
 
     experiment_logs/<name>_<timestamp>/
         experiment.log    what the runner said, with times
-        config.json       the experiment as it was run; environment: machine, versions; script: its SHA-256
+        config.json       the experiment as it was run, n_runs, parallel; environment: machine, versions;
+                          script: its SHA-256; git_info, gpu_info
         results.jsonl     a line a run: run_id, seed, final_val_loss, final_train_loss, time_seconds (training
                           as the script's clock has it), wall_seconds, final_step, success; of a failed run
-                          also error and output_tail, the last lines it printed
-        metrics.jsonl     run_id, step, val_loss or train_loss, train_time_ms, step_avg_ms
+                          also error, ended_by (see supervise.py) and output_tail, its last lines
+        metrics.jsonl     run_id, step (updates done), val_loss or train_loss, train_time_ms, step_avg_ms
         summary.json      statistics of the successful runs, git_info, gpu_info
         git_diff.patch    what differs from the commit; <script>: the script itself
         runs/run_0_seed_42/{stdout.log, report.json, out/}
@@ -51,7 +52,8 @@ class ExperimentLogger:
         self._gpus = gpu_info()
 
     @classmethod
-    def create(cls, config: dict, parent: str, n_runs: int, say=print) -> "ExperimentLogger":
+    def create(cls, config: dict, parent: str, n_runs: int, parallel: int = 1, say=print
+               ) -> "ExperimentLogger":
         """A new folder in `parent`, named after the experiment and the time. Raises UserError."""
         with made_folder(parent):
             name = f"{config['experiment_name']}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -59,7 +61,7 @@ class ExperimentLogger:
             os.makedirs(os.path.join(folder, "runs"))
         log = cls(folder, config, {}, {}, say)
         script = script_path(config)
-        described = {"config": config, "n_runs": n_runs, "environment": environment(),
+        described = {"config": config, "n_runs": n_runs, "parallel": parallel, "environment": environment(),
                      "git_info": log._git, "gpu_info": log._gpus,
                      "script": {"path": script, "sha256": digest(script)}}
         log._write("config.json", json_text(described))
@@ -69,17 +71,25 @@ class ExperimentLogger:
         return log
 
     @classmethod
-    def reopen(cls, folder: str, say=print) -> "ExperimentLogger":
-        """Go on in a folder. Raises UserError, also if the script is not what it was."""
+    def reopen(cls, folder: str, parallel: int = 1, say=print) -> "ExperimentLogger":
+        """Go on in a folder; warns of what differs and may matter. Raises UserError, also if the script is
+        not what it was."""
         described, results, metrics = read_folder(folder)
         log = cls(folder, described["config"], results, metrics, say)
         script = script_path(log.config)
         if digest(script) != described["script"]["sha256"]:
             raise UserError(f"{script} is not what it was when {folder} began: its runs would not be "
                             f"comparable; start a new experiment, or use the copy that is there")
-        if log._git["commit"] != described["git_info"]["commit"]:
-            log.line(f"warning: the commit is {log._git['commit']} and was {described['git_info']['commit']}")
+        now = described | {"git_info": log._git, "gpu_info": log._gpus, "parallel": parallel}
+        for what, (before, is_) in differences(made_by(described), made_by(now)).items():
+            log.line(f"warning: {what} is {is_} and was {before}: its runs may not be comparable")
         return log
+
+    def raise_n_runs(self, n_runs: int) -> None:
+        """Have config.json say so, if these are more than it says. Raises UserError."""
+        described = read_json(self.path("config.json"))
+        if n_runs > described.get("n_runs", 0):
+            self._write("config.json", json_text(described | {"n_runs": n_runs}))
 
     def path(self, *names: str) -> str:
         return os.path.join(self.folder, *names)
@@ -133,6 +143,20 @@ class ExperimentLogger:
             replace_file(self.path(name), text.encode(errors="backslashreplace"))
         except OSError as e:
             raise UserError(f"cannot write {self.path(name)}: {e.strerror}") from None
+
+
+def made_by(described: dict) -> dict:
+    """What beside its settings an experiment's losses and times depend on, from its config.json."""
+    git, gpus = described.get("git_info") or {}, described.get("gpu_info") or {}
+    names = sorted({gpu["name"] for gpu in gpus.get("gpus", [])})
+    return {"commit": git.get("commit"), "git diff": git.get("diff_sha256"),
+            "GPU": ", ".join(names) or "none", "--parallel": described.get("parallel")}
+
+
+def differences(before: dict, now: dict) -> dict[str, tuple]:
+    """(before, now) of each that is known of both and not the same."""
+    both = {key: (before[key], now.get(key)) for key in before}
+    return {key: (ours, its) for key, (ours, its) in both.items() if ours != its and None not in (ours, its)}
 
 
 def statistics_of(results: list[dict], target: float) -> dict:
@@ -223,11 +247,14 @@ def _git(*args: str) -> str | None:
 
 
 def git_info() -> dict:
-    """commit, branch, dirty (tracked files differ); all None where there is no git or no history."""
+    """commit, branch, dirty (tracked files differ), diff_sha256 (of how they do); all None where there is no
+    git or no history."""
     commit, branch = _git("rev-parse", "HEAD"), _git("rev-parse", "--abbrev-ref", "HEAD")
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    diff, status = _git("diff", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return {"commit": commit and commit.strip(), "branch": branch and branch.strip(),
-            "dirty": None if commit is None or status is None else bool(status.strip())}
+            "dirty": None if commit is None or status is None else bool(status.strip()),
+            "diff_sha256": None if diff is None else
+            hashlib.sha256(diff.encode(errors="backslashreplace")).hexdigest()[:12]}
 
 
 def git_diff() -> str:
@@ -278,7 +305,7 @@ def _try_logging() -> str:
                              "stage": "stage_a_screening", "base_seed": 1, "target_val_loss": 3.28,
                              "modification_type": "none", "stage_config": {"num_iterations": 1},
                              "hyperparameters": {}}
-        log = ExperimentLogger.create(config, folder, 3, say=lambda text: None)
+        log = ExperimentLogger.create(config, folder, 3, 1, lambda text: None)
         for i, loss in enumerate((3.0, None, 4.0)):
             log.record({"run_id": i, "seed": 1 + i, "final_val_loss": loss, "final_train_loss": loss,
                         "time_seconds": 1.0, "wall_seconds": 2.0, "final_step": 1,

@@ -2,13 +2,13 @@
 
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from configurator import UserError
 from data.files import os_error_as_user_error, replace_file
-from experiments.experiment_logger import read_folder
+from experiments.experiment_logger import made_by, read_folder
 
 SHOWN = 0.25  # of the steps after which a curve's loss must be in the picture
 
@@ -23,6 +23,7 @@ class Experiment:
     results: list[dict]  # also of failed runs
     curves: list[np.ndarray]  # of each successful run (n, 3): step, val loss, seconds of training
     settings: dict  # what the script was given, and the number of GPUs and the script itself
+    made_by: dict = field(default_factory=dict)  # see experiment_logger.made_by
 
     @property
     def good(self) -> list[dict]:
@@ -49,10 +50,14 @@ def read_experiment(folder: str) -> Experiment:
     curves = [curve(metrics.get(result["run_id"], [])) for result in results if result["success"]]
     settings = config["stage_config"] | config["hyperparameters"] | {
         "n_gpus": config["n_gpus"], "script": described["script"].get("sha256", "")[:12]}
-    experiment = Experiment(folder, config["experiment_name"], config, results, curves, settings)
+    experiment = Experiment(folder, config["experiment_name"], config, results, curves, settings,
+                            made_by(described))
     if not experiment.good:
         state = f"all {len(results)} runs of it failed" if results else "no run of it has ended"
         raise UserError(f"{folder} has no validation loss: {state}")
+    if not len(on_common_steps(curves)[0]):
+        raise UserError(f"{folder}/metrics.jsonl has no step at which all successful runs were evaluated: "
+                        f"it is not what was written with results.jsonl; put it back")
     return experiment
 
 

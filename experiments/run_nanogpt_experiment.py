@@ -12,6 +12,7 @@ does the runs that are missing then, each from its beginning, so that no measure
 """
 
 import argparse
+import math
 import os
 import sys
 
@@ -31,6 +32,8 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--n_runs", type=int, help="default: 2 for stage A, 3 for B, 5 for C")
     parser.add_argument("--n_gpus", type=int, help="of each run; on a CPU, processes (default: the JSON's)")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--limit_minutes", type=float, help="after which a run is ended and has failed, for "
+                        "runs that may hang (default: none)")
     parser.add_argument("--log_dir", default="experiment_logs", help="where its folder is made")
     parser.add_argument("--resume", metavar="DIR", help="go on with the experiment in this folder")
     parser.add_argument("--retry_failed", action="store_true", help="with --resume: failed runs again, too")
@@ -43,6 +46,8 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
                         f"its runs would not be comparable")
     if args.n_runs is not None and args.n_runs < 1:
         raise UserError(f"--n_runs={args.n_runs} must be at least 1")
+    if args.limit_minutes is not None and not (math.isfinite(args.limit_minutes) and args.limit_minutes > 0):
+        raise UserError(f"--limit_minutes={args.limit_minutes} must be finite and above 0")
     return args, overrides
 
 
@@ -74,29 +79,33 @@ def main() -> None:
     if not args.resume:
         check_can_write(args.log_dir, "--log_dir")
     end_on_signals()
-    log = ExperimentLogger.reopen(args.resume) if args.resume else ExperimentLogger.create(
-        config, args.log_dir, n_runs)
+    log = ExperimentLogger.reopen(args.resume, args.parallel) if args.resume else \
+        ExperimentLogger.create(config, args.log_dir, n_runs, args.parallel)
     log.lock = lock(log.folder)
+    log.raise_n_runs(n_runs)
     recover(log, n_runs)
-    execute(log, n_runs, args.retry_failed, places)
+    execute(log, n_runs, args.retry_failed, places, 60 * (args.limit_minutes or 0.0))
 
 
-def execute(log: ExperimentLogger, n_runs: int, retry_failed: bool, places: list) -> None:
-    """Do what is missing, and say what there is. Raises UserError if not one run succeeded."""
+def execute(log: ExperimentLogger, n_runs: int, retry_failed: bool, places: list, limit: float = 0.0) -> None:
+    """Do what is missing, and say what there is. limit: seconds of a run, 0 for none. Raises UserError if not
+    one run succeeded."""
     missing = log.missing(n_runs, retry_failed)
     log.line(f"{log.folder}: {len(missing)} of {n_runs} runs to do, {len(places)} at a time on "
              f"{log.config['n_gpus']} GPU(s) each")
 
+    tried = []  # results of this time: what an earlier attempt failed of may be mended
+
     def may_start(job: Job) -> bool:
         """Not if the first runs did not get to train at all: the others would not either."""
-        tried = log.results.values()
         if any(result["final_step"] > 0 for result in tried) or not tried:
             return True
         log.line(f"{job.name}: not started, because nothing that was got to its first step")
         return False
 
     try:
-        run_jobs([Job(log, i) for i in missing], places, may_start)
+        run_jobs([Job(log, i, limit) for i in missing], places, may_start,
+                 lambda job, result: tried.append(result))
     except KeyboardInterrupt:
         log.say = print
         log.line(f"interrupted: go on with --resume {log.folder}")

@@ -15,7 +15,6 @@ comparison. The same command goes on where it was, however it ended.
 """
 
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -25,20 +24,23 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from configurator import UserError, check_can_write
-from data.files import Parser, json_text, replace_file, unused_path
+from data.files import Parser, json_text, os_error_as_user_error, replace_file, unused_path
 from experiments.campaign import Budget, Costs, Plan, Results, Run, run_campaign
 from experiments.experiment_config import (
     NUMBER,
     STAGES,
+    all_settings,
     check_keys,
+    check_name,
     command,
+    finite,
     literal,
     load_config,
     num_iterations,
     read_json,
     shown,
 )
-from experiments.experiment_logger import ExperimentLogger, lines_of, read_lines
+from experiments.experiment_logger import ExperimentLogger, differences, lines_of, read_lines
 from experiments.report import table, write
 from experiments.runner import ENDING, Job, end_on_signals, lock, recover, run_jobs, slots, visible_gpus
 
@@ -58,6 +60,7 @@ def read_plan(path: str) -> dict:
     plan = read_json(path)
     check_keys(plan, PLAN, path)
     check_keys(plan["budget"], BUDGET, f"budget of {path}")
+    check_name(plan["campaign_name"], "campaign_name", path)
     for stage in plan["stages"]:
         check_keys(stage, STAGE, f"a stage of {path}")
         if stage["n_runs"] < 1:
@@ -72,8 +75,10 @@ def read_plan(path: str) -> dict:
         if plan[key] < 1:
             raise UserError(f"{path}: {key}={plan[key]} must be at least 1")
     for key, value in plan["budget"].items():
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"{path}: budget's {key}={value} must be above 0")
+        if value is not None and (finite(value) is None or value <= 0):
+            raise UserError(f"{path}: budget's {key}={str(value)[:20]} must be finite and above 0")
+    if finite(plan["target_val_loss"]) is None:
+        raise UserError(f"{path}: target_val_loss={str(plan['target_val_loss'])[:20]} must be finite")
     return plan
 
 
@@ -91,7 +96,42 @@ def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str,
                 if config[key] != first[key]:
                     raise UserError(f"{file} has another {key} than the stage's baseline: they would not be "
                                     f"comparable")
+            for key, (ours, its) in differences(judged_by(first), judged_by(config)).items():
+                raise UserError(f"{file} has {key}={its} and the stage's baseline {ours}: they would not be "
+                                f"comparable")
     return configs
+
+
+def with_ends(cost: float, n_gpus: int) -> float:
+    """GPU-seconds to reserve for a cost: with what starting may take longer and ending at the limit takes."""
+    return cost + (STARTING + ENDING) * n_gpus
+
+
+def check_cap(plan: dict, configs: dict, path: str) -> None:
+    """Raise UserError if gpu_hours_per_run does not even let probes start."""
+    n_gpus, budget = max(config["n_gpus"] for config in configs.values()), plan["budget"]
+    needed = with_ends(HOUR * budget["probe_gpu_hours"], n_gpus) / HOUR
+    if budget["gpu_hours_per_run"] < needed:
+        raise UserError(f"{path}: gpu_hours_per_run={budget['gpu_hours_per_run']} is below the {needed:.3f} "
+                        f"that a probe on {n_gpus} GPU(s) may take (probe_gpu_hours and "
+                        f"{STARTING + ENDING:.0f} s of each): raise it, or lower probe_gpu_hours")
+
+
+def judged_by(config: dict) -> dict:
+    """The settings that a val loss depends on without being better or worse."""
+    settings = all_settings(config)
+    keys = {"dataset", "sequence_length"} | {key for key in settings if key.startswith("val_")}
+    return {key: settings.get(key) for key in sorted(keys)}
+
+
+def check_unchanged(folder: str, before: dict, now: dict) -> None:
+    """Raise UserError if an experiment that is gone on with was edited: its runs would not be comparable."""
+    now = json.loads(json.dumps(now))  # as config.json gives it back
+    for key in sorted(before.keys() | now.keys()):
+        if key != "description" and before.get(key) != now.get(key):
+            raise UserError(f"{folder} was begun with {key}={json.dumps(before.get(key))} and not "
+                            f"{json.dumps(now.get(key))}: put that back, or use another --log_dir or "
+                            f"campaign_name")
 
 
 class Campaign:
@@ -109,7 +149,9 @@ class Campaign:
             parent = os.path.join(folder, stage, arm)
             there = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
             if there:
-                self._open(stage, arm, ExperimentLogger.reopen(os.path.join(parent, there[0])))
+                log = ExperimentLogger.reopen(os.path.join(parent, there[0]), len(self.places(stage)))
+                check_unchanged(log.folder, log.config, configs[stage, arm])
+                self._open(stage, arm, log)
         self._told = len(read_lines(self.path("decisions.jsonl")))
         self._read_ledger()
 
@@ -131,8 +173,7 @@ class Campaign:
     def _sequences(self, stage: str) -> float:
         """That a run trains on, but for a constant."""
         config = self.configs[stage, self.plan["baseline"]]
-        settings = config["stage_config"] | config["hyperparameters"]
-        return num_iterations(config) * float(settings.get("batch_size", 1))
+        return num_iterations(config) * float(all_settings(config).get("batch_size", 1))
 
     def _open(self, stage: str, arm: str, log: ExperimentLogger) -> None:
         log.lock = lock(log.folder)
@@ -148,12 +189,14 @@ class Campaign:
         if (stage, arm) not in self.logs:
             n_runs = next(s["n_runs"] for s in self.plan["stages"] if s["stage"] == stage)
             self._open(stage, arm, ExperimentLogger.create(
-                self.configs[stage, arm], os.path.join(self.folder, stage, arm), n_runs))
+                self.configs[stage, arm], os.path.join(self.folder, stage, arm), n_runs,
+                len(self.places(stage))))
         return self.logs[stage, arm]
 
     def _enter(self, **entry) -> None:
         """A line of the ledger, on the disk before anything else happens."""
-        with open(self.path("ledger.jsonl"), "a", encoding="utf-8") as f:
+        path = self.path("ledger.jsonl")
+        with os_error_as_user_error(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"time": time.time(), **entry}) + "\n")
             f.flush()
             os.fsync(f.fileno())
@@ -162,6 +205,7 @@ class Campaign:
         """What was spent so far. Who reserved and did not come to say what it took is charged what its
         supervisor has written down, or else all that was reserved."""
         open_, path = {}, self.path("ledger.jsonl")
+        cut_torn_line(path)
         for entry in read_lines(path):
             if entry["what"] == "reserve":
                 open_[entry["key"]] = entry
@@ -186,7 +230,7 @@ class Campaign:
         n_gpus = job.log.config["n_gpus"]
         job.key = f"{run.stage}/{run.variant}/{run.run_id}/{time.time():.3f}"
         job.limit = cost / n_gpus + STARTING
-        reserved = (job.limit + ENDING) * n_gpus
+        reserved = with_ends(cost, n_gpus)
         if not self.budget.reserve(job.key, reserved):
             return False
         job.folder = job.log.run_folder(run.run_id) if job.recorded else unused_path(job.log.path("probe"))
@@ -208,11 +252,11 @@ class Campaign:
 
         run = Run(stage, self.plan["baseline"], 0)
         log = self.log_of(stage, run.variant)
-        settings, steps = log.config["stage_config"] | log.config["hyperparameters"], self.plan["probe_steps"]
-        if num_iterations(log.config) <= steps:
-            steps = num_iterations(log.config)
-        shorter = {"num_iterations": steps, "val_loss_every": steps, "warmdown_iters": 0, "warmup_iters": 0}
-        changed = {key: value for key, value in shorter.items() if key in settings or key == "num_iterations"}
+        settings = all_settings(log.config)
+        steps = min(self.plan["probe_steps"], num_iterations(log.config))
+        shorter = {"num_iterations": steps, "val_loss_every": steps, "warmdown_iters": 0, "warmup_iters": 0,
+                   "log_interval": 1}  # of which the time of a step is known
+        changed = {key: value for key, value in shorter.items() if key in settings}
         job = Job(log, 0, changed=changed, recorded=False)
         if not self._start(job, run, HOUR * self.plan["budget"]["probe_gpu_hours"]):
             return False
@@ -224,9 +268,13 @@ class Campaign:
             self._settle(job, run, result, None)
             raise UserError(f"the probe of {stage} failed, so its runs would: {result['error']} (see "
                             f"{job.folder}/stdout.log)")
-        expected = result["wall_seconds"] + extrapolated(read_log(os.path.join(job.folder, "out")), steps,
-                                                         num_iterations(log.config),
-                                                         settings.get("val_loss_every", 0))
+        try:
+            expected = result["wall_seconds"] + extrapolated(
+                read_log(os.path.join(job.folder, "out")), steps, num_iterations(log.config),
+                settings.get("val_loss_every", 0))
+        except UserError:
+            self._settle(job, run, result, None)
+            raise
         self._settle(job, run, result, expected * log.config["n_gpus"])
         log.line(f"{stage}: a run of {log.config['experiment_name']} should take {expected:.0f} s on "
                  f"{log.config['n_gpus']} GPU(s)")
@@ -246,7 +294,7 @@ class Campaign:
         def ended(job: Job, result: dict) -> None:
             run = runs[id(job)][1]
             self._take(run, result)
-            self._settle(job, run, result, result["wall_seconds"] * job.log.config["n_gpus"])
+            self._settle(job, run, result, cost_shown(result))
 
         run_jobs([job for job, _ in runs.values()], self.places(batch[0].stage), may_start, ended)
 
@@ -296,12 +344,30 @@ class Campaign:
                 print(f"written: {self.path(stage)}_comparison.md", flush=True)
 
 
+def cut_torn_line(path: str) -> None:
+    """Take from a file that one appends to what was not written to its end. Raises UserError."""
+    if os.path.exists(path):
+        with os_error_as_user_error(f"cannot write {path}"), open(path, "r+b") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
+
+
+def cost_shown(result: dict) -> float | None:
+    """GPU-seconds that a run says of others like it; None if it failed by itself, however early that was."""
+    whole = result["success"] or result.get("ended_by") == "limit"
+    return result["wall_seconds"] * result["gpus"] if whole else None
+
+
 def extrapolated(events: list[dict], steps: int, all_steps: int, val_loss_every: int) -> float:
-    """Seconds that a run takes beyond its probe: by the median step, and by the last evaluation."""
+    """Seconds that a run takes beyond its probe: by the median step, and by the last evaluation. Raises
+    UserError if the probe does not say how long those took."""
     times = [event["seconds"] for event in events if event["event"] == "iter" and event["seconds"]]
+    last = max((i for i, event in enumerate(events) if event["event"] == "eval"), default=0)
+    stamps = [event.get("time") for event in events[last - 1:last + 1]] if last else []
+    if not times or len([stamp for stamp in stamps if finite(stamp) is not None]) < 2:
+        raise UserError("a probe's log has no times of its steps and its last evaluation, so what runs cost "
+                        "is not known: let the script write them as train_gpt.py does, or raise probe_steps")
     step = statistics.median(times[len(times) // 2:])
-    last = max(i for i, event in enumerate(events) if event["event"] == "eval")
-    evaluation = max(events[last]["time"] - events[last - 1]["time"], 0.0)
+    evaluation = max(stamps[1] - stamps[0], 0.0)
     evaluations = (all_steps // val_loss_every if val_loss_every else 1) - 1
     return (all_steps - steps) * step + max(evaluations, 0) * evaluation
 
@@ -328,6 +394,7 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     plan = read_plan(args.plan)
     configs = read_configs(plan, args.plan, overrides)
+    check_cap(plan, configs, args.plan)
     for stage in plan["stages"]:
         slots(configs[stage["stage"], plan["baseline"]], 1)
         if stage["stage"] == args.until:

@@ -23,8 +23,8 @@ import time
 from dataclasses import dataclass, field
 
 from configurator import UserError
-from data.files import unused_path
-from experiments.experiment_config import command, num_iterations, shown
+from data.files import first_line, unused_path
+from experiments.experiment_config import NUMBER, command, finite, num_iterations, shown
 from experiments.experiment_logger import ExperimentLogger, gpu_info
 
 SUPERVISOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervise.py")
@@ -33,6 +33,9 @@ TAIL = 20  # lines of a failed run's output that are kept
 POLL = 0.25  # seconds
 # where torchrun begins to tell of a worker that failed, which is not what it failed of
 OF_TORCHRUN = re.compile(r"[EWI]\d{4} \d\d:\d\d:\d\d.*torch/distributed/")
+NOTHING = {"final_val_loss": None, "final_train_loss": None, "time_seconds": 0.0, "final_step": 0,
+           "success": False}  # of a run
+ODD = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)  # of an event nobody foresaw
 
 
 @dataclass
@@ -96,6 +99,16 @@ class Running:
 
 def result_of(job: Job, folder: str, report: dict) -> tuple[dict, list[dict]]:
     """What `record` takes of a run that has ended, from its folder and from what supervise.py reports."""
+    try:
+        return _result_of(job, folder, report)
+    except Exception as e:  # one script's odd output must not end the other runs
+        return NOTHING | {"run_id": job.run_id, "seed": job.log.config["base_seed"] + job.run_id,
+                          "error": f"its output cannot be read: {type(e).__name__}: {first_line(e)}",
+                          "wall_seconds": round(report["seconds"], 3), "gpus": job.log.config["n_gpus"],
+                          "ended_by": report["ended_by"], "output_tail": []}, []
+
+
+def _result_of(job: Job, folder: str, report: dict) -> tuple[dict, list[dict]]:
     config = job.log.config
     asked = config["stage_config"] | config["hyperparameters"] | {"seed": config["base_seed"] + job.run_id}
     asked |= job.changed
@@ -103,6 +116,7 @@ def result_of(job: Job, folder: str, report: dict) -> tuple[dict, list[dict]]:
     result = {"run_id": job.run_id, "seed": asked["seed"], **result,
               "wall_seconds": round(report["seconds"], 3), "gpus": config["n_gpus"]}
     if not result["success"]:
+        result["ended_by"] = report["ended_by"]
         result["output_tail"] = last_lines(os.path.join(folder, "stdout.log"))
     return result, metrics
 
@@ -111,7 +125,7 @@ def recover(log: ExperimentLogger, n_runs: int) -> None:
     """Record what ended by itself when the runner was no longer there to record it."""
     for run_id in log.missing(n_runs):
         folder = log.run_folder(run_id)
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
                 report = json.load(f)
             if report["ended_by"] == "itself":
@@ -135,15 +149,15 @@ class Tail:
             return
         *lines, self._half = (self._half + self._file.read()).split(b"\n")
         for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # judged when the run has ended
+            with contextlib.suppress(*ODD):  # judged when the run has ended
                 self._take(json.loads(line))
 
     def _take(self, event: dict) -> None:
         if event["event"] == "iter":
-            self.step = event["step"]
+            self.step = int(event["step"]) + 1
             self.first = self.first or (time.monotonic(), self.step)
         elif event["event"] == "eval":
-            self.val_loss, self.val_step = event["val_loss"], event["step"]
+            self.val_loss, self.val_step = finite(event["val_loss"]), int(event["step"])
 
     def seconds_left(self, steps: int) -> float | None:
         """Evaluations included, None before there are two steps to go by."""
@@ -159,8 +173,7 @@ def read_run(out_dir: str, asked: dict, report: dict) -> tuple[dict, list[dict]]
     """
     from training_logger import read_log  # and with it torch, which no dry run needs
 
-    result = {"final_val_loss": None, "final_train_loss": None, "time_seconds": 0.0, "final_step": 0,
-              "success": False}
+    result = dict(NOTHING)
     status, metrics, config = {}, [], {}
     with contextlib.suppress(OSError, ValueError), open(os.path.join(out_dir, "status.json")) as f:
         status = json.load(f)
@@ -170,7 +183,7 @@ def read_run(out_dir: str, asked: dict, report: dict) -> tuple[dict, list[dict]]
         config = next(event["config"] for event in events if event["event"] == "start")
         problem = ""
     except UserError as e:
-        problem = str(e)
+        problem = first_line(e)
     except (KeyError, StopIteration) as e:
         problem = f"its events have no {e.args[0] if e.args else 'start'}"
     last_val = next((row for row in reversed(metrics) if "val_loss" in row), None)
@@ -181,19 +194,27 @@ def read_run(out_dir: str, asked: dict, report: dict) -> tuple[dict, list[dict]]
         result["final_val_loss"] = last_val["val_loss"]
         result["time_seconds"] = (last_val["train_time_ms"] or 0.0) / 1e3
     if isinstance(status, dict):
-        status["step"] = max(status.get("step") or 0, result["final_step"])  # it was written now and then
+        step = status.get("step")
+        status["step"] = max(step if type(step) is int else 0, result["final_step"])  # written now and then
     error = problem_of(status, problem, asked, config, last_val, report)
     return result | ({"success": True} if error is None else {"error": error}), metrics
 
 
 def metric(event: dict) -> dict | None:
-    """A line of metrics.jsonl from an event of a run; KeyError if it does not have what that needs."""
+    """A line of metrics.jsonl from an event of a run, its `step` the updates that are done; null for a number
+    that is not finite. Raises UserError if the event does not have what that needs."""
     names = {"iter": ("train_loss", "loss"), "eval": ("val_loss", "val_loss")}
     if event["event"] not in names:
         return None
     name, key = names[event["event"]]
-    return {"step": event["step"], name: event[key], "train_time_ms": event["train_time_ms"],
-            "step_avg_ms": event["step_avg_ms"]}
+    for needed, kinds in (("step", int), *((one, NUMBER) for one in (key, "train_time_ms", "step_avg_ms"))):
+        value = event.get(needed, "")
+        if not isinstance(value, kinds) and (value is not None or needed == "step"):
+            what = f"{needed}={value!r:.40}" if needed in event else f"no {needed}"
+            raise UserError(f"an event {event['event']!r} of its log has {what}")
+    done = event["step"] + (event["event"] == "iter")  # whose step is the update's index
+    return {"step": done, name: finite(event[key]), "train_time_ms": finite(event["train_time_ms"]),
+            "step_avg_ms": finite(event["step_avg_ms"])}
 
 
 def problem_of(status: dict, unreadable: str, asked: dict, config: dict, last_val: dict | None, report: dict
@@ -213,12 +234,12 @@ def problem_of(status: dict, unreadable: str, asked: dict, config: dict, last_va
     if unreadable or last_val is None:
         return f"no validation loss captured: {unreadable or 'its log has no eval event'}"
     loss = last_val["val_loss"]
-    if not isinstance(loss, (int, float)) or not math.isfinite(loss):
+    if finite(loss) is None:
         return f"the last validation loss is {loss}"
     if last_val["step"] != asked["num_iterations"]:
         return f"no validation loss captured at step {asked['num_iterations']}: the last is of " \
                f"{last_val['step']}"
-    if not isinstance(last_val["train_time_ms"], (int, float)):
+    if last_val["train_time_ms"] is None:
         return "no training time captured: train_time_ms of its last evaluation is no number"
     other = [key for key, value in asked.items() if config.get(key) != value]
     if other:

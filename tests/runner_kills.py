@@ -68,7 +68,7 @@ for step in range(last + 1):
     loss = 3.2 + 5 / (1 + step) + noise + effect
     clock = {{"train_time_ms": 10.0 * step, "step_avg_ms": 10.0}}
     if step:
-        event("iter", step=step, loss=loss, lr=0.1, norm=None, seconds=max(step_seconds, 1e-3),
+        event("iter", step=step - 1, loss=loss, lr=0.1, norm=None, seconds=max(step_seconds, 1e-3),
               tokens_per_second=1.0, mfu=None, **clock)
     if step % val_loss_every == 0 or step == last:
         print(f"step:{{step}}/{{num_iterations}} val_loss:{{loss:.4f}}", flush=True)

@@ -7,6 +7,7 @@ runs that go wrong, killed runners, and train_gpt.py through the whole pipeline.
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +19,19 @@ from conftest import ROOT, write_dataset
 from scipy import stats
 
 from configurator import UserError
+from experiments import (
+    analyze_results,
+    compare_experiments,
+    run_nanogpt_experiment,
+    run_stages,
+    runner,
+    simulate,
+)
 from experiments import experiment_statistics as es
-from experiments import simulate
 from experiments.campaign import Budget, Costs, Plan, Results, Run, decide
 from experiments.experiment_config import STAGES, load_config
-from experiments.report import time_to
+from experiments.experiment_logger import ExperimentLogger, made_by
+from experiments.report import Experiment, time_to
 
 A, B, C = STAGES
 CONFIGS = ROOT / "experiments" / "configs"
@@ -159,6 +168,18 @@ def test_planner_without_money_or_results():
     assert play(plan_of("good", until=A), truth)[2]["stage"] == A
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_planner_without_a_baseline(stage):
+    """Nobody is worse than what never ran."""
+    results = Results()
+    while (found := decide(plan_of("good"), results))[2] is None:
+        for one in found[1]:
+            failed = (one.stage, one.variant) == (stage, "baseline")
+            results.losses[one] = None if failed else 3.3 - 0.1 * (one.variant == "good") + 1e-3 * one.run_id
+    assert found[2]["stage"] == stage and found[2]["best"] == "baseline" and not found[2]["proved"]
+    assert found[2]["reason"] == "no run of the baseline succeeded to compare with"
+
+
 def test_planner_by_simulation():
     """The budget is never exceeded; with enough of it the best is found about as often as in full, for less.
     """
@@ -181,7 +202,67 @@ def test_budget_and_costs():
     assert budget.left == 80.0
 
 
+def test_a_crash_says_nothing_of_costs():
+    """Else the next run would be ended when it has taken 1.5 times as long as the crash."""
+    crash = {"success": False, "ended_by": "itself", "wall_seconds": 3.0, "gpus": 2}
+    assert run_stages.cost_shown(crash) is None and run_stages.cost_shown(crash | {"success": True}) == 6.0
+    assert run_stages.cost_shown(crash | {"ended_by": "limit"}) == 6.0
+    costs = Costs({A: 1.0}.__getitem__)
+    for variant, cost in (("baseline", 100.0), ("baseline", 120.0), ("x", 5.0)):  # the first is the probe's
+        costs.add(A, variant, cost)
+    assert costs.expected(Run(A, "x", 1)) == 100.0 and costs.expected(Run(A, "baseline", 1)) == 120.0
+
+
+def test_edited_experiments_do_not_go_on(tmp_path):
+    config = load_config(str(runner_kills.write_experiment(tmp_path)))
+    run_stages.check_unchanged("f", config, config | {"description": "in other words"})
+    with pytest.raises(UserError, match="hyperparameters="):
+        run_stages.check_unchanged("f", config, config | {"hyperparameters": {"effect": 1}})
+
+
+def test_what_a_probe_says():
+    step, evaluation = ({"event": name, "seconds": 2.0, "time": 7.0} for name in ("iter", "eval"))
+    assert run_stages.extrapolated([step, step, evaluation | {"time": 10.0}], 2, 12, 5) == 10 * 2 + 3
+    for events in ([evaluation, evaluation], [step], [step, step, evaluation | {"time": None}]):
+        with pytest.raises(UserError, match="no times"):
+            run_stages.extrapolated(events, 2, 12, 5)
+
+
+def test_a_stage_is_judged_by_the_same(tmp_path):
+    """What an experiment does not say is the script's default."""
+    plan = {"baseline": "a", "variants": ["b"],
+            "stages": [{"stage": A, "config": "{variant}_" + A + ".json"}]}
+    for fine, more in ((True, {"val_loss_every": 5, "effect": 1}), (False, {"val_loss_every": 6})):
+        runner_kills.write_experiment(tmp_path, "a", A)
+        runner_kills.write_experiment(tmp_path, "b", A, **more)
+        if fine:
+            run_stages.read_configs(plan, str(tmp_path / "plan.json"), [])
+        else:
+            with pytest.raises(UserError, match="val_loss_every=6 and the stage's baseline 5"):
+                run_stages.read_configs(plan, str(tmp_path / "plan.json"), [])
+
+
 # configurations
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"campaign_name": "../../x"}, "campaign_name='../../x' names a folder"),
+    ({"target_val_loss": 10**400}, "must be finite"), ({"budget": {"gpu_hours": 10**400}}, "must be finite"),
+    ({"budget": {"gpu_hours_per_run": 1.0}}, "gpu_hours_per_run=1.0 is below the 1.144 that a probe on 8"),
+    ({"budget": {"gpu_hours_per_run": 1.2}}, None)])
+def test_plans(tmp_path, change, words):
+    plan = json.loads((CONFIGS / "plan.json").read_text())
+    path = str(tmp_path / "plan.json")
+    Path(path).write_text(json.dumps(plan | change | {"budget": plan["budget"] | change.get("budget", {})}))
+
+    def read():
+        run_stages.check_cap(run_stages.read_plan(path), {(C, "baseline"): {"n_gpus": 8}}, path)
+
+    if words is None:
+        return read()
+    with pytest.raises(UserError) as e:
+        read()
+    assert words in str(e.value) and "\n" not in str(e.value)
 
 
 def test_shipped_configurations():
@@ -207,6 +288,7 @@ def test_shipped_configurations():
     ({"n_gpus": True}, "n_gpus=true must be an integer"), ({"n_gpus": 0}, "n_gpus=0 must be at least 1"),
     ({"stage": "a"}, "stage='a' is unknown"), ({"experiment_name": "a/b"}, "names a folder"),
     ({"script": "none.py"}, "cannot read the script"), ({"base_seed": -1}, "base_seed=-1"),
+    ({"base_seed": 2**32}, "below 2**31"), ({"target_val_loss": 10**400}, "must be finite"),
     ({"modification_type": "magic"}, "modification_type='magic' is unknown"),
     ({"stage_config": {}}, "stage_config needs num_iterations"),
     ({"hyperparameters": {"batch_size": 1}}, "'batch_size' in stage_config and in hyperparameters"),
@@ -244,6 +326,49 @@ def test_wrong_files_and_arguments(tmp_path, monkeypatch):
 
 
 # the runner
+
+
+def test_odd_events():
+    """What is no number fails loudly, what is not finite is null, steps are counted in one way."""
+    clock = {"train_time_ms": 5.0, "step_avg_ms": math.nan}
+    rows = [runner.metric({"event": name, "step": step, key: loss, **clock})
+            for name, step, key, loss in (("iter", 4, "loss", 10**400), ("eval", 5, "val_loss", math.inf))]
+    assert rows == [{"step": 5, name: None, "train_time_ms": 5.0, "step_avg_ms": None}
+                    for name in ("train_loss", "val_loss")]
+    fine = {"event": "eval", "step": 5, "val_loss": 3.2, **clock}
+    for odd in ({"val_loss": "3.2"}, {"train_time_ms": "10ms"}, {"step": "5"}, {"step": None}):
+        with pytest.raises(UserError, match="an event 'eval' of its log has"):
+            runner.metric(fine | odd)
+    with pytest.raises(UserError, match="has no val_loss"):
+        runner.metric({"event": "eval", "step": 5, **clock})
+    assert runner.metric({"event": "checkpoint"}) is None
+
+
+def test_odd_output_is_a_failed_run(tmp_path, monkeypatch):
+    config = load_config(str(runner_kills.write_experiment(tmp_path)))
+    log = ExperimentLogger.create(config, str(tmp_path / "logs"), 1, say=lambda text: None)
+    report = {"code": 0, "seconds": 1.0, "ended_by": "itself"}
+    out = Path(log.run_folder(0), "out")
+    out.mkdir(parents=True)
+    (out.parent / "stdout.log").write_text("said\n")
+    (out / "status.json").write_text('{"status": "diverged", "step": "many"}')
+    start = {"event": "start", "time": 1.0, "config": {}, "resumed": False}
+    ends = {"event": "eval", "step": 20, "val_loss": 3.2, "train_loss": 3.2, "lr": 0.1,
+            "train_time_ms": "10ms", "step_avg_ms": 1e999}
+    (out / "run_1.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (start, ends)))
+    (out.parent / "report.json").write_text(json.dumps(report))
+    runner.recover(log, 1)
+    assert not log.results[0]["success"] and log.results[0]["error"].startswith("diverged at step 0")
+    (out / "status.json").write_text('{"status": "finished", "step": 20}')
+    result, metrics = runner.result_of(runner.Job(log, 0), log.run_folder(0), report)
+    assert "no validation loss captured" in result["error"] and "'10ms'" in result["error"]
+    monkeypatch.setattr(runner, "read_run", lambda *args: 1 / 0)
+    result, metrics = runner.result_of(runner.Job(log, 0), log.run_folder(0), report)
+    assert "cannot be read: ZeroDivisionError" in result["error"] and metrics == []
+    log.record(result, metrics)
+    tail = runner.Tail(str(out))
+    tail.read()
+    assert tail.val_loss == 3.2 and tail.val_step == 20
 
 
 def test_dry_run_prints_the_commands(tmp_path):
@@ -295,6 +420,27 @@ def test_nothing_that_trains_is_loud(tmp_path):
     assert len(runner_kills.results(tmp_path)) == 1
 
 
+def test_failed_runs_are_tried_again(tmp_path, monkeypatch):
+    """Also if they failed before their first step."""
+    config = load_config(str(runner_kills.write_experiment(tmp_path)))
+    log = ExperimentLogger.create(config, str(tmp_path / "logs"), 3, say=lambda text: None)
+    failed = {"success": False, "final_val_loss": None, "time_seconds": 0.0, "wall_seconds": 1.0}
+    for i in range(3):
+        log.record(failed | {"run_id": i, "seed": 42 + i, "final_step": 0}, [])
+    started = []
+
+    def run_jobs(jobs, places, may_start, ended):
+        for job in jobs:
+            if may_start(job):
+                started.append((job.run_id, job.limit))
+                ended(job, {"final_step": 7 * (job.run_id == 0)})
+
+    monkeypatch.setattr(run_nanogpt_experiment, "run_jobs", run_jobs)
+    with pytest.raises(UserError, match="no run of"):
+        run_nanogpt_experiment.execute(log, 3, True, [None], 90.0)
+    assert started == [(0, 90.0), (1, 90.0), (2, 90.0)]
+
+
 def test_killed_runners(tmp_path):
     """KILL, TERM and INT at random moments; python tests/runner_kills.py does ten."""
     for case in runner_kills.campaign(tmp_path, kills=3, seed=1, longest=2.0):
@@ -340,9 +486,76 @@ def test_stages_go_on(tmp_path):
     assert "only the budget may change" in run("run_stages.py", "--plan", "plan.json", cwd=tmp_path, code=2)
 
 
+def test_a_torn_line_of_the_ledger(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    run_stages.cut_torn_line(str(path))
+    for text, left in (('{"a": 1}\n{"b', '{"a": 1}\n'), ('{"a', ""), ('{"a": 1}\n', '{"a": 1}\n')):
+        path.write_text(text)
+        run_stages.cut_torn_line(str(path))
+        assert path.read_text() == left
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        run_stages.cut_torn_line(str(path))
+
+
+@pytest.mark.parametrize("script, arguments, words", [
+    (compare_experiments, ["--power=0.04"], "--power=0.04 must be above --alpha=0.05"),
+    (analyze_results, ["--target=nan"], "--target=nan must be finite"),
+    (analyze_results, [], "metrics.jsonl has no step")])
+def test_wrong_analyses(tmp_path, monkeypatch, script, arguments, words):
+    config = load_config(str(runner_kills.write_experiment(tmp_path)))
+    log = ExperimentLogger.create(config, str(tmp_path / "logs"), 1, say=lambda text: None)
+    log.record({"run_id": 0, "seed": 42, "success": True, "final_val_loss": 3.2, "time_seconds": 1.0,
+                "wall_seconds": 1.0, "final_step": 20}, [])
+    monkeypatch.setattr(sys, "argv", ["script", log.folder, *arguments])
+    with pytest.raises(UserError, match=re.escape(words)):
+        script.main()
+
+
 def test_time_to():
     one = np.array([[0, 5.0, 0.0], [10, 4.0, 10.0], [20, 3.0, 20.0]])
     assert time_to(one, 3.5) == 15.0 and time_to(one, 4.0) == 10.0 and time_to(one, 2.0) is None
+
+
+def experiment_of(name: str, losses: list[float], **fields) -> Experiment:
+    results = [{"run_id": i, "seed": 42 + i, "success": True, "final_val_loss": loss, "time_seconds": 1.0}
+               for i, loss in enumerate(losses)]
+    curves = [np.array([[0, 5.0, 0.0], [10, loss, 1.0]]) for loss in losses]
+    config = {"stage_config": {}, "target_val_loss": 3.28}
+    return Experiment(name, name, config, results, curves, {}, **fields)
+
+
+def test_minimum_detectable_effect_of_several_comparisons(tmp_path, capsys):
+    """Conclusions are by Holm's p, so what is detectable is, too."""
+    a, *others = [experiment_of(name, losses) for name, losses in (
+        ("a", [3.28, 3.29, 3.27]), ("b", [3.26, 3.28, 3.27]), ("c", [3.2, 3.23, 3.21]), ("one run", [3.3]))]
+    compare_experiments.write_comparison([a, *others], str(tmp_path / "x"), 0.05, 0.8)
+    found = json.loads((tmp_path / "x.json").read_text())["comparisons"]
+    assert found[0]["minimum_detectable"] == es.minimum_detectable(a.losses, others[0].losses, 0.025)
+    assert found[2]["minimum_detectable"] is None
+    assert "detectable with probability 0.8 at p < 0.025, as 2 comparison(s) need" in capsys.readouterr().out
+
+
+def test_other_machines_and_code_are_seen(tmp_path):
+    config = load_config(str(runner_kills.write_experiment(tmp_path)))
+    said = []
+    log = ExperimentLogger.create(config, str(tmp_path / "logs"), 2, 1, say=said.append)
+    for n_runs in (5, 3):
+        ExperimentLogger.reopen(log.folder, 1, said.append).raise_n_runs(n_runs)
+    path = Path(log.folder, "config.json")
+    described = json.loads(path.read_text())
+    assert not said and described["n_runs"] == 5 and described["parallel"] == 1
+    described |= {"gpu_info": {"count": 1, "gpus": [{"name": "X1"}]},
+                  "git_info": described["git_info"] | {"commit": "abc", "diff_sha256": "def"}}
+    path.write_text(json.dumps(described))
+    ExperimentLogger.reopen(log.folder, 2, said.append)
+    for what, one in zip(("commit", "git diff", "GPU", "--parallel"), said, strict=True):
+        assert one.startswith(f"warning: {what} is ")
+    a, b = (experiment_of(name, [3.28, 3.29], made_by=made_by(described) | {"--parallel": n})
+            for name, n in (("a", 1), ("b", 4)))
+    said = compare_experiments.warnings(a, [compare_experiments.compare(a, b, 0.05, 0.8)])
+    assert said == ["b was run with another --parallel than a (4, not 1): what differs may come from that."]
 
 
 # train_gpt.py itself
