@@ -44,7 +44,6 @@ import os
 import re
 import statistics
 import time
-from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -379,11 +378,10 @@ def make_divided(strategy: Strategy, on: Processes, layers: int):
     use_activation_checkpointing(model, strategy.recompute)
     if strategy.triton:
         use_triton_layer_norm(model)
-    filled = checkpoint.fill(model, weights, "bench.py", device)
-    if strategy.fsdp and on.dp_size > 1:
-        Sharding(on, compute_dtype, strategy.min_num_params, not strategy.keep,
-                 strategy.offload).shard_as_filled(model, filled)
-    deque(filled, maxlen=0)
+    sharding = None
+    if strategy.fsdp:
+        sharding = Sharding(on, compute_dtype, strategy.min_num_params, not strategy.keep, strategy.offload)
+    checkpoint.fill(model, weights, "bench.py", device, sharding)
     return model
 
 

@@ -37,7 +37,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from configurator import Config, UserError, check_can_write
 from data.files import json_text, replace_file, sha256_of, unused_path, write_json
-from distributed import gather_to_main, on_main, whole_tensor
+from distributed import Sharding, gather_to_main, on_main, whole_tensor
 from model import GPT, GPTConfig
 from optim import gather_state, whole_on_cpu
 
@@ -708,14 +708,24 @@ def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: s
         parameter.copy_(tensors[name])
 
 
-@torch.no_grad()
-def fill(model: nn.Module, weights, where: str, device: torch.device):
+def fill(model: nn.Module, weights, where: str, device: torch.device,
+         sharding: Sharding | None = None) -> None:
     """Give a model on any device, which may be in parts on several processes, its parameters on `device`, one
-    at a time; an iterator that yields the name of each when that is done.
+    at a time, and shard it on the way.
 
     weights: (name, value) of each, as the dense model has them, or a dict of them, which is taken in the
     model's order; where: they are from. Raises UserError if names or shapes differ.
     """
+    names = fill_each(model, weights, where, device)
+    if sharding is None:
+        deque(names, maxlen=0)
+    else:
+        sharding.shard_as_filled(model, names)
+
+
+@torch.no_grad()
+def fill_each(model: nn.Module, weights, where: str, device: torch.device):
+    """`fill` as an iterator that yields the name of each parameter when it has its value."""
     places = {}  # (module, attribute) of each parameter; a tied one has two
     for module in model.modules():
         for attribute, p in module.named_parameters(recurse=False):
@@ -755,7 +765,7 @@ def unsharded(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.dev
     if ranks is not None and ranks.group is not None:
         copy.place(ranks)
     weights = ((name, model.whole({name: whole_tensor(p)})[name]) for name, p in model.named_parameters())
-    deque(fill(copy, weights, "the sharded model", device), maxlen=0)
+    fill(copy, weights, "the sharded model", device)
     return copy
 
 

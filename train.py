@@ -21,7 +21,6 @@ The settings, the steps and most of the file's shape are nanoGPT's; its config f
 
 import math
 import time
-from collections import deque
 
 import torch
 
@@ -268,12 +267,8 @@ if ranks is not None:
 use_activation_checkpointing(model, activation_checkpointing)
 if use_triton:
     use_triton_layer_norm(model)
-filled = checkpoint.fill(model, weights, init_from if resumed is None else resumed.path, device)
-if sharding is None:
-    deque(filled, maxlen=0)
-else:
-    sharding.shard_as_filled(model, filled)
-del weights, filled
+checkpoint.fill(model, weights, init_from if resumed is None else resumed.path, device, sharding)
+del weights
 
 # optimizer; the scaler does nothing unless the dtype is float16
 if optimizer == "muon":

@@ -19,7 +19,6 @@ GPT, and a model is good only with the schedule that it was trained with.
 
 import math
 import time
-from collections import deque
 
 import torch
 
@@ -268,12 +267,8 @@ if ranks is not None:
 use_activation_checkpointing(model, activation_checkpointing)
 if use_triton:
     use_triton_layer_norm(model)
-filled = checkpoint.fill(model, weights, init_from if resumed is None else resumed.path, device)
-if sharding is None:
-    deque(filled, maxlen=0)
-else:
-    sharding.shard_as_filled(model, filled)
-del weights, filled
+checkpoint.fill(model, weights, init_from if resumed is None else resumed.path, device, sharding)
+del weights
 
 # optimizer; the scaler does nothing unless the dtype is float16
 if optimizer == "muon":

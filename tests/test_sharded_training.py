@@ -6,7 +6,7 @@ processes; a minute.
     python -m pytest tests/test_sharded_training.py
 """
 
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -84,11 +84,10 @@ class Run:
         if division.tp > 1:
             self.model.place(Ranks(1, processes.tp_group))
         use_activation_checkpointing(self.model, recompute)
-        filled = checkpoint.fill(self.model, values, "the test", CPU)
+        sharding = None
         if division.fsdp:
-            Sharding(processes, torch.float32, min_num_params, reshard, False,
-                     not whole_gradients).shard_as_filled(self.model, filled)
-        deque(filled, maxlen=0)
+            sharding = Sharding(processes, torch.float32, min_num_params, reshard, False, not whole_gradients)
+        checkpoint.fill(self.model, values, "the test", CPU, sharding)
         self.optimizer = build_adamw(self.model, 1e-3, (0.9, 0.95), 0.1,
                                      processes.dp_group if division.zero1 else None)
         assert isinstance(self.optimizer, ShardedAdamW) == division.zero1
@@ -216,7 +215,7 @@ def check_starting(rank: int, world: int) -> None:
             yield name
 
     sharding = Sharding(processes, torch.float32, min_num_params=1500)  # two of 872 parameters
-    sharding.shard_as_filled(model, watched(checkpoint.fill(model, values, "the test", CPU)))
+    sharding.shard_as_filled(model, watched(checkpoint.fill_each(model, values, "the test", CPU)))
     assert max(most) == 2 and all(isinstance(p, DTensor) for p in model.parameters())
     for name, p in model.named_parameters():
         assert torch.equal(whole_tensor(p), values[name]), name
