@@ -153,7 +153,7 @@ def parse_strategy(text: str) -> Strategy:
     known = ("ddp", "zero1", "fsdp", "tp", "keep", "offload", "block", "selective", "triton", "eager")
     for word in words:
         if word not in known:
-            raise UserError(f"compare: {text!r} has {word!r}, and known are {', '.join(known)}")
+            raise UserError(f"compare: {text!r} has {word!r}, and known are {', '.join(known)}, 100M")
     has = set(words).__contains__
     if sum(map(has, ("ddp", "zero1", "fsdp"))) > 1 or (has("block") and has("selective")):
         raise UserError(f"compare: {text!r} names two ways to do the same: take one of ddp, zero1 and fsdp, "
