@@ -97,8 +97,9 @@ def execute(log: ExperimentLogger, n_runs: int, retry_failed: bool, places: list
     tried = []  # results of this time: what an earlier attempt failed of may be mended
 
     def may_start(job: Job) -> bool:
-        """Not if the first runs did not get to train at all: the others would not either."""
-        if any(result["final_step"] > 0 for result in tried) or not tried:
+        """Not if the first runs, all that were started together, did not get to train at all: the others
+        would not either. One that ends before its neighbours says nothing of them."""
+        if len(tried) < len(places) or any(result["final_step"] > 0 for result in tried):
             return True
         log.line(f"{job.name}: not started, because nothing that was got to its first step")
         return False

@@ -441,6 +441,26 @@ def test_failed_runs_are_tried_again(tmp_path, monkeypatch):
     assert started == [(0, 90.0), (1, 90.0), (2, 90.0)]
 
 
+def test_a_run_that_fails_first_does_not_end_its_neighbours(tmp_path, monkeypatch):
+    """Of three runs at a time, only three that did not get to a step keep the others from starting."""
+    config = load_config(str(runner_kills.write_experiment(tmp_path)))
+    log = ExperimentLogger.create(config, str(tmp_path / "logs"), 5, 3, say=lambda text: None)
+    answers = []
+
+    def run_jobs(jobs, places, may_start, ended):
+        assert all(map(may_start, jobs[:3]))
+        for job in jobs[:3]:
+            ended(job, {"final_step": 0})
+            answers.append(may_start(jobs[3]))
+        ended(jobs[3], {"final_step": 7})
+        answers.append(may_start(jobs[4]))
+
+    monkeypatch.setattr(run_nanogpt_experiment, "run_jobs", run_jobs)
+    with pytest.raises(UserError, match="no run of"):
+        run_nanogpt_experiment.execute(log, 5, False, [None] * 3)
+    assert answers == [True, True, False, True]
+
+
 def test_killed_runners(tmp_path):
     """KILL, TERM and INT at random moments; python tests/runner_kills.py does ten."""
     for case in runner_kills.campaign(tmp_path, kills=3, seed=1, longest=2.0):
