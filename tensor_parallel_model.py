@@ -171,7 +171,8 @@ def f_op(base: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 def g_op(partial: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """The sum over all ranks: (local, ...) -> (...), one all-reduce over the group. The adjoint of f_op."""
-    total = partial.squeeze(0) if partial.shape[0] == 1 else partial.sum(dim=0)
+    # dtype: under autocast CUDA's sum would give fp32, and so would the residual stream be from there on
+    total = partial.squeeze(0) if partial.shape[0] == 1 else partial.sum(dim=0, dtype=partial.dtype)
     if ranks.trace is not None:
         ranks.trace.append(tuple(total.shape))
     return total if ranks.group is None or ranks.dry else _Reduce.apply(total, ranks.group_name)

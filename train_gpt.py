@@ -319,8 +319,9 @@ class SyncGPT(GPT):
         out = row_parallel(y, weight, self.ranks.local, together=sync)
         if not sync:
             return base, out if pending is None else pending + out
-        total = out if pending is None else out + pending.sum(dim=0, keepdim=True)
-        return base + g_op(total, self.ranks), None
+        if pending is not None:  # in its dtype, which autocast would have fp32 on CUDA
+            out = out + pending.sum(dim=0, keepdim=True, dtype=pending.dtype)
+        return base + g_op(out, self.ranks), None
 
 
 @dataclass(frozen=True)

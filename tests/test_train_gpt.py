@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, torchrun
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
@@ -418,6 +419,27 @@ def test_sync_by_its_definition(points, syncs):
             base, pending = base + sum(pending), [torch.zeros_like(base) for _ in range(R)]
     logits = rms_norm(base + sum(pending)) @ model.transformer.wte.weight.T
     assert torch.allclose(model(idx)[0], logits, rtol=1e-9, atol=1e-11) and model.syncs == syncs
+
+
+class SumsInFp32(TorchFunctionMode):
+    """What CUDA's autocast does, and the CPU's does not: a sum is in fp32 unless it is told otherwise."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out.float() if func is torch.Tensor.sum and "dtype" not in (kwargs or {}) else out
+
+
+@pytest.mark.parametrize("variant, changes", [
+    *((variant, {}) for variant in VARIANTS if variant != "sync"),
+    ("sync", dict(tp_size=2, sync_points=[1, 3, 5])), ("sync", dict(tp_size=2, sync_points=[]))])
+def test_the_residual_stream_is_in_the_compute_dtype(variant, changes, monkeypatch):
+    """In and after every block; fp32 would double what most of a step's memory traffic moves."""
+    model, seen = random_model(variant, torch.float32, **changes), []
+    rms_norm = train_gpt.rms_norm
+    monkeypatch.setattr(train_gpt, "rms_norm", lambda x: seen.append(x.dtype) or rms_norm(x))
+    with torch.autocast("cpu", torch.bfloat16), SumsInFp32():
+        x = model.hidden(tokens(2, 8), 8, (0, 1, 2))
+    assert x.dtype == torch.bfloat16 and set(seen) == {torch.bfloat16} and len(seen) >= 4
 
 
 def test_variant_of_another_name_is_refused():
