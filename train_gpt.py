@@ -600,6 +600,8 @@ if __name__ == "__main__":
     autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
     if compile:
         model.compile(dynamic=False)
+        limits = torch._dynamo.config  # a graph for each plan, and one without gradients
+        limits.recompile_limit = max(limits.recompile_limit, len(schedule.plans()) + 2)
         if variant == "depth_warm":  # a graph for every set of layers would be too many: one for a block
             for block in model.transformer.h:
                 block.compile(dynamic=False)
