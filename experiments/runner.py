@@ -12,6 +12,7 @@ waits until nothing of the earlier runner is left.
 import contextlib
 import fcntl
 import importlib
+import itertools
 import json
 import math
 import os
@@ -259,8 +260,9 @@ def last_lines(path: str) -> list[str]:
 def visible_gpus() -> list[str]:
     """Their ids as CUDA_VISIBLE_DEVICES takes them; none on a machine without."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for name in named.split(",") if name.strip()]
+    if named is not None:  # CUDA sees none from the first negative one on: -1 hides them all
+        names = map(str.strip, named.split(","))
+        return [name for name in itertools.takewhile(lambda name: not name.startswith("-"), names) if name]
     return [str(i) for i in range(gpu_info()["count"])]
 
 

@@ -30,7 +30,7 @@ from experiments import (
 from experiments import experiment_statistics as es
 from experiments.campaign import Budget, Costs, Plan, Results, Run, decide
 from experiments.experiment_config import STAGES, load_config
-from experiments.experiment_logger import ExperimentLogger, made_by
+from experiments.experiment_logger import ExperimentLogger, gpu_info, made_by
 from experiments.report import Experiment, time_to
 
 A, B, C = STAGES
@@ -555,6 +555,28 @@ def test_minimum_detectable_effect_of_several_comparisons(tmp_path, capsys):
     assert found[0]["minimum_detectable"] == es.minimum_detectable(a.losses, others[0].losses, 0.025)
     assert found[2]["minimum_detectable"] is None
     assert "detectable with probability 0.8 at p < 0.025, as 2 comparison(s) need" in capsys.readouterr().out
+
+
+def test_each_run_has_gpus_of_its_own(tmp_path, monkeypatch):
+    """As nvidia-smi and CUDA_VISIBLE_DEVICES tell of them."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo 'NVIDIA H200, 143771 MiB, 580.159.04'; done\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_info()["count"] == 4
+    assert gpu_info()["gpus"][3] == {"name": "NVIDIA H200", "memory": "143771 MiB", "driver": "580.159.04"}
+    config = {"n_gpus": 1, "stage_config": {}, "hyperparameters": {}}
+    assert runner.slots(config, 4) == ["0", "1", "2", "3"] and runner.slots(config, 1) == [None]
+    assert runner.slots(config | {"n_gpus": 2}, 2) == ["0,1", "2,3"]
+    with pytest.raises(UserError, match="needs 6 GPUs and 4 are visible"):
+        runner.slots(config | {"n_gpus": 2}, 3)
+    assert runner.slots(config | {"hyperparameters": {"device": "cpu"}}, 8) == [None] * 8
+    for named, gpus in (("2, 3", ["2", "3"]), ("", []), ("-1", []), ("1,-1,0", ["1"]), ("GPU-a", ["GPU-a"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        assert runner.visible_gpus() == gpus
+    smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
+    assert gpu_info() == {"count": 0, "gpus": []}
 
 
 def test_other_machines_and_code_are_seen(tmp_path):
