@@ -171,7 +171,8 @@ class MLP(nn.Module):
 
 def relu_squared(x):
     """arXiv 2109.08668."""
-    return F.relu(x).square()
+    y = F.relu(x)
+    return y * y  # in x's dtype; square() would be fp32 under CUDA's autocast
 
 
 class Block(nn.Module):
