@@ -386,6 +386,22 @@ def open_checkpoint(path: str) -> Checkpoint:
     return Checkpoint(path, state["step"], state)
 
 
+def resume_of(config: Config) -> str:
+    """What a training script is to go on with, '' for nothing: its `resume`, or for nanoGPT's
+    init_from='resume' the latest.
+
+    An init_from of a config file counts for the first start, and the same command goes on later; one beside
+    `resume` on the command line asks for two things. Raises UserError for that.
+    """
+    resume, init_from = config["resume"], config["init_from"]
+    if init_from == "resume":
+        return resume or "latest"
+    if resume and config.origin["init_from"] == "command line":
+        raise UserError(f"init_from={init_from!r} starts a new run and resume={resume!r} goes on with one: "
+                        f"leave one of them out")
+    return resume
+
+
 def find_resumed(resume: str, out_dir: str, warn=print, group=None) -> Checkpoint:
     """The checkpoint that --resume=... names: 'latest', 'best' or a step of out_dir, or the path of one or of
     another out_dir. Raises UserError.

@@ -165,8 +165,7 @@ if list_checkpoints:
     if env_rank() == 0:
         print(checkpoint.listing(out_dir))
     raise SystemExit(0)
-if init_from == "resume":
-    resume = resume or "latest"
+resume = checkpoint.resume_of(config)
 if model_type not in ("gpt", "distributed_gpt"):
     raise UserError(f"model_type={model_type!r} is unknown: use gpt or distributed_gpt")
 if block_types is not None and model_type == "gpt":

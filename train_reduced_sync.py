@@ -168,8 +168,7 @@ if list_checkpoints:
     if env_rank() == 0:
         print(checkpoint.listing(out_dir))
     raise SystemExit(0)
-if init_from == "resume":
-    resume = resume or "latest"
+resume = checkpoint.resume_of(config)
 stop_step, stop_loss = parse_stop_if(stop_if)
 if config.origin["layers_per_group"] and sync_strategy != "grouped" and not resume:
     raise UserError(f"layers_per_group={layers_per_group} is for sync_strategy='grouped', and it is "

@@ -336,6 +336,21 @@ def test_load_weights_of_runs_checkpoints_and_hugging_face(tmp_path):
         checkpoint.load_weights(str(tmp_path / "run" / "ckpt" / "step-00000009"))
 
 
+def test_resume_of():
+    """init_from of a config file is for the first start; on the command line it contradicts resume."""
+    for resume, init_from, origin, expected in (
+            ("", "run", "command line", ""), ("", "resume", "command line", "latest"),
+            ("best", "resume", "command line", "best"), ("latest", "scratch", "", "latest"),
+            ("latest", "gpt2-xl", "a.py", "latest"), ("latest", "gpt2-xl", "command line", None),
+            ("5", "scratch", "command line", None)):
+        config = Config(dict(resume=resume, init_from=init_from), dict(resume="", init_from=origin))
+        if expected is None:
+            with pytest.raises(UserError, match=r"starts a new run and resume=.* goes on with one"):
+                checkpoint.resume_of(config)
+        else:
+            assert checkpoint.resume_of(config) == expected
+
+
 def test_take_architecture():
     described = dict(block_size=16, n_layer=2, n_head=2, n_embd=32, bias=True)
     config = Config(dict(block_size=16, n_layer=12, n_head=2, n_embd=768, bias=True, seed=1),

@@ -119,6 +119,7 @@ TRAIN = [  # arguments after TINY and the good data set, words of the line
     (["--init_from=resume", "--out_dir=run", "--bias=False"], "has bias=True: leave bias out"),
     (["--init_from=resume", "--out_dir=run", "--dataset=shorter"],
      "not the data set that run/ckpt/step-00000003 was trained on (400 train tokens then, 300 now)"),
+    (["--init_from=run", "--resume=latest"], "init_from='run' starts a new run and resume='latest' goes on"),
     (["--init_from=run", "--block_size=32"], "block_size=32 is not among the model's 1 to 16 positions"),
     (["--init_from=run", "--n_head=4"], "n_head=4 (command line), but run has n_head=2: leave n_head out"),
     (["--init_from=damaged/ckpt/step-00000003"], "model.safetensors does not match its SHA-256"),
@@ -160,6 +161,7 @@ REDUCED_SYNC = [
     (["--init_from=run", "--n_layer=3"], "n_layer=3 (command line), but run has n_layer=2"),
 ]
 
+    (["--init_from=run", "--resume=3"], "init_from='run' starts a new run and resume='3' goes on"),
 SAMPLE = [
     (["--out_dir=run", "--tp_allreduce=ring"], "tp_allreduce='ring' is unknown"),
     (["--out_dir=run", "--tp_size=3"], "tp_size=3 must divide n_head=2"),
