@@ -225,8 +225,9 @@ if sample_interval:
     if len(tokenizer.encode(sample_prompt)) == 0:
         raise UserError("sample_prompt is empty: give at least one character")
 if hellaswag_interval:
-    examples = on_main(lambda: hellaswag.load(hellaswag_input, setting="hellaswag_input"), group)
-    hellaswag.check_lengths(examples, block_size)
+    with hellaswag.in_training():
+        examples = on_main(lambda: hellaswag.load(hellaswag_input, setting="hellaswag_input"), group)
+        hellaswag.check_lengths(examples, block_size)
 
 # model; first without values, so that none are anywhere but where they are to be; the tokens are checked as
 # soon as its vocabulary is known
@@ -258,7 +259,8 @@ else:
     checkpoint.take_architecture(config, vars(model.config), init_from)
     weights = list(model.named_parameters())
 if hellaswag_interval:
-    hellaswag.check_vocabulary(model.config.used_vocab_size, data.meta, data.folder)
+    with hellaswag.in_training():
+        hellaswag.check_vocabulary(model.config.used_vocab_size, data.meta, data.folder)
 if device.type == "cpu":
     checkpoint.check_size(model.config)
 if ranks is not None:

@@ -9,6 +9,7 @@ build-nanogpt (https://github.com/karpathy/build-nanogpt), not with those of the
 Shapes: N rows of a batch, 4 an example; T tokens of a row, C = n_embd, V = vocab_size, P tokens that count.
 """
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -44,6 +45,15 @@ class Example:
     def length(self) -> int:
         """Tokens of its longest row."""
         return len(self.context) + max(map(len, self.endings))
+
+
+@contextlib.contextmanager
+def in_training():
+    """Let a UserError also say how to train without HellaSwag."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{e}; or train without HellaSwag, --hellaswag_interval=0") from None
 
 
 def load(path: str = "", n_examples: int | None = None, setting: str = "input") -> list[Example]:

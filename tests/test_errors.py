@@ -131,6 +131,8 @@ TRAIN = [  # arguments after TINY and the good data set, words of the line
     (["--activation_checkpointing=layers"], "activation_checkpointing='layers' is unknown: use none"),
     (["--init_from=gpt5"], "'gpt5' is neither a folder nor one of gpt2"),
     (["--init_from=model"], "model/config.json is no configuration of a GPT-2"),
+    (["--hellaswag_interval=5", "--hellaswag_input=none.jsonl"],
+     "cannot read none.jsonl: No such file or directory; or train without HellaSwag, --hellaswag_interval=0"),
 ]
 
 RANKS = [  # of train.py, with --model_type=distributed_gpt
