@@ -101,7 +101,7 @@ device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', '
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16'
 compile = True  # torch.compile the model
 deterministic = False  # the same bits in every run on a GPU, too; slower
-timeout = 600.0  # seconds after which a process that no other answers ends the run
+timeout = 600.0  # seconds after which a process that does not answer, or is still saving, ends the run
 backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
 # -----------------------------------------------------------------------------
 if __name__ == "__main__":  # tests import the classes below
