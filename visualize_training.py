@@ -135,7 +135,8 @@ def draw(runs: list[Run]):
         if name != "H":
             one.set_xlabel("iteration")
             most = 8 if name == "L" else 5
-            one.xaxis.set_major_locator(ticker.MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=True))
+            one.xaxis.set_major_locator(ticker.MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=True,
+                                                           min_n_ticks=1))
             one.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     draw_legend(figure, runs, colors)
     return figure

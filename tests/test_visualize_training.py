@@ -170,6 +170,16 @@ def test_every_panel_has_room(tmp_path, names, steps):
     assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width
 
 
+def test_iterations_are_whole_also_of_one_point(tmp_path):
+    write(tmp_path / "run_1.jsonl", start(1), iteration(0, 6.9, 0.5))
+    figure = visualize_training.draw([visualize_training.read_run(str(tmp_path))])
+    panels = [one for one in figure.axes if one.get_xlabel() == "iteration"]
+    assert len(panels) == 5
+    for one in panels:
+        low, high = one.get_xlim()
+        assert [tick for tick in one.get_xticks() if low <= tick <= high] == [0], one.get_ylabel()
+
+
 def test_running_mean():
     values = np.arange(200.0)
     values[50] = float("nan")
