@@ -86,8 +86,7 @@ from training_logger import environment, peak_flops
 mode = "train"  # 'train', 'memory', 'generate', 'kernels', or, under torchrun, 'decode' or 'prefill'
 compare = ""  # train, memory: strategies by turns, e.g. 'ddp,zero1,fsdp,fsdp+tp'
 largest = False  # memory: also the most layers with which a step fits, for each strategy
-peer = ""  # a folder with a nanoGPT-like model.py to alternate with; to generate, also 'hf' (transformers);
-# for kernels a checkout of Liger-Kernel
+peer = ""  # a folder with a nanoGPT-like model.py; generate: or 'hf' (transformers); kernels: of Liger-Kernel
 json = ""  # write the figures to this file as well
 # model: GPT-2 (124M) with nanoGPT's padded vocabulary
 batch_size = 12
