@@ -503,7 +503,7 @@ class _Wandb:
                 self._run = init("offline")
         except Exception as e:
             raise UserError(f"wandb does not start ({first_line(e)}): run wandb login, or use "
-                            f"--wandb_log=False") from None
+                            f"--wandb_mode=offline or --wandb_log=False") from None
         self._next = self._run.step if run_id is not None else 0
         self._continues = run_id is not None
         try:

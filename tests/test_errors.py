@@ -161,9 +161,9 @@ REDUCED_SYNC = [
     (["--layers_per_group=1"], "layers_per_group=1 is for sync_strategy='grouped'"),
     (["--init_from=resume", "--out_dir=run"], "step-00000003 holds a model of kind 'gpt': resume it with"),
     (["--init_from=run", "--n_layer=3"], "n_layer=3 (command line), but run has n_layer=2"),
+    (["--init_from=run", "--resume=3"], "init_from='run' starts a new run and resume='3' goes on"),
 ]
 
-    (["--init_from=run", "--resume=3"], "init_from='run' starts a new run and resume='3' goes on"),
 SAMPLE = [
     (["--out_dir=run", "--tp_allreduce=ring"], "tp_allreduce='ring' is unknown"),
     (["--out_dir=run", "--tp_size=3"], "tp_size=3 must divide n_head=2"),
@@ -252,7 +252,7 @@ ENVIRONMENT = [
     (dict(RANK="x", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "RANK=x, WORLD_SIZE=1"),
     (dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="x"), "cannot meet at 127.0.0.1:x"),
     (dict(WANDB_API_KEY="short", args=["--wandb_log", "--out_dir=run"]),
-     "run wandb login, or use --wandb_log=False"),
+     "run wandb login, or use --wandb_mode=offline or --wandb_log=False"),
     (dict(args=["--wandb_log", "--wandb_mode=of", "--out_dir=run"]), "wandb_mode='of' is unknown: use"),
 ]
 
