@@ -16,6 +16,7 @@ config files are interchangeable.
 import ast
 import contextlib
 import difflib
+import glob
 import io
 import math
 import os
@@ -199,10 +200,11 @@ def _line_in(error: Exception, path: str) -> int | str:
 
 
 def _nearest_file(path: str) -> str:
-    folder = os.path.dirname(path) or "."
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    near = difflib.get_close_matches(os.path.basename(path), names, 1)
-    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+    """A hint at the .py file of a similar name in the same folder or in config/."""
+    there = {os.path.basename(found): found for folder in (os.path.dirname(path), "config")
+             for found in sorted(glob.glob(os.path.join(glob.escape(folder), "*.py")))}
+    near = difflib.get_close_matches(os.path.basename(path), there, 1)
+    return f"; did you mean {there[near[0]]}?" if near else ""
 
 
 def parse_argument(arg: str, settings: dict[str, Setting]) -> tuple[str, object]:

@@ -139,6 +139,18 @@ def test_errors(settings, argv, file, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_config_file_of_a_similar_name(settings, tmp_path, monkeypatch):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "train_letters.py").touch()
+    (tmp_path / "out-letters").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("train_letters.py", "config/train_leters.py", "trainletters.py"):
+        with pytest.raises(UserError, match=r"; did you mean config/train_letters\.py\?$"):
+            settings(path)
+    with pytest.raises(UserError, match=r"No such file or directory$"):
+        settings("speedrun.py")
+
+
 def test_config_file_that_is_not_utf8(settings, tmp_path):
     (tmp_path / "latin1.py").write_bytes(b"# a caf\xe9\nsteps = 3\n")
     with pytest.raises(UserError, match=r"cannot read config file .*latin1\.py: byte 7 is not UTF-8"):
