@@ -150,8 +150,11 @@ def open_dataset(name: str, block_size: int) -> DataSet:
         root = os.path.dirname(os.path.abspath(__file__))
         if os.sep in name or not os.path.isdir(os.path.join(root, folder)):
             there = sorted(d.name for d in os.scandir(os.path.join(root, "data")) if d.is_dir())
-            there = ", ".join(name for name in there if name[0] not in "._")
-            raise UserError(f"no data set {name!r}: there is no folder {folder} (in data/: {there})")
+            hint = "in data/: " + ", ".join(name for name in there if name[0] not in "._")
+            script = os.path.join("data", f"cached_{name}.py")
+            if os.path.exists(os.path.join(root, script)):
+                hint = f"run python {script}"
+            raise UserError(f"no data set {name!r}: there is no folder {folder} ({hint})")
         folder = os.path.join(root, folder)
     train, val = (Split(folder, split, block_size) for split in ("train", "val"))
     meta = read_meta(folder)

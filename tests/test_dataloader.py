@@ -11,6 +11,7 @@ import torch
 from conftest import write_dataset
 from test_data import write_shard
 
+import dataloader
 from configurator import UserError
 from dataloader import DataLoader, Split, WindowOrder, evaluate, evaluation_batches, open_dataset
 
@@ -170,6 +171,10 @@ def test_nanogpt_folder_without_meta(tmp_path, monkeypatch):
     (folder / "meta.json").write_text('{"tokenizer": "char", "vocab_size": 3, "chars": "abc"}')
     assert open_dataset("mine", T).meta["chars"] == "abc"
     with pytest.raises(UserError, match="no data set 'yours'"):
+        open_dataset("yours", T)
+    (tmp_path / "data" / "cached_yours.py").touch()
+    monkeypatch.setattr(dataloader, "__file__", str(tmp_path / "dataloader.py"))
+    with pytest.raises(UserError, match=r"there is no folder data/yours \(run python data/cached_yours.py\)"):
         open_dataset("yours", T)
 
 
