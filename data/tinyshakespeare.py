@@ -10,6 +10,7 @@ from data.files import (
     fetch,
     is_published,
     made_folder,
+    os_error_as_user_error,
     publish_dataset,
     replace_file,
 )
@@ -52,7 +53,7 @@ def read_text(path: str, download: bool) -> str:
         with made_folder(os.path.dirname(path)):
             replace_file(path, content)
     try:
-        with open(path, encoding="utf-8") as f:
+        with os_error_as_user_error(f"cannot read {path}"), open(path, encoding="utf-8") as f:
             return f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"cannot read {path}: byte {e.start} is not UTF-8") from None

@@ -438,7 +438,8 @@ def test_no_network_and_no_tokenizer_files(tmp_path):
     (tmp_path / "text.txt").write_text("some text " * 100)
     cases = [("shakespeare_char/prepare.py", [], "--input"),
              ("shakespeare/prepare.py", [f"--input={tmp_path / 'text.txt'}"], "TIKTOKEN_CACHE_DIR"),
-             ("shakespeare_char/prepare.py", ["--input=/no/such/file"], "cannot read")]
+             ("shakespeare_char/prepare.py", ["--input=/no/such/file"],
+              "cannot read /no/such/file: No such file or directory\n")]
     for script, args, words in cases:
         env = NO_NETWORK | {"TIKTOKEN_CACHE_DIR": str(tmp_path)}
         done = prepare(script, *args, f"--out={tmp_path / 'out'}", env=env)
