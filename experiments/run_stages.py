@@ -86,6 +86,7 @@ def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str,
     """The experiment of each stage and arm; those of a stage must be comparable. Raises UserError."""
     configs = {}
     for stage in plan["stages"]:
+        told_apart = {}
         for arm in (plan["baseline"], *plan["variants"]):
             file = os.path.join(os.path.dirname(path), stage["config"].replace("{variant}", arm))
             config = configs[stage["stage"], arm] = load_config(file, overrides, stage.get("n_gpus"))
@@ -99,6 +100,10 @@ def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str,
             for key, (ours, its) in differences(judged_by(first), judged_by(config)).items():
                 raise UserError(f"{file} has {key}={its} and the stage's baseline {ours}: they would not be "
                                 f"comparable")
+            other = told_apart.setdefault((config["script"], repr(sorted(all_settings(config).items()))), arm)
+            if other != arm:
+                raise UserError(f"{file} has the settings of {other}: there is nothing to compare "
+                                f"(--key=value sets a key in all experiments)")
     return configs
 
 

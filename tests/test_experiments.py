@@ -232,14 +232,17 @@ def test_a_stage_is_judged_by_the_same(tmp_path):
     """What an experiment does not say is the script's default."""
     plan = {"baseline": "a", "variants": ["b"],
             "stages": [{"stage": A, "config": "{variant}_" + A + ".json"}]}
-    for fine, more in ((True, {"val_loss_every": 5, "effect": 1}), (False, {"val_loss_every": 6})):
+    for words, more, overrides in (
+            (None, {"val_loss_every": 5, "effect": 1}, []),
+            ("val_loss_every=6 and the stage's baseline 5", {"val_loss_every": 6}, []),
+            ("has the settings of a: there is nothing to compare", {"effect": 1}, ["--effect=2"])):
         runner_kills.write_experiment(tmp_path, "a", A)
         runner_kills.write_experiment(tmp_path, "b", A, **more)
-        if fine:
-            run_stages.read_configs(plan, str(tmp_path / "plan.json"), [])
+        if words is None:
+            run_stages.read_configs(plan, str(tmp_path / "plan.json"), overrides)
         else:
-            with pytest.raises(UserError, match="val_loss_every=6 and the stage's baseline 5"):
-                run_stages.read_configs(plan, str(tmp_path / "plan.json"), [])
+            with pytest.raises(UserError, match=words):
+                run_stages.read_configs(plan, str(tmp_path / "plan.json"), overrides)
 
 
 # configurations
