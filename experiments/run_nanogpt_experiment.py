@@ -113,8 +113,8 @@ def execute(log: ExperimentLogger, n_runs: int, retry_failed: bool, places: list
         raise
     log.say = print
     good = [result for result in log.results.values() if result["success"]]
-    log.line(f"{len(good)} of {len(log.results)} runs succeeded; python experiments/analyze_results.py "
-             f"{log.folder}")
+    script = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "analyze_results.py"))
+    log.line(f"{len(good)} of {len(log.results)} runs succeeded; python {script} {log.folder}")
     if not good:
         raise UserError(f"no run of {log.folder} succeeded: no validation loss captured (see results.jsonl "
                         f"and runs/*/stdout.log there)")
