@@ -20,6 +20,7 @@ import glob
 import io
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -74,6 +75,8 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
     argv = sys.argv[1:] if argv is None else argv
     settings = {setting.name: setting for setting in read_settings(namespace)}
     if "--help" in argv or "-h" in argv:
+        if hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as `cat` does where `| head` has seen enough
         if rank == 0:
             print(help_text(namespace, settings))
         sys.exit(0)

@@ -139,6 +139,12 @@ def test_errors(settings, argv, file, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_help_into_a_pipe_that_is_closed():
+    pipe = f"{sys.executable} train.py --help | head -n1"
+    done = subprocess.run(["sh", "-c", pipe], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("Train a GPT") and not done.stderr
+
+
 def test_config_file_of_a_similar_name(settings, tmp_path, monkeypatch):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "train_letters.py").touch()
