@@ -1,7 +1,7 @@
 """The speedrun: train a GPT-2-size model to 3.28 val loss on FineWeb as fast as possible on 8 GPUs.
 
 8 GPUs of one machine, or any other number with the same batch:
-$ python data/cached_fineweb10B.py
+$ python data/cached_fineweb10B.py 27
 $ torchrun --standalone --nproc_per_node=8 train_gpt.py
 $ torchrun --standalone --nproc_per_node=4 train_gpt.py --variant=palm
 
