@@ -14,7 +14,7 @@ INSTALLED := .venv/installed
 # Made again when what is required has changed; the stamp comes last, so a broken install is not taken for a whole one.
 $(INSTALLED): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || \
-		{ echo "error: $(PYTHON) is too old or missing; name a Python from 3.10 on: make PYTHON=python3.12 ..." >&2; exit 2; }
+		{ echo "error: $(PYTHON) is missing, too old or too new; name a Python from 3.10 to 3.14: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' || \
 		{ echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv --clear .venv

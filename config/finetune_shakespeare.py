@@ -1,6 +1,7 @@
 # Finetune GPT-2 XL on tiny Shakespeare in GPT-2's tokens.
 # First: python data/shakespeare/prepare.py
-# Needs about 25 GB of GPU memory; --init_from=gpt2-medium or a smaller one needs less.
+# Weights, gradients and moments alone take 25 GB of GPU memory (16 bytes a parameter);
+# --init_from=gpt2-medium or a smaller one needs less.
 
 import time
 
