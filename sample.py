@@ -40,6 +40,7 @@ slide = 1  # past block_size: tokens to drop at once; 1 keeps the longest contex
 seed = 1337
 device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16'
+compile = False  # nanoGPT's, without effect: generation has kernels and, on a GPU, a CUDA graph of its own
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 check_at_least(config, 1, "num_samples")
@@ -107,6 +108,8 @@ if hasattr(signal, "SIGPIPE"):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as `cat` does where `| head` has seen enough
 if found is not None:
     say(f"{found.path}: {found.described()}")
+if compile:
+    say("compile=True changes nothing: generation has kernels and, on a GPU, a CUDA graph of its own")
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")
 decoder = model.decoder(1, temperature=temperature, top_k=top_k, top_p=top_p, slide=slide, **options)
