@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-processes test-rest lint clean .venv
+.PHONY: demo test test-processes test-rest test-kernels lint clean .venv
 
 .venv: $(INSTALLED)
 
@@ -32,16 +32,19 @@ demo: .venv
 	@echo "  $(BIN)/python train.py config/train_python_char.py --n_embd=256 --out_dir=out-wider"
 	@echo "  $(BIN)/python train.py --help"
 
-# Side by side, as most tests keep one core busy: those of several processes, and all others.
+# Side by side, as most tests keep one core busy: those of several processes, and all others; last, whichever is done
+# first, the kernels in Triton's interpreter.
 test: .venv
-	@$(MAKE) --no-print-directory -j2 test-processes test-rest
+	@$(MAKE) --no-print-directory -j2 test-processes test-rest test-kernels
 
 test-processes:
 	$(BIN)/python -m pytest -q --durations=10 -m slow tests
 
 test-rest:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_layer_norm.py tests/test_qk_rotary.py
 	$(BIN)/python -m pytest -q --durations=10 -m "not slow" tests
+
+test-kernels:
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_layer_norm.py tests/test_qk_rotary.py
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -224,7 +224,7 @@ if sample_interval:
     tokenizer = tokenizers.from_meta(data.meta)
     if len(tokenizer.encode(sample_prompt)) == 0:
         raise UserError("sample_prompt is empty: give at least one character")
-if hellaswag_interval:
+if hellaswag_interval and not eval_only:
     with hellaswag.in_training():
         examples = on_main(lambda: hellaswag.load(hellaswag_input, setting="hellaswag_input"), group)
         hellaswag.check_lengths(examples, block_size)
@@ -258,7 +258,7 @@ else:
         model.crop_block_size(block_size)
     checkpoint.take_architecture(config, vars(model.config), init_from)
     weights = list(model.named_parameters())
-if hellaswag_interval:
+if hellaswag_interval and not eval_only:
     with hellaswag.in_training():
         hellaswag.check_vocabulary(model.config.used_vocab_size, data.meta, data.folder)
 if device.type == "cpu":
