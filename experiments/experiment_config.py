@@ -25,6 +25,7 @@ from configurator import (
     Setting,
     UserError,
     check_type,
+    parse_argument,
     read_settings,
     script_defaults,
     unknown_key,
@@ -177,26 +178,17 @@ def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None)
     config = DEFAULTS | config
     if n_gpus is not None:
         config["n_gpus"] = n_gpus
+    settings = script_settings(config, path) if overrides else {}
     for argument in overrides:
-        key, equals, text = argument.partition("=")
-        if not key.startswith("--") or len(key) < 3 or not equals:
+        if not argument.startswith("--"):
             raise UserError(f"cannot read argument {argument!r}: --key=value goes to the script, and --help "
                             f"lists the runner's own options")
-        key = key[2:].replace("-", "_")
+        key, value = parse_argument(argument, settings)
         part = "stage_config" if key in config["stage_config"] else "hyperparameters"
-        config[part] = config[part] | {key: literal(text)}
+        config[part] = config[part] | {key: value}
     check_values(config, path)
     check_settings(config, path)
     return config
-
-
-def literal(text: str):
-    """A value of the command line: a Python literal, else the text itself."""
-    try:
-        value = ast.literal_eval(text)
-        return list(value) if isinstance(value, tuple) else value
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
 
 
 def script_path(config: dict) -> str:

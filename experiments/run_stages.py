@@ -34,7 +34,6 @@ from experiments.experiment_config import (
     check_name,
     command,
     finite,
-    literal,
     load_config,
     num_iterations,
     read_json,
@@ -410,9 +409,8 @@ def main() -> None:
         return dry_run(plan, configs)
     check_can_write(args.log_dir, "--log_dir")
     end_on_signals()
-    overrides = {key[2:]: literal(text) for key, _, text in (one.partition("=") for one in overrides)}
     folder = os.path.join(args.log_dir, plan["campaign_name"])
-    campaign = Campaign(folder, plan, overrides, configs, args.parallel)
+    campaign = Campaign(folder, plan, sorted(overrides), configs, args.parallel)
     try:
         outcome = run_campaign(
             Plan(plan["baseline"], tuple(plan["variants"]), {s["stage"]: s["n_runs"] for s in plan["stages"]},

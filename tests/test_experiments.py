@@ -320,7 +320,9 @@ def test_wrong_files_and_arguments(tmp_path, monkeypatch):
             load_config(str(path))
     path.write_text(good)
     assert load_config(str(path), ["--effect=0.5"])["hyperparameters"] == {"effect": 0.5}
-    assert load_config(str(path), ["--batch_size=4"])["stage_config"]["batch_size"] == 4
+    assert load_config(str(path), ["--batch_size=2*2"])["stage_config"]["batch_size"] == 4
+    with pytest.raises(UserError, match="--batch_size needs a value"):
+        load_config(str(path), ["--batch_size"])
     with pytest.raises(UserError, match="--key=value goes to the script"):
         load_config(str(path), ["effect"])
     monkeypatch.setenv("STAGE_EFFECT", "1")
