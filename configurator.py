@@ -169,7 +169,8 @@ def run_config_file(path: str, values: dict, settings: dict[str, Setting]) -> di
         with open(path, encoding="utf-8") as f:
             source = f.read()
     except OSError as e:
-        hint = "; settings are given as --key=value" if not path.endswith(".py") else _nearest_file(path)
+        hint = "; settings are given as --key=value" if not path.endswith(".py") else \
+            nearest_file(path, ".py", "config")
         raise UserError(f"cannot read config file {path}: {e.strerror}{hint}") from None
     except UnicodeDecodeError as e:
         raise UserError(f"cannot read config file {path}: byte {e.start} is not UTF-8") from None
@@ -202,10 +203,10 @@ def _line_in(error: Exception, path: str) -> int | str:
     return line
 
 
-def _nearest_file(path: str) -> str:
-    """A hint at the .py file of a similar name in the same folder or in config/."""
-    there = {os.path.basename(found): found for folder in (os.path.dirname(path), "config")
-             for found in sorted(glob.glob(os.path.join(glob.escape(folder), "*.py")))}
+def nearest_file(path: str, ending: str, *folders: str) -> str:
+    """A hint, if there is one, at the file of a similar name in the same folder or in others."""
+    there = {os.path.basename(found): found for folder in (os.path.dirname(path), *folders)
+             for found in sorted(glob.glob(os.path.join(glob.escape(folder), "*" + ending)))}
     near = difflib.get_close_matches(os.path.basename(path), there, 1)
     return f"; did you mean {there[near[0]]}?" if near else ""
 

@@ -17,7 +17,17 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from configurator import UserError, check_can_write
 from data.files import Parser, json_text
 from experiments.experiment_statistics import describe, differ, p_at_most, runs_needed
-from experiments.report import Experiment, draw, interval, number, p_value, read_experiment, table, write
+from experiments.report import (
+    Experiment,
+    check_levels,
+    draw,
+    interval,
+    number,
+    p_value,
+    read_experiment,
+    table,
+    write,
+)
 
 
 def analyze(experiment: Experiment, target: float, alpha: float, power: float) -> dict:
@@ -94,9 +104,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.01, help="level of the test (default: 0.01)")
     parser.add_argument("--power", type=float, default=0.8, help="that is wanted of it (default: 0.8)")
     args = parser.parse_args()
-    for name in ("alpha", "power"):
-        if not 0 < getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)} must be between 0 and 1")
+    check_levels(args)
     if args.target is not None and not math.isfinite(args.target):
         raise UserError(f"--target={args.target} must be finite")
     experiments = [read_experiment(folder) for folder in dict.fromkeys(args.folders)]

@@ -31,6 +31,7 @@ from experiments.experiment_statistics import (
 )
 from experiments.report import (
     Experiment,
+    check_levels,
     draw,
     interval,
     number,
@@ -167,9 +168,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.05, help="level of the tests (default: 0.05)")
     parser.add_argument("--power", type=float, default=0.8, help="that is wanted of them (default: 0.8)")
     args = parser.parse_args()
-    for name in ("alpha", "power"):
-        if not 0 < getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)} must be between 0 and 1")
+    check_levels(args)
     if args.power <= args.alpha:
         raise UserError(f"--power={args.power} must be above --alpha={args.alpha}: less than that is had for "
                         f"nothing")

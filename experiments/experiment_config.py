@@ -25,6 +25,7 @@ from configurator import (
     Setting,
     UserError,
     check_type,
+    nearest_file,
     parse_argument,
     read_settings,
     script_defaults,
@@ -70,11 +71,7 @@ def read_json(path: str):
     except (UnicodeDecodeError, RecursionError) as e:
         raise UserError(f"{path} is not JSON: {first_line(e)}") from None
     except OSError as e:
-        folder = os.path.dirname(path) or "."
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-        near = difflib.get_close_matches(os.path.basename(path), names, 1)
-        hint = f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
-        raise UserError(f"cannot read {path}: {e.strerror}{hint}") from None
+        raise UserError(f"cannot read {path}: {e.strerror}{nearest_file(path, '.json')}") from None
 
 
 def finite(value) -> float | int | None:

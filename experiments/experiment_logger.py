@@ -32,7 +32,16 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from configurator import UserError
-from data.files import Parser, first_line, json_text, made_folder, replace_file, unused_path
+from data.files import (
+    Parser,
+    first_line,
+    json_text,
+    made_folder,
+    os_error_as_user_error,
+    replace_file,
+    sha256_of,
+    unused_path,
+)
 from experiments.experiment_config import DEFAULTS, ROOT, SCHEMA, check_keys, read_json, script_path
 from experiments.experiment_statistics import describe, p_at_most
 
@@ -139,10 +148,8 @@ class ExperimentLogger:
 
     def _write(self, name: str, text: str) -> None:
         """Raises UserError: results that cannot be written down must not be paid for."""
-        try:
+        with os_error_as_user_error(f"cannot write {self.path(name)}"):
             replace_file(self.path(name), text.encode(errors="backslashreplace"))
-        except OSError as e:
-            raise UserError(f"cannot write {self.path(name)}: {e.strerror}") from None
 
 
 def made_by(described: dict) -> dict:
@@ -218,11 +225,8 @@ def read_folder(folder: str) -> tuple[dict, dict[int, dict], dict[int, list[dict
 
 def digest(path: str) -> str:
     """SHA-256 of a file. Raises UserError."""
-    try:
-        with open(path, "rb") as f:
-            return hashlib.sha256(f.read()).hexdigest()
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    with os_error_as_user_error(f"cannot read {path}"):
+        return sha256_of(path)
 
 
 def environment() -> dict:

@@ -151,6 +151,13 @@ def p_value(p: float | None) -> str:
     return "-" if p is None else f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
 
 
+def check_levels(args) -> None:
+    """Raise UserError unless --alpha and --power are probabilities."""
+    for name in ("alpha", "power"):
+        if not 0 < getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be between 0 and 1")
+
+
 def write(path: str, content: str | bytes) -> None:
     """A file whole or not at all. Raises UserError."""
     if isinstance(content, str):

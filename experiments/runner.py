@@ -288,10 +288,13 @@ def lock(folder: str, patience: float = 2 * ENDING):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        except OSError:
+        except BlockingIOError:
             if time.monotonic() > until:
                 raise UserError(f"{folder} is in use by another runner: wait for it, or end it") from None
             time.sleep(0.1)
+        except OSError as e:
+            raise UserError(f"cannot lock {folder} ({e.strerror}): name a --log_dir on a file system that "
+                            f"has locks") from None
 
 
 def end_on_signals() -> None:
