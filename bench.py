@@ -16,7 +16,8 @@ $ python bench.py --model_type=distributed_gpt --tp_size=2 --syncs="[24,12,6,3,1
 $ torchrun --standalone --nproc_per_node=4 bench.py --model_type=distributed_gpt --tp_size=4 --tp_processes=4
 $ torchrun --standalone --nproc_per_node=4 bench.py --mode=decode --tp_allreduce=oneshot  # or --mode=prefill
 
-LayerNorm's kernels beside PyTorch's, torch.compile's and those of a Liger-Kernel checkout
+Kernels of LayerNorm and of the head (n_embd, vocab_size) beside PyTorch's, torch.compile's and those of a
+checkout of Liger-Kernel
 $ python bench.py --mode=kernels --peer=FOLDER --rows="[16384,65536]" --widths="[768,4096]" --plot=kernels.png
 
 All contenders do the same work on the same tokens. Each is warmed up, then they take turns, `steps` steps a
@@ -271,8 +272,17 @@ def bench_kernels():
                   f"{100 * f['of_copy']:5.1f}%", flush=True)
     after = benchmark.copy_bandwidth(device, rounds)
     print(f"after that a copy moves {after / 1e9:.0f} GB/s")
+    print(f"head, loss and gradients, V={vocab_size}: us, median (range), TFLOP/s, memory it adds")
+    for N in rows:
+        for f in benchmark.measure_head(N, n_embd, vocab_size, compute_dtype, liger, rounds, device):
+            figures.append(f)
+            memory = "n/a" if f["peak_bytes"] is None else f"{f['peak_bytes'] / 2**30:.2f} GB"
+            print(f"{f['operation']:>12} {N:6} x {n_embd:5} {f['name']:>8}  {f['us']:9.1f} "
+                  f"({min(f['us_all']):.1f}-{max(f['us_all']):.1f})  {f['tflop_per_second']:6.0f} TFLOP/s  "
+                  f"{memory}", flush=True)
     if plot:
-        benchmark.plot(figures, plot, f"LayerNorm, {where['device']}, {name}")
+        benchmark.plot([f for f in figures if f["operation"] != "head"], plot,
+                       f"LayerNorm, {where['device']}, {name}")
     return {"copy_gb_per_second": bandwidth / 1e9, "copy_gb_per_second_after": after / 1e9,
             "rows": figures}
 

@@ -1,4 +1,5 @@
-"""LayerNorm's kernels beside PyTorch, its compiler and Liger-Kernel: time, and share of what a copy reaches.
+"""LayerNorm's kernels and the head's, linear layer and cross-entropy in one, beside PyTorch, its compiler and
+Liger-Kernel: time, and LayerNorm's share of what a copy reaches, the head's FLOP/s and memory.
 
 On a GPU one turn is a pass over so many sets of tensors that none is still in the L2 cache when it comes up
 again, several times in a row, from a CUDA graph: what is timed is the GPU, not the host that launches.
@@ -8,6 +9,10 @@ large one does, either. (In Triton's interpreter it all runs, and no figure mean
 What an operation must move, in N x C values: forward x and y; backward the gradient of y, x and its gradient;
 with the residual addition s = x + out, y = LayerNorm(s): x, out, s, y, and backward the gradients of s and y,
 s and its gradient. Weight, bias and statistics are left out.
+
+The head is timed forward and backward together, as ours makes its gradients on the way forward: N rows of x
+(N, C), a weight (V, C) in fp32 that is cast to the dtype of x as autocast casts it, three products of 2 N C V
+FLOPs.
 """
 
 import os
@@ -20,6 +25,7 @@ import torch.nn.functional as F
 
 from configurator import UserError
 from kernels import layer_norm as ours
+from kernels.cross_entropy import linear_cross_entropy
 
 OPERATIONS = {"forward": 2, "backward": 3, "add forward": 4, "add backward": 4}  # N x C values moved
 COPIED_BYTES = 1 << 30  # of the copy that sets the scale, on a GPU
@@ -27,18 +33,19 @@ PIECE = 1 << 28  # bytes of one copy: in a graph, on H200, 512 MB and most large
 LAUNCHES = 16  # at least so many in a row are timed together
 
 
-def load_liger(folder: str):
-    """LigerLayerNormFunction of a checkout of Liger-Kernel. Raises UserError."""
+def load_liger(folder: str) -> tuple:
+    """LayerNorm, and linear layer with cross-entropy, of a checkout of Liger-Kernel. Raises UserError."""
     if not os.path.isfile(os.path.join(folder, "src", "liger_kernel", "ops", "layer_norm.py")):
         raise UserError(f"peer={folder!r} is no checkout of Liger-Kernel: it has no "
                         f"src/liger_kernel/ops/layer_norm.py")
     sys.path.insert(0, os.path.abspath(os.path.join(folder, "src")))
     try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
     except Exception as e:  # it is the user's code
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
         raise UserError(f"peer {folder} cannot be imported: {reason}") from None
-    return LigerLayerNormFunction
+    return LigerLayerNormFunction, LigerFusedLinearCrossEntropyFunction
 
 
 def _plain(x, out, weight, bias):
@@ -67,7 +74,7 @@ def contenders(add: bool, liger, compiled: bool) -> dict:
         def with_bias(x, out, weight, bias):
             if bias is None and weight not in zeros:
                 zeros[weight] = torch.zeros_like(weight)
-            return liger.apply(x, weight, zeros[weight] if bias is None else bias, ours.EPS)
+            return liger[0].apply(x, weight, zeros[weight] if bias is None else bias, ours.EPS)
         functions["Liger"] = with_bias
     return functions
 
@@ -104,12 +111,12 @@ def _pass(function, sets: list[tuple], backward: bool):
 class _Timer:
     """`seconds()` a pass. On a GPU the current stream must not be the default one: passes, as many as make
     LAUNCHES launches, are captured there in a CUDA graph, so that the time is the GPU's, not the launching
-    host's."""
+    host's. captured: False for what takes long and need not or cannot be captured."""
 
-    def __init__(self, run, sets: int, device):
-        self.run, self.device = run, device
+    def __init__(self, run, sets: int, device, captured: bool = True):
+        self.run, self.device, self.passes, self.graph = run, device, 1, None
         run()  # compiles
-        if device.type != "cuda":
+        if device.type != "cuda" or not captured:
             return
         self.passes = -(-LAUNCHES // sets)
         self.graph = torch.cuda.CUDAGraph()
@@ -128,7 +135,7 @@ class _Timer:
         torch.cuda.synchronize()
         torch.cuda._sleep(1_000_000)  # cycles, in which the host queues what follows
         begin.record()
-        self.graph.replay()
+        self.run() if self.graph is None else self.graph.replay()
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3 / self.passes
@@ -195,13 +202,60 @@ def _take_turns(functions: dict, sets: list[tuple], operation: str, rounds: int,
     """By contender, seconds of one operation in each round."""
     passes = {name: _pass(f, sets, operation.endswith("backward")) for name, f in functions.items()}
     passes["copy"] = _copies(sets, OPERATIONS[operation])
-    timers = {name: _Timer(run, len(sets), device) for name, run in passes.items()}
-    _wake(device, timers.values())
+    return _rounds({name: _Timer(run, len(sets), device) for name, run in passes.items()}, rounds, len(sets))
+
+
+def _rounds(timers: dict, rounds: int, sets: int) -> dict:
+    """By contender, seconds of one operation in each round, in which all take their turn."""
+    _wake(next(iter(timers.values())).device, timers.values())
     times = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():
-            times[name].append(timer.seconds() / len(sets))
+            times[name].append(timer.seconds() / sets)
     return times
+
+
+def _plain_head(x, weight, targets):
+    """As autocast runs it: logits in x's dtype, the loss in fp32."""
+    return F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), targets, ignore_index=-1)
+
+
+def head_contenders(liger, compiled: bool) -> dict:
+    """By name, functions of x, weight and targets. Liger sums the weight's gradient over its chunks in x's
+    dtype, as it does by default, the others in fp32 or in one product."""
+    functions = {"ours": linear_cross_entropy, "eager": _plain_head}
+    if compiled:
+        torch.compiler.reset()
+        functions["inductor"] = torch.compile(_plain_head, fullgraph=True, dynamic=False)
+    if liger is not None:
+        functions["Liger"] = lambda x, weight, targets: liger[1].apply(
+            x, weight.to(x.dtype), targets, None, None, -1)[0]
+    return functions
+
+
+def measure_head(rows: int, C: int, V: int, dtype: torch.dtype, liger, rounds: int, device) -> list[dict]:
+    """Loss and both gradients: a row of figures for each contender. peak_bytes: what a call needs beside its
+    arguments, gradients included; None where nobody counts."""
+    x = torch.randn(rows, C, dtype=dtype, device=device, requires_grad=True)
+    weight = (0.02 * torch.randn(V, C, device=device)).requires_grad_()
+    targets = torch.randint(V, (rows,), device=device)
+    timers, peaks, cuda = {}, {}, device.type == "cuda"
+    with _own_stream(device):
+        for name, function in head_contenders(liger, cuda).items():
+            def run(function=function):
+                torch.autograd.grad(function(x, weight, targets), (x, weight))
+
+            timers[name] = _Timer(run, 1, device, captured=False)
+            before = torch.cuda.memory_allocated() if cuda else 0
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                run()
+            peaks[name] = torch.cuda.max_memory_allocated() - before if cuda else None
+        times = _rounds(timers, rounds, 1)
+    return [{"operation": "head", "rows": rows, "width": C, "vocabulary": V, "name": name,
+             "us": 1e6 * statistics.median(t), "us_all": [1e6 * s for s in t],
+             "tflop_per_second": 6e-12 * rows * C * V / statistics.median(t), "peak_bytes": peaks[name]}
+            for name, t in times.items()]
 
 
 def plot(figures: list[dict], path: str, title: str) -> None:
