@@ -20,6 +20,7 @@ import glob
 import io
 import math
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -349,7 +350,7 @@ def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserErro
 
 def install_error_hook(rank: int = 0) -> None:
     """End the process on a UserError, or when memory runs out, with one line on stderr and exit code 2, on
-    Ctrl-C with 130; other errors keep their traceback.
+    Ctrl-C with 130, without a word where `| head` has seen enough; other errors keep their traceback.
 
     Most such errors meet every rank. Rank 0 speaks at once; the others wait, are ended meanwhile by the
     launcher that sees rank 0 go, and speak only if the error was theirs alone.
@@ -360,19 +361,29 @@ def install_error_hook(rank: int = 0) -> None:
         for function in before_exit:
             with contextlib.suppress(Exception):
                 function()
+        if issubclass(kind, BrokenPipeError) and _stdout_is_closed():
+            os._exit(128 + 13)  # as SIGPIPE would have it
         text = _for_users(kind, error)
         if text is None:
             return previous(kind, error, traceback)
         if rank != 0:
             time.sleep(3)
         who = "error" if rank == 0 else f"error on rank {rank}"
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
         # torch.distributed's own hook holds sys.stderr back; a file name need not be UTF-8
         os.write(2, f"{who}: {text}\n".encode(errors="backslashreplace"))
         # threads and process groups that are still up must not hold the exit back
         os._exit(130 if issubclass(kind, KeyboardInterrupt) else 2)
 
     sys.excepthook = hook
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads any more what is printed."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _for_users(kind: type, error: BaseException) -> str | None:

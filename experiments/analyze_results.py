@@ -4,8 +4,9 @@
 
 For each folder prints a report and writes analysis.md, analysis.json and loss_curves.png into it. The test is
 Student's, one-sided: at p < 0.01 the mean over seeds is below the target, unless luck of one in a hundred
-made it look so. Failed runs are counted and in no statistic; if what made them fail depends on the loss, as a
-divergence does, the statistics are of the lucky ones.
+made it look so. A target is for a data set: runs on another one than their configuration's have none, unless
+--target names it. Failed runs are counted and in no statistic; if what made them fail depends on the loss, as
+a divergence does, the statistics are of the lucky ones.
 """
 
 import math
@@ -30,7 +31,7 @@ from experiments.report import (
 )
 
 
-def analyze(experiment: Experiment, target: float, alpha: float, power: float) -> dict:
+def analyze(experiment: Experiment, target: float | None, alpha: float, power: float) -> dict:
     """All figures of the report."""
     loss, p = describe(experiment.losses), p_at_most(experiment.losses, target)
     baseline, std = experiment.config["baseline_val_loss"], experiment.config["baseline_std"]
@@ -50,6 +51,8 @@ def analyze(experiment: Experiment, target: float, alpha: float, power: float) -
 def verdict(figures: dict) -> str:
     """The test in a sentence."""
     target, loss = figures["target"], figures["val_loss"]
+    if target["val_loss"] is None:
+        return "No target to test against: the configuration has none for this data set; --target names one."
     against = f"{target['val_loss']:g} at p < {target['alpha']:g}"
     if target["p_value"] is None:
         why = "one run has no spread" if figures["successful_runs"] == 1 else "the runs do not differ at all"

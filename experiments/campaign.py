@@ -43,7 +43,7 @@ class Plan:
     baseline: str
     variants: tuple[str, ...]
     stages: dict[str, int]
-    target: float
+    target: float | None
     most_advanced: int = 2  # to validation at once
     most_proved: int = 2
     until: str | None = None  # the stage after which to stop

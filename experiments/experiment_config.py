@@ -7,8 +7,9 @@
      "baseline_val_loss": null, "baseline_std": null}
 
 `stage_config` (what all experiments of a stage have in common) and `hyperparameters` (what is this one's own)
-both become --key=value arguments of the script. Run i has the seed base_seed + i. baseline_val_loss and
-baseline_std are for a baseline that there are no logs of; both may be null.
+both become --key=value arguments of the script. Run i has the seed base_seed + i. target_val_loss is for the
+data set that the file names, and is null where --dataset names another. baseline_val_loss and baseline_std
+are for a baseline that there are no logs of. All three may be null.
 """
 
 import ast
@@ -40,7 +41,7 @@ OF_THE_RUNNER = ("seed", "out_dir", "resume", "list_checkpoints")
 NUMBER = (int, float)
 SCHEMA = {  # key: types, whether it must be there
     "experiment_name": (str, True), "description": (str, False), "script": (str, True), "stage": (str, True),
-    "n_gpus": (int, True), "base_seed": (int, True), "target_val_loss": (NUMBER, True),
+    "n_gpus": (int, True), "base_seed": (int, True), "target_val_loss": ((*NUMBER, type(None)), True),
     "modification_type": (str, True), "modification_details": ((dict, str), False),
     "stage_config": (dict, True), "hyperparameters": (dict, True),
     "baseline_val_loss": ((*NUMBER, type(None)), False), "baseline_std": ((*NUMBER, type(None)), False),
@@ -169,13 +170,15 @@ def check_settings(config: dict, where: str) -> None:
 
 def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None) -> dict:
     """An experiment's JSON, complete and checked. overrides: --key=value for the script; a key of
-    stage_config is replaced there, any other in hyperparameters. Raises UserError."""
+    stage_config is replaced there, any other in hyperparameters; another dataset has no target. Raises
+    UserError."""
     config = read_json(path)
     check_keys(config, SCHEMA, path)
     config = DEFAULTS | config
     if n_gpus is not None:
         config["n_gpus"] = n_gpus
     settings = script_settings(config, path) if overrides else {}
+    dataset = dataset_of(config) if overrides else None
     for argument in overrides:
         if not argument.startswith("--"):
             raise UserError(f"cannot read argument {argument!r}: --key=value goes to the script, and --help "
@@ -183,6 +186,8 @@ def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None)
         key, value = parse_argument(argument, settings)
         part = "stage_config" if key in config["stage_config"] else "hyperparameters"
         config[part] = config[part] | {key: value}
+    if overrides and dataset_of(config) != dataset:
+        config["target_val_loss"] = None
     check_values(config, path)
     check_settings(config, path)
     return config
@@ -198,6 +203,11 @@ def all_settings(config: dict) -> dict:
     values = script_defaults(script_path(config))
     names = {setting.name for setting in read_settings(values)}
     return {name: values[name] for name in names} | config["stage_config"] | config["hyperparameters"]
+
+
+def dataset_of(config: dict):
+    """What the runs read, None for a script that has no such setting."""
+    return all_settings(config).get("dataset")
 
 
 def num_iterations(config: dict) -> int:

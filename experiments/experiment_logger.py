@@ -166,7 +166,7 @@ def differences(before: dict, now: dict) -> dict[str, tuple]:
     return {key: (ours, its) for key, (ours, its) in both.items() if ours != its and None not in (ours, its)}
 
 
-def statistics_of(results: list[dict], target: float) -> dict:
+def statistics_of(results: list[dict], target: float | None) -> dict:
     """Of the runs that succeeded; the others are counted."""
     good = [result for result in results if result["success"]]
     times = [result["time_seconds"] for result in good]

@@ -44,10 +44,10 @@ def mean_interval(values: list[float], confidence: float = CONFIDENCE) -> tuple[
     return float(x.mean() - half), float(x.mean() + half)
 
 
-def p_at_most(values: list[float], target: float) -> float | None:
+def p_at_most(values: list[float], target: float | None) -> float | None:
     """p of the one-sided t-test for a mean of at most `target`: how likely so low a mean is if the true one
-    is the target; None if the values do not differ."""
-    if not differ(values):
+    is the target; None if the values do not differ, or there is no target."""
+    if target is None or not differ(values):
         return None
     return float(stats.ttest_1samp(values, target, alternative="less").pvalue)
 
@@ -64,11 +64,11 @@ def _beyond(critical: float, df: float, shift: float) -> float:
     return float(_WEIGHTS @ special.ndtr(shift - critical * spread))
 
 
-def runs_needed(mean: float, std: float | None, target: float, alpha: float = 0.01, power: float = 0.8
+def runs_needed(mean: float, std: float | None, target: float | None, alpha: float = 0.01, power: float = 0.8
                 ) -> int | None:
     """The fewest runs that pass that test with this power, if mean and std are the true ones; None if the
-    mean is not below the target, if there is no spread to reckon with, or if MOST_RUNS do not do."""
-    if not std or mean >= target:
+    mean is not below the target, if there is none, no spread to reckon with, or if MOST_RUNS do not do."""
+    if not std or target is None or mean >= target:
         return None
     return next((n for n in range(2, MOST_RUNS + 1)
                  if power_at_most(mean, std, n, target, alpha) >= power), None)

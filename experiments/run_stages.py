@@ -411,10 +411,13 @@ def main() -> None:
     end_on_signals()
     folder = os.path.join(args.log_dir, plan["campaign_name"])
     campaign = Campaign(folder, plan, sorted(overrides), configs, args.parallel)
+    proof = configs[plan["stages"][-1]["stage"], plan["baseline"]]
+    # a target is for a data set, and --dataset may have named another
+    target = None if proof["target_val_loss"] is None else plan["target_val_loss"]
     try:
         outcome = run_campaign(
             Plan(plan["baseline"], tuple(plan["variants"]), {s["stage"]: s["n_runs"] for s in plan["stages"]},
-                 plan["target_val_loss"], plan["most_advanced"], plan["most_proved"], args.until),
+                 target, plan["most_advanced"], plan["most_proved"], args.until),
             campaign.results, campaign.budget, campaign.costs, campaign.probe, campaign.do, campaign.tell)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on", flush=True)

@@ -141,6 +141,18 @@ def test_errors(settings, argv, file, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("what, code, said", [("print('x' * 100_000)", 141, b""),
+                                              ("raise UserError('wrong')", 2, b"error: wrong\n")])
+def test_output_that_nobody_reads(what, code, said):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", f"from configurator import *\ninstall_error_hook()\n"
+                           f"print('read')\n{what}"], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE,
+                          env=os.environ | {"PYTHONUNBUFFERED": ""})
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 def test_help_into_a_pipe_that_is_closed(tmp_path):
     (tmp_path / "script.py").write_text(f"from configurator import configure\n{SCRIPT}")
     reading, writing = os.pipe()

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -280,7 +281,7 @@ def test_shipped_configurations():
         assert (settings["num_iterations"], settings["batch_size"], settings["device_batch_size"],
                 settings["val_loss_every"], config["n_gpus"]) == expected[stage]
         names.add((stage, config["hyperparameters"]["variant"]))
-    wanted = ("baseline", "palm", "curriculum", "depth_warm")
+    wanted = ("baseline", "palm", "curriculum", "depth_warm", "sync")
     assert {(stage, name) for stage in STAGES for name in wanted} <= names
     full = load_config(str(CONFIGS / "baseline.json"))
     assert full["stage_config"] == load_config(str(CONFIGS / C / "palm_full.json"))["stage_config"]
@@ -297,7 +298,7 @@ def test_shipped_configurations():
     ({"hyperparameters": {"batch_size": 1}}, "'batch_size' in stage_config and in hyperparameters"),
     ({"hyperparameters": {"seed": 1}}, "'seed' is set by the runner"),
     ({"hyperparameters": {"efect": 1}}, "unknown key 'efect' in hyperparameters of"),
-    ({"hyperparameters": {"effect": "big"}}, "effect='big'"), ({"target_val_loss": None}, "must be a number"),
+    ({"hyperparameters": {"effect": "big"}}, "effect='big'"), ({"target_val_loss": "3"}, "number or null"),
     (None, "has no 'base_seed'")])
 def test_wrong_configurations(tmp_path, change, words):
     path = runner_kills.write_experiment(tmp_path)
@@ -308,6 +309,17 @@ def test_wrong_configurations(tmp_path, change, words):
     with pytest.raises(UserError) as e:
         load_config(str(path))
     assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_target_is_for_a_data_set():
+    """With another one there is none: neither the analysis nor a campaign may claim that it was reached."""
+    path = str(CONFIGS / A / "palm_screening.json")
+    assert load_config(path, ["--dataset=fineweb10B", "--val_tokens=1024"])["target_val_loss"] == 3.28
+    assert load_config(path, ["--dataset=python_source"])["target_val_loss"] is None
+    assert es.p_at_most([1.0, 1.1], None) is None and es.runs_needed(1.0, 0.1, None) is None
+    truth = {"baseline": (3.5, 3.3, 3.27), "good": (3.45, 3.25, 3.22)}
+    _, _, outcome = play(replace(plan_of("good"), target=None), truth)
+    assert outcome["best"] == "good" and outcome["target_reached"] is None
 
 
 def test_wrong_files_and_arguments(tmp_path, monkeypatch):
@@ -629,7 +641,8 @@ def test_pipeline(tmp_path):
     summary = json.loads((palm / "summary.json").read_text())
     assert {"experiment_name", "end_time", "statistics", "git_info", "gpu_info"} <= summary.keys()
     assert {"mean", "std", "min", "max", "median", "ci_95"} <= summary["statistics"]["val_loss"].keys()
-    assert "one-sided t-test, p = " in run("analyze_results.py", palm, cwd=tmp_path)
+    assert "No target" in run("analyze_results.py", palm, cwd=tmp_path)  # for another data set
+    assert "one-sided t-test, p = " in run("analyze_results.py", palm, "--target=3.28", cwd=tmp_path)
     plan = json.loads((CONFIGS / "plan.json").read_text()) | {"variants": ["curriculum", "depth_warm"]}
     for stage in plan["stages"]:
         stage["config"] = str(CONFIGS / stage["config"])
