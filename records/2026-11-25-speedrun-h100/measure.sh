@@ -1,0 +1,26 @@
+# What was run on 2 x H100, from the repository's root; PEER: train_gpt2.py of modded-nanogpt's record of 2024-10-14.
+# Given as one list here; the leases had it in two parts (README.md).
+set -e
+PEER=$1
+python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards
+ours="--dataset=python_source --val_tokens=262144 --device_batch_size=64"
+
+# two GPUs, 128 sequences each
+torchrun --standalone --nproc_per_node=2 train_gpt.py $ours --batch_size=256 --num_iterations=50 --warmdown_iters=0 \
+    --val_loss_every=0 --save_checkpoint=False --out_dir=out-two-gpus
+
+# stage A
+for variant in baseline palm depth_warm; do
+    python experiments/run_nanogpt_experiment.py --config experiments/configs/stage_a_screening/${variant}_screening.json \
+        --n_runs 2 --parallel 2 $ours
+done
+python experiments/compare_experiments.py experiment_logs/{baseline,palm,depth_warm}_screening_*
+
+# the peer, one run a GPU
+data="--input_bin=$PWD/data/python_source/python_source_train_*.bin --input_val_bin=$PWD/data/python_source/python_source_val_*.bin"
+for seed in 42 43; do
+    CUDA_VISIBLE_DEVICES=$((seed - 42)) torchrun --standalone --nproc_per_node=1 \
+        records/2026-11-25-speedrun-h100/run_record.py "$PEER" --seed=$seed --coordinate_descent_tuning=False $data \
+        --batch_size=128 --num_iterations=500 --warmdown_iters=1 --val_loss_every=50 --val_tokens=262144 &
+done
+wait
