@@ -120,10 +120,16 @@ def read_settings(namespace: dict) -> list[Setting]:
 
 
 def script_defaults(path: str) -> dict:
-    """What `read_settings` needs of a script's globals, without running more of it than its settings."""
+    """What `read_settings` needs of a script's globals, without running more of it than its settings. Raises
+    UserError for one that needs more."""
     namespace = {"__file__": path}
     for node in _read_assignments(path)[1]:
-        exec(compile(ast.Module([node], []), path, "exec"), namespace)
+        try:
+            exec(compile(ast.Module([node], []), path, "exec"), namespace)
+        except Exception as e:
+            raise UserError(f"{path}, line {node.lineno}: {type(e).__name__}: {e}: assignments above the "
+                            f"call of configure are settings, which are read without the imports: move this "
+                            f"below that call") from None
     return namespace
 
 

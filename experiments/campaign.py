@@ -119,8 +119,8 @@ class Story:
         runs = [Run(stage, variant, i) for i in range(self.plan.stages[stage]) for variant in variants]
         return [run for run in runs if run not in self.results.losses]
 
-    def outcome(self, stage: str, best: str, reason: str, **numbers) -> dict:
-        """The end: the best known, at which stage, why it ends here."""
+    def outcome(self, stage: str, best: str | None, reason: str, **numbers) -> dict:
+        """The end: the best known, None if nothing is, at which stage, why it ends here."""
         found = {"best": best, "proved": False, "target_reached": None, **numbers}
         self.note(stage, "end", reason, **found)
         return {"stage": stage, "reason": reason, **found}
@@ -128,7 +128,7 @@ class Story:
     def out_of_budget(self, stage: str, candidates: list[str], before: str | None) -> dict:
         """The end for want of budget: what is known is what the stage before says."""
         known = [self.plan.baseline, *candidates]
-        best = min(known, key=lambda name: self.results.mean(before, name)) if before else self.plan.baseline
+        best = min(known, key=lambda name: self.results.mean(before, name)) if before else None
         return self.outcome(before or stage, best, f"what is left of the budget, or what it allows one "
                             f"run, does not pay for {stage}",
                             out_of_budget=True)
@@ -266,6 +266,16 @@ def _judge(story: Story, stage: str, variant: str, among: list[str]) -> str:
     return verdict
 
 
+def _against_target(mean: float, target: float | None, p: float | None) -> str:
+    """What the proof says of the target."""
+    if target is None:
+        return f"mean is {mean:.4f}, and there is no target"
+    if p is None:
+        return f"mean is {mean:.4f}, which too few runs or no spread leave untested against {target:g}"
+    shown = "is" if p < OF_TARGET else "is not shown to be"
+    return f"mean of {mean:.4f} {shown} at most {target:g} (one-sided t-test, p = {p:.2g})"
+
+
 def _prove(story: Story, passed: list[str]) -> dict:
     """The proof of the best, and of those the noise could have swapped with it; else of the next."""
     plan, (_, validation, stage) = story.plan, story.plan.stages
@@ -291,13 +301,16 @@ def _prove(story: Story, passed: list[str]) -> dict:
     p = p_at_most(good, plan.target)
     numbers = dict(mean=story.results.mean(stage, best), p_target=p,
                    target_reached=None if p is None else p < OF_TARGET)
+    against = _against_target(numbers["mean"], plan.target, p)
     if best == plan.baseline:
-        return story.outcome(stage, best, "no variant that was proved is better than the baseline", **numbers)
+        return story.outcome(stage, best, f"no variant that was proved is better than the baseline, whose "
+                             f"{against}", **numbers)
     test = welch(of_baseline, good)
     proved = test.interval is not None and test.interval[1] < 0
     numbers |= dict(proved=proved, difference=test.mean, interval=test.interval, p_welch=test.p)
     shown = "better" if proved else "not shown to be better"
-    return story.outcome(stage, best, f"{best}: {_against(test.mean, test.interval)}: {shown}", **numbers)
+    return story.outcome(stage, best, f"{best}: {_against(test.mean, test.interval)}: {shown}; its {against}",
+                         **numbers)
 
 
 class Budget:

@@ -42,6 +42,8 @@ from experiments.report import (
     write,
 )
 
+JUDGED_BY = "dataset", "sequence_length", "val_tokens"
+
 
 def same_seeds(a: Experiment, b: Experiment) -> tuple[list[float], list[float]]:
     """The val losses of the seeds that succeeded in both, in one order."""
@@ -58,8 +60,8 @@ def compare(a: Experiment, b: Experiment, alpha: float, power: float) -> dict:
     loss = float(np.mean(a.losses))
     reached = [seconds for one in b.curves if (seconds := time_to(one, loss)) is not None]
     reached = {"runs": len(reached), "mean": float(np.mean(reached)) if reached else None}
-    keys = sorted(key for key in a.settings.keys() | b.settings.keys()
-                  if a.settings.get(key) != b.settings.get(key))
+    settings = {key: [x.settings.get(key, x.defaults.get(key)) for x in (a, b)]
+                for key in sorted(a.settings.keys() | b.settings.keys())}
     return {"name": b.name, "folder": b.folder, "n_runs": len(b.results), "successful_runs": len(b.good),
             "val_loss": describe(b.losses), "time": describe(b.times),
             "welch": vars(welch(a.losses, b.losses)), "paired": None if both is None else vars(both),
@@ -67,8 +69,9 @@ def compare(a: Experiment, b: Experiment, alpha: float, power: float) -> dict:
             "minimum_detectable": minimum_detectable(a.losses, b.losses, alpha, power),
             "time_ratio": float(np.mean(b.times) / np.mean(a.times)) if np.mean(a.times) else None,
             "time_to_baseline_loss": reached,
+            "stage_settings": sorted(a.config["stage_config"].keys() | b.config["stage_config"].keys()),
             "made_otherwise": differences(a.made_by, b.made_by),
-            "differs_in": {key: [a.settings.get(key), b.settings.get(key)] for key in keys}}
+            "differs_in": {key: [x, y] for key, (x, y) in settings.items() if x != y}}
 
 
 def n_tests(a: Experiment, others: list[Experiment]) -> int:
@@ -87,6 +90,8 @@ def adjust(comparisons: list[dict]) -> None:
 def conclusion(one: dict, baseline: str, alpha: float) -> str:
     """In a sentence."""
     test, name = one["welch"], one["name"]
+    if judged_otherwise(one):
+        return f"{name}: its losses are not {baseline}'s to compare with, whatever the tests say."
     if test["p"] is None:
         return f"{name}: not to be tested, {test['n'][0]} and {test['n'][1]} runs have no spread to judge by."
     detectable = f"the minimum detectable effect is {one['minimum_detectable']:.4f}"
@@ -97,15 +102,24 @@ def conclusion(one: dict, baseline: str, alpha: float) -> str:
            f"(p = {p_value(test['p_holm'])}); {detectable}."
 
 
+def judged_otherwise(one: dict) -> list[str]:
+    """The settings for which losses cannot be compared."""
+    return [key for key in one["differs_in"] if key in JUDGED_BY]
+
+
 def warnings(a: Experiment, comparisons: list[dict]) -> list[str]:
     """What keeps the numbers from meaning what they seem to."""
     found = []
     for one in comparisons:
-        other = {key for key in one["differs_in"] if key in a.config["stage_config"] or key in (
-            "n_gpus", "dataset", "sequence_length")}
-        if other:
-            found.append(f"{one['name']} differs from {a.name} in {', '.join(sorted(other))}: that is "
-                         f"another amount of work, not only another method.")
+        differs = one["differs_in"]
+        work = [key for key in differs if key in one["stage_settings"]
+                and key not in (*JUDGED_BY, "device_batch_size", "val_loss_every")]
+        gpus = [key for key in differs if key == "n_gpus"]
+        for keys, what in ((judged_otherwise(one), "their losses are not of the same tokens"),
+                           (work, "that is another amount of work, not only another method"),
+                           (gpus, "their times are of other hardware")):
+            if keys:
+                found.append(f"{one['name']} differs from {a.name} in {', '.join(keys)}: {what}.")
         for what, (ours, its) in one["made_otherwise"].items():
             found.append(f"{one['name']} was run with another {what} than {a.name} ({its}, not {ours}): what "
                          f"differs may come from that.")

@@ -7,9 +7,9 @@
      "baseline_val_loss": null, "baseline_std": null}
 
 `stage_config` (what all experiments of a stage have in common) and `hyperparameters` (what is this one's own)
-both become --key=value arguments of the script. Run i has the seed base_seed + i. target_val_loss is for the
-data set that the file names, and is null where --dataset names another. baseline_val_loss and baseline_std
-are for a baseline that there are no logs of. All three may be null.
+both become --key=value arguments of the script. Run i has the seed base_seed + i. baseline_val_loss and
+baseline_std are for a baseline that there are no logs of. They and target_val_loss are for the data set that
+the file names: they may be null, and are where --dataset names another.
 """
 
 import ast
@@ -37,6 +37,7 @@ from data.files import first_line
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STAGES = {"stage_a_screening": 2, "stage_b_validation": 3, "stage_c_full": 5}  # with how many runs
 MODIFICATIONS = ("none", "architecture", "schedule", "optimizer", "data", "hyperparameters", "other")
+LOSSES = "target_val_loss", "baseline_val_loss", "baseline_std"  # which are of a data set
 OF_THE_RUNNER = ("seed", "out_dir", "resume", "list_checkpoints")
 NUMBER = (int, float)
 SCHEMA = {  # key: types, whether it must be there
@@ -121,7 +122,7 @@ def check_values(config: dict, where: str) -> None:
         raise UserError(f"{where}: n_gpus={config['n_gpus']} must be at least 1 (processes, on a CPU)")
     if not 0 <= config["base_seed"] < 2**31:  # the order of the data takes 32 bits of base_seed + run_id
         raise UserError(f"{where}: base_seed={config['base_seed']} must be at least 0 and below 2**31")
-    for key in ("target_val_loss", "baseline_val_loss", "baseline_std"):
+    for key in LOSSES:
         if config[key] is not None and (finite(config[key]) is None or config[key] < 0):
             raise UserError(f"{where}: {key}={str(config[key])[:20]} must be finite and not below 0")
     steps = config["stage_config"].get("num_iterations", config["hyperparameters"].get("num_iterations"))
@@ -170,7 +171,7 @@ def check_settings(config: dict, where: str) -> None:
 
 def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None) -> dict:
     """An experiment's JSON, complete and checked. overrides: --key=value for the script; a key of
-    stage_config is replaced there, any other in hyperparameters; another dataset has no target. Raises
+    stage_config is replaced there, any other in hyperparameters; another dataset makes LOSSES null. Raises
     UserError."""
     config = read_json(path)
     check_keys(config, SCHEMA, path)
@@ -187,7 +188,7 @@ def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None)
         part = "stage_config" if key in config["stage_config"] else "hyperparameters"
         config[part] = config[part] | {key: value}
     if overrides and dataset_of(config) != dataset:
-        config["target_val_loss"] = None
+        config |= dict.fromkeys(LOSSES)
     check_values(config, path)
     check_settings(config, path)
     return config
@@ -205,9 +206,13 @@ def all_settings(config: dict) -> dict:
     return {name: values[name] for name in names} | config["stage_config"] | config["hyperparameters"]
 
 
-def dataset_of(config: dict):
-    """What the runs read, None for a script that has no such setting."""
-    return all_settings(config).get("dataset")
+def dataset_of(config: dict) -> str | None:
+    """The folder that the runs read, as dataloader.open_dataset finds it; None if none is set."""
+    name = all_settings(config).get("dataset")
+    if not isinstance(name, str):
+        return None
+    folder = name if os.sep in name else os.path.join("data", name)
+    return os.path.realpath(folder if os.sep in name or os.path.isdir(folder) else os.path.join(ROOT, folder))
 
 
 def num_iterations(config: dict) -> int:
@@ -223,6 +228,17 @@ def command(config: dict, run_id: int, out_dir: str, **changed) -> list[str]:
             *(f"--{key}={value}" for key, value in settings.items())]
 
 
-def shown(arguments: list[str], gpus: str | None = None) -> str:
+def variables(config: dict, gpus: str | None = None) -> dict[str, str]:
+    """Of the environment, what a run needs beside what it finds: its GPUs, and, for a script that is not in
+    the root, where its imports are."""
+    found = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+    if os.path.dirname(os.path.realpath(script_path(config))) != os.path.realpath(ROOT):
+        paths = ROOT, os.environ.get("PYTHONPATH")
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return found
+
+
+def shown(arguments: list[str], environment: dict[str, str]) -> str:
     """A command as one types it."""
-    return ("" if gpus is None else f"CUDA_VISIBLE_DEVICES={gpus} ") + shlex.join(arguments)
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()),
+                     shlex.join(arguments)])

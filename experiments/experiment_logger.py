@@ -5,12 +5,12 @@
         config.json       the experiment as it was run, n_runs, parallel; environment: machine, versions;
                           script: its SHA-256; git_info, gpu_info
         results.jsonl     a line a run: run_id, seed, final_val_loss, final_train_loss, time_seconds (training
-                          as the script's clock has it), wall_seconds, final_step, success; of a failed run
-                          also error, ended_by (see supervise.py) and output_tail, its last lines
+                          as the script's clock has it), wall_seconds, gpus, final_step, success; of a
+                          failed run also error, ended_by (see supervise.py), output_tail, its last lines
         metrics.jsonl     run_id, step (updates done), val_loss or train_loss, train_time_ms, step_avg_ms
         summary.json      statistics of the successful runs, git_info, gpu_info
         git_diff.patch    what differs from the commit; <script>: the script itself
-        runs/run_0_seed_42/{stdout.log, report.json, out/}
+        runs/run_0_seed_42/{stdout.log, report.json, out/}, and in a campaign probe/, alike; LOCK
 
 `python experiment_logger.py` checks that an installation has all that experiments need. Files are replaced
 whole, so who reads them while runs go on never finds half of one.
@@ -45,7 +45,8 @@ from data.files import (
 from experiments.experiment_config import DEFAULTS, ROOT, SCHEMA, check_keys, read_json, script_path
 from experiments.experiment_statistics import describe, p_at_most
 
-RESULT = {"run_id": int, "seed": int, "success": bool, "final_val_loss": (int, float, type(None))}
+RESULT = {"run_id": int, "seed": int, "success": bool, "final_val_loss": (int, float, type(None)),
+          "time_seconds": (int, float), "wall_seconds": (int, float)}
 GPU_FIELDS = ("name", "memory.total", "driver_version")
 
 
@@ -63,21 +64,32 @@ class ExperimentLogger:
     @classmethod
     def create(cls, config: dict, parent: str, n_runs: int, parallel: int = 1, say=print
                ) -> "ExperimentLogger":
-        """A new folder in `parent`, named after the experiment and the time. Raises UserError."""
-        with made_folder(parent):
-            name = f"{config['experiment_name']}_{time.strftime('%Y%m%d-%H%M%S')}"
-            folder = unused_path(os.path.join(parent, name))
-            os.makedirs(os.path.join(folder, "runs"))
-        log = cls(folder, config, {}, {}, say)
-        script = script_path(config)
-        described = {"config": config, "n_runs": n_runs, "parallel": parallel, "environment": environment(),
-                     "git_info": log._git, "gpu_info": log._gpus,
-                     "script": {"path": script, "sha256": digest(script)}}
-        log._write("config.json", json_text(described))
-        log._write("git_diff.patch", git_diff())
-        shutil.copyfile(script, log.path(os.path.basename(script)))
-        log.write_summary()
+        """A new folder in `parent`, named after the experiment and the time: whole, or not there. Raises
+        UserError."""
+        stem = os.path.join(parent, f"{config['experiment_name']}_{time.strftime('%Y%m%d-%H%M%S')}")
+        with made_folder(parent), os_error_as_user_error(f"cannot make {stem}"):
+            log = cls(unused_path(os.path.join(parent, f".new-{os.getpid()}")), config, {}, {}, say)
+            try:
+                log._begin(n_runs, parallel)
+                folder = unused_path(stem)
+                os.rename(log.folder, folder)
+            except BaseException:
+                shutil.rmtree(log.folder, ignore_errors=True)
+                raise
+            log.folder = folder
         return log
+
+    def _begin(self, n_runs: int, parallel: int) -> None:
+        """What is in a folder before there are runs."""
+        os.makedirs(self.path("runs"))
+        script = script_path(self.config)
+        described = {"config": self.config, "n_runs": n_runs, "parallel": parallel,
+                     "environment": environment(), "git_info": self._git, "gpu_info": self._gpus,
+                     "script": {"path": script, "sha256": digest(script)}}
+        self._write("git_diff.patch", git_diff())
+        shutil.copyfile(script, self.path(os.path.basename(script)))
+        self.write_summary()
+        self._write("config.json", json_text(described))
 
     @classmethod
     def reopen(cls, folder: str, parallel: int = 1, say=print) -> "ExperimentLogger":
@@ -85,6 +97,10 @@ class ExperimentLogger:
         not what it was."""
         described, results, metrics = read_folder(folder)
         log = cls(folder, described["config"], results, metrics, say)
+        for run_id, result in results.items():
+            if result["seed"] != log.config["base_seed"] + run_id:
+                raise UserError(f"{folder}: run {run_id} had the seed {result['seed']}, and config.json has "
+                                f"base_seed={log.config['base_seed']} now: put that back")
         script = script_path(log.config)
         if digest(script) != described["script"]["sha256"]:
             raise UserError(f"{script} is not what it was when {folder} began: its runs would not be "
@@ -109,9 +125,10 @@ class ExperimentLogger:
     def fresh_run_folder(self, run_id: int) -> str:
         """Made for a run; what an earlier attempt left is kept beside it."""
         folder = self.run_folder(run_id)
-        if os.path.exists(folder):
-            os.rename(folder, unused_path(folder + "_unfinished"))
-        os.makedirs(folder)
+        with os_error_as_user_error(f"cannot make {folder}"):
+            if os.path.exists(folder):
+                os.rename(folder, unused_path(folder + "_unfinished"))
+            os.makedirs(folder)
         return folder
 
     def missing(self, n_runs: int, retry_failed: bool = False) -> list[int]:

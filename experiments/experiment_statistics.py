@@ -15,8 +15,15 @@ from scipy import optimize, special, stats
 
 CONFIDENCE = 0.95
 MOST_RUNS = 1000  # that `runs_needed` looks at
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
-_QUANTILES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
+
+
+def _quadrature(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Quantiles and their weights, whose sum is 1: a mean over a distribution."""
+    nodes, weights = np.polynomial.legendre.leggauss(n)
+    return (nodes + 1) / 2, weights / 2
+
+
+_QUANTILES, _WEIGHTS = _quadrature(200)
 
 
 def describe(values: list[float]) -> dict:
@@ -137,12 +144,27 @@ def hedges_g(a: list[float], b: list[float]) -> float | None:
     return float((np.mean(b) - np.mean(a)) / std * correction)
 
 
-def power_of_welch(difference: float, std: tuple[float, float], n: tuple[int, int], alpha: float) -> float:
-    """With what probability the two-sided test finds a true difference, for these true spreads."""
-    a, b = std[0] ** 2 / n[0], std[1] ** 2 / n[1]
-    df = (a + b) ** 2 / (a**2 / (n[0] - 1) + b**2 / (n[1] - 1))
-    critical, shift = stats.t.ppf(1 - alpha / 2, df), difference / math.sqrt(a + b)
-    return _beyond(critical, df, shift) + _beyond(critical, df, -shift)
+class WelchPower:
+    """With what probability the two-sided test at level alpha finds a true difference, of true spreads `std`.
+
+    The test takes its degrees of freedom from the two sample variances, which of two or three runs may be
+    anything: this is the mean over both, not what the degrees of freedom of the true ones would give.
+    """
+
+    def __init__(self, std: tuple[float, float], n: tuple[int, int], alpha: float):
+        quantiles, weights = _quadrature(64)
+        true = [s**2 / m for s, m in zip(std, n)]  # variances of the two means, and as the samples have them
+        a, b = (v * stats.chi2.ppf(quantiles, m - 1) / (m - 1) for v, m in zip(true, n))
+        a, b = a[:, None], b[None, :]
+        df = (a + b) ** 2 / (a**2 / (n[0] - 1) + b**2 / (n[1] - 1))
+        self.scale = math.sqrt(sum(true))
+        self._bars = stats.t.ppf(1 - alpha / 2, df) * np.sqrt(a + b) / self.scale
+        self._weights = np.outer(weights, weights)
+
+    def __call__(self, difference: float) -> float:
+        shift = difference / self.scale
+        found = special.ndtr(shift - self._bars) + special.ndtr(-shift - self._bars)
+        return float((self._weights * found).sum())
 
 
 def minimum_detectable(a: list[float], b: list[float], alpha: float = 0.05, power: float = 0.8
@@ -151,9 +173,9 @@ def minimum_detectable(a: list[float], b: list[float], alpha: float = 0.05, powe
     there is no spread."""
     if min(len(a), len(b)) < 2 or not (differ(a) or differ(b)):
         return None
-    std, n = (float(np.std(a, ddof=1)), float(np.std(b, ddof=1))), (len(a), len(b))
-    scale = math.sqrt(std[0] ** 2 / n[0] + std[1] ** 2 / n[1])
-    high = scale
-    while power_of_welch(high, std, n, alpha) < power:
+    spreads = float(np.std(a, ddof=1)), float(np.std(b, ddof=1))
+    power_at = WelchPower(spreads, (len(a), len(b)), alpha)
+    high = power_at.scale
+    while power_at(high) < power:
         high *= 2
-    return float(optimize.brentq(lambda d: power_of_welch(d, std, n, alpha) - power, 0.0, high))
+    return float(optimize.brentq(lambda difference: power_at(difference) - power, 0.0, high))

@@ -1,12 +1,13 @@
 """What analyses of experiments share: reading their folders, tables, and curves with a band over seeds."""
 
+import contextlib
 import io
 import os
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, script_defaults
 from data.files import os_error_as_user_error, replace_file
 from experiments.experiment_logger import made_by, read_folder
 
@@ -23,6 +24,7 @@ class Experiment:
     results: list[dict]  # also of failed runs
     curves: list[np.ndarray]  # of each successful run (n, 3): step, val loss, seconds of training
     settings: dict  # what the script was given, and the number of GPUs and the script itself
+    defaults: dict = field(default_factory=dict)  # of the script, as far as its copy tells
     made_by: dict = field(default_factory=dict)  # see experiment_logger.made_by
 
     @property
@@ -51,6 +53,7 @@ def read_experiment(folder: str) -> Experiment:
     settings = config["stage_config"] | config["hyperparameters"] | {
         "n_gpus": config["n_gpus"], "script": described["script"].get("sha256", "")[:12]}
     experiment = Experiment(folder, config["experiment_name"], config, results, curves, settings,
+                            defaults_of(os.path.join(folder, os.path.basename(config["script"]))),
                             made_by(described))
     if not experiment.good:
         state = f"all {len(results)} runs of it failed" if results else "no run of it has ended"
@@ -61,11 +64,18 @@ def read_experiment(folder: str) -> Experiment:
     return experiment
 
 
+def defaults_of(script: str) -> dict:
+    """Of its settings; none if they cannot be read."""
+    with contextlib.suppress(UserError, OSError, SyntaxError, ValueError):
+        return script_defaults(script)
+    return {}
+
+
 def curve(rows: list[dict]) -> np.ndarray:
-    """Of one run's metrics, its evaluations that are numbers."""
-    points = [(row["step"], row["val_loss"], (row["train_time_ms"] or 0.0) / 1e3) for row in rows
-              if row.get("val_loss") is not None]
-    return np.array(points, float).reshape(-1, 3)
+    """Of one run's metrics, its evaluations that are numbers: the last one of each step."""
+    points = {row["step"]: (row["step"], row["val_loss"], (row["train_time_ms"] or 0.0) / 1e3) for row in rows
+              if row.get("val_loss") is not None}
+    return np.array([points[step] for step in sorted(points)], float).reshape(-1, 3)
 
 
 def on_common_steps(curves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -20,7 +20,15 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from configurator import UserError, check_can_write
 from data.files import Parser, json_text
-from experiments.experiment_config import STAGES, check_settings, command, load_config, shown
+from experiments.experiment_config import (
+    STAGES,
+    check_settings,
+    check_values,
+    command,
+    load_config,
+    shown,
+    variables,
+)
 from experiments.experiment_logger import ExperimentLogger, read_folder
 from experiments.runner import Job, end_on_signals, lock, recover, run_jobs, slots
 
@@ -58,7 +66,7 @@ def dry_run(config: dict, folder: str, run_ids: list[int], places: list) -> None
     for i, run_id in enumerate(run_ids):
         name = f"run_{run_id}_seed_{config['base_seed'] + run_id}"
         out_dir = os.path.join(os.path.abspath(folder), "runs", name, "out")
-        print(shown(command(config, run_id, out_dir), places[i % len(places)]))
+        print(shown(command(config, run_id, out_dir), variables(config, places[i % len(places)])))
 
 
 def main() -> None:
@@ -66,6 +74,7 @@ def main() -> None:
     if args.resume:
         described, results, _ = read_folder(args.resume)
         config, n_runs = described["config"], max(args.n_runs or 0, described.get("n_runs", 1))
+        check_values(config, args.resume)
         check_settings(config, args.resume)
     else:
         config = load_config(args.config, overrides, args.n_gpus)
@@ -79,9 +88,13 @@ def main() -> None:
     if not args.resume:
         check_can_write(args.log_dir, "--log_dir")
     end_on_signals()
-    log = ExperimentLogger.reopen(args.resume, args.parallel) if args.resume else \
-        ExperimentLogger.create(config, args.log_dir, n_runs, args.parallel)
-    log.lock = lock(log.folder)
+    if args.resume:
+        held = lock(args.resume)  # before its results are read, which another runner may be writing
+        log = ExperimentLogger.reopen(args.resume, args.parallel)
+    else:
+        log = ExperimentLogger.create(config, args.log_dir, n_runs, args.parallel)
+        held = lock(log.folder)
+    log.lock = held
     if config["target_val_loss"] is None:
         log.line(f"{log.folder}: no target_val_loss, which a configuration has for its own data set")
     log.raise_n_runs(n_runs)

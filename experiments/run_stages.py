@@ -10,8 +10,9 @@ or earlier runs lead to expect and a minute, and at that the run is ended: the t
 budget is in GPU-hours, processes being GPUs on a CPU; price_per_gpu_hour, if given, turns them into money.
 
 Written into experiment_logs/<campaign_name>/: decisions.jsonl and report.md (all decisions with their
-numbers), ledger.jsonl (all that was reserved and spent), a folder for each experiment, and for each stage a
-comparison. The same command goes on where it was, however it ended.
+numbers; superseded.jsonl: those that a raised budget changed), outcome.json, ledger.jsonl (all that was
+reserved and spent), a folder for each experiment, and for each stage a comparison. The same command goes on
+where it was, however it ended.
 """
 
 import json
@@ -38,13 +39,14 @@ from experiments.experiment_config import (
     num_iterations,
     read_json,
     shown,
+    variables,
 )
 from experiments.experiment_logger import ExperimentLogger, differences, lines_of, read_lines
 from experiments.report import table, write
 from experiments.runner import ENDING, Job, end_on_signals, lock, recover, run_jobs, slots, visible_gpus
 
 PLAN = {"campaign_name": (str, True), "description": (str, False), "baseline": (str, True),
-        "variants": (list, True), "target_val_loss": (NUMBER, True), "stages": (list, True),
+        "variants": (list, True), "target_val_loss": ((*NUMBER, type(None)), True), "stages": (list, True),
         "most_advanced": (int, True), "most_proved": (int, True), "probe_steps": (int, True),
         "budget": (dict, True)}
 STAGE = {"stage": (str, True), "config": (str, True), "n_runs": (int, True), "n_gpus": (int, False)}
@@ -76,8 +78,9 @@ def read_plan(path: str) -> dict:
     for key, value in plan["budget"].items():
         if value is not None and (finite(value) is None or value <= 0):
             raise UserError(f"{path}: budget's {key}={str(value)[:20]} must be finite and above 0")
-    if finite(plan["target_val_loss"]) is None:
-        raise UserError(f"{path}: target_val_loss={str(plan['target_val_loss'])[:20]} must be finite")
+    target = plan["target_val_loss"]
+    if target is not None and (finite(target) is None or target < 0):
+        raise UserError(f"{path}: target_val_loss={str(target)[:20]} must be finite and not below 0")
     return plan
 
 
@@ -111,9 +114,22 @@ def with_ends(cost: float, n_gpus: int) -> float:
     return cost + (STARTING + ENDING) * n_gpus
 
 
-def check_cap(plan: dict, configs: dict, path: str) -> None:
+def stages_until(plan: dict, until: str | None) -> list[dict]:
+    """The plan's stages, up to that one if one is named."""
+    names = [stage["stage"] for stage in plan["stages"]]
+    return plan["stages"][:names.index(until) + 1] if until else plan["stages"]
+
+
+def target_of(plan: dict, configs: dict) -> float | None:
+    """The plan's; None where the proof's configuration has none, as when --dataset names another data set."""
+    proof = configs[plan["stages"][-1]["stage"], plan["baseline"]]
+    return None if proof["target_val_loss"] is None else plan["target_val_loss"]
+
+
+def check_cap(plan: dict, stages: list[dict], configs: dict, path: str) -> None:
     """Raise UserError if gpu_hours_per_run does not even let probes start."""
-    n_gpus, budget = max(config["n_gpus"] for config in configs.values()), plan["budget"]
+    n_gpus = max(configs[stage["stage"], plan["baseline"]]["n_gpus"] for stage in stages)
+    budget = plan["budget"]
     needed = with_ends(HOUR * budget["probe_gpu_hours"], n_gpus) / HOUR
     if budget["gpu_hours_per_run"] < needed:
         raise UserError(f"{path}: gpu_hours_per_run={budget['gpu_hours_per_run']} is below the {needed:.3f} "
@@ -143,20 +159,21 @@ class Campaign:
 
     def __init__(self, folder: str, plan: dict, overrides: list[str], configs: dict, parallel: int):
         self.folder, self.plan, self.configs, self.parallel = folder, plan, configs, parallel
-        os.makedirs(folder, exist_ok=True)
+        with os_error_as_user_error(f"cannot make {folder}"):
+            os.makedirs(folder, exist_ok=True)
         self.lock = lock(folder)
         self._check_plan(plan | {"overrides": overrides})
         hours = plan["budget"]
         self.budget = Budget(HOUR * hours["gpu_hours"], HOUR * hours["gpu_hours_per_run"])
         self.costs, self.results, self.logs = Costs(self._sequences), Results(), {}
         for stage, arm in configs:
-            parent = os.path.join(folder, stage, arm)
-            there = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
+            there = experiments_in(os.path.join(folder, stage, arm))
             if there:
-                log = ExperimentLogger.reopen(os.path.join(parent, there[0]), len(self.places(stage)))
+                held = lock(there[0])  # before its results are read
+                log = ExperimentLogger.reopen(there[0], len(self.places(stage)))
                 check_unchanged(log.folder, log.config, configs[stage, arm])
-                self._open(stage, arm, log)
-        self._told = len(read_lines(self.path("decisions.jsonl")))
+                self._open(stage, arm, log, held)
+        self._told = read_lines(self.path("decisions.jsonl"))
         self._read_ledger()
 
     def path(self, name: str) -> str:
@@ -179,12 +196,14 @@ class Campaign:
         config = self.configs[stage, self.plan["baseline"]]
         return num_iterations(config) * float(all_settings(config).get("batch_size", 1))
 
-    def _open(self, stage: str, arm: str, log: ExperimentLogger) -> None:
-        log.lock = lock(log.folder)
-        recover(log, next(s["n_runs"] for s in self.plan["stages"] if s["stage"] == stage))
+    def _open(self, stage: str, arm: str, log: ExperimentLogger, held) -> None:
+        n_runs = next(s["n_runs"] for s in self.plan["stages"] if s["stage"] == stage)
+        log.lock = held
+        recover(log, n_runs)
         self.logs[stage, arm] = log
         for run_id, result in log.results.items():
-            self._take(Run(stage, arm, run_id), result)
+            if run_id < n_runs:  # others are not the campaign's
+                self._take(Run(stage, arm, run_id), result)
 
     def _take(self, run: Run, result: dict) -> None:
         self.results.losses[run] = result["final_val_loss"] if result["success"] else None
@@ -192,9 +211,9 @@ class Campaign:
     def log_of(self, stage: str, arm: str) -> ExperimentLogger:
         if (stage, arm) not in self.logs:
             n_runs = next(s["n_runs"] for s in self.plan["stages"] if s["stage"] == stage)
-            self._open(stage, arm, ExperimentLogger.create(
-                self.configs[stage, arm], os.path.join(self.folder, stage, arm), n_runs,
-                len(self.places(stage))))
+            log = ExperimentLogger.create(self.configs[stage, arm], os.path.join(self.folder, stage, arm),
+                                          n_runs, len(self.places(stage)))
+            self._open(stage, arm, log, lock(log.folder))
         return self.logs[stage, arm]
 
     def _enter(self, **entry) -> None:
@@ -220,7 +239,7 @@ class Campaign:
                     self.costs.add(entry["stage"], entry["variant"], entry["measured"])
         for key, entry in open_.items():
             try:
-                seconds = read_json(os.path.join(entry["folder"], "report.json"))["seconds"]
+                seconds = read_json(self.path(os.path.join(entry["folder"], "report.json")))["seconds"]
                 spent = min(seconds * entry["n_gpus"], entry["reserved"])
             except (UserError, KeyError, TypeError):
                 spent = entry["reserved"]
@@ -239,7 +258,7 @@ class Campaign:
             return False
         job.folder = job.log.run_folder(run.run_id) if job.recorded else unused_path(job.log.path("probe"))
         self._enter(what="reserve", key=job.key, stage=run.stage, variant=run.variant, reserved=reserved,
-                    n_gpus=n_gpus, folder=job.folder)
+                    n_gpus=n_gpus, folder=os.path.relpath(job.folder, self.folder))
         return True
 
     def _settle(self, job: Job, run: Run, result: dict, measured: float | None) -> None:
@@ -309,10 +328,20 @@ class Campaign:
         return slots(config, max(1, min(self.parallel, most or self.parallel)))
 
     def tell(self, decisions: list[dict]) -> None:
-        """Say and write what was decided."""
-        for one in decisions[self._told:]:
+        """Say and write what was decided. What was decided before and is not any more, as when the budget was
+        raised, is kept in superseded.jsonl."""
+        now = json.loads(json.dumps(decisions))  # as decisions.jsonl gives it back
+        same = next((i for i, pair in enumerate(zip(self._told, now)) if pair[0] != pair[1]),
+                    min(len(self._told), len(now)))
+        if len(now) == same < len(self._told):
+            return  # on the way to where it was, or to other decisions
+        if self._told[same:]:
+            path = self.path("superseded.jsonl")
+            with os_error_as_user_error(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
+                f.write(lines_of({"until": time.time(), **one} for one in self._told[same:]))
+        for one in now[same:]:
             print(f"{one['stage']}: {one['decision']}: {one['text']}", flush=True)
-        self._told = max(self._told, len(decisions))
+        self._told = now
         replace_file(self.path("decisions.jsonl"), lines_of(decisions).encode())
         write(self.path("report.md"), self.report(decisions))
 
@@ -343,9 +372,18 @@ class Campaign:
             if len(arms) > 1 and arms[0] == self.plan["baseline"]:
                 folders = [self.logs[stage, arm].folder for arm in arms]
                 script = os.path.join(here, "compare_experiments.py")
-                subprocess.run([sys.executable, script, *folders, f"--out={self.path(stage)}_comparison"],
-                               stdout=subprocess.DEVNULL, check=True)
-                print(f"written: {self.path(stage)}_comparison.md", flush=True)
+                stem = f"{self.path(stage)}_comparison"
+                done = subprocess.run([sys.executable, script, *folders, f"--out={stem}"],
+                                      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                print(f"warning: no {stem}.md: {done.stderr.strip()}" if done.returncode else
+                      f"written: {stem}.md", flush=True)
+
+
+def experiments_in(parent: str) -> list[str]:
+    """The folders of experiments there; others may lie beside them."""
+    names = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
+    folders = [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    return [folder for folder in folders if os.path.isfile(os.path.join(folder, "config.json"))]
 
 
 def cut_torn_line(path: str) -> None:
@@ -376,16 +414,16 @@ def extrapolated(events: list[dict], steps: int, all_steps: int, val_loss_every:
     return (all_steps - steps) * step + max(evaluations, 0) * evaluation
 
 
-def dry_run(plan: dict, configs: dict) -> None:
+def dry_run(plan: dict, stages: list[dict], configs: dict) -> None:
     """What would be run: all of the first stage, and of the others what may be."""
-    for stage in plan["stages"]:
+    for stage in stages:
         whose = "each" if stage is plan["stages"][0] else "the baseline and of those that get there"
         print(f"# {stage['stage']}: {stage['n_runs']} runs of {whose}")
         for arm in (plan["baseline"], *plan["variants"]):
             for run_id in range(stage["n_runs"]):
                 config = configs[stage["stage"], arm]
                 out_dir = os.path.join("...", f"run_{run_id}_seed_{config['base_seed'] + run_id}", "out")
-                print(shown(command(config, run_id, out_dir)))
+                print(shown(command(config, run_id, out_dir), variables(config)))
 
 
 def main() -> None:
@@ -398,22 +436,20 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     plan = read_plan(args.plan)
     configs = read_configs(plan, args.plan, overrides)
-    check_cap(plan, configs, args.plan)
-    for stage in plan["stages"]:
+    stages, target = stages_until(plan, args.until), target_of(plan, configs)
+    check_cap(plan, stages, configs, args.plan)
+    for stage in stages:
         slots(configs[stage["stage"], plan["baseline"]], 1)
-        if stage["stage"] == args.until:
-            break
     if args.parallel < 1:
         raise UserError(f"--parallel={args.parallel} must be at least 1")
     if args.dry_run:
-        return dry_run(plan, configs)
+        return dry_run(plan, stages, configs)
     check_can_write(args.log_dir, "--log_dir")
     end_on_signals()
     folder = os.path.join(args.log_dir, plan["campaign_name"])
     campaign = Campaign(folder, plan, sorted(overrides), configs, args.parallel)
-    proof = configs[plan["stages"][-1]["stage"], plan["baseline"]]
-    # a target is for a data set, and --dataset may have named another
-    target = None if proof["target_val_loss"] is None else plan["target_val_loss"]
+    if target is None:
+        print("no target: none is given for this data set", flush=True)
     try:
         outcome = run_campaign(
             Plan(plan["baseline"], tuple(plan["variants"]), {s["stage"]: s["n_runs"] for s in plan["stages"]},
@@ -422,11 +458,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on", flush=True)
         raise
-    campaign.compare()
     write(campaign.path("outcome.json"), json_text(outcome | {"gpu_seconds_spent": campaign.budget.spent,
                                                               "gpu_seconds_budget": campaign.budget.total}))
-    print(f"best: {outcome['best']}, by {outcome['stage']}; {campaign.money(campaign.budget.spent)} of "
-          f"{campaign.money(campaign.budget.total)} spent; {campaign.path('report.md')}")
+    campaign.compare()
+    best = f"best: {outcome['best']}, by {outcome['stage']}" if outcome["best"] else "nothing is known yet"
+    spent, total = map(campaign.money, (campaign.budget.spent, campaign.budget.total))
+    print(f"{best}; {spent} of {total} spent; {campaign.path('report.md')}")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ import time
 from dataclasses import dataclass, field
 
 from configurator import UserError
-from data.files import first_line, unused_path
-from experiments.experiment_config import NUMBER, command, finite, num_iterations, shown
+from data.files import first_line, os_error_as_user_error, unused_path
+from experiments.experiment_config import NUMBER, command, finite, num_iterations, shown, variables
 from experiments.experiment_logger import ExperimentLogger, gpu_info
 
 SUPERVISOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervise.py")
@@ -33,7 +33,7 @@ ENDING = 5.0  # seconds that ending a run may take at most
 TAIL = 20  # lines of a failed run's output that are kept
 POLL = 0.25  # seconds
 # where torchrun begins to tell of a worker that failed, which is not what it failed of
-OF_TORCHRUN = re.compile(r"[EWI]\d{4} \d\d:\d\d:\d\d.*torch/distributed/")
+OF_TORCHRUN = re.compile(r"[EWI]\d{4} \d\d:\d\d:\d\d.*torch/distributed/elastic/multiprocessing/")
 NOTHING = {"final_val_loss": None, "final_train_loss": None, "time_seconds": 0.0, "final_step": 0,
            "success": False}  # of a run
 ODD = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)  # of an event nobody foresaw
@@ -70,16 +70,17 @@ class Running:
             self.folder = job.log.fresh_run_folder(job.run_id)
         else:
             self.folder = job.folder or unused_path(job.log.path("probe"))
-            os.makedirs(self.folder)
+            with os_error_as_user_error(f"cannot make {self.folder}"):
+                os.makedirs(self.folder)
         job.folder, self.out_dir = self.folder, os.path.join(self.folder, "out")
         self.report = os.path.join(self.folder, "report.json")
         self.command = command(job.log.config, job.run_id, os.path.abspath(self.out_dir), **job.changed)
-        job.log.note(f"{job.name}: {shown(self.command, gpus)}")
-        environment = os.environ | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus})
+        added = variables(job.log.config, gpus)
+        job.log.note(f"{job.name}: {shown(self.command, added)}")
         with open(os.path.join(self.folder, "stdout.log"), "wb") as output:
             self.supervisor = subprocess.Popen(
                 [sys.executable, SUPERVISOR, self.report, str(job.limit), *self.command],
-                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment,
+                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=os.environ | added,
                 start_new_session=True, pass_fds=[job.log.lock.fileno()])
         self.tail = Tail(self.out_dir)
 
@@ -283,7 +284,9 @@ def slots(config: dict, parallel: int) -> list[str | None]:
 
 def lock(folder: str, patience: float = 2 * ENDING):
     """The open file by which a folder is this process's and its supervisors'. Raises UserError."""
-    file, until = open(os.path.join(folder, "LOCK"), "a"), time.monotonic() + patience
+    path, until = os.path.join(folder, "LOCK"), time.monotonic() + patience
+    with os_error_as_user_error(f"cannot write {path}"):
+        file = open(path, "a")
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,11 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNNER = str(ROOT / "experiments" / "run_nanogpt_experiment.py")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
-FAKE = f'''"""Says what train_gpt.py says, of a loss that is made up."""
+FAKE = '''"""Says what train_gpt.py says, of a loss that is made up."""
 import json, os, random, signal, sys, time
 
-sys.path.insert(0, {str(ROOT)!r})
-from configurator import configure
+from configurator import configure  # which the runner has it find
 
 num_iterations = 20  # steps
 batch_size = 8  # not used
@@ -39,7 +38,7 @@ seed = 1
 out_dir = "out"
 config = configure(globals())
 
-behaviour = (behaviours or {{}}).get(str(seed), "fine")
+behaviour = (behaviours or {}).get(str(seed), "fine")
 if behaviour == "refuse":
     sys.exit("error: no data set")
 if int(os.environ.get("RANK", 0)):
@@ -52,29 +51,29 @@ log = open(os.path.join(out_dir, "run_1.jsonl"), "w", buffering=1)
 
 
 def event(kind, **fields):
-    log.write(json.dumps({{"event": kind, "time": time.time(), **fields}}) + "\\n")
+    log.write(json.dumps({"event": kind, "time": time.time(), **fields}) + "\\n")
 
 
 def status(value, step):
     with open(os.path.join(out_dir, "status.json"), "w") as f:
-        json.dump({{"status": value, "step": step}}, f)
+        json.dump({"status": value, "step": step}, f)
 
 
-event("start", config=config | ({{"batch_size": 3}} if behaviour == "other settings" else {{}}),
-      environment={{}}, resumed=False)
+event("start", config=config | ({"batch_size": 3} if behaviour == "other settings" else {}),
+      environment={}, resumed=False)
 status("running", 0)
 last = 15 if behaviour == "stops early" else num_iterations
 for step in range(last + 1):
     loss = 3.2 + 5 / (1 + step) + noise + effect
-    clock = {{"train_time_ms": 10.0 * step, "step_avg_ms": 10.0}}
+    clock = {"train_time_ms": 10.0 * step, "step_avg_ms": 10.0}
     if step:
         event("iter", step=step - 1, loss=loss, lr=0.1, norm=None, seconds=max(step_seconds, 1e-3),
               tokens_per_second=1.0, mfu=None, **clock)
     if step % val_loss_every == 0 or step == last:
-        print(f"step:{{step}}/{{num_iterations}} val_loss:{{loss:.4f}}", flush=True)
+        print(f"step:{step}/{num_iterations} val_loss:{loss:.4f}", flush=True)
         name = "valid_loss" if behaviour == "other format" else "val_loss"
         event("eval", step=step, train_loss=loss, lr=0.1, **clock,
-              **{{name: None if behaviour == "not finite" else loss}})
+              **{name: None if behaviour == "not finite" else loss})
     if behaviour == "crash" and step == 7:
         raise RuntimeError("the GPU has fallen off the bus")
     time.sleep(step_seconds)

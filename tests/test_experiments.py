@@ -30,9 +30,9 @@ from experiments import (
 )
 from experiments import experiment_statistics as es
 from experiments.campaign import Budget, Costs, Plan, Results, Run, decide
-from experiments.experiment_config import STAGES, load_config
+from experiments.experiment_config import STAGES, load_config, shown, variables
 from experiments.experiment_logger import ExperimentLogger, gpu_info, made_by
-from experiments.report import Experiment, time_to
+from experiments.report import Experiment, curve, on_common_steps, time_to
 
 A, B, C = STAGES
 CONFIGS = ROOT / "experiments" / "configs"
@@ -86,14 +86,21 @@ def test_power_against_scipy_and_itself():
     reached = [es.power_at_most(3.276, 0.002, runs, 3.28, 0.01) for runs in (n - 1, n)]
     assert reached[0] < 0.8 <= reached[1]
     assert es.runs_needed(3.29, 0.002, 3.28) is None
+
+
+@pytest.mark.parametrize("n", [(2, 2), (3, 3), (5, 4), (2, 5)])
+@pytest.mark.parametrize("alpha", [0.05, 0.0125])
+def test_minimum_detectable_is_found_with_its_power(n, alpha):
+    """By simulation; and where nothing is to be found, the power is what the test then claims by mistake."""
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=5), rng.normal(size=4)
-    found, n = es.minimum_detectable(a, b), (5, 4)
-    std = a.std(ddof=1), b.std(ddof=1)
-    assert es.power_of_welch(found, std, n, 0.05) == pytest.approx(0.8, abs=1e-6)
-    draws = [es.welch(std[0] * rng.normal(size=5), found + std[1] * rng.normal(size=4)).p < 0.05
-             for _ in range(400)]
-    assert np.mean(draws) == pytest.approx(0.8, abs=0.08)  # 4 standard errors
+    samples = a, b = rng.normal(size=n[0]), 3 * rng.normal(size=n[1])
+    std = [x.std(ddof=1) for x in samples]
+    found, power = es.minimum_detectable(a, b, alpha), es.WelchPower(tuple(std), n, alpha)
+    assert power(found) == pytest.approx(0.8, abs=1e-6)
+    for difference, expected in ((found, 0.8), (0.0, power(0.0))):
+        x, y = (s * rng.normal(size=(20_000, m)) for s, m in zip(std, n))
+        claimed = stats.ttest_ind(x, y + difference, axis=1, equal_var=False).pvalue < alpha
+        assert claimed.mean() == pytest.approx(expected, abs=0.012)  # 4 standard errors
 
 
 def test_holm():
@@ -144,6 +151,7 @@ def test_planner_proves_the_best():
     truth = {"baseline": (3.5, 3.3, 3.27), "good": (3.45, 3.25, 3.22), "bad": (3.6, 3.4, 3.4)}
     decisions, batches, outcome = play(plan_of("bad", "good"), truth)
     assert outcome["best"] == "good" and outcome["proved"] and outcome["target_reached"]
+    assert re.search(r"better; its mean of 3\.2\d+ is at most 3\.28 \(one-sided", outcome["reason"])
     assert [(one["stage"], one["decision"]) for one in decisions] == [
         (A, "keep"), (A, "drop"), (A, "advance"), (B, "yes"), (C, "end")]
     assert [len(batch) for batch in batches] == [6, 6, 10]
@@ -260,7 +268,8 @@ def test_plans(tmp_path, change, words):
     Path(path).write_text(json.dumps(plan | change | {"budget": plan["budget"] | change.get("budget", {})}))
 
     def read():
-        run_stages.check_cap(run_stages.read_plan(path), {(C, "baseline"): {"n_gpus": 8}}, path)
+        plan = run_stages.read_plan(path)
+        run_stages.check_cap(plan, plan["stages"][2:], {(C, "baseline"): {"n_gpus": 8}}, path)
 
     if words is None:
         return read()
@@ -311,15 +320,21 @@ def test_wrong_configurations(tmp_path, change, words):
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
-def test_a_target_is_for_a_data_set():
-    """With another one there is none: neither the analysis nor a campaign may claim that it was reached."""
-    path = str(CONFIGS / A / "palm_screening.json")
-    assert load_config(path, ["--dataset=fineweb10B", "--val_tokens=1024"])["target_val_loss"] == 3.28
-    assert load_config(path, ["--dataset=python_source"])["target_val_loss"] is None
+def test_a_target_is_for_a_data_set(tmp_path):
+    """With another one there is none: neither the analysis nor a campaign may claim that it was reached. A
+    baseline's loss likewise."""
+    path = tmp_path / "palm.json"
+    config = json.loads((CONFIGS / A / "palm_screening.json").read_text())
+    path.write_text(json.dumps(config | {"baseline_val_loss": 3.3, "baseline_std": 0.01}))
+    for same in ("fineweb10B", ROOT / "data" / "fineweb10B", f"{ROOT}/data/fineweb10B/"):
+        assert load_config(str(path), [f"--dataset={same}", "--val_tokens=1024"])["target_val_loss"] == 3.28
+    other = load_config(str(path), ["--dataset=python_source"])
+    assert [other[key] for key in ("target_val_loss", "baseline_val_loss", "baseline_std")] == [None] * 3
     assert es.p_at_most([1.0, 1.1], None) is None and es.runs_needed(1.0, 0.1, None) is None
     truth = {"baseline": (3.5, 3.3, 3.27), "good": (3.45, 3.25, 3.22)}
     _, _, outcome = play(replace(plan_of("good"), target=None), truth)
     assert outcome["best"] == "good" and outcome["target_reached"] is None
+    assert outcome["reason"].endswith("and there is no target")
 
 
 def test_wrong_files_and_arguments(tmp_path, monkeypatch):
@@ -337,6 +352,11 @@ def test_wrong_files_and_arguments(tmp_path, monkeypatch):
         load_config(str(path), ["--batch_size"])
     with pytest.raises(UserError, match="--key=value goes to the script"):
         load_config(str(path), ["effect"])
+    script = tmp_path / "fake_train.py"
+    script.write_text("import time\n" + runner_kills.FAKE.replace("seed = 1\n", "seed = int(time.time())\n"))
+    with pytest.raises(UserError, match="NameError: name 'time' is not defined: assignments above the call"):
+        load_config(str(path))
+    script.write_text(runner_kills.FAKE)
     monkeypatch.setenv("STAGE_EFFECT", "1")
     with pytest.raises(UserError, match="the environment has STAGE_EFFECT"):
         load_config(str(path))
@@ -515,12 +535,41 @@ def test_stages_go_on(tmp_path):
     for path, rows in before.items():
         assert set(rows.splitlines()) <= set(path.read_text().splitlines()), "what was done was done again"
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert all((folder / entry["folder"]).is_dir() for entry in ledger if entry["what"] == "reserve")
     settled = {entry["key"]: entry["spent"] for entry in ledger if entry["what"] == "settle"}
     reserved = {entry["key"]: entry["reserved"] for entry in ledger if entry["what"] == "reserve"}
     assert settled.keys() == reserved.keys() and all(settled[key] <= reserved[key] for key in settled)
     assert outcome["gpu_seconds_spent"] == pytest.approx(sum(settled.values()))
     (tmp_path / "plan.json").write_text(json.dumps(plan | {"target_val_loss": 3.0}))
     assert "only the budget may change" in run("run_stages.py", "--plan", "plan.json", cwd=tmp_path, code=2)
+
+
+def test_what_else_may_lie_in_a_campaigns_folder(tmp_path):
+    """A comparison that a user made there, and what a killed runner was about to make."""
+    config = load_config(str(runner_kills.write_experiment(tmp_path, "zz")))
+    parent = tmp_path / "logs"
+    log = ExperimentLogger.create(config, str(parent), 1, say=lambda text: None)
+    (parent / "comparison_1.json").write_text("{}")
+    (parent / ".new-1" / "runs").mkdir(parents=True)
+    assert run_stages.experiments_in(str(parent)) == [log.folder]
+    assert not run_stages.experiments_in(str(tmp_path / "none"))
+
+
+def test_superseded_decisions_are_kept_and_new_ones_said(tmp_path, capsys):
+    """As when a budget that ended a campaign was raised."""
+    campaign = object.__new__(run_stages.Campaign)
+    campaign.folder, campaign._told, campaign.report = str(tmp_path), [], lambda decisions: ""
+    keep, end, advance = ({"stage": A, "decision": name, "text": name, "interval": (0, 1)}
+                          for name in ("keep", "end", "advance"))
+    campaign.tell([keep, end])
+    campaign.tell([keep])
+    assert len((tmp_path / "decisions.jsonl").read_text().splitlines()) == 2
+    campaign.tell([keep, advance])
+    said = capsys.readouterr().out.splitlines()
+    assert [text.split(": ")[1] for text in said] == ["keep", "end", "advance"]
+    superseded = json.loads((tmp_path / "superseded.jsonl").read_text())
+    assert superseded["decision"] == "end" and superseded["until"] > 0
+    assert "advance" in (tmp_path / "decisions.jsonl").read_text()
 
 
 def test_a_torn_line_of_the_ledger(tmp_path):
@@ -596,6 +645,43 @@ def test_each_run_has_gpus_of_its_own(tmp_path, monkeypatch):
     assert gpu_info() == {"count": 0, "gpus": []}
 
 
+def test_what_losses_and_times_are_of_is_seen():
+    """Whichever of two has a setting in its file; what is the default in both is no difference."""
+    defaults = {"batch_size": 512, "val_tokens": 100, "dataset": "x"}
+    a = experiment_of("a", [3.28, 3.29], defaults=defaults)
+    for settings, of_stage, words in (
+            ({"batch_size": 512}, ["batch_size"], []), ({"n_gpus": 4}, [], ["in n_gpus: their times"]),
+            ({"batch_size": 64, "device_batch_size": 8}, ["batch_size", "device_batch_size"],
+             ["in batch_size: that is another amount of work"]),
+            ({"val_tokens": 50, "dataset": "y"}, ["val_tokens"], ["in dataset, val_tokens: their losses"])):
+        b = experiment_of("b", [3.18, 3.19], defaults=defaults)
+        b.settings, b.config["stage_config"] = settings, dict.fromkeys(of_stage)
+        for pair in ((a, b), (b, a)):
+            one = compare_experiments.compare(*pair, 0.05, 0.8)
+            said = compare_experiments.warnings(pair[0], [one])
+            assert len(said) == len(words) and all(word in text for word, text in zip(words, said)), said
+            compare_experiments.adjust([one])
+            conclusion = compare_experiments.conclusion(one, pair[0].name, 0.05)
+            assert ("whatever the tests say" in conclusion) == ("dataset" in settings)
+
+
+def test_the_last_of_two_evaluations_of_a_step_counts():
+    rows = [{"step": step, "val_loss": loss, "train_time_ms": 0.0}
+            for step, loss in ((0, 5.0), (10, 4.0), (20, 3.0), (20, 2.9))]
+    steps, losses, _ = on_common_steps([curve(rows), curve(rows[:3])])
+    assert steps.tolist() == [0, 10, 20] and losses.tolist() == [[5.0, 4.0, 2.9], [5.0, 4.0, 3.0]]
+
+
+def test_a_script_elsewhere_finds_the_project(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert variables({"script": "train_gpt.py"}) == {}
+    assert variables({"script": "train_gpt.py"}, "2,3") == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert variables({"script": str(tmp_path / "mine.py")}) == {"PYTHONPATH": str(ROOT)}
+    monkeypatch.setenv("PYTHONPATH", "lib of mine")
+    assert shown(["python", "a b"], variables({"script": "experiments/mine.py"})) == \
+        f"PYTHONPATH='{ROOT}{os.pathsep}lib of mine' python 'a b'"
+
+
 def test_other_machines_and_code_are_seen(tmp_path):
     config = load_config(str(runner_kills.write_experiment(tmp_path)))
     said = []
@@ -609,6 +695,10 @@ def test_other_machines_and_code_are_seen(tmp_path):
                   "git_info": described["git_info"] | {"commit": "abc", "diff_sha256": "def"}}
     path.write_text(json.dumps(described))
     ExperimentLogger.reopen(log.folder, 2, said.append)
+    log.record({"run_id": 1, "seed": 101, "success": False, "final_val_loss": None, "time_seconds": 0.0,
+                "wall_seconds": 1.0}, [])
+    with pytest.raises(UserError, match=r"run 1 had the seed 101, and .* has base_seed=42 now"):
+        ExperimentLogger.reopen(log.folder, 2)
     for what, one in zip(("commit", "git diff", "GPU", "--parallel"), said, strict=True):
         assert one.startswith(f"warning: {what} is ")
     a, b = (experiment_of(name, [3.28, 3.29], made_by=made_by(described) | {"--parallel": n})
@@ -626,7 +716,7 @@ def val_losses(folder: Path, run_id: int = 0) -> list[float]:
 
 
 def test_pipeline(tmp_path):
-    """run, analyse, stages, compare: all four variants train and improve."""
+    """run, analyse, stages, compare: all variants train and improve."""
     random = np.random.RandomState(7)
     tokens = (np.arange(12000) * 3 + random.randint(0, 2, 12000)) % 26
     data = write_dataset(tmp_path / "letters", tokens[:10000], tokens[10000:], 26)
@@ -643,7 +733,8 @@ def test_pipeline(tmp_path):
     assert {"mean", "std", "min", "max", "median", "ci_95"} <= summary["statistics"]["val_loss"].keys()
     assert "No target" in run("analyze_results.py", palm, cwd=tmp_path)  # for another data set
     assert "one-sided t-test, p = " in run("analyze_results.py", palm, "--target=3.28", cwd=tmp_path)
-    plan = json.loads((CONFIGS / "plan.json").read_text()) | {"variants": ["curriculum", "depth_warm"]}
+    plan = json.loads((CONFIGS / "plan.json").read_text()) | {
+        "variants": ["curriculum", "depth_warm", "sync"]}
     for stage in plan["stages"]:
         stage["config"] = str(CONFIGS / stage["config"])
     plan["stages"][0]["n_runs"] = 1
