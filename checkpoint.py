@@ -43,6 +43,9 @@ from optim import gather_state, whole_on_cpu
 
 FORMAT = 1
 FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json")
+SPEEDRUN = "speedrun_gpt"  # train_gpt.py's kind, which no other script uses
+SCRIPTS = {"gpt": "train.py", "distributed_gpt": "train.py", "reduced_sync_gpt": "train_reduced_sync.py",
+           SPEEDRUN: "train_gpt.py"}  # that train a kind
 MODELS = {  # the one table from model kind to module, class and configuration class
     "gpt": ("model", "GPT", "GPTConfig"),
     "distributed_gpt": ("tensor_parallel_model", "DistributedGPT", "DistributedGPTConfig"),
@@ -472,12 +475,14 @@ def _find(out_dir: str, which: str | int, warn) -> Checkpoint:
             there = ", ".join(map(str, steps))
             raise UserError(f"{out_dir} has no checkpoint {which!r}; it has the steps {there}")
         return open_checkpoint(step_folder(out_dir, step))
+    reason = None
     for step in reversed(steps):
         try:
             return open_checkpoint(step_folder(out_dir, step))
         except UserError as e:
+            reason = reason or e
             warn(f"warning: {e}; trying the one before")
-    raise UserError(f"none of the {len(steps)} checkpoints in {out_dir} can be used")
+    raise UserError(f"none of the {len(steps)} checkpoints in {out_dir} can be used; the newest: {reason}")
 
 
 def lock(out_dir: str, make: bool) -> int | None:
@@ -570,14 +575,21 @@ def set_aside(out_dir: str, after: int | None = None) -> str | None:
     return folder
 
 
+def check_kind(resumed: Checkpoint, kinds: tuple[str, ...]) -> None:
+    """Raise UserError unless the model of a run that is resumed is of one of the script's kinds."""
+    kind = resumed.state["model"].get("kind")
+    if kind not in kinds:
+        weights = "" if SPEEDRUN in (kind, *kinds) else \
+            f", or start a new run from its weights with --init_from={resumed.path}"
+        script = SCRIPTS.get(kind, "the script that wrote it")
+        raise UserError(f"{resumed.path} holds a model of kind {kind!r}: resume it with {script}{weights}")
+
+
 def take_model(config: Config, resumed: Checkpoint, kinds: tuple[str, ...]) -> None:
     """take_architecture of a run that is resumed: its kind of model, one of `kinds`, all of its shape, and
     the seed, which decides the order of the data."""
-    kind = resumed.state["model"].get("kind")
-    if kind not in kinds:
-        script = "train_reduced_sync.py" if kind == "reduced_sync_gpt" else "train.py"
-        raise UserError(f"{resumed.path} holds a model of kind {kind!r}: resume it with {script}, or start a "
-                        f"new run from its weights with --init_from={resumed.path}")
+    check_kind(resumed, kinds)
+    kind = resumed.state["model"]["kind"]
     kind_of_model = ("model_type",) if "model_type" in config else ()
     described = vars(model_config(resumed.state["model"])[1])
     settings = {"model_type": kind, "seed": resumed.state["seed"], **described}
@@ -594,6 +606,8 @@ def take_architecture(config: Config, model_config: dict, path: str,
     and that differs.
     """
     for name in names:
+        if name not in model_config:
+            raise UserError(f"{path} has no {name}: it is of another version of this script; go on with that")
         value = model_config[name]
         if config.origin[name] and config[name] != value:
             hint = f"leave {name} out to go on with that"
@@ -611,9 +625,11 @@ def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict) -> N
     Digests count only where both were known: a meta.json may have been written later.
     """
     then, tokens = checkpoint.state["data"], ("train_tokens", "val_tokens")
+    weights = "" if checkpoint.state.get("model", {}).get("kind") == SPEEDRUN else \
+        f" from its weights with --init_from={checkpoint.path}"
     if not all(isinstance(then.get(key), int) for key in tokens):
-        raise UserError(f"{checkpoint.path} does not say what data it was trained on: start a new run from "
-                        f"its weights with --init_from={checkpoint.path}")
+        raise UserError(f"{checkpoint.path} does not say what data it was trained on: start a new "
+                        f"run{weights}")
     differ = [f"{then[key]:,} {key.replace('_', ' ')} then, {fingerprint[key]:,} now"
               for key in tokens if then[key] != fingerprint[key]]
     digests = then.get("sha256"), fingerprint["sha256"]
@@ -621,8 +637,8 @@ def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict) -> N
         differ = ["its tokens have changed"]
     if differ:
         raise UserError(f"{folder} is not the data set that {checkpoint.path} was trained on "
-                        f"({', '.join(differ)}): name that one with --dataset=..., or start a new run from "
-                        f"its weights with --init_from={checkpoint.path}")
+                        f"({', '.join(differ)}): name that one with --dataset=..., or start a new "
+                        f"run{weights}")
 
 
 def load_scaler(scaler: torch.amp.GradScaler, resumed: Checkpoint) -> None:
@@ -656,20 +672,23 @@ def as_kind(model: nn.Module, kind: str, **fields) -> nn.Module:
     return other
 
 
-def check_size(config: GPTConfig) -> None:
-    """Raise UserError for a model whose parameters this machine's memory cannot hold, in fp32.
+def check_size(config) -> None:
+    """Raise UserError for a model whose parameters this machine's memory cannot hold, in fp32. config: a
+    GPTConfig, also one without block_size, whose model learns no positions.
 
     Without this, Linux grants the memory and kills the process that uses it.
     """
-    c = config
-    n_bytes = 4 * (12 * c.n_layer * c.n_embd**2 + (c.vocab_size + c.block_size) * c.n_embd)
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_embd", "vocab_size", "block_size")
+             if hasattr(config, name)}
+    rows = shape["vocab_size"] + shape.get("block_size", 0)
+    n_bytes = 4 * (12 * shape["n_layer"] * shape["n_embd"]**2 + rows * shape["n_embd"])
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not every system tells
         return
     if n_bytes > memory:
-        raise UserError(f"n_layer={c.n_layer}, n_embd={c.n_embd}, vocab_size={c.vocab_size} and block_size="
-                        f"{c.block_size} make {n_bytes // 2**30:,} GB of parameters, and this machine has "
+        named = ", ".join(f"{name}={value}" for name, value in shape.items())
+        raise UserError(f"{named} make {n_bytes // 2**30:,} GB of parameters, and this machine has "
                         f"{memory // 2**30:,} GB of memory: choose a smaller model")
 
 
@@ -677,7 +696,8 @@ def model_config(description: dict, **overrides) -> tuple[type, object]:
     """The class and the configuration of a `model` entry. Raises UserError."""
     kind = description.get("kind")
     if kind not in MODELS:
-        raise UserError(f"the checkpoint holds a model of kind {kind!r}; known are {', '.join(MODELS)}")
+        hint = f"only {SCRIPTS[kind]} can use it" if kind in SCRIPTS else f"known are {', '.join(MODELS)}"
+        raise UserError(f"the checkpoint holds a model of kind {kind!r}: {hint}")
     module_name, class_name, config_name = MODELS[kind]
     module = importlib.import_module(module_name)
     try:

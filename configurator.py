@@ -28,6 +28,7 @@ import time
 import tokenize
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 
 before_exit = []  # functions to call when an error ends the process
@@ -72,9 +73,9 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
     files and before the command line. Raises UserError; installs the hook that ends the script on one with a
     line on stderr and exit code 2 (`rank` is who says it first, see there).
     """
-    install_error_hook(rank)
     argv = sys.argv[1:] if argv is None else argv
     settings = {setting.name: setting for setting in read_settings(namespace)}
+    install_error_hook(rank, settings)
     if "--help" in argv or "-h" in argv:
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as `cat` does where `| head` has seen enough
@@ -354,12 +355,13 @@ def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserErro
     return UserError(f"unknown key {name!r} in {where}{hint} (--help lists all)")
 
 
-def install_error_hook(rank: int = 0) -> None:
+def install_error_hook(rank: int = 0, settings: Collection[str] = ()) -> None:
     """End the process on a UserError, or when memory runs out, with one line on stderr and exit code 2, on
     Ctrl-C with 130, without a word where `| head` has seen enough; other errors keep their traceback.
 
     Most such errors meet every rank. Rank 0 speaks at once; the others wait, are ended meanwhile by the
-    launcher that sees rank 0 go, and speak only if the error was theirs alone.
+    launcher that sees rank 0 go, and speak only if the error was theirs alone. settings: the names of those
+    that the script has, for what it can be told to change.
     """
     previous = sys.excepthook
 
@@ -369,7 +371,7 @@ def install_error_hook(rank: int = 0) -> None:
                 function()
         if issubclass(kind, BrokenPipeError) and _stdout_is_closed():
             os._exit(128 + 13)  # as SIGPIPE would have it
-        text = _for_users(kind, error)
+        text = _for_users(kind, error, settings)
         if text is None:
             return previous(kind, error, traceback)
         if rank != 0:
@@ -392,7 +394,7 @@ def _stdout_is_closed() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _for_users(kind: type, error: BaseException) -> str | None:
+def _for_users(kind: type, error: BaseException, settings: Collection[str]) -> str | None:
     """What to say of an error that the user can mend, None for any other."""
     if issubclass(kind, UserError):
         return str(error)
@@ -400,7 +402,11 @@ def _for_users(kind: type, error: BaseException) -> str | None:
         return "interrupted"
     # PyTorch's, known by name because it is not imported here: on a GPU, and on the CPU a RuntimeError
     if kind.__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
-        detail = str(error).splitlines()[0]
-        return f"out of memory: use a smaller batch_size, block_size or model, or, in training, " \
-               f"--activation_checkpointing=block or --use_fsdp ({detail})"
+        # of a step's sequences, device_batch_size are held at a time where there is such a setting
+        sizes = ("device_batch_size",) if "device_batch_size" in settings else ("batch_size", "block_size")
+        smaller = " or ".join([*(name for name in sizes if name in settings), "model"])
+        switches = [f"--{name}" for name in ("activation_checkpointing=block", "use_fsdp")
+                    if name.partition("=")[0] in settings]
+        others = f", or {' or '.join(switches)}" if switches else ""
+        return f"out of memory: use a smaller {smaller}{others} ({str(error).splitlines()[0]})"
     return None

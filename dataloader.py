@@ -32,8 +32,8 @@ CHECK_TOKENS = 500_000_000  # so many tokens of a split, evenly spread, are comp
 class Split:
     """One split of a data set: its token files and the windows in them."""
 
-    def __init__(self, folder: str, split: str, block_size: int):
-        """Open and check the files. Raises UserError."""
+    def __init__(self, folder: str, split: str, block_size: int, length_key: str = "block_size"):
+        """Open and check the files. length_key: what the script's setting is called. Raises UserError."""
         self.name, self.block_size = split, block_size
         self.kind, self.paths = split_files(folder, split)
         self.files = [open_tokens(path, self.kind) for path in self.paths]
@@ -43,8 +43,8 @@ class Split:
         self.eval_windows = [(len(f) - 1) // T for f in self.files]
         self.windows = [max((len(f) - T) // T, min(fit, 1)) for f, fit in zip(self.files, self.eval_windows)]
         if sum(self.windows) == 0:
-            raise UserError(f"block_size={T} needs {T + 1} tokens and the {split} files of {folder} have at "
-                            f"most {max(map(len, self.files))}: lower block_size or prepare more data")
+            raise UserError(f"{length_key}={T} needs {T + 1} tokens and the {split} files of {folder} have "
+                            f"at most {max(map(len, self.files))}: lower {length_key} or prepare more data")
 
     @property
     def n_windows(self) -> int:
@@ -143,8 +143,8 @@ class DataSet:
         return {"train_tokens": self.train.n_tokens, "val_tokens": self.val.n_tokens, "sha256": digests}
 
 
-def open_dataset(name: str, block_size: int) -> DataSet:
-    """Open data/<name>, or the folder <name> if it is a path. Raises UserError."""
+def open_dataset(name: str, block_size: int, length_key: str = "block_size") -> DataSet:
+    """Open data/<name>, or the folder <name> if it is a path. length_key: see Split. Raises UserError."""
     folder = name if os.sep in name else os.path.join("data", name)
     if not os.path.isdir(folder):
         root = os.path.dirname(os.path.abspath(__file__))
@@ -156,7 +156,7 @@ def open_dataset(name: str, block_size: int) -> DataSet:
                 hint = f"run python {script}"
             raise UserError(f"no data set {name!r}: there is no folder {folder} ({hint})")
         folder = os.path.join(root, folder)
-    train, val = (Split(folder, split, block_size) for split in ("train", "val"))
+    train, val = (Split(folder, split, block_size, length_key) for split in ("train", "val"))
     meta = read_meta(folder)
     for split in (train, val):
         check_counts(folder, meta, split.name, split.n_tokens)

@@ -128,59 +128,64 @@ class Muon(torch.optim.AdamW):
             assert p.dim() == 2 and p.shape[0] % n == 0, f"{tuple(p.shape)} is not {n} matrices"
             assert p.dtype == first.dtype and p.device == first.device, "matrices differ in dtype or device"
         self._dtype = product_dtype or (torch.bfloat16 if first.is_cuda else torch.float32)
-        self._lay_out(1 if group is None else dist.get_world_size(group))
+        self.processes = 1 if group is None else dist.get_world_size(group)
+        self.owner, self._layouts = share_out(list(self._stacked), self.processes), {}
         for p in filter(self.owns, self._stacked):
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
-    def _lay_out(self, processes: int) -> None:
-        """Where the matrices lie in a flat tensor in which all owners have parts of one size."""
-        self.processes, self.owner = processes, share_out(list(self._stacked), processes)
-        ends = [0] * processes  # of what each has so far
-        places = {}
-        for p, rank in self.owner.items():
-            places[p] = rank, ends[rank]
-            ends[rank] += -(-p.numel() // 128) * 128
-        self._part = max(ends)
-        self._places = {p: rank * self._part + start for p, (rank, start) in places.items()}
+    def _layout(self, present: list) -> tuple[int, dict]:
+        """Where these matrices lie in a flat tensor in which all owners have parts of one size: that size,
+        and each one's beginning. What has no gradient has no place there, so that it is not sent."""
+        key = tuple(map(id, present))
+        if key not in self._layouts:
+            ends, places = [0] * self.processes, {}  # of what each owner has so far
+            for p in present:
+                rank = self.owner[p]
+                places[p] = rank, ends[rank]
+                ends[rank] += -(-p.numel() // 128) * 128
+            part = max(ends)
+            self._layouts[key] = part, {p: rank * part + start for p, (rank, start) in places.items()}
+        return self._layouts[key]
 
     def owns(self, parameter: nn.Parameter) -> bool:
         """Whether this process has the parameter's state; that of AdamW's parameters all have."""
         return self.owner.get(parameter, self.rank) == self.rank
 
-    def _views(self, flat: torch.Tensor, parameters: list) -> list[torch.Tensor]:
+    def _views(self, flat: torch.Tensor, layout: tuple[int, dict], parameters: list) -> list[torch.Tensor]:
         """Their places in a flat tensor, of which a process may have only its own part."""
-        begin = 0 if len(flat) == self.processes * self._part else self.rank * self._part
-        return [flat[self._places[p] - begin:][:p.numel()].view_as(p) for p in parameters]
+        part, places = layout
+        begin = 0 if len(flat) == self.processes * part else self.rank * part
+        return [flat[places[p] - begin:][:p.numel()].view_as(p) for p in parameters]
 
     @torch.no_grad()
     def step(self, closure=None):
         """Update every parameter that has a gradient; those must be the same parameters on all processes."""
         assert closure is None, "gradients are computed before"
         present = [p for p in self._stacked if p.grad is not None]
-        mine = list(filter(self.owns, present))
-        gradients, others = self._own_gradients(present, mine)
-        updates = present[0].new_empty(self._part, dtype=self._dtype)  # what nothing fills, nobody reads
-        self._orthogonalise(mine, gradients, self._views(updates, mine))
+        mine, layout = list(filter(self.owns, present)), self._layout(present)
+        gradients, others = self._own_gradients(present, mine, layout)
+        updates = present[0].new_zeros(layout[0], dtype=self._dtype)
+        self._orthogonalise(mine, gradients, self._views(updates, layout, mine))
         if self.processes > 1:
             self.bytes_sent += (self.processes - 1) * updates.nbytes
             updates = begin_all_gather(updates, self.group)
         for work in others:
             work.wait()
         self._step_adamw()
-        self._apply(present, finish_tensor(updates))
+        self._apply(present, self._views(finish_tensor(updates).to(present[0].dtype), layout, present))
 
-    def _own_gradients(self, present: list, mine: list) -> tuple[list[torch.Tensor], list]:
+    def _own_gradients(self, present: list, mine: list, layout) -> tuple[list[torch.Tensor], list]:
         """The whole gradients of this process's matrices, and what the others' sums are to be waited for."""
         if self.processes == 1 or not self.sum_gradients:
             return [p.grad for p in mine], []
-        flat = present[0].new_empty(self.processes * self._part)
-        torch._foreach_copy_(self._views(flat, present), [p.grad for p in present])
+        flat = present[0].new_zeros(self.processes * layout[0])
+        torch._foreach_copy_(self._views(flat, layout, present), [p.grad for p in present])
         part = begin_reduce_scatter(flat, self.group)
         rest = [p.grad for p in self._rest if p.grad is not None]
         others = [dist.all_reduce(grad, group=self.group, async_op=True) for grad in rest]
         self.bytes_sent += (self.processes - 1) * part.nbytes
         self.bytes_sent += sum(2 * (self.processes - 1) * grad.nbytes // self.processes for grad in rest)
-        return self._views(finish_tensor(part), mine), others
+        return self._views(finish_tensor(part), layout, mine), others
 
     def _orthogonalise(self, parameters: list, gradients: list, out: list[torch.Tensor]) -> None:
         """Momentum, and of that the nearest orthogonal matrices, into `out`."""
@@ -206,8 +211,8 @@ class Muon(torch.optim.AdamW):
         finally:
             self.param_groups = whole
 
-    def _apply(self, present: list, updates: torch.Tensor) -> None:
-        moves = dict(zip(present, self._views(updates.to(present[0].dtype), present)))
+    def _apply(self, present: list, updates: list[torch.Tensor]) -> None:
+        moves = dict(zip(present, updates))
         for g in self.param_groups:
             parameters = [p for p in g["params"] if p in moves]
             if parameters and g["weight_decay"] > 0:
@@ -257,10 +262,10 @@ def build_muon(model: nn.Module, learning_rate: float, muon_learning_rate: float
     """
     if not 0 <= momentum < 1:
         raise UserError(f"muon_momentum={momentum} must be at least 0 and below 1")
-    if muon_learning_rate < 0:
-        raise UserError(f"muon_learning_rate={muon_learning_rate} must not be negative")
     if learning_rate <= 0:
         raise UserError(f"learning_rate={learning_rate} must be above 0: Muon's follows it in proportion")
+    if muon_learning_rate < 0:
+        raise UserError(f"muon_learning_rate={muon_learning_rate} must not be negative")
     check_adamw(learning_rate, betas, weight_decay)
     matrices = {p: 3 if "c_attn." in name else 1 for name, p in model.named_parameters()
                 if ".h." in name and p.dim() == 2}
@@ -314,10 +319,9 @@ def cosine_learning_rate(step: int, peak: float, minimum: float, warmup_steps: i
 
 def trapezoidal_learning_rate(step: int, peak: float, warmup_steps: int, warmdown_steps: int,
                               total_steps: int) -> float:
-    """Linear to `peak` over warmup_steps, then that, then linear to 0 over the last warmdown_steps."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * min(1.0, (total_steps - step) / max(1, warmdown_steps))
+    """Linear to `peak` over warmup_steps, then that, then linear to 0 over the last warmdown_steps; the lower
+    of both where they overlap."""
+    return peak * min(1.0, (step + 1) / max(1, warmup_steps), (total_steps - step) / max(1, warmdown_steps))
 
 
 @torch.no_grad()

@@ -372,6 +372,8 @@ class Curriculum(Schedule):
         T = config["sequence_length"]
         self.lengths, shares = config["curriculum_lengths"], config["curriculum_shares"]
         if self.lengths is None:
+            if T < 4:
+                raise UserError(f"sequence_length={T} has no quarters: give curriculum_lengths")
             self.lengths = [T // 4, T // 2, T - T // 4, T]
         if shares is None:
             shares = [0.1 * (i + 1) for i in range(len(self.lengths) - 1)]
@@ -415,7 +417,8 @@ class Curriculum(Schedule):
 class DepthWarm(Schedule):
     """Layers join one after the other, from the bottom, while the network warms up. One that has joined takes
     part in a step with a probability that grows to 1 (stochastic depth, arXiv 1603.09382). What does not take
-    part is not computed. A layer that has not joined yet adds zero, so that it changes nothing when it does.
+    part is neither computed nor sent. A layer that has not joined yet adds zero, so that it changes nothing
+    when it does.
     """
 
     def __init__(self, config: Config):
@@ -466,6 +469,10 @@ def model_config(config: Config, sequence_length: int, used_vocab_size: int, voc
                      sync_points=strategy.schedule().points)
 
 
+def model_of(config: GPTConfig) -> GPT:
+    return VARIANTS[config.variant][0](config)
+
+
 class LateReport:
     """What a step has to say, read while the next one is running: a loop that waits for every loss leaves the
     GPU without work in between."""
@@ -497,10 +504,10 @@ if __name__ == "__main__":
     check_at_least(config, 1, "batch_size", "device_batch_size", "sequence_length", "n_layer", "n_head",
                    "n_embd", "val_tokens", "log_interval", "keep_checkpoints", "timeout")
     check_at_least(config, 0, "num_iterations", "warmup_iters", "warmdown_iters", "val_loss_every",
-                   "checkpoint_interval", "curriculum_plateau_steps")
+                   "checkpoint_interval", "curriculum_plateau_steps", "muon_lr_ratio")
     check_at_most(config, 1e6, "timeout")
     check_seed(config)
-    checkpoint.MODELS["speedrun_gpt"] = __name__, "GPT", "GPTConfig"  # this file's, also of a changed copy
+    checkpoint.MODELS[checkpoint.SPEEDRUN] = __name__, "model_of", "GPTConfig"  # of a changed copy, its own
     if list_checkpoints:
         if env_rank() == 0:
             print(checkpoint.listing(out_dir))
@@ -527,28 +534,29 @@ if __name__ == "__main__":
     # what is continued decides the architecture
     resumed = checkpoint.find_resumed(resume, out_dir, log.line, group) if resume else None
     if resumed is not None:
+        checkpoint.check_kind(resumed, (checkpoint.SPEEDRUN,))
         checkpoint.take_architecture(config, resumed.state["config"], resumed.path, KEPT)
         globals().update({name: config[name] for name in KEPT})
     if variant not in VARIANTS:
         raise UserError(f"variant={variant!r} is unknown: use {', '.join(VARIANTS)}")
-    model_class, schedule_class, _ = VARIANTS[variant]
     for other in VARIANTS:
         for name in VARIANTS[other][2]:
             if other != variant and config.origin[name] not in ("", "checkpoint"):
                 raise UserError(f"{name} is for --variant={other}, and it is {variant!r}")
-    schedule = schedule_class(config)
+    schedule = VARIANTS[variant][1](config)
 
     # data
-    data = open_dataset(dataset, sequence_length)
+    data = open_dataset(dataset, sequence_length, "sequence_length")
     if resumed is not None:
         checkpoint.check_same_data(resumed, data.folder, data.fingerprint)
     architecture = model_config(config, sequence_length, *padded_vocab_size(data.meta))
+    checkpoint.check_size(architecture)
     for split in (data.train, data.val):
         split.check_tokens(architecture.vocab_size)
 
     # model and optimizer; every process has all weights, and its own matrices' momentum
     checkpoint.seed_random_states(seed)
-    model = model_class(architecture)
+    model = model_of(architecture)
     if resumed is not None:
         checkpoint.load_parameters(model, resumed.tensors("model"), resumed.path)
     model.to(device)
@@ -592,6 +600,10 @@ if __name__ == "__main__":
         log.line(f"{model.syncs} of {2 * n_layer} synchronization points, {tp_size} simulated ranks")
         log.event("schedule", **checkpoint.schedule_description(model))
 
+    val_windows = min(max(1, val_tokens // sequence_length), sum(data.val.eval_windows))
+    if val_windows * sequence_length != val_tokens:
+        log.line(f"warning: {val_tokens=}, and evaluations are on {val_windows * sequence_length}: the whole "
+                 f"sequences that the val split has")
     if warmup_iters + warmdown_iters > num_iterations:
         log.line(f"warning: {warmup_iters=} and {warmdown_iters=} exceed {num_iterations=}: the learning "
                  f"rate never reaches its peak")
@@ -625,8 +637,7 @@ if __name__ == "__main__":
 
     def run_evaluation() -> float:
         """Mean loss of the first val_tokens tokens of the val split."""
-        n = max(1, val_tokens // sequence_length)
-        batches = evaluation_batches(data.val, n, device_batch_size, device, processes.rank,
+        batches = evaluation_batches(data.val, val_windows, device_batch_size, device, processes.rank,
                                      processes.world_size, spread=False)
         return evaluate(lambda x, y: (None, loss_of(x, y, schedule.full)), batches, group)
 
@@ -648,7 +659,7 @@ if __name__ == "__main__":
             return
         train_loss, asked = late.read()
         seconds = stopwatch.lap()
-        if late.step >= SKIPPED:
+        if late.step >= SKIPPED:  # who resumes later than that pays for starting again
             train_seconds += seconds
         schedule.observe(late.step, train_loss)
         if not math.isfinite(train_loss):
@@ -676,7 +687,7 @@ if __name__ == "__main__":
         if main:
             state = {"sample": loader.sample, "epoch": loader.epoch, "seed": seed, "evaluated": evaluated,
                      "val_loss": measured, "best_val_loss": best_val_loss, "world_size": processes.world_size,
-                     "scaler": {}, "model": checkpoint.model_description("speedrun_gpt", model),
+                     "scaler": {}, "model": checkpoint.model_description(checkpoint.SPEEDRUN, model),
                      "schedule": checkpoint.schedule_description(model), "variant": schedule.state(),
                      "train_seconds": train_seconds, "train_loss": train_loss, "last_val_loss": val_loss,
                      "last_val_step": val_step, "config": config, "data": data.fingerprint, "meta": data.meta,

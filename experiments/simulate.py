@@ -5,9 +5,10 @@
 
 1. Experiments of 2, 3 and 5 runs whose true mean is known: how often the 95% interval has it, and how often
    the test at p < 0.01 claims a mean below the target where it is exactly the target.
-2. Campaigns of three and of eight variants, whose true effects are drawn anew each time: how often run_stages.py's
-   planner ends with the truly best (the baseline may be it), beside running everything in full; what both
-   cost; and how often the budget was exceeded. Runs fail, take longer than expected and are ended then.
+2. Campaigns of three and of eight variants, whose true effects are drawn anew each time: how often
+   run_stages.py's planner ends with the truly best (the baseline may be it), beside running everything in
+   full; what both cost; and how often the budget was exceeded. Runs fail, take longer than expected and are
+   ended then.
 
 Losses are in units of the standard deviation between full runs of different seeds; costs in full runs.
 """

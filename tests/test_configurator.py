@@ -203,11 +203,18 @@ def test_where_files_can_be_made(tmp_path):
 @pytest.mark.parametrize("raised, words", [
     ("UserError('one line')", "error: one line"),
     (r"UserError('not UTF-8: \udcff')", r"error: not UTF-8: \udcff"),
-    ("RuntimeError('DefaultCPUAllocator: no\\nmore')", "error: out of memory: use a smaller batch"),
-    ("type('OutOfMemoryError', (RuntimeError,), {})('GPU')", "error: out of memory: use a smaller batch"),
+    ("RuntimeError('DefaultCPUAllocator: no\\nmore')", "error: out of memory: use a smaller model (Default"),
+    ("type('OutOfMemoryError', (RuntimeError,), {})('GPU')", "error: out of memory: use a smaller model (G"),
+    ("RuntimeError('DefaultCPUAllocator')  # batch_size block_size use_fsdp activation_checkpointing",
+     "error: out of memory: use a smaller batch_size or block_size or model, or "
+     "--activation_checkpointing=block or --use_fsdp ("),
+    ("RuntimeError('DefaultCPUAllocator')  # batch_size device_batch_size",
+     "error: out of memory: use a smaller device_batch_size or model ("),
 ])
 def test_errors_that_are_one_line(raised, words):
-    code = f"from configurator import *\ninstall_error_hook()\nraise {raised}"
+    """What memory can be saved by are settings that the script has, here those named in a comment."""
+    settings = raised.partition("  # ")[2].split()
+    code = f"from configurator import *\ninstall_error_hook(0, {settings})\nraise {raised}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith(words) and done.stderr.count("\n") == 1
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, torchrun
+from conftest import ROOT, TINY, torchrun
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -135,6 +135,11 @@ def test_settings_of_file_environment_and_command_line(train, tmp_path):
     (["--dtype=float16"], "float16 would need scaled losses"),
     (["--muon_momentum=1"], "muon_momentum=1.0 must be at least 0 and below 1"),
     (["--resume=latest"], "no checkpoint in"),
+    (["--sequence_length=5000"], "sequence_length=5000 needs 5001 tokens"),
+    (["--learning_rate=-1"], "learning_rate=-1.0 must be above 0"),
+    (["--muon_lr_ratio=-1"], "muon_lr_ratio=-1.0 must be at least 0"),
+    (["--n_layer=100000", "--n_embd=20000"], "choose a smaller model"),
+    (["--variant=curriculum", "--sequence_length=3"], "sequence_length=3 has no quarters"),
 ])
 def test_errors_are_one_line(train, tmp_path, args, message):
     done = train(*args)
@@ -200,6 +205,24 @@ def test_any_number_of_processes(train, tiny_data, tmp_path):
     assert f"each process sent {4 * matrices // 2 * 2 + 4 * embedding:,} bytes a step" in done.out
 
 
+def test_checkpoints_of_other_scripts(train, run_script, tiny_data, tmp_path):
+    """Each names the script that can go on with it."""
+    dense = tmp_path / "dense"
+    done = run_script("train.py", *TINY, f"--dataset={tiny_data}", f"--out_dir={dense}", "--max_iters=2",
+                      "--always_save_checkpoint=True")
+    assert done.code == 0, done.err
+    done = train(f"--resume={dense}")
+    assert done.code == 2 and "kind 'gpt': resume it with train.py" in done.err, done.err
+    done = train("--num_iterations=2", "--warmdown_iters=0", "--val_tokens=100000")
+    assert done.code == 0 and "val_tokens=100000, and evaluations are on 672" in done.out, done.out
+    for script in ("train.py", "sample.py"):
+        option = "--resume" if script == "train.py" else "--out_dir"
+        done = run_script(script, *(TINY if script == "train.py" else ["--device=cpu"]),
+                          f"{option}={tmp_path / 'out'}")
+        assert done.code == 2 and "only train_gpt.py can use it" in done.err, done.err
+        assert len(done.err.splitlines()) == 1
+
+
 def test_asked_to_end(tiny_data, tmp_path):
     """SIGTERM: the step is finished, a checkpoint saved, and status.json says so."""
     out = tmp_path / "out"
@@ -236,6 +259,8 @@ def test_trapezoidal_schedule():
     rates = [trapezoidal_learning_rate(step, 2.0, 4, 10, 100) for step in range(101)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[90] == 2.0 and rates[91] == pytest.approx(1.8)
     assert rates[100] == 0.0 and trapezoidal_learning_rate(0, 2.0, 0, 0, 5) == 2.0
+    overlapping = [trapezoidal_learning_rate(step, 12.0, 8, 6, 10) for step in range(11)]
+    assert overlapping == [1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 8.0, 6.0, 4.0, 2.0, 0.0]  # never the peak, no jump
 
 
 def test_initialisation_and_groups():
