@@ -467,6 +467,19 @@ def test_the_residual_stream_is_in_the_compute_dtype(variant, changes, monkeypat
     assert x.dtype == torch.bfloat16 and set(seen) == {torch.bfloat16} and len(seen) >= 4
 
 
+@pytest.mark.parametrize("variant, crop", [("baseline", 32), ("baseline", 12), ("palm", 32), ("sync", 32)])
+def test_compiles_without_breaks(variant, crop):
+    """One graph, of which every gradient is eager's; what Inductor makes of it is its own affair."""
+    changes = dict(tp_size=2, sync_points=[3]) if variant == "sync" else {}
+    eager, compiled = random_model(variant, **changes), random_model(variant, **changes)
+    compiled.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    x, y = tokens(2, 32), tokens(2, 32, seed=2)
+    for model in (eager, compiled):
+        model(x, y, crop, (0, 2))[1].backward()
+    for p, q in zip(eager.parameters(), compiled.parameters()):
+        assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.allclose(p.grad, q.grad))
+
+
 def test_variant_of_another_name_is_refused():
     with pytest.raises(UserError, match="variant='x' is unknown"):
         train_gpt.GPTConfig(sequence_length=8, vocab_size=61, n_layer=1, n_head=1, n_embd=8, variant="x")
