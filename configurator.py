@@ -14,6 +14,7 @@ config files are interchangeable.
 """
 
 import ast
+import atexit
 import contextlib
 import difflib
 import glob
@@ -132,6 +133,17 @@ def script_defaults(path: str) -> dict:
                             f"call of configure are settings, which are read without the imports: move this "
                             f"below that call") from None
     return namespace
+
+
+def literal_defaults(path: str) -> dict:
+    """Of a script's settings, the defaults that are literals; nothing of it is executed."""
+    found = {}
+    for node in _read_assignments(path)[1]:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        if isinstance(target, ast.Name) and node.value is not None:
+            with contextlib.suppress(ValueError, SyntaxError):
+                found[target.id] = evaluate(ast.unparse(node.value))
+    return found
 
 
 def _read_assignments(path: str) -> tuple[str, list]:
@@ -364,6 +376,7 @@ def install_error_hook(rank: int = 0, settings: Collection[str] = ()) -> None:
     that the script has, for what it can be told to change.
     """
     previous = sys.excepthook
+    atexit.register(_flush_stdout)
 
     def hook(kind, error, traceback):
         for function in before_exit:
@@ -377,14 +390,21 @@ def install_error_hook(rank: int = 0, settings: Collection[str] = ()) -> None:
         if rank != 0:
             time.sleep(3)
         who = "error" if rank == 0 else f"error on rank {rank}"
-        with contextlib.suppress(BrokenPipeError):
-            sys.stdout.flush()
+        _flush_stdout()
         # torch.distributed's own hook holds sys.stderr back; a file name need not be UTF-8
         os.write(2, f"{who}: {text}\n".encode(errors="backslashreplace"))
         # threads and process groups that are still up must not hold the exit back
         os._exit(130 if issubclass(kind, KeyboardInterrupt) else 2)
 
     sys.excepthook = hook
+
+
+def _flush_stdout() -> None:
+    """What is still to be printed; where nobody reads it, nothing more is said."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _stdout_is_closed() -> bool:
@@ -403,7 +423,8 @@ def _for_users(kind: type, error: BaseException, settings: Collection[str]) -> s
     # PyTorch's, known by name because it is not imported here: on a GPU, and on the CPU a RuntimeError
     if kind.__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
         # of a step's sequences, device_batch_size are held at a time where there is such a setting
-        sizes = ("device_batch_size",) if "device_batch_size" in settings else ("batch_size", "block_size")
+        sizes = ("device_batch_size", "sequence_length") if "device_batch_size" in settings else \
+            ("batch_size", "block_size")
         smaller = " or ".join([*(name for name in sizes if name in settings), "model"])
         switches = [f"--{name}" for name in ("activation_checkpointing=block", "use_fsdp")
                     if name.partition("=")[0] in settings]

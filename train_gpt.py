@@ -602,9 +602,9 @@ if __name__ == "__main__":
 
     val_windows = min(max(1, val_tokens // sequence_length), sum(data.val.eval_windows))
     if val_windows * sequence_length != val_tokens:
-        log.line(f"warning: {val_tokens=}, and evaluations are on {val_windows * sequence_length}: the whole "
-                 f"sequences that the val split has")
-    if warmup_iters + warmdown_iters > num_iterations:
+        why = "whole sequences" if val_windows < sum(data.val.eval_windows) else "all that the val split has"
+        log.line(f"warning: {val_tokens=}, and evaluations are on {val_windows * sequence_length}: {why}")
+    if warmup_iters + warmdown_iters > num_iterations + (warmup_iters > 0):
         log.line(f"warning: {warmup_iters=} and {warmdown_iters=} exceed {num_iterations=}: the learning "
                  f"rate never reaches its peak")
 

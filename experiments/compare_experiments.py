@@ -20,6 +20,7 @@ import numpy as np
 
 from configurator import UserError, check_can_write
 from data.files import Parser, json_text, unused_path
+from experiments.experiment_config import judged_by
 from experiments.experiment_logger import differences
 from experiments.experiment_statistics import (
     describe,
@@ -41,8 +42,6 @@ from experiments.report import (
     time_to,
     write,
 )
-
-JUDGED_BY = "dataset", "sequence_length", "val_tokens"
 
 
 def same_seeds(a: Experiment, b: Experiment) -> tuple[list[float], list[float]]:
@@ -71,26 +70,34 @@ def compare(a: Experiment, b: Experiment, alpha: float, power: float) -> dict:
             "time_to_baseline_loss": reached,
             "stage_settings": sorted(a.config["stage_config"].keys() | b.config["stage_config"].keys()),
             "made_otherwise": differences(a.made_by, b.made_by),
+            "judged_otherwise": judged_otherwise(a, b),
             "differs_in": {key: [x, y] for key, (x, y) in settings.items() if x != y}}
+
+
+def judged_otherwise(a: Experiment, b: Experiment) -> list[str]:
+    """The settings for which losses cannot be compared."""
+    return sorted(differences(*(judged_by(x.defaults | x.settings) for x in (a, b))))
 
 
 def n_tests(a: Experiment, others: list[Experiment]) -> int:
     """Over how many comparisons Holm's method spreads alpha."""
-    return max(1, sum(welch(a.losses, b.losses).p is not None for b in others))
+    comparable = [b for b in others if not judged_otherwise(a, b)]
+    return max(1, sum(welch(a.losses, b.losses).p is not None for b in comparable))
 
 
 def adjust(comparisons: list[dict]) -> None:
-    """Add p_holm to each test of each comparison."""
+    """Add p_holm to each test of each comparison; None where losses cannot be compared."""
     for test in ("welch", "paired"):
-        there = [c[test] for c in comparisons if c[test] is not None]
-        for one, p in zip(there, holm([one["p"] for one in there])):
-            one["p_holm"] = p
+        there = [c for c in comparisons if c[test] is not None]
+        adjusted = holm([None if c["judged_otherwise"] else c[test]["p"] for c in there])
+        for one, p in zip(there, adjusted):
+            one[test]["p_holm"] = p
 
 
 def conclusion(one: dict, baseline: str, alpha: float) -> str:
     """In a sentence."""
     test, name = one["welch"], one["name"]
-    if judged_otherwise(one):
+    if one["judged_otherwise"]:
         return f"{name}: its losses are not {baseline}'s to compare with, whatever the tests say."
     if test["p"] is None:
         return f"{name}: not to be tested, {test['n'][0]} and {test['n'][1]} runs have no spread to judge by."
@@ -102,20 +109,15 @@ def conclusion(one: dict, baseline: str, alpha: float) -> str:
            f"(p = {p_value(test['p_holm'])}); {detectable}."
 
 
-def judged_otherwise(one: dict) -> list[str]:
-    """The settings for which losses cannot be compared."""
-    return [key for key in one["differs_in"] if key in JUDGED_BY]
-
-
 def warnings(a: Experiment, comparisons: list[dict]) -> list[str]:
     """What keeps the numbers from meaning what they seem to."""
     found = []
     for one in comparisons:
         differs = one["differs_in"]
         work = [key for key in differs if key in one["stage_settings"]
-                and key not in (*JUDGED_BY, "device_batch_size", "val_loss_every")]
+                and key not in (*one["judged_otherwise"], "device_batch_size", "val_loss_every")]
         gpus = [key for key in differs if key == "n_gpus"]
-        for keys, what in ((judged_otherwise(one), "their losses are not of the same tokens"),
+        for keys, what in ((one["judged_otherwise"], "their losses are not of the same tokens"),
                            (work, "that is another amount of work, not only another method"),
                            (gpus, "their times are of other hardware")):
             if keys:

@@ -207,12 +207,21 @@ def all_settings(config: dict) -> dict:
 
 
 def dataset_of(config: dict) -> str | None:
-    """The folder that the runs read, as dataloader.open_dataset finds it; None if none is set."""
-    name = all_settings(config).get("dataset")
-    if not isinstance(name, str):
-        return None
-    folder = name if os.sep in name else os.path.join("data", name)
-    return os.path.realpath(folder if os.sep in name or os.path.isdir(folder) else os.path.join(ROOT, folder))
+    """The folder that the runs read; None if none is set."""
+    return judged_by(all_settings(config))["dataset"]
+
+
+def judged_by(settings: dict) -> dict:
+    """What a val loss depends on without being better or worse, None if not known: settings of a script, its
+    dataset as the folder that dataloader.open_dataset finds."""
+    found = {key: settings.get(key) for key in ("dataset", "sequence_length")}
+    found |= {key: settings[key] for key in settings if key.startswith("val_") and key != "val_loss_every"}
+    name = found["dataset"]
+    if isinstance(name, str):
+        folder = name if os.sep in name else os.path.join("data", name)
+        there = os.sep in name or os.path.isdir(folder)
+        found["dataset"] = os.path.realpath(folder if there else os.path.join(ROOT, folder))
+    return found
 
 
 def num_iterations(config: dict) -> int:

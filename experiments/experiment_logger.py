@@ -110,11 +110,12 @@ class ExperimentLogger:
             log.line(f"warning: {what} is {is_} and was {before}: its runs may not be comparable")
         return log
 
-    def raise_n_runs(self, n_runs: int) -> None:
-        """Have config.json say so, if these are more than it says. Raises UserError."""
+    def raise_n_runs(self, n_runs: int) -> int:
+        """Have config.json say so, if these are more than it says; what it says then. Raises UserError."""
         described = read_json(self.path("config.json"))
         if n_runs > described.get("n_runs", 0):
             self._write("config.json", json_text(described | {"n_runs": n_runs}))
+        return max(n_runs, described.get("n_runs", 0))
 
     def path(self, *names: str) -> str:
         return os.path.join(self.folder, *names)

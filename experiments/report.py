@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from configurator import UserError, script_defaults
+from configurator import UserError, literal_defaults
 from data.files import os_error_as_user_error, replace_file
 from experiments.experiment_logger import made_by, read_folder
 
@@ -66,8 +66,8 @@ def read_experiment(folder: str) -> Experiment:
 
 def defaults_of(script: str) -> dict:
     """Of its settings; none if they cannot be read."""
-    with contextlib.suppress(UserError, OSError, SyntaxError, ValueError):
-        return script_defaults(script)
+    with contextlib.suppress(OSError, SyntaxError, ValueError):
+        return literal_defaults(script)
     return {}
 
 

@@ -97,7 +97,7 @@ def main() -> None:
     log.lock = held
     if config["target_val_loss"] is None:
         log.line(f"{log.folder}: no target_val_loss, which a configuration has for its own data set")
-    log.raise_n_runs(n_runs)
+    n_runs = log.raise_n_runs(n_runs)
     recover(log, n_runs)
     execute(log, n_runs, args.retry_failed, places, 60 * (args.limit_minutes or 0.0))
 

@@ -35,6 +35,7 @@ from experiments.experiment_config import (
     check_name,
     command,
     finite,
+    judged_by,
     load_config,
     num_iterations,
     read_json,
@@ -99,7 +100,9 @@ def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str,
                 if config[key] != first[key]:
                     raise UserError(f"{file} has another {key} than the stage's baseline: they would not be "
                                     f"comparable")
-            for key, (ours, its) in differences(judged_by(first), judged_by(config)).items():
+            judged = [judged_by(settings) | {"val_loss_every": settings.get("val_loss_every")}
+                      for settings in map(all_settings, (first, config))]
+            for key, (ours, its) in differences(*judged).items():
                 raise UserError(f"{file} has {key}={its} and the stage's baseline {ours}: they would not be "
                                 f"comparable")
             other = told_apart.setdefault((config["script"], repr(sorted(all_settings(config).items()))), arm)
@@ -135,13 +138,6 @@ def check_cap(plan: dict, stages: list[dict], configs: dict, path: str) -> None:
         raise UserError(f"{path}: gpu_hours_per_run={budget['gpu_hours_per_run']} is below the {needed:.3f} "
                         f"that a probe on {n_gpus} GPU(s) may take (probe_gpu_hours and "
                         f"{STARTING + ENDING:.0f} s of each): raise it, or lower probe_gpu_hours")
-
-
-def judged_by(config: dict) -> dict:
-    """The settings that a val loss depends on without being better or worse."""
-    settings = all_settings(config)
-    keys = {"dataset", "sequence_length"} | {key for key in settings if key.startswith("val_")}
-    return {key: settings.get(key) for key in sorted(keys)}
 
 
 def check_unchanged(folder: str, before: dict, now: dict) -> None:

@@ -132,7 +132,7 @@ def campaigns(n: int, n_variants: int, spread: float, total: float, seed: int) -
         true = world.effects[C]
         found["staged"] += best == world.best
         found["full"] += best_full == world.best
-        lost.append(true[best] - true[world.best])
+        lost.append(true[best or "baseline"] - true[world.best])  # who knows nothing keeps what there is
         lost_full.append(true[best_full] - true[world.best])
         spent.append(budget.spent)
         full_cost.append(cost)

@@ -141,7 +141,7 @@ def test_errors(settings, argv, file, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("what, code, said", [("print('x' * 100_000)", 141, b""),
+@pytest.mark.parametrize("what, code, said", [("print('x' * 100_000)", 141, b""), ("", 0, b""),
                                               ("raise UserError('wrong')", 2, b"error: wrong\n")])
 def test_output_that_nobody_reads(what, code, said):
     reading, writing = os.pipe()

@@ -23,6 +23,7 @@ from configurator import UserError
 from experiments import (
     analyze_results,
     compare_experiments,
+    report,
     run_nanogpt_experiment,
     run_stages,
     runner,
@@ -653,6 +654,7 @@ def test_what_losses_and_times_are_of_is_seen():
             ({"batch_size": 512}, ["batch_size"], []), ({"n_gpus": 4}, [], ["in n_gpus: their times"]),
             ({"batch_size": 64, "device_batch_size": 8}, ["batch_size", "device_batch_size"],
              ["in batch_size: that is another amount of work"]),
+            ({"dataset": str(ROOT / "data" / "x")}, [], []),  # the same folder
             ({"val_tokens": 50, "dataset": "y"}, ["val_tokens"], ["in dataset, val_tokens: their losses"])):
         b = experiment_of("b", [3.18, 3.19], defaults=defaults)
         b.settings, b.config["stage_config"] = settings, dict.fromkeys(of_stage)
@@ -662,7 +664,17 @@ def test_what_losses_and_times_are_of_is_seen():
             assert len(said) == len(words) and all(word in text for word, text in zip(words, said)), said
             compare_experiments.adjust([one])
             conclusion = compare_experiments.conclusion(one, pair[0].name, 0.05)
-            assert ("whatever the tests say" in conclusion) == ("dataset" in settings)
+            assert ("whatever the tests say" in conclusion) == ("val_tokens" in settings)
+            assert (one["welch"]["p_holm"] is None) == ("val_tokens" in settings)
+    other_default = experiment_of("b", [3.18, 3.19], defaults=defaults | {"val_tokens": 50})
+    assert compare_experiments.judged_otherwise(a, other_default) == ["val_tokens"]
+
+
+def test_defaults_of_a_script_in_a_folder_are_read_and_not_run(tmp_path):
+    (tmp_path / "x.py").write_text("a = 8 * 64\nb: list | None = None\nc = open('ran', 'w')\n"
+                                   "configure()\nd = 1\n")
+    assert report.defaults_of(str(tmp_path / "x.py")) == {"a": 512, "b": None}
+    assert report.defaults_of(str(tmp_path / "y.py")) == {} and not Path("ran").exists()
 
 
 def test_the_last_of_two_evaluations_of_a_step_counts():

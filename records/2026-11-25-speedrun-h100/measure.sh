@@ -1,4 +1,4 @@
-# What was run on 2 x H100, from the repository's root; PEER: train_gpt2.py of modded-nanogpt's record of 2024-10-14.
+# What was run on 2 x H100 (but for pieces.py), from the repository's root; PEER: train_gpt2.py of modded-nanogpt's record of 2024-10-14.
 # Given as one list here; the leases had it in two parts (README.md).
 set -e
 PEER=$1
