@@ -1,5 +1,5 @@
 # What was run on 2 x H100 (but for pieces.py), from the repository's root; PEER: train_gpt2.py of modded-nanogpt's record of 2024-10-14.
-# Given as one list here; the leases had it in two parts (README.md).
+# Given as one list here; it was run in two parts, on two machines (README.md).
 set -e
 PEER=$1
 python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards
