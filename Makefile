@@ -44,7 +44,8 @@ test-rest:
 	$(BIN)/python -m pytest -q --durations=10 -m "not slow" tests
 
 test-kernels:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_layer_norm.py tests/test_qk_rotary.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_layer_norm.py tests/test_qk_rotary.py \
+		tests/test_relu_squared.py
 
 lint: .venv
 	$(BIN)/ruff check .

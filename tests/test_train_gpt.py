@@ -467,15 +467,6 @@ def test_the_residual_stream_is_in_the_compute_dtype(variant, changes, monkeypat
     assert x.dtype == torch.bfloat16 and set(seen) == {torch.bfloat16} and len(seen) >= 4
 
 
-def test_relu_squared():
-    """The derivative from the root of the output: exact, and in bfloat16 as near as its rounding."""
-    x = torch.randn(64, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(train_gpt.relu_squared, x)
-    low = x.detach().bfloat16().requires_grad_()
-    train_gpt.relu_squared(low).sum().backward()
-    assert torch.allclose(low.grad.double(), 2 * low.detach().double().relu(), rtol=2**-7)
-
-
 @pytest.mark.parametrize("variant, crop", [("baseline", 32), ("baseline", 12), ("palm", 32), ("sync", 32)])
 def test_compiles_without_breaks(variant, crop):
     """One graph, of which every gradient is eager's; what Inductor makes of it is its own affair."""

@@ -1,0 +1,161 @@
+"""ReLU^2 and the MLP around it, with ReLU^2 inside the matrix products on Hopper.
+
+    y = relu(x @ w_in.T)^2,   out = y @ w_out.T
+
+ReLU^2 (arXiv 2109.08668) keeps nothing but its output, which the product after it keeps anyway: twice the
+root of that is the derivative, 2 relu(x). On its own it is bytes and nothing else: forward it reads and
+writes what the first product has just written, backward it reads two tensors of that size and writes a third.
+Here both products end with it while their sums are still in registers, so that y and the gradient of
+x @ w_in.T are written once and nothing else of that size is. All other products of the backward pass are
+PyTorch's. Where no kernel can run, and in fp32 and fp64, everything is.
+
+Both kernels are one: as many programs as the GPU has multiprocessors, each of which goes through tiles of the
+output and loads the next one's operands (TMA) while it ends the one before.
+
+Shapes: N tokens, C channels, H hidden units.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels import INTERPRETED, triton
+
+CONFIGS = {  # tile of the output, length of a piece of the sum, pieces in flight, warps
+    False: dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_stages=3, num_warps=8),  # forward
+    True: dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_stages=3, num_warps=8),  # backward
+}
+
+
+class ReluSquared(torch.autograd.Function):
+    """By itself: x of any shape -> relu(x)^2 in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x)
+        y = y * y  # in x's dtype; square() would be fp32 under CUDA's autocast
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (2 * ctx.saved_tensors[0].sqrt())
+
+
+relu_squared = ReluSquared.apply
+
+
+def relu_squared_mlp(x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor) -> torch.Tensor:
+    """x (..., C), w_in (H, C), w_out (C, H) -> relu(x @ w_in.T)^2 @ w_out.T, (..., C) in x's dtype, which
+    weights are cast to. Under autocast x is taken in autocast's dtype. Differentiable once in all three.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
+    if fusible(x, w_in):
+        return ReluSquaredMLP.apply(x.flatten(0, -2), w_in, w_out).view(x.shape)
+    return F.linear(relu_squared(F.linear(x, w_in)), w_out)
+
+
+def fusible(x: torch.Tensor, w_in: torch.Tensor) -> bool:
+    """True where the kernels run: on Hopper, in 16 bits, where TMA can address the rows; or interpreted."""
+    if triton is None or x.dtype not in (torch.bfloat16, torch.float16) or any(n % 8 for n in w_in.shape):
+        return False
+    if x.is_cuda:
+        return torch.cuda.get_device_properties(x.device).major == 9
+    # the interpreter needs values, and takes bfloat16's bits for integers in a product
+    return INTERPRETED and x.dtype == torch.float16 and not torch.compiler.is_compiling()
+
+
+class ReluSquaredMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w_in, w_out):
+        y = _linear_relu_squared(x, w_in)
+        ctx.save_for_backward(x, w_in, w_out, y)
+        return y @ w_out.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w_in, w_out, y = ctx.saved_tensors
+        grad_h = _linear_relu_squared_backward(grad, w_out, y)
+        return grad_h @ w_in, grad_h.T @ x, grad.T @ y
+
+
+# Opaque operators: a tensor descriptor is made of an address, which there is none of while torch.compile traces.
+@torch.library.custom_op("nanosync::linear_relu_squared", mutates_args=())
+def _linear_relu_squared(x: torch.Tensor, w_in: torch.Tensor) -> torch.Tensor:
+    """relu(x @ w_in.T)^2 (N, H) of x (N, C) and w_in (H, C)."""
+    y = x.new_empty(x.shape[0], w_in.shape[0])
+    _launch(x, w_in, y, y, backward=False)
+    return y
+
+
+@torch.library.custom_op("nanosync::linear_relu_squared_backward", mutates_args=())
+def _linear_relu_squared_backward(grad: torch.Tensor, w_out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The gradient of x @ w_in.T, (grad @ w_out) 2 sqrt(y) (N, H), of grad (N, C), w_out (C, H), y (N, H)."""
+    grad_h = torch.empty_like(y)
+    _launch(grad, w_out, y, grad_h, backward=True)
+    return grad_h
+
+
+@_linear_relu_squared.register_fake
+def _(x, w_in):
+    return x.new_empty(x.shape[0], w_in.shape[0])
+
+
+@_linear_relu_squared_backward.register_fake
+def _(grad, w_out, y):
+    return torch.empty_like(y)
+
+
+if triton is not None:
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    @triton.jit
+    def _kernel(
+        a_desc,  # (N, C): x, or the gradient of out
+        b_desc,  # (H, C): w_in; BACKWARD (C, H): w_out
+        y_desc,  # (N, H), read if BACKWARD
+        out_desc,  # (N, H)
+        N, H: tl.constexpr, C: tl.constexpr, PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):
+        across: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+        tiles = (N + BLOCK_M - 1) // BLOCK_M * across
+        for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+            row, column = tile // across * BLOCK_M, tile % across * BLOCK_N
+            sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for k in range(0, C, BLOCK_K):  # what lies outside a tensor is loaded as 0 and not stored
+                a = a_desc.load([row, k])
+                if BACKWARD:
+                    sums = tl.dot(a, b_desc.load([k, column]), sums)
+                else:
+                    sums = tl.dot(a, b_desc.load([column, k]).T, sums)
+            # half a tile at a time, for which there is shared memory beside the operands in flight
+            left, right = sums.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+            _end(left, y_desc, out_desc, row, column, BACKWARD)
+            _end(right, y_desc, out_desc, row, column + BLOCK_N // 2, BACKWARD)
+
+    @triton.jit
+    def _end(sums, y_desc, out_desc, row, column, BACKWARD: tl.constexpr):
+        if BACKWARD:
+            sums *= 2 * tl.sqrt(y_desc.load([row, column]).to(tl.float32))
+        else:
+            sums = tl.maximum(sums, 0.0)
+            sums *= sums
+        out_desc.store([row, column], sums.to(out_desc.dtype))
+
+
+def _launch(a: torch.Tensor, b: torch.Tensor, y: torch.Tensor, out: torch.Tensor, backward: bool) -> None:
+    (N, C), H, config = a.shape, out.shape[1], CONFIGS[backward]
+    if N == 0:
+        return
+    M, W, K = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    a, b = a.contiguous(), b.contiguous()
+    out_desc, y_desc = (TensorDescriptor.from_tensor(z, [M, W // 2]) for z in (out, y))
+    tiles = triton.cdiv(N, M) * triton.cdiv(H, W)
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
+    _kernel[min(tiles, programs),](
+        TensorDescriptor.from_tensor(a, [M, K]),
+        TensorDescriptor.from_tensor(b, [K, W] if backward else [W, K]),
+        y_desc, out_desc, N, H, C, programs, backward, **config)
