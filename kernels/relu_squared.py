@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from kernels import INTERPRETED, triton
 
-# tile of the output, length of a piece of the sum, pieces in flight, warps: the best of some twenty on H100 at
-# N = 65536, C = 768, H = 3072; see records/2026-11-25-speedrun-h100
+# tile of the output, length of a piece of the sum, pieces in flight, warps: the best of some twenty on H100,
+# at N = 65536, C = 768, H = 3072; see records/2026-11-25-speedrun-h100
 CONFIGS = {
     "forward": dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_stages=4, num_warps=8),
     "backward": dict(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_stages=3, num_warps=8),
@@ -82,7 +82,7 @@ class ReluSquaredMLP(torch.autograd.Function):
         return grad_h @ w_in, grad_h.T @ x, grad.T @ y
 
 
-# Opaque operators: a tensor descriptor is made of an address, which there is none of while torch.compile traces.
+# Opaque operators: a tensor descriptor holds an address, and while torch.compile traces there is none.
 @torch.library.custom_op("nanosync::linear_relu_squared", mutates_args=())
 def _linear_relu_squared(x: torch.Tensor, w_in: torch.Tensor) -> torch.Tensor:
     """relu(x @ w_in.T)^2 (N, H) of x (N, C) and w_in (H, C)."""
