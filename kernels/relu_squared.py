@@ -78,8 +78,10 @@ class ReluSquaredMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, w_in, w_out, y = ctx.saved_tensors
-        grad_h = _linear_relu_squared_backward(grad, w_out, y)
-        return grad_h @ w_in, grad_h.T @ x, grad.T @ y
+        of_x, of_w_in, of_w_out = ctx.needs_input_grad
+        grad_h = _linear_relu_squared_backward(grad, w_out, y) if of_x or of_w_in else None
+        return (grad_h @ w_in if of_x else None, grad_h.T @ x if of_w_in else None,
+                grad.T @ y if of_w_out else None)
 
 
 # Opaque operators: a tensor descriptor holds an address, and while torch.compile traces there is none.
@@ -153,7 +155,8 @@ def _launch(a: torch.Tensor, b: torch.Tensor, y: torch.Tensor, out: torch.Tensor
     if N == 0:
         return
     M, W, K = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    a, b = a.contiguous(), b.contiguous()
+    a, b = (z.contiguous() if z.data_ptr() % 16 == 0 else z.clone(memory_format=torch.contiguous_format)
+            for z in (a, b))  # TMA's addresses are multiples of 16 bytes
     out_desc, y_desc = (TensorDescriptor.from_tensor(z, [M, W // 2]) for z in (out, y))
     tiles = triton.cdiv(N, M) * triton.cdiv(H, W)
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3

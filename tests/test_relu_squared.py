@@ -73,6 +73,25 @@ def test_shapes_and_layouts():
     empty.sum().backward()
 
 
+def test_weights_anywhere_in_memory():
+    """Views into a larger tensor, as a sharded optimizer may make: not where TMA could address them."""
+    *found, grad = tensors(24, 16, 32, torch.float16)
+    shifted = [torch.cat((z.new_zeros(1), z.detach().flatten()))[1:].view_as(z) for z in found]
+    assert all(z.data_ptr() % 16 for z in shifted)
+    shifted = [z.requires_grad_() for z in shifted]
+    check(shifted, relu_squared_mlp(*shifted), grad, 2e-3)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_only_the_gradients_that_are_wanted(wanted):
+    *found, grad = tensors(24, 16, 32, torch.float16)
+    relu_squared_mlp(*found).backward(grad)
+    alone = [z.detach().requires_grad_(i == wanted) for i, z in enumerate(found)]
+    relu_squared_mlp(*alone).backward(grad)
+    for i, (z, y) in enumerate(zip(found, alone)):
+        assert torch.equal(z.grad, y.grad) if i == wanted else y.grad is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast(dtype):
     """Everything in autocast's dtype, and gradients in the weights' own."""
