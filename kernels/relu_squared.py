@@ -7,7 +7,8 @@ root of that is the derivative, 2 relu(x). On its own it is bytes and nothing el
 writes what the first product has just written, backward it reads two tensors of that size and writes a third.
 Here both products end with it while their sums are still in registers, so that y and the gradient of
 x @ w_in.T are written once and nothing else of that size is. All other products of the backward pass are
-PyTorch's. Where no kernel can run, and in fp32 and fp64, everything is.
+PyTorch's; where no kernel can run, and in fp32 and fp64, everything is PyTorch's. (In fp16 the root of the
+output is 0 where x is below 1.7e-4; bfloat16 has fp32's range.)
 
 Both kernels are one: as many programs as the GPU has multiprocessors, each of which goes through tiles of the
 output and loads the next one's operands (TMA) while it ends the one before.
@@ -17,6 +18,7 @@ Shapes: N tokens, C channels, H hidden units.
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from kernels import INTERPRETED, triton
 
@@ -39,6 +41,7 @@ class ReluSquared(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # the root has no derivative at 0
     def backward(ctx, grad):
         return grad * (2 * ctx.saved_tensors[0].sqrt())
 
@@ -49,18 +52,24 @@ relu_squared = ReluSquared.apply
 def relu_squared_mlp(x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor) -> torch.Tensor:
     """x (..., C), w_in (H, C), w_out (C, H) -> relu(x @ w_in.T)^2 @ w_out.T, (..., C) in x's dtype, which
     weights are cast to. Under autocast x is taken in autocast's dtype. Differentiable once in all three.
+    Raises ValueError for other shapes.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.shape[-1:] != w_in.shape[1:] or w_out.shape != w_in.shape[::-1]:
+        raise ValueError(f"x {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)} are "
+                         f"not (..., C), (H, C) and (C, H)")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
     if fusible(x, w_in):
-        return ReluSquaredMLP.apply(x.flatten(0, -2), w_in, w_out).view(x.shape)
+        return ReluSquaredMLP.apply(x.reshape(-1, x.shape[-1]), w_in, w_out).view(x.shape)
     return F.linear(relu_squared(F.linear(x, w_in)), w_out)
 
 
 def fusible(x: torch.Tensor, w_in: torch.Tensor) -> bool:
     """True where the kernels run: on Hopper, in 16 bits, where TMA can address the rows; or interpreted."""
-    if triton is None or x.dtype not in (torch.bfloat16, torch.float16) or any(n % 8 for n in w_in.shape):
+    if triton is None or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if any(n == 0 or n % 8 for n in w_in.shape):
         return False
     if x.is_cuda:
         return torch.cuda.get_device_properties(x.device).major == 9
@@ -76,6 +85,7 @@ class ReluSquaredMLP(torch.autograd.Function):
         return y @ w_out.T
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, w_in, w_out, y = ctx.saved_tensors
         of_x, of_w_in, of_w_out = ctx.needs_input_grad
@@ -96,7 +106,7 @@ def _linear_relu_squared(x: torch.Tensor, w_in: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("nanosync::linear_relu_squared_backward", mutates_args=())
 def _linear_relu_squared_backward(grad: torch.Tensor, w_out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The gradient of x @ w_in.T, (grad @ w_out) 2 sqrt(y) (N, H), of grad (N, C), w_out (C, H), y (N, H)."""
-    grad_h = torch.empty_like(y)
+    grad_h = y.new_empty(y.shape)
     _launch(grad, w_out, y, grad_h, backward=True)
     return grad_h
 
@@ -108,7 +118,7 @@ def _(x, w_in):
 
 @_linear_relu_squared_backward.register_fake
 def _(grad, w_out, y):
-    return torch.empty_like(y)
+    return y.new_empty(y.shape)
 
 
 if triton is not None:
@@ -145,7 +155,7 @@ if triton is not None:
         if BACKWARD:
             sums *= 2 * tl.sqrt(y_desc.load([row, column]).to(tl.float32))
         else:
-            sums = tl.maximum(sums, 0.0)
+            sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as PyTorch does
             sums *= sums
         out_desc.store([row, column], sums.to(out_desc.dtype))
 
@@ -155,12 +165,17 @@ def _launch(a: torch.Tensor, b: torch.Tensor, y: torch.Tensor, out: torch.Tensor
     if N == 0:
         return
     M, W, K = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    a, b = (z.contiguous() if z.data_ptr() % 16 == 0 else z.clone(memory_format=torch.contiguous_format)
-            for z in (a, b))  # TMA's addresses are multiples of 16 bytes
-    out_desc, y_desc = (TensorDescriptor.from_tensor(z, [M, W // 2]) for z in (out, y))
     tiles = triton.cdiv(N, M) * triton.cdiv(H, W)
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
-    _kernel[min(tiles, programs),](
-        TensorDescriptor.from_tensor(a, [M, K]),
-        TensorDescriptor.from_tensor(b, [K, W] if backward else [W, K]),
-        y_desc, out_desc, N, H, C, programs, backward, **config)
+    with torch.cuda.device_of(a):  # Triton launches on the current one
+        _kernel[min(tiles, programs),](
+            _descriptor(a, M, K), _descriptor(b, K, W) if backward else _descriptor(b, W, K),
+            _descriptor(y, M, W // 2), _descriptor(out, M, W // 2), N, H, C, programs, backward, **config)
+
+
+def _descriptor(z: torch.Tensor, rows: int, columns: int):
+    """Of blocks of a matrix, or of a copy of it: TMA's addresses are multiples of 16 bytes."""
+    z = z.contiguous()
+    if z.data_ptr() % 16:
+        z = z.clone()
+    return TensorDescriptor(z, z.shape, [z.shape[1], 1], [rows, columns])  # a single row may have any stride

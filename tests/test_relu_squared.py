@@ -4,10 +4,12 @@ Hopper GPU, or in Triton's interpreter; seconds.
     TRITON_INTERPRET=1 python -m pytest tests/test_relu_squared.py
 """
 
+import math
+
 import pytest
 import torch
 
-from kernels import INTERPRETED, relu_squared
+from kernels import INTERPRETED, relu_squared, triton
 from kernels.relu_squared import fusible, relu_squared_mlp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,19 +64,109 @@ def test_kernels_run_where_they_can(monkeypatch):
 
 
 def test_shapes_and_layouts():
-    """Batches of sequences, none at all, and a gradient that is not contiguous."""
+    """Batches of sequences, and a gradient that is not contiguous."""
     *found, grad = tensors(24, 16, 32, torch.float16)
     x, w_in, w_out = found
     out = relu_squared_mlp(x.view(2, 3, 4, 16), w_in, w_out)
     assert out.shape == (2, 3, 4, 16)
     check(found, out.view(24, 16), grad.T.contiguous().T, 2e-3)
-    empty = relu_squared_mlp(x[:0], w_in, w_out)
-    assert empty.shape == (0, 16)
-    empty.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (2, 0, 16)])
+def test_few_rows(shape):
+    """A vector, a row whose stride says nothing, and none."""
+    *found, grad = tensors(24, 16, 32, torch.float16)
+    x = torch.cat((found[0].detach(), grad), dim=1)[:1, :16] if shape == (1, 16) else \
+        found[0].detach().flatten()[:math.prod(shape)].view(shape)
+    out = relu_squared_mlp(x, *found[1:])
+    assert out.shape == shape
+    assert torch.allclose(out.double(), exact(x.double(), *(w.double() for w in found[1:])), atol=1e-2)
+    out.sum().backward()
+
+
+def test_no_hidden_units():
+    x, w_in, w_out = torch.ones(8, 16).half(), torch.ones(0, 16).half(), torch.ones(16, 0).half()
+    assert torch.equal(relu_squared_mlp(x, w_in, w_out), torch.zeros(8, 16).half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_shapes_that_do_not_fit(dtype):
+    x, w_in, w_out = (torch.ones(shape, dtype=dtype) for shape in ((8, 16), (32, 24), (16, 32)))
+    for wrong in ((x, w_in, w_out), (x, w_in[:, :16], w_out.T), (x, w_in[:, :16], w_out[:8])):
+        with pytest.raises(ValueError, match=r"are not \(\.\.\., C\), \(H, C\) and \(C, H\)"):
+            relu_squared_mlp(*wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_nan_stays_nan(dtype):
+    """A model that has diverged must not look healthy. On a GPU the kernel's own maximum, too."""
+    *found, _ = tensors(24, 16, 32, dtype)
+    with torch.no_grad():
+        found[1][3, 5] = math.nan
+    assert relu_squared_mlp(*found).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_no_second_derivative(dtype):
+    """There is none from the root of the output, and it is said."""
+    *found, grad = tensors(24, 16, 32, dtype)
+    first, = torch.autograd.grad(relu_squared_mlp(*found), found[1], grad.requires_grad_(),
+                                 create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("kernels_run", [False, True])
+@pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="no kernel runs here")
+def test_compiled_as_one_graph(kernels_run, monkeypatch):
+    """By aot_eager, which runs the interpreter's kernels, too."""
+    *found, grad = tensors(40, 16, 32, torch.float16)
+    if kernels_run and INTERPRETED:
+        monkeypatch.setattr(relu_squared, "fusible", lambda x, w_in: True)
+    compiled = torch.compile(relu_squared_mlp, fullgraph=True, backend="aot_eager", dynamic=False)
+    check(found, compiled(*found), grad, 2e-3)
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="no kernel runs here")
+def test_operators_are_registered_correctly():
+    """Schema and fake tensors, as torch.compile relies on them."""
+    x, w_in, w_out, grad = (z.detach() for z in tensors(40, 16, 32, torch.float16))
+    if not fusible(x, w_in):
+        pytest.skip("not a Hopper GPU")
+    y, tests = relu_squared._linear_relu_squared(x, w_in), ("test_schema", "test_faketensor")
+    torch.library.opcheck(relu_squared._linear_relu_squared, (x, w_in), test_utils=tests)
+    torch.library.opcheck(relu_squared._linear_relu_squared_backward, (grad, w_out, y), test_utils=tests)
+    torch.library.opcheck(relu_squared._linear_relu_squared_backward, (grad, w_out, y.T.contiguous().T),
+                          test_utils=tests)
+
+
+@pytest.mark.skipif(triton is None or INTERPRETED, reason="no Triton compiler")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_compiles_without_a_gpu(direction):
+    """For H100 in bf16: what a multiprocessor's shared memory holds, on tensor cores, and a NaN stays one."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    config = relu_squared.CONFIGS[direction]
+    sizes = {name: n for name, n in config.items() if name.startswith("BLOCK")}
+    M, W, K = sizes.values()
+    blocks = dict(a_desc=(M, K), b_desc=(W, K) if direction == "forward" else (K, W), y_desc=(M, W // 2),
+                  out_desc=(M, W // 2))
+    constants = sizes | dict(H=3072, C=768, PROGRAMS=132, BACKWARD=direction == "backward")
+    kinds = dict.fromkeys(constants, "constexpr") | dict(N="i32")
+    kinds |= {name: f"tensordesc<bf16[{rows},{columns}]>" for name, (rows, columns) in blocks.items()}
+    names = relu_squared._kernel.arg_names
+    source = ASTSource(relu_squared._kernel, {name: kinds[name] for name in names},
+                       {(names.index(name),): value for name, value in constants.items()})
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32),
+                       options={name: config[name] for name in ("num_warps", "num_stages")})
+    assert compiled.metadata.shared <= 227 * 1024 and "wgmma.mma_async" in compiled.asm["ptx"]
+    if direction == "forward":
+        assert "max.NaN.f32" in compiled.asm["ptx"] and "max.f32" not in compiled.asm["ptx"]
 
 
 def test_weights_anywhere_in_memory():
-    """Views into a larger tensor, as a sharded optimizer may make: not where TMA could address them."""
+    """Views into a larger tensor, as a sharded optimizer may make, at addresses that TMA cannot take."""
     *found, grad = tensors(24, 16, 32, torch.float16)
     shifted = [torch.cat((z.new_zeros(1), z.detach().flatten()))[1:].view_as(z) for z in found]
     assert all(z.data_ptr() % 16 for z in shifted)
