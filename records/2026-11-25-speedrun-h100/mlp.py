@@ -2,7 +2,9 @@
 
     python records/2026-11-25-speedrun-h100/mlp.py    # from the repository's root, on a Hopper GPU; a minute
 
-The c_fc of 64 sequences: N = 65536 tokens, C = 768 channels, H = 3072 hidden units, bfloat16.
+The c_fc of 64 sequences: N = 65536 tokens, C = 768 channels, H = 3072 hidden units, bfloat16. Put in order
+since it was run; the rows of mlp.json with "flatten": false are of a loop over tiles that is not made one
+with the loop over sums.
 """
 
 import itertools

@@ -5,7 +5,7 @@
 On a CPU in fp32, a model of 4 layers of width 128 on the bytes of some of Python's own modules, 300 steps of
 4,096 bytes. Of TRAIN_GPT2.PY (see run_record.py) the classes are taken as they stand; its optimizers and
 their settings are spelled out here, as its loop has them. Its tables of angles are bfloat16, ours fp32, and
-both orthogonalise in bfloat16: the differences begin there, and grow as those of two seeds would.
+both orthogonalise in bfloat16: the differences begin there, and grow.
 """
 
 import argparse

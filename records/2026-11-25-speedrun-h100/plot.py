@@ -50,7 +50,7 @@ def main() -> None:
 
     for variant, color in VARIANTS.items():
         draw(middle, *curve(variant), color, f"{variant}, 2 runs")
-    middle.set(xlabel="step", ylim=(0.95, 2.1), xlim=0)
+    middle.set(xlabel="step", ylabel="val loss", ylim=(0.95, 2.1), xlim=0)
     middle.set_title("stage A: 1,000 steps", fontsize=10)
     middle.legend(frameon=False)
 
@@ -64,7 +64,7 @@ def main() -> None:
     right.annotate(f"{fixed:.0f} ms: embedding, head, optimizer", (0, fixed), xytext=(10, -8),
                    textcoords="offset points")
     right.set(xlabel="layers that take part", ylabel="ms a step", xlim=(0, 12.5), ylim=0)
-    right.set_title("depth_warm: what does not take part takes no time", fontsize=10)
+    right.set_title("depth_warm, before ReLU² in the products", fontsize=10)
     for ax in (left, middle, right):
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
