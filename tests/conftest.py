@@ -4,8 +4,9 @@ import json
 import multiprocessing
 import os
 import runpy
-import subprocess
+import signal
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,11 +62,22 @@ def tiny_data(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "letters", tokens[:3000], tokens[3000:], 26)
 
 
-def _script_process(script: str, args: list[str], cwd: str, env: dict, out: str, err: str) -> None:
-    """Body of a process that has imported the heavy modules already: become `python script args`."""
-    for descriptor, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+# Imported once, in the server that most processes of tests are forked from
+PRELOAD = ["pytest", "torch", "torch._dynamo", "torch.distributed.run", "torch.distributed.fsdp",
+           "safetensors.torch", "checkpoint", "dataloader", "model", "optim", "reduced_sync_model",
+           "tensor_parallel_model", "training_logger"]
+
+
+def forking() -> multiprocessing.context.ForkServerContext:
+    """Makes processes within milliseconds, where importing torch and this project takes six seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def _run_as_main(script: str, args: list[str], cwd: str, env: dict, out: str, err: str) -> int:
+    """In a process that has imported the heavy modules, become `python script args`; the exit code."""
+    _print_to(out, err)
     os.chdir(cwd)
     os.environ.update(env)
     sys.argv = [script, *args]
@@ -79,44 +91,92 @@ def _script_process(script: str, args: list[str], cwd: str, env: dict, out: str,
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    return code
 
 
-@pytest.fixture(scope="session")
-def _forkserver():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "model", "dataloader", "checkpoint", "optim",
-                                    "training_logger", "safetensors.torch"])
-    return context
+def _print_to(out: str, err: str) -> None:
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+
+
+def _script_process(*command) -> None:
+    os._exit(_run_as_main(*command))
+
+
+class _Forked:
+    """A worker, to its launcher, which knows how to handle a subprocess.Popen."""
+
+    def __init__(self, *command):
+        self.process = multiprocessing.get_context("fork").Process(target=self.run, args=command)
+        self.process.start()
+        self.pid = self.process.pid
+        os.setpgid(self.pid, self.pid)  # to which the launcher sends its signals
+
+    def run(self, *command) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # which are the launcher's so far
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os._exit(_run_as_main(*command))
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> None:
+        self.process.join(timeout)
+
+
+def _launcher_process(options: list[str], script: str, args: list[str], cwd: str, env: dict, out: str,
+                      err: str) -> None:
+    """torchrun, which forks itself where it would start a command."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    _print_to(out, err)
+    os.environ.update(env)
+    SubprocessHandler._popen = lambda _, command, environment: _Forked(
+        script, args, cwd, environment, out, err)
+    run.main([*options, "--", script])
+
+
+def python(script: str, *args: str, cwd: Path, timeout: float = 300, **env: str) -> Result:
+    """Run a script of this repository in one process, which is forked from one that has imported torch."""
+    return _finished(_script_process, timeout, str(ROOT / script), list(map(str, args)), str(cwd), env)
 
 
 @pytest.fixture
-def run_script(_forkserver, tmp_path):
-    """run_script("train.py", *args, cwd=..., ENV=...) -> Result. Forks a process that has imported torch."""
+def run_script(tmp_path):
+    """run_script("train.py", *args, cwd=..., ENV=...) -> Result, as `python`; cwd is tmp_path by default."""
 
-    def run(script: str, *args: str, cwd: Path = tmp_path, timeout: float = 300, **env: str) -> Result:
-        out, err = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
-        process = _forkserver.Process(target=_script_process, args=(
-            str(ROOT / script), list(map(str, args)), str(cwd), env, str(out), str(err)))
-        process.start()
-        process.join(timeout)
-        assert not process.is_alive(), f"{script} {args} still runs after {timeout} s"
-        result = Result(process.exitcode, out.read_text(), err.read_text())
-        out.unlink()
-        err.unlink()
-        return result
+    def run(script: str, *args: str, cwd: Path = tmp_path, **options) -> Result:
+        return python(script, *args, cwd=cwd, **options)
 
     return run
 
 
+def _finished(body, timeout: float, *command) -> Result:
+    """Of a process and those that it has forked."""
+    with tempfile.TemporaryDirectory() as printed:
+        out, err = Path(printed, "out"), Path(printed, "err")
+        process = forking().Process(target=body, args=(*command, str(out), str(err)))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.terminate()  # a launcher ends its workers
+            process.join(60)
+            process.kill()
+            raise AssertionError(f"{command[:3]} still ran after {timeout} s: {err.read_text()}")
+        return Result(process.exitcode, out.read_text(), err.read_text())
+
+
 def torchrun(n: int, script: str, *args: str, cwd: Path, launcher: tuple[str, ...] = ("--standalone",),
-             timeout: float = 300) -> Result:
-    """Run a script of this repository in n real processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, f"--nproc_per_node={n}",
-               "--", str(ROOT / script), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return Result(done.returncode, done.stdout, done.stderr)
+             timeout: float = 300, **env: str) -> Result:
+    """Run a script of this repository in n processes under PyTorch's launcher, all of them forked likewise.
+
+    The command itself, at four seconds for the launcher and six for a worker, is in tests/test_long_runs.py.
+    """
+    return _finished(_launcher_process, timeout, [*launcher, f"--nproc_per_node={n}"], str(ROOT / script),
+                     list(map(str, args)), str(cwd), {**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 
 def save_checkpoint(out_dir: Path, step: int, weights, keep: int = 10, best: bool = False, **state) -> str:
@@ -178,7 +238,7 @@ def run_processes(world: int, function, folder: Path, *args, timeout: float = 30
 
     They are forked from a server that has imported torch, which saves the seconds that a launch costs.
     """
-    context = multiprocessing.get_context("forkserver")
+    context = forking()
     processes = [context.Process(target=_group_process, args=(function, rank, world, str(folder), args))
                  for rank in range(world)]
     for process in processes:

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from conftest import python, torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -126,20 +127,34 @@ def same(out_dir: Path, reference: Path) -> bool:
             and evaluations(out_dir) == evaluations(reference))
 
 
+def finish(data: Path, out_dir: Path, *args: str, processes: int = 1, **env: str) -> int:
+    """A run to which nothing is done from outside, in processes that are forked, for time; the exit code."""
+    command = ["train.py", f"--dataset={data}", f"--out_dir={out_dir}", *SETTINGS, *args]
+    if processes > 1:
+        done = torchrun(processes, *command, cwd=out_dir.parent, **env)
+    else:
+        done = python(*command, cwd=out_dir.parent, **env)
+    with open(f"{out_dir}.txt", "a") as f:
+        f.write(done.out + done.err)
+    return done.code
+
+
 def go_on(data: Path, out_dir: Path, *args: str, **options) -> int:
     """Resume to the end; the exit code."""
-    return Run(data, out_dir, "--resume=latest", *args, **options).wait()
+    return finish(data, out_dir, "--resume=latest", *args, **options)
 
 
 def kill_and_resume(data: Path, out_dir: Path, reference: Path, *args: str, point: str | None = None,
                     after: float = 0.0, **options) -> dict:
     """kill -9 at a named point of saving step 20, or so many seconds after the first update; then resume."""
-    run = Run(data, out_dir, *args, **options, **({"NANOSYNC_KILL_AT": f"{point}@20"} if point else {}))
     if point is None:
+        run = Run(data, out_dir, *args, **options)
         run.wait_for(SAVE_EVERY + 1)  # before there is a checkpoint, nothing can be resumed
         time.sleep(after)
         run.process.kill()
-    run.wait()
+        run.wait()
+    else:
+        finish(data, out_dir, *args, **options, NANOSYNC_KILL_AT=f"{point}@20")
     reached = max(losses(out_dir), default=-1) + 1
     saved = newest(out_dir)["step"]
     code = go_on(data, out_dir, *args, **options)
@@ -202,7 +217,7 @@ def main() -> None:
         references = {}
         for kind, processes in (("gpt", 1), ("gpt", 2), ("gpt", 4), ("spd", 1), ("tp", 2)):
             references[kind, processes] = folder / f"{kind}{processes}"
-            assert Run(data, references[kind, processes], *KINDS[kind], processes=processes).wait() == 0
+            assert finish(data, references[kind, processes], *KINDS[kind], processes=processes) == 0
 
         def report(group: str, case: dict) -> None:
             cases.setdefault(group, []).append(case)
@@ -243,13 +258,13 @@ def other_world(data: Path, out_dir: Path, then: int, now: int) -> dict:
     an update leaves them)."""
     plain = ["--dropout=0.0", "--lr_decay_iters=60"]
     through, first = Path(f"{out_dir}-through"), ["--max_iters=30", *plain]
-    assert Run(data, through, *first, processes=then).wait() == 0
-    assert Run(data, out_dir, "--max_iters=20", *plain, processes=then).wait() == 0
+    assert finish(data, through, *first, processes=then) == 0
+    assert finish(data, out_dir, "--max_iters=20", *plain, processes=then) == 0
     before = newest(out_dir)
     again = Path(f"{out_dir}-again")
     still = ["--max_iters=21", "--learning_rate=0", "--min_lr=0", "--decay_lr=False"]
-    code = Run(data, again, f"--resume={out_dir}", *plain, *still, processes=now).wait()
-    code |= Run(data, out_dir, "--resume=latest", *first, processes=now).wait()
+    code = finish(data, again, f"--resume={out_dir}", *plain, *still, processes=now)
+    code |= go_on(data, out_dir, *first, processes=now)
     kept = newest(again)["model"] == before["model"]
     a, b = losses(through), losses(out_dir)
     worst = max(abs(a[step] - b[step]) / a[step] for step in range(20, 30))

@@ -36,7 +36,7 @@ def references(tmp_path_factory, data):
     def reference(kind, processes=1):
         if (kind, processes) not in made:
             made[kind, processes] = folder / f"{kind}{processes}"
-            assert Run(data, made[kind, processes], *KINDS[kind], processes=processes).wait() == 0
+            assert long_runs.finish(data, made[kind, processes], *KINDS[kind], processes=processes) == 0
         return made[kind, processes]
     return reference
 
@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite(run_script, tiny_data, tmp_path):
 
 def test_no_room(data, tmp_path):
     """Files may have 100 kB, and weights have more: a periodic save warns, the last one fails, logs go on."""
-    assert Run(data, tmp_path / "out", "--max_iters=10").wait() == 0
+    assert long_runs.finish(data, tmp_path / "out", "--max_iters=10") == 0
     command = [sys.executable, str(ROOT / "train.py"), f"--dataset={data}", f"--out_dir={tmp_path / 'out'}",
                *SETTINGS, "--resume=latest", "--max_iters=20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120,

@@ -311,7 +311,6 @@ def check_all(rank: int, world: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_forkserver")
 def test_on_processes(tmp_path):
     run_processes(4, check_all, tmp_path)  # one launch, which costs as much as a check
 
