@@ -14,6 +14,8 @@ fails is switched off. Only what cannot even start is a UserError. Only the main
 thread. Times are wall-clock between two log lines, each of which reads the loss and so waits for the device.
 """
 
+from __future__ import annotations  # torch takes seconds to import, and who only reads logs does without
+
 import collections
 import contextlib
 import errno
@@ -29,11 +31,13 @@ import struct
 import subprocess
 import sys
 import time
-
-import torch
+import typing
 
 from configurator import UserError
 from data.files import first_line, made_folder, replace_file, unused_path
+
+if typing.TYPE_CHECKING:
+    import torch
 
 PEAK_TFLOPS = {  # dense, by what named_peak_flops leaves of a name: (bf16 and fp16, tf32); the data sheets
     "H200": (989.5, 494.7), "H100": (989.5, 494.7), "H100 PCIE": (756.0, 378.0), "GH200": (989.5, 494.7),
@@ -68,6 +72,8 @@ WANDB_SECONDS = 60.0  # to reach wandb at the start, and to send what is left at
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s that the device reaches at most with matrices of this dtype, None if that is not known."""
+    import torch
+
     return None if device.type != "cuda" else named_peak_flops(torch.cuda.get_device_name(device), dtype)
 
 
@@ -75,6 +81,8 @@ def named_peak_flops(name: str, dtype: torch.dtype) -> float | None:
     """The same for a device's name. Every word counts: an H100 NVL, a MIG slice or a laptop's RTX 4090 is
     another device than the one that its name begins with.
     """
+    import torch
+
     words = re.split(r"[ -]+", name.strip().upper())
     bare = " ".join(word for word in words if not BESIDE_THE_POINT.fullmatch(word))
     half, tf32 = PEAK_TFLOPS.get(bare, (None, None))
@@ -86,6 +94,8 @@ def named_peak_flops(name: str, dtype: torch.dtype) -> float | None:
 
 def environment(device: torch.device) -> dict:
     """Versions, machine and git commit, for the log and the checkpoint."""
+    import torch
+
     root = os.path.dirname(os.path.abspath(__file__))
     try:
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root,

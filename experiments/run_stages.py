@@ -45,6 +45,7 @@ from experiments.experiment_config import (
 from experiments.experiment_logger import ExperimentLogger, differences, lines_of, read_lines
 from experiments.report import table, write
 from experiments.runner import ENDING, Job, end_on_signals, lock, recover, run_jobs, slots, visible_gpus
+from training_logger import read_log
 
 PLAN = {"campaign_name": (str, True), "description": (str, False), "baseline": (str, True),
         "variants": (list, True), "target_val_loss": ((*NUMBER, type(None)), True), "stages": (list, True),
@@ -267,8 +268,6 @@ class Campaign:
 
     def probe(self, stage: str) -> bool:
         """A few steps of the baseline, to know what a run costs. Raises UserError if they fail."""
-        from training_logger import read_log  # and with it torch, which no dry run needs
-
         run = Run(stage, self.plan["baseline"], 0)
         log = self.log_of(stage, run.variant)
         settings = all_settings(log.config)

@@ -11,7 +11,6 @@ waits until nothing of the earlier runner is left.
 
 import contextlib
 import fcntl
-import importlib
 import itertools
 import json
 import math
@@ -27,6 +26,7 @@ from configurator import UserError
 from data.files import first_line, os_error_as_user_error, unused_path
 from experiments.experiment_config import NUMBER, command, finite, num_iterations, shown, variables
 from experiments.experiment_logger import ExperimentLogger, gpu_info
+from training_logger import read_log
 
 SUPERVISOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervise.py")
 ENDING = 5.0  # seconds that ending a run may take at most
@@ -173,8 +173,6 @@ def read_run(out_dir: str, asked: dict, report: dict) -> tuple[dict, list[dict]]
 
     asked: the settings it was given; report: supervise.py's.
     """
-    from training_logger import read_log  # and with it torch, which no dry run needs
-
     result = dict(NOTHING)
     status, metrics, config = {}, [], {}
     with contextlib.suppress(OSError, ValueError), open(os.path.join(out_dir, "status.json")) as f:
@@ -385,7 +383,6 @@ def run_jobs(jobs: list[Job], places: list[str | None], may_start=None, ended=No
                 job = waiting.pop(0)
                 if may_start is None or may_start(job):
                     running.append(Running(job, free.pop(0)))
-            importlib.import_module("training_logger")  # torch takes seconds, in which the runs start, too
             progress.show(done, running, waiting, len(places))
             time.sleep(POLL)
             for run in [run for run in running if run.supervisor.poll() is not None]:
