@@ -727,6 +727,7 @@ def val_losses(folder: Path, run_id: int = 0) -> list[float]:
     return [row["val_loss"] for row in rows if row["run_id"] == run_id and "val_loss" in row]
 
 
+@pytest.mark.slow
 def test_pipeline(tmp_path):
     """run, analyse, stages, compare: all variants train and improve."""
     random = np.random.RandomState(7)
