@@ -69,7 +69,7 @@ PRELOAD = ["pytest", "torch", "torch._dynamo", "torch.distributed.run", "torch.d
 
 
 def forking() -> multiprocessing.context.ForkServerContext:
-    """Makes processes within milliseconds, where importing torch and this project takes six seconds."""
+    """Makes processes within milliseconds; to import torch and this project takes about five seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
@@ -173,7 +173,7 @@ def torchrun(n: int, script: str, *args: str, cwd: Path, launcher: tuple[str, ..
              timeout: float = 300, **env: str) -> Result:
     """Run a script of this repository in n processes under PyTorch's launcher, all of them forked likewise.
 
-    The command itself, at four seconds for the launcher and six for a worker, is in tests/test_long_runs.py.
+    The command itself, which imports for seconds in each of them, is in tests/test_long_runs.py.
     """
     return _finished(_launcher_process, timeout, [*launcher, f"--nproc_per_node={n}"], str(ROOT / script),
                      list(map(str, args)), str(cwd), {**os.environ, "OMP_NUM_THREADS": "1", **env})
