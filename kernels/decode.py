@@ -232,11 +232,7 @@ if triton is not None:
         H, S, scale, SPAN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     ):
         """One program a head and span of positions. Whichever ends last adds the spans up, always in their
-        order.
-
-        Every one of the BLOCK_S lanes runs its own softmax over the positions it meets, so the loop needs no
-        exchange between warps; the lanes are joined after it.
-        """
+        order."""
         head, split = tl.program_id(0), tl.program_id(1)  # head of all B * H
         heads, splits = tl.num_programs(0), tl.num_programs(1)
         position = tl.load(position_ptr).to(tl.int32)
@@ -247,21 +243,9 @@ if triton is not None:
             q = tl.load(qkv_ptr + d, mask=d_mask, other=0.0).to(tl.float32) * scale
             k_ptr = cache_ptr + head.to(tl.int64) * S * D
             v_ptr = k_ptr + heads.to(tl.int64) * S * D
-            lane_max = tl.full((BLOCK_S,), -1e30, tl.float32)  # finite: -inf - -inf would be NaN
-            lane_sum = tl.zeros((BLOCK_S,), tl.float32)
-            lane_y = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-            for start in range(split * SPAN, min((split + 1) * SPAN, position), BLOCK_S):
-                s = start + tl.arange(0, BLOCK_S)
-                mask = (s < position)[:, None] & d_mask[None, :]
-                k = tl.load(k_ptr + s[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-                v = tl.load(v_ptr + s[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-                score = tl.where(s < position, tl.sum(q[None, :] * k, axis=1), float("-inf"))
-                new_max = tl.maximum(lane_max, score)
-                shrink = tl.exp(lane_max - new_max)
-                p = tl.exp(score - new_max)
-                lane_sum = lane_sum * shrink + p
-                lane_y = lane_y * shrink[:, None] + p[:, None] * v
-                lane_max = new_max
+            lane_max, lane_sum, lane_y = _softmax_of_lanes(
+                q, k_ptr, v_ptr, d, d_mask, split * SPAN, min((split + 1) * SPAN, position), position,
+                D, BLOCK_D, BLOCK_S)
 
             # the new token, whose place is in the last span that has work
             k_new = tl.load(qkv_ptr + H * D + d, mask=d_mask, other=0.0)
@@ -286,18 +270,47 @@ if triton is not None:
                 tl.store(partial_ptr + split * (D + 2) + D + 1, top)
                 tl.debug_barrier()  # all of it is written before it is counted
                 if tl.atomic_add(done_ptr + head, 1, sem="acq_rel") == spans - 1:
-                    top = tl.load(partial_ptr + D + 1, volatile=True)
-                    for i in range(1, spans):
-                        top = tl.maximum(top, tl.load(partial_ptr + i * (D + 2) + D + 1, volatile=True))
-                    y = tl.zeros((BLOCK_D,), tl.float32)
-                    weight = 0.0
-                    for i in range(spans):
-                        span_ptr = partial_ptr + i * (D + 2)
-                        shrink_span = tl.exp(tl.load(span_ptr + D + 1, volatile=True) - top)
-                        weight += shrink_span * tl.load(span_ptr + D, volatile=True)
-                        y += shrink_span * tl.load(span_ptr + d, mask=d_mask, other=0.0, volatile=True)
+                    y, weight = _joined(partial_ptr, spans, d, d_mask, D, BLOCK_D)
                     tl.store(out_ptr + head * D + d, (y / weight).to(out_ptr.dtype.element_ty), mask=d_mask)
                     tl.store(done_ptr + head, 0)
+
+    @triton.jit
+    def _softmax_of_lanes(q, k_ptr, v_ptr, d, d_mask, begin, end, position, D: tl.constexpr,
+                          BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
+        """Of positions begin to end - 1: maximum and sum of weights (BLOCK_S,), weighted values (BLOCK_S,
+        BLOCK_D). Every lane runs its own softmax over the positions it meets, so the loop needs no exchange
+        between warps; the lanes are joined after it."""
+        lane_max = tl.full((BLOCK_S,), -1e30, tl.float32)  # finite: -inf - -inf would be NaN
+        lane_sum = tl.zeros((BLOCK_S,), tl.float32)
+        lane_y = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+        for start in range(begin, end, BLOCK_S):
+            s = start + tl.arange(0, BLOCK_S)
+            mask = (s < position)[:, None] & d_mask[None, :]
+            k = tl.load(k_ptr + s[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            v = tl.load(v_ptr + s[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            score = tl.where(s < position, tl.sum(q[None, :] * k, axis=1), float("-inf"))
+            new_max = tl.maximum(lane_max, score)
+            shrink = tl.exp(lane_max - new_max)
+            p = tl.exp(score - new_max)
+            lane_sum = lane_sum * shrink + p
+            lane_y = lane_y * shrink[:, None] + p[:, None] * v
+            lane_max = new_max
+        return lane_max, lane_sum, lane_y
+
+    @triton.jit
+    def _joined(partial_ptr, spans, d, d_mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
+        """Weighted values (BLOCK_D,) and sum of weights of all spans of a head, in their order."""
+        top = tl.load(partial_ptr + D + 1, volatile=True)
+        for i in range(1, spans):
+            top = tl.maximum(top, tl.load(partial_ptr + i * (D + 2) + D + 1, volatile=True))
+        y = tl.zeros((BLOCK_D,), tl.float32)
+        weight = 0.0
+        for i in range(spans):
+            span_ptr = partial_ptr + i * (D + 2)
+            shrink = tl.exp(tl.load(span_ptr + D + 1, volatile=True) - top)
+            weight += shrink * tl.load(span_ptr + D, volatile=True)
+            y += shrink * tl.load(span_ptr + d, mask=d_mask, other=0.0, volatile=True)
+        return y, weight
 
 
 VECTOR_ROWS = 2  # up to here a program a row beats the matrix units, which take 16 rows at least
