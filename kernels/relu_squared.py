@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import INTERPRETED, triton
 
-# tile of the output, length of a piece of the sum, pieces in flight, warps: the best of some twenty on H100,
+# tile of the output, length of a piece of the sum, pieces in flight, warps: the best of those tried on H100,
 # at N = 65536, C = 768, H = 3072; see records/2026-11-25-speedrun-h100
 CONFIGS = {
     "forward": dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_stages=4, num_warps=8),
