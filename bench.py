@@ -49,39 +49,30 @@ from dataclasses import dataclass
 
 import torch
 
-import checkpoint
-from configurator import UserError, check_at_least, check_output_file, check_seed, configure
-from data.files import first_line
-from dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
-from distributed import (
-    Processes,
-    Sharding,
-    all_data_parallel,
-    all_values,
-    barrier,
-    check_all_reduce,
-    check_compile,
-    data_parallel,
-    env_rank,
-    finish,
-    local_part,
-    pick_dtype,
-    start,
-)
-from kernels import benchmark, usable
+from benchmarks import kernels as benchmark
+from configurator import check_at_least, check_seed, configure
+from kernels import usable
+from kernels.exchange import check_all_reduce
 from kernels.layer_norm import MAX_WIDTH
 from model import (
     GPT,
     GPTConfig,
-    capture_graph,
     compile_blocks,
     initial_parameters,
     use_activation_checkpointing,
     use_triton_layer_norm,
 )
-from optim import build_adamw, clip_gradients
-from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, Ranks, SyncSchedule, ranks_on
-from training_logger import environment, peak_flops
+from models import registry
+from nanosync.dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
+from nanosync.distributed import Processes, all_data_parallel, all_values, barrier, env_rank, finish, start
+from nanosync.errors import UserError
+from nanosync.files import check_output_file, first_line
+from nanosync.generation import capture_graph
+from nanosync.hardware import check_compile, environment, peak_flops, pick_dtype
+from nanosync.optim import build_adamw, clip_gradients
+from nanosync.ranks import Ranks, ranks_on
+from nanosync.sharding import Sharding, data_parallel, local_part
+from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, SyncSchedule
 
 # -----------------------------------------------------------------------------
 mode = "train"  # 'train', 'memory', 'generate', 'kernels', or, under torchrun, 'decode' or 'prefill'
@@ -305,7 +296,7 @@ if compile and mode in ("train", "memory"):
 data = open_dataset(dataset, block_size) if dataset else None
 architecture = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
                     n_embd=n_embd, dropout=dropout, bias=bias)
-checkpoint.check_size(GPTConfig(**architecture))
+registry.check_size(GPTConfig(**architecture))
 if (model_type == "distributed_gpt" or block_types is not None) and not (schedules or compare):
     ranks = processes.world_size if latency else tp_size
     blocks = DistributedGPTConfig(**architecture, tp_size=ranks, block_types=block_types)
@@ -380,7 +371,7 @@ def make_divided(strategy: Strategy, on: Processes, layers: int):
     if strategy.tp:
         config, kind = config | dict(tp_size=tp_processes, block_types=block_types), "distributed_gpt"
     with torch.device("meta"):
-        model = checkpoint.build_model({"kind": kind, "config": config})
+        model = registry.build_model({"kind": kind, "config": config})
     weights = initial_parameters(model, device)
     if strategy.tp:
         model.place(ranks_on(on.tp_group, tp_processes))
@@ -390,7 +381,7 @@ def make_divided(strategy: Strategy, on: Processes, layers: int):
     sharding = None
     if strategy.fsdp:
         sharding = Sharding(on, compute_dtype, strategy.min_num_params, not strategy.keep, strategy.offload)
-    checkpoint.fill(model, weights, "bench.py", device, sharding)
+    weights.fill(model, weights, "bench.py", device, sharding)
     return model
 
 

@@ -13,30 +13,23 @@ a misspelt key must not train another model than the one meant. After nanoGPT's 
 config files are interchangeable.
 """
 
+import argparse
 import ast
-import atexit
 import contextlib
 import difflib
-import glob
 import io
 import math
 import os
-import select
 import signal
 import sys
-import tempfile
-import time
 import tokenize
 import types
 import typing
 from collections.abc import Collection
 from dataclasses import dataclass
 
-before_exit = []  # functions to call when an error ends the process
-
-
-class UserError(ValueError):
-    """An error that the user can mend. Scripts print it as one line and exit with code 2."""
+from nanosync.errors import UserError, install_error_hook, install_interrupt_hook
+from nanosync.files import is_utf8, nearest_file
 
 
 @dataclass
@@ -50,11 +43,20 @@ class Setting:
 
 
 class Config(dict):
-    """The resolved settings, name to value; `origin` has for each where its value came from."""
+    """The resolved settings, name to value; `origin` has for each where its value came from.
 
-    def __init__(self, values: dict, origin: dict[str, str]):
+    A value that is set later, such as one that a checkpoint decides, is written through to the script's
+    globals.
+    """
+
+    def __init__(self, values: dict, origin: dict[str, str], namespace: dict | None = None):
+        """namespace: the script's globals()."""
         super().__init__(values)
-        self.origin = origin
+        self.origin, self._namespace = origin, {} if namespace is None else namespace
+
+    def __setitem__(self, name: str, value) -> None:
+        super().__setitem__(name, value)
+        self._namespace[name] = value
 
     def table(self) -> str:
         """One line a setting: name, value and, where it is not the script's default, its origin."""
@@ -100,7 +102,7 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
         name, value = parse_argument(arg, settings)
         values[name], origin[name] = value, "command line"
     namespace.update({name: values[name] for name in own})
-    return Config(values, origin)
+    return Config(values, origin, namespace)
 
 
 def read_settings(namespace: dict) -> list[Setting]:
@@ -223,14 +225,6 @@ def _line_in(error: Exception, path: str) -> int | str:
     return line
 
 
-def nearest_file(path: str, ending: str, *folders: str) -> str:
-    """A hint, if there is one, at the file of a similar name in the same folder or in others."""
-    there = {os.path.basename(found): found for folder in (os.path.dirname(path), *folders)
-             for found in sorted(glob.glob(os.path.join(glob.escape(folder), "*" + ending)))}
-    near = difflib.get_close_matches(os.path.basename(path), there, 1)
-    return f"; did you mean {there[near[0]]}?" if near else ""
-
-
 def parse_argument(arg: str, settings: dict[str, Setting]) -> tuple[str, object]:
     """`--key=value`, or `--key` alone for a setting that is True or False. Raises UserError."""
     key, equals, text = arg.partition("=")
@@ -327,38 +321,18 @@ def check_at_most(config: dict, maximum: float, *names: str) -> None:
             raise UserError(f"{name}={config[name]} must be at most {maximum:g}")
 
 
+def check_choice(config: dict, name: str, choices: Collection[str]) -> None:
+    """Raise UserError if a setting is none of the choices."""
+    if config[name] not in choices:
+        *most, last = choices
+        known = f"{', '.join(most)} or {last}" if len(choices) == 2 else ", ".join(choices)
+        raise UserError(f"{name}={config[name]!r} is unknown: use {known}")
+
+
 def check_seed(config: dict) -> None:
     """Raise UserError for a seed that PyTorch's generators cannot take."""
     if not -2**63 <= config["seed"] < 2**63:
         raise UserError(f"seed={config['seed']} does not fit into 64 bits: use one from -2**63 to 2**63 - 1")
-
-
-def check_can_write(path: str, setting: str) -> None:
-    """Raise UserError, naming the setting, unless files can be made in a folder, which need not exist yet."""
-    try:
-        os.stat(path)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or "it is no path"
-        raise UserError(f"{setting}={path!r} cannot be a folder: {reason}") from None
-    folder = path
-    while not os.path.lexists(folder):
-        folder = os.path.dirname(folder) or os.curdir
-    try:
-        with tempfile.TemporaryFile(dir=folder):  # permission bits alone do not tell
-            pass
-    except OSError as e:
-        raise UserError(f"{setting}={path!r}: cannot write in {folder}: {e.strerror}; name another "
-                        f"folder") from None
-
-
-def check_output_file(path: str, setting: str) -> None:
-    """Raise UserError, naming the setting, unless a file can be written there; its folder must exist."""
-    folder = os.path.dirname(path) or os.curdir
-    if os.path.isdir(path) or not os.path.isdir(folder):
-        raise UserError(f"{setting}={path!r} names no file in a folder that is there: make the folder first")
-    check_can_write(folder, setting)
 
 
 def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserError:
@@ -367,67 +341,23 @@ def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserErro
     return UserError(f"unknown key {name!r} in {where}{hint} (--help lists all)")
 
 
-def install_error_hook(rank: int = 0, settings: Collection[str] = ()) -> None:
-    """End the process on a UserError, or when memory runs out, with one line on stderr and exit code 2, on
-    Ctrl-C with 130, without a word where `| head` has seen enough; other errors keep their traceback.
-
-    Most such errors meet every rank. Rank 0 speaks at once; the others wait, are ended meanwhile by the
-    launcher that sees rank 0 go, and speak only if the error was theirs alone. settings: the names of those
-    that the script has, for what it can be told to change.
+class Parser(argparse.ArgumentParser):
+    """Arguments of a prepare.py: `--help` as usual, an error as one line with exit code 2, and Ctrl-C as one
+    with 130.
     """
-    previous = sys.excepthook
-    atexit.register(_flush_stdout)
 
-    def hook(kind, error, traceback):
-        for function in before_exit:
-            with contextlib.suppress(Exception):
-                function()
-        if issubclass(kind, BrokenPipeError) and _stdout_is_closed():
-            os._exit(128 + 13)  # as SIGPIPE would have it
-        text = _for_users(kind, error, settings)
-        if text is None:
-            return previous(kind, error, traceback)
-        if rank != 0:
-            time.sleep(3)
-        who = "error" if rank == 0 else f"error on rank {rank}"
-        _flush_stdout()
-        # torch.distributed's own hook holds sys.stderr back; a file name need not be UTF-8
-        os.write(2, f"{who}: {text}\n".encode(errors="backslashreplace"))
-        # threads and process groups that are still up must not hold the exit back
-        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 2)
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+        install_error_hook()
+        install_interrupt_hook()
 
-    sys.excepthook = hook
+    def parse_args(self, args=None, namespace=None):
+        for arg in sys.argv[1:] if args is None else args:
+            if not is_utf8(arg):  # it could be neither printed nor written to meta.json
+                self.error(f"argument {arg!r} is not valid UTF-8")
+        return super().parse_args(args, namespace)
 
-
-def _flush_stdout() -> None:
-    """What is still to be printed; where nobody reads it, nothing more is said."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def _stdout_is_closed() -> bool:
-    """Whether nobody reads any more what is printed."""
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def _for_users(kind: type, error: BaseException, settings: Collection[str]) -> str | None:
-    """What to say of an error that the user can mend, None for any other."""
-    if issubclass(kind, UserError):
-        return str(error)
-    if issubclass(kind, KeyboardInterrupt):
-        return "interrupted"
-    # PyTorch's, known by name because it is not imported here: on a GPU, and on the CPU a RuntimeError
-    if kind.__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
-        # of a step's sequences, device_batch_size are held at a time where there is such a setting
-        sizes = ("device_batch_size", "sequence_length") if "device_batch_size" in settings else \
-            ("batch_size", "block_size")
-        smaller = " or ".join([*(name for name in sizes if name in settings), "model"])
-        switches = [f"--{name}" for name in ("activation_checkpointing=block", "use_fsdp")
-                    if name.partition("=")[0] in settings]
-        others = f", or {' or '.join(switches)}" if switches else ""
-        return f"out of memory: use a smaller {smaller}{others} ({str(error).splitlines()[0]})"
-    return None
+    def error(self, message):
+        print(f"error: {message} (--help lists the options)", file=sys.stderr)
+        sys.exit(2)

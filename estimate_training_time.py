@@ -20,9 +20,10 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 
-from configurator import UserError, check_at_least, configure
-from dataloader import open_dataset
-from training_logger import read_log
+from configurator import check_at_least, configure
+from nanosync.dataloader import open_dataset
+from nanosync.errors import UserError
+from nanosync.run_log import read_log
 
 # -----------------------------------------------------------------------------
 tokens_per_second: float | None = None  # of all GPUs together; a log has its own

@@ -9,22 +9,20 @@ Weights of any kind under another sync schedule, and on real ranks, one process 
 $ python hellaswag.py --init_from=gpt2 --tp_size=2 --block_types="['spd']*12"
 $ torchrun --standalone --nproc_per_node=2 hellaswag.py --out_dir=out-spd --tp_processes=2
 
-Data, measure and method: data/hellaswag.py.
+Data, measure and method: nanosync/hellaswag_eval.py.
 """
 
 import time
 
 import torch
 
-import checkpoint
-from configurator import UserError, check_at_least, check_output_file, configure
-from data import hellaswag
-from data.files import write_json
-from distributed import env_rank, finish, on_main, pick_dtype, print0
-from distributed import start as start_processes
-from model import GPT
-from tensor_parallel_model import DistributedGPT, ranks_on
-from training_logger import environment
+import models
+from configurator import check_at_least, configure
+from nanosync import hellaswag_eval
+from nanosync.distributed import env_rank, finish, on_main, print0
+from nanosync.distributed import start as start_processes
+from nanosync.files import check_output_file, write_json
+from nanosync.hardware import environment, pick_dtype
 
 # -----------------------------------------------------------------------------
 init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', a folder of weights
@@ -56,29 +54,15 @@ def say(text: str) -> None:
 
 
 # weights and examples; what is wrong is found before what takes long
-if init_from == "resume":
-    found = checkpoint.find(out_dir, checkpoint_step, group=group)
-else:
-    found = checkpoint.find_weights(init_from, checkpoint_step, group=group)
+found = models.find_for_inference(config, group)
 if found is not None:
     trained = found.state["model"]["config"]
-    hellaswag.check_vocabulary(trained["used_vocab_size"], found.state["meta"], found.path)
-examples = on_main(lambda: hellaswag.load(input, n_examples), group)
+    hellaswag_eval.check_vocabulary(trained["used_vocab_size"], found.state["meta"], found.path)
+examples = on_main(lambda: hellaswag_eval.load(input, n_examples), group)
+model = models.load_for_inference(config, found, processes, say)
 if found is None:
-    model = GPT.from_pretrained(init_from)
-    hellaswag.check_vocabulary(model.config.used_vocab_size, None, init_from)
-else:
-    model = checkpoint.load_model(found, dropout=0.0)
-hellaswag.check_lengths(examples, model.config.block_size)
-if tp_size is not None or block_types is not None:
-    model = checkpoint.with_ranks(model, tp_size, block_types)
-    if found is not None:
-        checkpoint.note_other_schedule(found, model, say)
-if tp_processes > 1:
-    if not isinstance(model, DistributedGPT):
-        raise UserError(f"tp_processes={tp_processes}: the model is the dense GPT; give it ranks with "
-                        f"--tp_size={tp_processes}")
-    model.place(ranks_on(processes.tp_group, model.config.tp_size))
+    hellaswag_eval.check_vocabulary(model.config.used_vocab_size, None, init_from)
+hellaswag_eval.check_lengths(examples, model.config.block_size)
 model.to(device)
 if found is not None:
     say(f"{found.path}: {found.described()}")
@@ -97,7 +81,7 @@ def progress(done: int, n: int) -> None:
 
 
 with autocast:
-    result = hellaswag.accuracy(model, examples, batch_size, device, processes.dp_rank, processes.dp_size,
+    result = hellaswag_eval.accuracy(model, examples, batch_size, device, processes.dp_rank, processes.dp_size,
                                 processes.dp_group, progress=progress)
 say(f"HellaSwag: acc {result['acc']:.4f}, acc_norm {result['acc_norm']:.4f} on {result['n']} examples")
 if json and processes.main:

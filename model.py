@@ -7,30 +7,21 @@ tied head).
 Shapes: B batch, T tokens of a sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
 """
 
-import copy
-import json
 import logging
 import math
-import os
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from configurator import UserError
-from kernels import decode
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.layer_norm import add_layer_norm, layer_norm
-
-GPT2_SIZES = {
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
-}
+from nanosync import huggingface
+from nanosync.errors import UserError
+from nanosync.generation import Decoder
+from nanosync.sharding import Replicated
 
 
 @dataclass
@@ -207,16 +198,7 @@ def use_activation_checkpointing(model: nn.Module, kind: str) -> None:
         lambda record: "context_fn is passed" not in record.getMessage())
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile each block of a model by itself, for FSDP, which has work to do between them. Blocks that
-    compute the same share one compilation; there may be as many as blocks, in training and evaluation."""
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 4 * len(model.transformer.h))
-    for block in model.transformer.h:
-        block.forward = torch.compile(block.forward)
-
-
-class GPT(nn.Module):
+class GPT(Replicated):
     block_class = Block
 
     def __init__(self, config: GPTConfig):
@@ -275,29 +257,6 @@ class GPT(nn.Module):
         """What generates from this model, to be kept for more prompts; see Decoder."""
         return Decoder(self, batch_size, **sampling)
 
-    def n_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    # For models that lie in parts on several processes; this one never does.
-
-    def whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors by name, of this process's parameters or their optimizer state -> those of all of them."""
-        return tensors
-
-    def own_part(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inverse of `whole`."""
-        return tensors
-
-    def split_parameters(self) -> list[nn.Parameter]:
-        """Those of which this process has only a part."""
-        return []
-
-    def reduce_partial_gradients(self) -> None:
-        """Complete the gradients of which this process has computed only a share. Before each update."""
-
-    def align_replicas(self, optimizer) -> None:
-        """Make parameters that every process has whole, and their optimizer state, equal to the last bit."""
-
     def flops_per_token(self, T: int) -> int:
         """Floating-point operations of a training step (forward, and backward as twice that) per token, at
         length T.
@@ -327,111 +286,14 @@ class GPT(nn.Module):
         (or its cache on this machine), or a local folder with config.json and model.safetensors. Raises
         UserError.
         """
-        folder = name if os.path.isdir(name) else _download(name)
-        config = GPTConfig(**_read_huggingface_config(folder), dropout=dropout)
-        model = cls(config)
-        _load_huggingface_weights(model, folder)
+        folder = huggingface.find_folder(name)
+        model = cls(GPTConfig(**huggingface.read_config(folder), dropout=dropout))
+        huggingface.load_weights(model, folder)
         return model
 
-    @torch.no_grad()
     def save_pretrained(self, folder: str) -> None:
-        """Write a folder that transformers loads as GPT2LMHeadModel, with equal logits.
-
-        Padding rows of the vocabulary are left out; biases that the model does not have are written as zeros.
-        """
-        from safetensors.torch import save_file
-
-        c = self.config
-        tensors = {}
-        for name, p in self.named_parameters():
-            p = p.detach().cpu()
-            if name == "transformer.wte.weight":
-                p = p[:c.used_vocab_size]
-            tensors[name] = (p.T if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
-            if name.endswith(".weight") and not c.bias and "wte" not in name and "wpe" not in name:
-                tensors[name.removesuffix("weight") + "bias"] = p.new_zeros(p.shape[0])
-        os.makedirs(folder, exist_ok=True)
-        save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-        with open(os.path.join(folder, "config.json"), "w") as f:
-            json.dump({
-                "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
-                "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd, "n_head": c.n_head,
-                "n_layer": c.n_layer, "vocab_size": c.used_vocab_size, "layer_norm_epsilon": 1e-5,
-                "tie_word_embeddings": True, "attn_pdrop": c.dropout, "embd_pdrop": c.dropout,
-                "resid_pdrop": c.dropout, "bos_token_id": c.used_vocab_size - 1,
-                "eos_token_id": c.used_vocab_size - 1,
-            }, f, indent=1)
-
-
-# Hugging Face keeps these as Conv1D, transposed.
-CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
-def _download(name: str) -> str:
-    """The folder of a GPT-2 from the hub, downloaded if it is not in the cache. Raises UserError."""
-    if name not in GPT2_SIZES:
-        raise UserError(f"{name!r} is neither a folder nor one of {', '.join(GPT2_SIZES)}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()  # what goes wrong is said below, once
-    try:
-        files = ["config.json", "model.safetensors"]
-        return snapshot_download(f"openai-community/{name}", allow_patterns=files)
-    except Exception as e:  # of huggingface_hub or its HTTP library
-        raise UserError(f"could not download {name} ({type(e).__name__}): without a network, give a folder "
-                        f"with its config.json and model.safetensors instead of the name") from None
-
-
-def _read_huggingface_config(folder: str) -> dict:
-    """The fields of GPTConfig that a config.json determines. Raises UserError for what is not a GPT-2."""
-    path = os.path.join(folder, "config.json")
-    try:
-        with open(path, encoding="utf-8") as f:
-            c = json.load(f)
-        fields = dict(block_size=int(c["n_positions"]), vocab_size=int(c["vocab_size"]),
-                      n_layer=int(c["n_layer"]), n_head=int(c["n_head"]), n_embd=int(c["n_embd"]))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is no configuration of a GPT-2 ({type(e).__name__}: {e})") from None
-    wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-              "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-              "tie_word_embeddings": True, "n_inner": None}
-    for key, value in wanted.items():
-        if c.get(key, value) != value and not (key == "n_inner" and c[key] == 4 * fields["n_embd"]):
-            raise UserError(f"{path} has {key}={c[key]!r}; this model has {value!r}")
-    return fields
-
-
-@torch.no_grad()
-def _load_huggingface_weights(model: GPT, folder: str) -> None:
-    """Copy model.safetensors into the model. Raises UserError for what is missing, of another shape, or of
-    layers that the model does not have.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = os.path.join(folder, "model.safetensors")
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
-    # the hub's own GPT-2 files name the parameters without "transformer." and carry the causal masks
-    tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-    for name, p in model.named_parameters():
-        tensor = tensors.get(name.removeprefix("transformer."))
-        if tensor is not None and name.endswith(CONV1D_WEIGHTS):
-            tensor = tensor.T
-        if tensor is None or tensor.shape != p.shape:
-            shape = None if tensor is None else tuple(tensor.shape)
-            raise UserError(f"{path}: {name} should be {tuple(p.shape)} and is {shape}")
-        p.copy_(tensor)
-    expected = {name.removeprefix("transformer.") for name, _ in model.named_parameters()}
-    masks = (".attn.bias", ".attn.masked_bias")
-    unused = sorted(name for name in set(tensors) - expected
-                    if name.startswith("h.") and not name.endswith(masks))
-    if unused:
-        raise UserError(f"{path} has {len(unused)} weights that the model of config.json has no place for, "
-                        f"such as {unused[0]}: the two files do not belong together")
+        """Write a folder that transformers loads as GPT2LMHeadModel, with equal logits."""
+        huggingface.save(self, folder)
 
 
 @torch.no_grad()
@@ -464,217 +326,3 @@ def initial_parameters(model: nn.Module, device="cpu"):
         return p
 
     return ((name, drawn(name)) for name in shapes)
-
-
-def sample_tokens(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
-    """Draw one token a row: logits (B, V) -> ids (B,). Temperature 0 takes the most likely one.
-
-    `top_k` keeps the k most likely tokens; `top_p` the fewest whose probabilities reach p (arXiv 1904.09751),
-    of those that top_k left. Draws by the Gumbel-max trick: argmax(logits - log E), E exponential, is a draw
-    from softmax(logits), and needs no synchronisation with the host.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float()
-    V = logits.shape[-1]
-    index = None
-    if top_p is not None or (top_k is not None and top_k < V):
-        logits, index = logits.topk(min(top_k or V, V), dim=-1, sorted=top_p is not None)  # most likely first
-    if top_p is not None:
-        probs = (logits / temperature).softmax(dim=-1)
-        logits = logits.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, float("-inf"))
-    noise = torch.empty_like(logits).exponential_()
-    if index is not None:
-        return decode.draw(logits, index, noise, temperature, torch.empty_like(index[:, 0]))
-    return (logits / temperature - noise.clamp_min_(torch.finfo(torch.float32).tiny).log_()).argmax(dim=-1)
-
-
-@torch.no_grad()
-def sample_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int) -> str:
-    """The prompt and what a model that is being trained makes of it; leaves all random states and the model's
-    mode as they are. Under the caller's autocast."""
-    device, training = model.lm_head.weight.device, model.training
-    idx = torch.tensor(tokenizer.encode(prompt).astype("int64"), device=device)[None]
-    devices = [device.index] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        model.eval()
-        tokens = model.generate(idx, max_new_tokens, temperature=0.8,
-                                top_k=min(200, model.config.used_vocab_size))
-        model.train(training)
-    return tokenizer.decode(tokens[0].tolist())
-
-
-class Decoder:
-    """Generates from a model with a static KV cache: prefill, then one token a step; on CUDA a step is one
-    graph.
-
-    Built once for a batch size and sampling settings, used for any number of prompts. Runs in the dtype of
-    the weights, or, built under autocast, on a copy of them in autocast's dtype.
-
-    Past `block_size` the window slides. GPT-2's positions are absolute, so every key and value changes when
-    it does: each slide is a new prefill. `slide=1` (nanoGPT's rule) lets every token see the block_size
-    before it; a larger one drops that many at once and is that much cheaper.
-    """
-
-    def __init__(self, model: GPT, batch_size: int, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, slide: int = 1):
-        config, weight = model.config, model.lm_head.weight
-        self.sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-        check_sampling(config, slide=slide, **self.sampling)
-        self.device = weight.device
-        autocast = torch.is_autocast_enabled(self.device.type)
-        dtype = torch.get_autocast_dtype(self.device.type) if autocast else weight.dtype
-        self.model = model if dtype == weight.dtype else copy.deepcopy(model).to(dtype)
-        self.used_vocab_size = config.used_vocab_size
-        self.block_size, self.keep = config.block_size, config.block_size - slide + 1
-
-        B = batch_size
-        make = partial(torch.zeros, device=self.device, dtype=dtype)
-        self.residual_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.allocate(B, make)
-        self.token = make(B, dtype=torch.int64)  # the newest token, not yet in the cache
-        self.position = make(1, dtype=torch.int64)  # how many tokens the cache holds
-        self.window = make(B, self.keep, dtype=torch.int64)
-        self.graphs = {}
-
-    def allocate(self, B: int, make):
-        """Cache and buffers of a step; `make` makes a tensor of zeros in the weights' dtype."""
-        config = self.model.config
-        C, H = config.n_embd, config.n_head
-        self.cache = make(config.n_layer, 2, B, H, self.block_size, C // H)
-        self.attention = decode.Attention(self.cache)
-        self.x = make(B, C, dtype=self.residual_dtype)
-        self.qkv, self.y, self.h = make(B, 3 * C), make(B, C), make(B, 4 * C)
-        self.logits = make(B, config.vocab_size, dtype=self.residual_dtype)
-
-    def prefill(self, idx):
-        """Fill the cache with idx (B, T), T <= block_size; compute and draw the token after it."""
-        x = self.model.hidden(idx, self.cache)
-        self.logits.copy_(self.model.lm_head(x[:, -1]))
-        self.position.fill_(idx.shape[1])
-        self._draw()
-
-    def step(self):
-        """Feed `token` at `position`, likewise. Static shapes and addresses, no wait for the host."""
-        transformer = self.model.transformer
-        decode.embed(self.token, self.position, transformer.wte.weight, transformer.wpe.weight, self.x)
-        for block, cache in zip(transformer.h, self.cache):
-            attn, mlp = block.attn, block.mlp
-            decode.linear(self.x, attn.c_attn.weight, attn.c_attn.bias, self.qkv, norm=block.ln_1)
-            self.attention(self.qkv, cache, self.position, self.y)
-            decode.linear(self.y, attn.c_proj.weight, attn.c_proj.bias, self.x, residual=self.x)
-            decode.linear(self.x, mlp.c_fc.weight, mlp.c_fc.bias, self.h, norm=block.ln_2, gelu=True)
-            decode.linear(self.h, mlp.c_proj.weight, mlp.c_proj.bias, self.x, residual=self.x)
-        decode.linear(self.x, self.model.lm_head.weight, None, self.logits, norm=transformer.ln_f)
-        self.position += 1
-        self._draw()
-
-    def slide(self):
-        """Start again from the last tokens, which the caller has put into `window`. Static shapes, too."""
-        self.prefill(self.window)
-
-    def _draw(self):
-        self.token.copy_(sample_tokens(self.logits[:, :self.used_vocab_size], **self.sampling))
-
-    def _run(self, method):
-        """Call `step` or `slide`; on CUDA capture it as a graph the first time, and replay that."""
-        if self.device.type != "cuda":
-            return method()
-        name = method.__name__
-        if name not in self.graphs:
-            self.graphs[name] = capture_graph(method, restore=(self.token, self.position))
-        self.graphs[name].replay()
-
-    @torch.no_grad()
-    def run(self, idx, max_new_tokens: int):
-        """Yield after each new token all there is, (B, T + max_new_tokens), and the column just written.
-
-        idx: the prompt (B, T), T >= 1, of which the last block_size tokens count. Nothing waits for the
-        device.
-        """
-        T = idx.shape[1]
-        if T < 1:
-            raise UserError("the prompt is empty: it needs at least one token")
-        tokens = F.pad(idx, (0, max_new_tokens))
-        filled = min(T, self.block_size)
-        for n in range(T, T + max_new_tokens):
-            with torch.autocast(self.device.type, enabled=False):
-                if n == T:
-                    self.prefill(idx[:, -self.block_size:])
-                elif filled < self.block_size:
-                    self._run(self.step)
-                    filled += 1
-                else:
-                    self.window.copy_(tokens[:, n - self.keep:n])
-                    self._run(self.slide)
-                    filled = self.keep
-            tokens[:, n] = self.token
-            yield tokens, n
-
-    def generate(self, idx, max_new_tokens: int, stop_token: int | None = None):
-        """(B, T) -> (B, T + new): the prompt and up to max_new_tokens more.
-
-        Rows end at their first `stop_token` and are filled up with it; the result ends where the longest row
-        does.
-        """
-        tokens, T = idx, idx.shape[1]
-        for tokens, n in self.run(idx, max_new_tokens):
-            new = tokens[:, T:n + 1]
-            if stop_token is not None and (n - T) % 16 == 15 and (new == stop_token).any(dim=1).all():
-                break  # looked at every 16 steps: each look waits for the device
-        if stop_token is None or max_new_tokens == 0:
-            return tokens
-        new = tokens[:, T:n + 1]
-        stopped = (new == stop_token).cumsum(dim=1) > 0  # from the stop token on
-        new = new.masked_fill(stopped, stop_token)
-        length = min(int((~stopped).sum(dim=1).max()) + 1, new.shape[1])
-        return torch.cat((idx, new[:, :length]), dim=1)
-
-    def stream(self, idx, max_new_tokens: int):
-        """Yield each step's tokens as a list of B ints, as they come; the device works one step ahead."""
-        ahead = None
-        for tokens, n in self.run(idx, max_new_tokens):
-            fetched = tokens[:, n].to("cpu", non_blocking=True)
-            event = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-            if ahead is not None:
-                yield _wait(*ahead)
-            ahead = fetched, event
-        if ahead is not None:
-            yield _wait(*ahead)
-
-
-def _wait(fetched, event) -> list[int]:
-    if event is not None:
-        event.synchronize()
-    return fetched.tolist()
-
-
-def capture_graph(function, restore=()) -> torch.cuda.CUDAGraph:
-    """Capture what `function` launches, after a warm-up run that changes neither `restore` nor the RNG."""
-    before, rng = [t.clone() for t in restore], torch.cuda.get_rng_state()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-        for tensor, value in zip(restore, before):
-            tensor.copy_(value)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.set_rng_state(rng)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog has a thread, too
-        function()
-    return graph
-
-
-def check_sampling(config: GPTConfig, temperature: float, top_k: int | None, top_p: float | None,
-                   slide: int) -> None:
-    """Raise UserError for sampling settings that mean nothing."""
-    if temperature < 0:
-        raise UserError(f"temperature={temperature} must be at least 0 (0 takes the most likely token)")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k={top_k} must be at least 1, or None for all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p} must be above 0 and at most 1, or None for all tokens")
-    if not 1 <= slide <= config.block_size:
-        raise UserError(f"slide={slide} must be between 1 and block_size={config.block_size}")

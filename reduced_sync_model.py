@@ -14,9 +14,10 @@ so a model is trained with the strategy it is to run with; see tensor_parallel_m
 import math
 from dataclasses import dataclass
 
-from configurator import UserError
-from distributed import env_rank
-from tensor_parallel_model import DistributedGPT, Ranks, RanksConfig, SyncSchedule
+from nanosync.distributed import env_rank
+from nanosync.errors import UserError
+from nanosync.ranks import Ranks
+from tensor_parallel_model import DistributedGPT, RanksConfig, SyncSchedule
 
 STRATEGIES = ("standard", "spd", "selective", "grouped", "custom")
 
@@ -63,14 +64,17 @@ class GPTConfig(RanksConfig):
 
 
 class GPT(DistributedGPT):
-    """DistributedGPT by a strategy's schedule; says how often it synchronises."""
+    """DistributedGPT by a strategy's schedule; prints how often it synchronises."""
 
-    def __init__(self, config: GPTConfig, ranks: Ranks | None = None):
+    def __init__(self, config: GPTConfig, ranks: Ranks | None = None, announce: bool = True):
+        """announce: print the two lines of `announcement`, on rank 0."""
         super().__init__(config, ranks)
-        if env_rank() == 0:
-            print(f"Sync strategy: {config.sync_strategy}")
-            print(f"Synchronization points per forward pass: {self.syncs} (baseline {2 * config.n_layer})",
-                  flush=True)
+        if announce and env_rank() == 0:
+            print(self.announcement(), flush=True)
+
+    def announcement(self) -> str:
+        return (f"Sync strategy: {self.config.sync_strategy}\n"
+                f"Synchronization points per forward pass: {self.syncs} (baseline {2 * self.config.n_layer})")
 
 
 def parse_stop_if(text: str) -> tuple[float, float]:

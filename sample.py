@@ -9,17 +9,20 @@ $ python sample.py --init_from=gpt2 --tp_size=2 --block_types="['spd']*12"
 $ torchrun --standalone --nproc_per_node=2 sample.py --out_dir=out-spd --tp_processes=2 --tp_allreduce=oneshot
 """
 
+import dataclasses
 import signal
 
 import torch
 
-import checkpoint
-from configurator import UserError, check_at_least, check_seed, configure
-from data import tokenizers
-from distributed import check_all_reduce, env_rank, finish, pick_dtype
-from distributed import start as start_processes
-from model import GPT
-from tensor_parallel_model import DistributedGPT, ranks_on
+import models
+from configurator import check_at_least, check_seed, configure
+from nanosync import tokenizers
+from nanosync.distributed import env_rank, finish
+from nanosync.distributed import start as start_processes
+from nanosync.errors import UserError
+from nanosync.generation import Sampling
+from nanosync.hardware import pick_dtype
+from nanosync.rank_decoder import check_all_reduce
 
 # -----------------------------------------------------------------------------
 init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', a folder of weights
@@ -66,18 +69,9 @@ def say(text: str, end: str = "\n") -> None:
         print(text, end=end, flush=True)
 
 
-if init_from == "resume":
-    found = checkpoint.find(out_dir, checkpoint_step, group=group)
-else:
-    found = checkpoint.find_weights(init_from, checkpoint_step, group=group)
-if found is None:
-    model, meta = GPT.from_pretrained(init_from), None
-else:
-    model, meta = checkpoint.load_model(found, dropout=0.0), found.state["meta"]
-if tp_size is not None or block_types is not None:
-    model = checkpoint.with_ranks(model, tp_size, block_types)
-    if found is not None:
-        checkpoint.note_other_schedule(found, model, say)
+found = models.find_for_inference(config, group)
+meta = None if found is None else found.state["meta"]
+model = models.load_for_inference(config, found, processes, say)
 tokenizer = tokenizers.from_meta(meta)
 prompt = tokenizer.encode(start)
 if len(prompt) == 0:
@@ -94,13 +88,7 @@ if prompt.max() >= vocab_size:
 if stop_token is not None and not 0 <= stop_token < vocab_size:
     raise UserError(f"stop_token={stop_token} is none of the model's tokens, 0 to {vocab_size - 1}")
 model.config.used_vocab_size = min(vocab_size, tokenizer.vocab_size)  # others have no text to print
-options = {}
-if tp_processes > 1:
-    if not isinstance(model, DistributedGPT):
-        raise UserError(f"tp_processes={tp_processes}: the model is the dense GPT; give it ranks with "
-                        f"--tp_size={tp_processes}")
-    model.place(ranks_on(processes.tp_group, model.config.tp_size))
-    options["tp_allreduce"] = tp_allreduce
+options = {"tp_allreduce": tp_allreduce} if tp_processes > 1 else {}
 model.to(device, pick_dtype(dtype, device)).eval()
 
 # generation
@@ -112,7 +100,8 @@ if compile:
     say("compile=True changes nothing: generation has kernels and, on a GPU, a CUDA graph of its own")
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")
-decoder = model.decoder(1, temperature=temperature, top_k=top_k, top_p=top_p, slide=slide, **options)
+sampling = {field.name: config[field.name] for field in dataclasses.fields(Sampling)}
+decoder = model.decoder(1, slide=slide, **sampling, **options)
 idx = torch.tensor(prompt.astype("int64"), device=device)[None]
 for _ in range(num_samples):
     to_text = tokenizer.stream()

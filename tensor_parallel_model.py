@@ -26,8 +26,7 @@ part of C (attention) or 4C (MLP).
 
 import contextlib
 import warnings
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -35,12 +34,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from configurator import UserError
-from distributed import GroupSum, from_main, functional_all_gather, functional_all_reduce, local_part
-from kernels import decode
+from kernels.collectives import functional_all_gather
 from kernels.cross_entropy import vocab_parallel_cross_entropy
 from kernels.pending_norm import pending_layer_norm
-from model import GPT, Block, Decoder, GPTConfig, gelu, sample_tokens, selective_contexts
+from model import GPT, Block, GPTConfig, gelu, selective_contexts
+from nanosync.errors import UserError
+from nanosync.generation import Decoder
+from nanosync.rank_decoder import RankDecoder
+from nanosync.ranks import (
+    Ranks,
+    column_parallel,
+    f_op,
+    g_op,
+    join_parts,
+    part_of,
+    row_parallel,
+    split_dimension,
+)
+from nanosync.sharding import local_part
 
 BLOCK_TYPES = ("tp", "spd", "parallel")
 
@@ -88,123 +99,6 @@ class SyncSchedule:
     def unsynchronised(self) -> list[int]:
         """The others."""
         return [j for j, sublayer in enumerate(self.sublayers) if not sublayer.sync]
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The tensor-parallel ranks that this process holds, and with whom it shares the others.
-
-    local=R, group=None simulates all ranks in one process; local=1 is tensor parallelism as usual; local=2
-    on 4 processes runs 8 ranks on 4 GPUs. Process p holds ranks p * local to (p + 1) * local - 1.
-    """
-
-    local: int = 1
-    group: dist.ProcessGroup | None = None
-    trace: list | None = field(default=None, compare=False)  # g_op appends the shape of what it reduces
-    dry: bool = False  # leave out all-reduces: wrong sums, but the time of everything else
-    processes: int = field(init=False)
-    index: int = field(init=False)  # of this process in the group
-    group_name: str = field(init=False)  # by which compiled code knows the group
-
-    def __post_init__(self):
-        alone = self.group is None
-        object.__setattr__(self, "processes", 1 if alone else dist.get_world_size(self.group))
-        object.__setattr__(self, "index", 0 if alone else dist.get_rank(self.group))
-        object.__setattr__(self, "group_name", "" if alone else self.group.group_name)
-
-    def __deepcopy__(self, memo):
-        return self  # a copy of a model is on the same ranks
-
-    @property
-    def size(self) -> int:
-        return self.local * self.processes
-
-    @property
-    def as_one(self) -> "Ranks":
-        """This process's ranks while they agree: one rank, as wide as all."""
-        return replace(self, local=1)
-
-
-def ranks_on(group, tp_size: int) -> Ranks:
-    """tp_size ranks, divided among the processes of a group. Raises UserError."""
-    processes = dist.get_world_size(group)
-    if tp_size % processes:
-        raise UserError(f"tp_processes={processes} does not divide tp_size={tp_size}: each process holds as "
-                        f"many ranks as the others")
-    return Ranks(tp_size // processes, group)
-
-
-class _Share(torch.autograd.Function):
-    """f over a group: identity forward, all-reduce backward (Megatron-LM, arXiv 1909.08053, figure 3)."""
-
-    @staticmethod
-    def forward(ctx, x, group_name):
-        ctx.group_name = group_name
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return functional_all_reduce(grad, ctx.group_name), None
-
-
-class _Reduce(torch.autograd.Function):
-    """g over a group: all-reduce forward, identity backward; the adjoint of f (same source)."""
-
-    @staticmethod
-    def forward(ctx, x, group_name):
-        return functional_all_reduce(x, group_name)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-def f_op(base: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """What is the same on all ranks, for each: (...) -> (local, ...) without a copy.
-
-    Backward sums over this process's ranks and all-reduces over the group.
-    """
-    if ranks.group is not None and not ranks.dry:
-        base = _Share.apply(base, ranks.group_name)
-    return base.expand(ranks.local, *base.shape)
-
-
-def g_op(partial: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The sum over all ranks: (local, ...) -> (...), one all-reduce over the group. The adjoint of f_op."""
-    # dtype: under autocast CUDA's sum would give fp32, and so would the residual stream be from there on
-    total = partial.squeeze(0) if partial.shape[0] == 1 else partial.sum(dim=0, dtype=partial.dtype)
-    if ranks.trace is not None:
-        ranks.trace.append(tuple(total.shape))
-    return total if ranks.group is None or ranks.dry else _Reduce.apply(total, ranks.group_name)
-
-
-def column_parallel(x, linear: nn.Linear, parts: int = 1):
-    """Each rank's rows of a matrix: x (m, B, T, C) -> (m, B, T, N / m), N the rows that this process has.
-
-    parts: matrices that are stacked in it and each divided among the ranks, 3 for q, k and v.
-    """
-    m, B, T, C = x.shape
-    if m == 1:
-        return F.linear(x, linear.weight, linear.bias)
-    weight = linear.weight.view(parts, m, -1, C).transpose(0, 1).reshape(m, -1, C)  # (m, N / m, C)
-    y = torch.bmm(x.reshape(m, B * T, C), weight.transpose(1, 2))
-    if linear.bias is not None:
-        y = y + linear.bias.view(parts, m, -1).transpose(0, 1).reshape(m, 1, -1).to(y.dtype)
-    return y.view(m, B, T, -1)
-
-
-def row_parallel(y, weight, local: int, together: bool):
-    """Each rank's columns of a matrix (C, K): y (m, B, T, K / m) -> partial sums (local, B, T, C).
-
-    together: they are to be added up at once, so give their sum, (1, B, T, C), which is a single product.
-    """
-    m, B, T, _ = y.shape
-    if together or local == 1:
-        return F.linear(y.permute(1, 2, 0, 3).reshape(1, B, T, -1), weight)
-    if m == 1:  # one tensor of all ranks' inputs, side by side
-        y = y.view(B * T, local, -1).transpose(0, 1)
-    w = weight.view(weight.shape[0], local, -1).permute(1, 2, 0)  # (local, K / local, C)
-    return torch.bmm(y.reshape(local, B * T, -1) if m > 1 else y, w).view(local, B, T, -1)
 
 
 class Residual:
@@ -588,164 +482,3 @@ class DistributedGPT(GPT):
         if self.ranks.group is None and not self.schedule.unsynchronised:
             return Decoder(self, batch_size, **options)  # computes what the dense GPT does
         return RankDecoder(self, batch_size, tp_allreduce, **options)
-
-
-def split_dimension(name: str) -> int | None:
-    """The dimension over which ranks divide a parameter (or its optimizer state), None if all have it whole.
-
-    That of c_attn is divided within each of q, k and v.
-    """
-    if "c_attn." in name or "c_fc." in name:
-        return 0
-    return 1 if "c_proj.weight" in name else None
-
-
-def part_of(name: str, tensor: torch.Tensor, index: int, processes: int) -> torch.Tensor:
-    """The part of a whole parameter that process `index` holds."""
-    dim = split_dimension(name)
-    if dim is None or tensor.dim() == 0:
-        return tensor
-    if "c_attn." in name:
-        return torch.cat([part.chunk(processes)[index] for part in tensor.chunk(3)])
-    return tensor.chunk(processes, dim)[index]
-
-
-def join_parts(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
-    """The inverse of `part_of`."""
-    if "c_attn." in name:
-        return torch.cat([torch.cat(qkv) for qkv in zip(*(part.chunk(3) for part in parts))])
-    return torch.cat(parts, split_dimension(name))
-
-
-class RankDecoder(Decoder):
-    """Decoder for a schedule that leaves sums pending, or for real ranks: see Decoder for what it does.
-
-    Every rank caches the keys and values of its own heads on what it saw. The residual stream is in fp32:
-    `base`, the same on all ranks; `seen[r]`, what local rank r sees while something is pending; `pending[r]`,
-    of which the first is the buffer that the all-reduce reads. A process that holds several ranks keeps
-    copies of their weights as they are when the decoder is made.
-    """
-
-    def __init__(self, model: DistributedGPT, batch_size: int, tp_allreduce: str = "nccl", **options):
-        """tp_allreduce: how one-token steps sum over processes, see GroupSum."""
-        self.tp_allreduce = tp_allreduce
-        super().__init__(model, batch_size, **options)
-
-    def allocate(self, B, make):
-        model, config, ranks = self.model, self.model.config, self.model.ranks
-        C, local, R = config.n_embd, ranks.local, config.tp_size
-        heads, D = config.n_head // R, C // config.n_head
-        self.cache = make(config.n_layer, local, 2, B, heads, self.block_size, D)
-        self.attention = decode.Attention(self.cache[:, 0])
-        self.qkv, self.y, self.h = make(B, 3 * C // R), make(B, C // R), make(B, 4 * C // R)
-        make_residual = partial(make, dtype=self.residual_dtype)
-        self.base = make_residual(B, C)
-        self.seen = make_residual(local, B, C)
-        kind = "none" if ranks.dry else self.tp_allreduce
-        self.group_sum = GroupSum(kind, make_residual(B, C), ranks.group)
-        self.pending = [self.group_sum.buffer, *make_residual(local - 1, B, C)]
-        self.layers = [[rank_weights(block, r, local) for r in range(local)] for block in model.transformer.h]
-        first, last = model.vocab_range()
-        rows = -(-config.vocab_size // ranks.processes)
-        head = model.lm_head.weight[first:last]
-        self.head = head if len(head) == rows else F.pad(head, (0, 0, 0, rows - len(head)))
-        self.logits = make_residual(B, rows * ranks.processes)  # whole only if all are needed
-        self.part = self.logits if ranks.group is None else make_residual(B, rows)
-        self.first_row, self.used_rows = first, min(last, self.used_vocab_size) - first
-        top_k, self.candidates = self.sampling["top_k"], None
-        fewest = self.used_vocab_size - (ranks.processes - 1) * rows  # used rows of the last process
-        if ranks.group is not None and top_k is not None and top_k <= fewest:
-            # logits and ids of this process's most likely tokens
-            self.candidates = GroupSum(kind, make_residual(2, B, top_k), ranks.group)
-            self.own_ids = make(B, top_k, dtype=torch.int64)
-
-    def run(self, idx, max_new_tokens: int):
-        group = self.model.ranks.group
-        if group is not None:  # all processes draw the same tokens from the same logits
-            device = None if self.device.type == "cpu" else self.device
-            states = from_main((torch.get_rng_state(), device and torch.cuda.get_rng_state(device)), group)
-            torch.set_rng_state(states[0])
-            if device is not None:
-                torch.cuda.set_rng_state(states[1], device)
-        return super().run(idx, max_new_tokens)
-
-    def prefill(self, idx):
-        x = self.model.hidden(idx, self.cache)
-        self.part.copy_(F.linear(x[:, -1], self.head))
-        self.position.fill_(idx.shape[1])
-        self._draw()
-
-    def step(self):
-        transformer, sublayers = self.model.transformer, self.model.schedule.sublayers
-        decode.embed(self.token, self.position, transformer.wte.weight, transformer.wpe.weight, self.base)
-        pending = False
-        for i, (weights, cache) in enumerate(zip(self.layers, self.cache)):
-            attend = partial(self._attend, cache=cache)
-            pending = self._sublayer(attend, "attn", weights, pending, sublayers[2 * i].sync)
-            pending = self._sublayer(self._mlp, "mlp", weights, pending, sublayers[2 * i + 1].sync)
-        if pending:
-            self._synchronise()
-        decode.linear(self.base, self.head, None, self.part, norm=transformer.ln_f)
-        self.position += 1
-        self._draw()
-
-    def _sublayer(self, compute, name, weights, pending: bool, sync: bool) -> bool:
-        """An attention or MLP on every local rank; whether something is pending after it."""
-        for r, w in enumerate(weights):
-            x = self.seen[r] if pending else self.base
-            y = compute(x, w, r)
-            matrix, bias = w[name]
-            counts_bias = self.model.ranks.index == 0 and r == 0  # in the sum over all ranks it is there once
-            if not sync:
-                decode.linear(y, matrix, bias, self.seen[r], residual=x, also=self.pending[r],
-                              also_add=pending, also_bias=counts_bias)
-            else:  # all local ranks into the buffer of the all-reduce
-                total = self.pending[0]
-                decode.linear(y, matrix, bias if counts_bias else None, total,
-                              residual=total if pending or r > 0 else None)
-        if sync:
-            self._synchronise(also=self.pending[1:] if pending else ())
-        return not sync
-
-    def _attend(self, x, w, r, cache):
-        decode.linear(x, *w["c_attn"], self.qkv, norm=w["ln_1"])
-        return self.attention(self.qkv, cache[r], self.position, self.y)
-
-    def _mlp(self, x, w, r):
-        return decode.linear(x, *w["c_fc"], self.h, norm=w["ln_2"], gelu=True)
-
-    def _synchronise(self, also=None):
-        """base += the sum of what all ranks have pending."""
-        for pending in self.pending[1:] if also is None else also:
-            self.pending[0].add_(pending)
-        self.group_sum.add_to(self.base)
-
-    def _draw(self):
-        """The same token on every process: from all logits, or, with top_k, from the most likely ones of
-        each process, among which are the most likely of all."""
-        ranks = self.model.ranks
-        if self.candidates is None:
-            if ranks.group is not None:
-                parts = functional_all_gather(self.part, ranks.processes, ranks.group_name)
-                self.logits.copy_(parts.transpose(0, 1).flatten(1))  # (P, B, rows) -> (B, V)
-            return super()._draw()
-        mine = self.candidates.buffer
-        torch.topk(self.part[:, :self.used_rows], self.sampling["top_k"], sorted=False,
-                   out=(mine[0], self.own_ids))
-        torch.add(self.own_ids, self.first_row, out=mine[1])
-        values, ids = self.candidates.gather()  # (B, P * top_k) each
-        choice = sample_tokens(values, **self.sampling)
-        self.token.copy_(ids.gather(1, choice[:, None])[:, 0])
-
-
-def rank_weights(block, r: int, local: int) -> dict:
-    """The matrices and biases of one of this process's ranks, of a layer: themselves if there is one only."""
-    part = part_of if local > 1 else lambda name, tensor, r, local: tensor
-    parts = {}
-    for name, linear in (("c_attn", block.attn.c_attn), ("attn", block.attn.c_proj),
-                         ("c_fc", block.mlp.c_fc), ("mlp", block.mlp.c_proj)):
-        key = name if name.startswith("c_") else "c_proj"
-        weight = part(f"{key}.weight", linear.weight, r, local).contiguous()
-        bias = None if linear.bias is None else part(f"{key}.bias", linear.bias, r, local).contiguous()
-        parts[name] = weight, bias
-    return parts | {"ln_1": block.ln_1, "ln_2": block.ln_2}

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configurator import UserError, check_can_write
-from data.files import Parser, made_folder, os_error_as_user_error
-from training_logger import read_log
+from configurator import Parser
+from nanosync.errors import UserError
+from nanosync.files import check_can_write, made_folder, os_error_as_user_error
+from nanosync.run_log import read_log
 
 ENDINGS = (".png", ".pdf", ".svg")
 SMOOTHED = 1 / 40  # share of a run's points that a running mean is over

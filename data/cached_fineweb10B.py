@@ -15,15 +15,11 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 
-from configurator import UserError  # noqa: E402
-from data.files import (  # noqa: E402
-    Parser,
-    check_out,
-    check_space,
-    made_folder,
-    open_tokens,
-    write_json,
-)
+from configurator import Parser  # noqa: E402
+from data.token_writer import check_out, check_space  # noqa: E402
+from nanosync.errors import UserError  # noqa: E402
+from nanosync.files import made_folder, write_json  # noqa: E402
+from nanosync.token_files import open_tokens  # noqa: E402
 
 REPOSITORY, SHARDS, SHARD_MB = "kjj0/fineweb10B-gpt2", 103, 200
 

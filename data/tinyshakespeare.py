@@ -2,18 +2,10 @@
 
 import os
 
-from configurator import UserError
-from data.files import (
-    Parser,
-    check_out,
-    dataset_writers,
-    fetch,
-    is_published,
-    made_folder,
-    os_error_as_user_error,
-    publish_dataset,
-    replace_file,
-)
+from configurator import Parser
+from data.token_writer import check_out, dataset_writers, is_published, publish_dataset
+from nanosync.errors import UserError
+from nanosync.files import fetch, made_folder, os_error_as_user_error, replace_file
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 

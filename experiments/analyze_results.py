@@ -15,8 +15,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configurator import UserError, check_can_write
-from data.files import Parser, json_text
+from configurator import Parser
 from experiments.experiment_statistics import describe, differ, p_at_most, runs_needed
 from experiments.report import (
     Experiment,
@@ -29,6 +28,8 @@ from experiments.report import (
     table,
     write,
 )
+from nanosync.errors import UserError
+from nanosync.files import check_can_write, json_text
 
 
 def analyze(experiment: Experiment, target: float | None, alpha: float, power: float) -> dict:

@@ -18,8 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 
-from configurator import UserError, check_can_write
-from data.files import Parser, json_text, unused_path
+from configurator import Parser
 from experiments.experiment_config import judged_by
 from experiments.experiment_logger import differences
 from experiments.experiment_statistics import (
@@ -42,6 +41,8 @@ from experiments.report import (
     time_to,
     write,
 )
+from nanosync.errors import UserError
+from nanosync.files import check_can_write, json_text, unused_path
 
 
 def same_seeds(a: Experiment, b: Experiment) -> tuple[list[float], list[float]]:

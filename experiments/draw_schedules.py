@@ -8,8 +8,9 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configurator import UserError, check_can_write
-from data.files import Parser
+from configurator import Parser
+from nanosync.errors import UserError
+from nanosync.files import check_can_write
 from reduced_sync_model import GPTConfig
 from tensor_parallel_model import DistributedGPTConfig, SyncSchedule
 

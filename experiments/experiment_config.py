@@ -22,17 +22,9 @@ import re
 import shlex
 import sys
 
-from configurator import (
-    Setting,
-    UserError,
-    check_type,
-    nearest_file,
-    parse_argument,
-    read_settings,
-    script_defaults,
-    unknown_key,
-)
-from data.files import first_line
+from configurator import Setting, check_type, parse_argument, read_settings, script_defaults, unknown_key
+from nanosync.errors import UserError
+from nanosync.files import first_line, nearest_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STAGES = {"stage_a_screening": 2, "stage_b_validation": 3, "stage_c_full": 5}  # with how many runs

@@ -31,9 +31,11 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configurator import UserError
-from data.files import (
-    Parser,
+from configurator import Parser
+from experiments.experiment_config import DEFAULTS, ROOT, SCHEMA, check_keys, read_json, script_path
+from experiments.experiment_statistics import describe, p_at_most
+from nanosync.errors import UserError
+from nanosync.files import (
     first_line,
     json_text,
     made_folder,
@@ -42,8 +44,6 @@ from data.files import (
     sha256_of,
     unused_path,
 )
-from experiments.experiment_config import DEFAULTS, ROOT, SCHEMA, check_keys, read_json, script_path
-from experiments.experiment_statistics import describe, p_at_most
 
 RESULT = {"run_id": int, "seed": int, "success": bool, "final_val_loss": (int, float, type(None)),
           "time_seconds": (int, float), "wall_seconds": (int, float)}

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from configurator import UserError, literal_defaults
-from data.files import os_error_as_user_error, replace_file
+from configurator import literal_defaults
 from experiments.experiment_logger import made_by, read_folder
+from nanosync.errors import UserError
+from nanosync.files import os_error_as_user_error, replace_file
 
 SHOWN = 0.25  # of the steps after which a curve's loss must be in the picture
 

@@ -16,9 +16,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configurator import UserError, check_can_write
-from data.files import Parser
-from training_logger import read_log
+from configurator import Parser
+from nanosync.errors import UserError
+from nanosync.files import check_can_write
+from nanosync.run_log import read_log
 
 CLOSE = 2.0  # percent above the baseline's val loss that still count as close
 OF_THE_SCHEDULE = {"tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points",

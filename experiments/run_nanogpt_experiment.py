@@ -18,8 +18,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configurator import UserError, check_can_write
-from data.files import Parser, json_text
+from configurator import Parser
 from experiments.experiment_config import (
     STAGES,
     check_settings,
@@ -31,6 +30,8 @@ from experiments.experiment_config import (
 )
 from experiments.experiment_logger import ExperimentLogger, read_folder
 from experiments.runner import Job, end_on_signals, lock, recover, run_jobs, slots
+from nanosync.errors import UserError
+from nanosync.files import check_can_write, json_text
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:

@@ -24,8 +24,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configurator import UserError, check_can_write
-from data.files import Parser, json_text, os_error_as_user_error, replace_file, unused_path
+from configurator import Parser
 from experiments.campaign import Budget, Costs, Plan, Results, Run, run_campaign
 from experiments.experiment_config import (
     NUMBER,
@@ -45,7 +44,9 @@ from experiments.experiment_config import (
 from experiments.experiment_logger import ExperimentLogger, differences, lines_of, read_lines
 from experiments.report import table, write
 from experiments.runner import ENDING, Job, end_on_signals, lock, recover, run_jobs, slots, visible_gpus
-from training_logger import read_log
+from nanosync.errors import UserError
+from nanosync.files import check_can_write, json_text, os_error_as_user_error, replace_file, unused_path
+from nanosync.run_log import read_log
 
 PLAN = {"campaign_name": (str, True), "description": (str, False), "baseline": (str, True),
         "variants": (list, True), "target_val_loss": ((*NUMBER, type(None)), True), "stages": (list, True),

@@ -22,11 +22,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from configurator import UserError
-from data.files import first_line, os_error_as_user_error, unused_path
 from experiments.experiment_config import NUMBER, command, finite, num_iterations, shown, variables
 from experiments.experiment_logger import ExperimentLogger, gpu_info
-from training_logger import read_log
+from nanosync.errors import UserError
+from nanosync.files import first_line, os_error_as_user_error, unused_path
+from nanosync.run_log import read_log
 
 SUPERVISOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervise.py")
 ENDING = 5.0  # seconds that ending a run may take at most

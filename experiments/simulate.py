@@ -22,12 +22,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 
-from configurator import UserError, check_output_file
-from data.files import Parser, json_text
+from configurator import Parser
 from experiments.campaign import Budget, Costs, Plan, Results, Run, run_campaign
 from experiments.experiment_config import STAGES
 from experiments.experiment_statistics import mean_interval, p_at_most
 from experiments.report import table, write
+from nanosync.errors import UserError
+from nanosync.files import check_output_file, json_text
 
 A, B, C = STAGES
 TOKENS = {A: 1000 * 128, B: 3000 * 512, C: 5100 * 512}  # sequences of a run

@@ -18,8 +18,8 @@ Rows N, vocabulary V, width C.
 
 import torch
 
-from distributed import functional_all_gather
 from kernels import triton, usable
+from kernels.collectives import functional_all_gather
 
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25, "mps": 1 << 28}  # logits held at a time; see records/
 

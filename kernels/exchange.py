@@ -13,10 +13,15 @@ The sum adds ranks up in the same order on all of them, so all get the same bits
 Shapes: n values, P ranks.
 """
 
+import functools
+
 import torch
+import torch.distributed as dist
 
-from kernels import triton
+from kernels import triton, usable
+from kernels.collectives import functional_all_gather
 
+ALL_REDUCES = ("nccl", "oneshot")  # how a decoding step can sum over processes
 MAX_VALUES = 1 << 16  # above, twice the bytes cost more than a barrier
 BLOCK = 256
 
@@ -45,6 +50,79 @@ class Exchange:
         _exchange_kernel[(self.grid,)](
             values, out, self.addresses, self.count, self.n, width, RANK=self.rank, RANKS=self.ranks,
             BLOCK_R=triton.next_power_of_2(self.ranks), BLOCK=BLOCK, GATHER=gather, num_warps=8)
+
+
+@functools.cache
+def _without_symmetric_memory(group, device: torch.device, all_values) -> bool:
+    """Whether the group cannot use symmetric memory; if so, its first process prints the reason, once."""
+    problem = "it needs CUDA" if device.type != "cuda" else None if usable(torch.empty(0, device=device)) \
+        else "it needs Triton"
+    if problem is None:
+        try:
+            _symmetric((1,), torch.int64, device, group)
+        except (ImportError, AttributeError, RuntimeError) as e:
+            problem = str(e).splitlines()[0]
+    problem = next(filter(None, all_values(problem, group)), None)  # all processes or none
+    if problem is not None and dist.get_rank(group) == 0:
+        print(f"tp_allreduce='oneshot' does not work here ({problem}): using the group's own all-reduce",
+              flush=True)
+    return problem is not None
+
+
+def _symmetric(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, group):
+    """Zeros in memory that all GPUs of the group can reach, and that memory's handle."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    shared = symmetric_memory.empty(shape, dtype=dtype, device=device)
+    handle = symmetric_memory.rendezvous(shared, group.group_name)
+    return shared.zero_(), handle
+
+
+class GroupSum:
+    """The sum of a small tensor over a group, computed again and again, also inside a CUDA graph: how a
+    decoding step synchronises.
+
+    kind: 'nccl' (the group's own all-reduce); 'oneshot' (an Exchange; tensors of more than MAX_VALUES use
+    'nccl'); or 'none', which adds only this process's buffer, to measure what communication costs.
+    buffer: fp32, where each process puts its summand.
+    all_values: function (value, group) -> the values of all processes of the group, in a list, on each.
+    """
+
+    def __init__(self, kind: str, buffer: torch.Tensor, group, all_values):
+        assert kind in ("none", *ALL_REDUCES), f"unknown kind {kind!r}"
+        self.kind, self.buffer, self.group = "none" if group is None else kind, buffer, group
+        if self.kind == "oneshot" and (
+                buffer.numel() > MAX_VALUES or buffer.dtype != torch.float32
+                or _without_symmetric_memory(group, buffer.device, all_values)):
+            self.kind = "nccl"
+        if self.kind == "oneshot":
+            shape = 2, dist.get_world_size(group), buffer.numel()
+            slots, handle = _symmetric(shape, torch.int64, buffer.device, group)
+            torch.cuda.synchronize(buffer.device)
+            dist.barrier(group=group)  # all slots are zero before any rank writes
+            self._exchange = Exchange(slots, handle.buffer_ptrs, dist.get_rank(group),
+                                               buffer.numel())
+
+    def add_to(self, base: torch.Tensor) -> None:
+        """base += the sum of all processes' buffers. The buffer's content is lost."""
+        if self.kind == "oneshot":
+            return self._exchange.add_to(base, self.buffer)
+        if self.kind == "nccl":
+            dist.all_reduce(self.buffer, group=self.group)
+        base.add_(self.buffer)
+
+    def gather(self) -> torch.Tensor:
+        """The buffers (..., K) of all P processes side by side, (..., P * K); 'none' has its own P times."""
+        processes = 1 if self.group is None else dist.get_world_size(self.group)
+        if self.kind == "oneshot":
+            out = self.buffer.new_empty(*self.buffer.shape[:-1], processes, self.buffer.shape[-1])
+            self._exchange.gather(out, self.buffer)
+        elif self.kind == "nccl":
+            parts = functional_all_gather(self.buffer, processes, self.group.group_name)
+            out = parts.movedim(0, -2)
+        else:
+            out = self.buffer.unsqueeze(-2).expand(*self.buffer.shape[:-1], processes, -1)
+        return out.flatten(-2)
 
 
 if triton is not None:

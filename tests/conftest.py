@@ -64,8 +64,7 @@ def tiny_data(tmp_path_factory) -> Path:
 
 # Imported once, in the server that most processes of tests are forked from
 PRELOAD = ["pytest", "torch", "torch._dynamo", "torch.distributed.run", "torch.distributed.fsdp",
-           "safetensors.torch", "checkpoint", "dataloader", "model", "optim", "reduced_sync_model",
-           "tensor_parallel_model", "training_logger"]
+           "safetensors.torch", "models", "nanosync.training_setup", "nanosync.step_clock"]
 
 
 def forking() -> multiprocessing.context.ForkServerContext:
@@ -183,15 +182,15 @@ def save_checkpoint(out_dir: Path, step: int, weights, keep: int = 10, best: boo
     """A checkpoint with the weights of a model, dense if `state` does not say otherwise; its folder."""
     import torch
 
-    import checkpoint
+    from nanosync import checkpoint_writer, model_kind, random_states
 
     tensors = {"model": {name: p.detach().clone() for name, p in weights.named_parameters()},
                "optim": {"a.exp_avg": torch.arange(3.0)},
-               "rng": {f"0.{name}": t for name, t in checkpoint.random_states(torch.device("cpu")).items()}}
+               "rng": {f"0.{name}": t for name, t in random_states.random_states(torch.device("cpu")).items()}}
     state = {"sample": 0, "epoch": 0, "seed": 1, "world_size": 1, "evaluated": True, "val_loss": None,
              "best_val_loss": None, "scaler": {}, "data": {}, "meta": None, "config": {},
-             "model": checkpoint.model_description("gpt", weights), **state}
-    return checkpoint.save(str(out_dir), step, tensors, state, keep, best=best)
+             "model": model_kind.model_description("gpt", weights), **state}
+    return checkpoint_writer.save(str(out_dir), step, tensors, state, keep, best=best)
 
 
 def tinyshakespeare() -> Path:
@@ -203,8 +202,8 @@ def tinyshakespeare() -> Path:
 
 
 def needs_gpt2_tokenizer() -> None:
-    from configurator import UserError
-    from data.tokenizers import GPT2Tokenizer
+    from nanosync.errors import UserError
+    from nanosync.tokenizers import GPT2Tokenizer
 
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
         pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's tokenizer files are not here")

@@ -25,11 +25,14 @@ from conftest import python, torchrun
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-from training_logger import read_log  # noqa: E402
+from nanosync import (
+    checkpoint,  # noqa: E402
+    checkpoint_writer,  # noqa: E402
+)
+from nanosync.run_log import read_log  # noqa: E402
 
 STEPS, SAVE_EVERY = 60, 5
-POINTS = [point for point in checkpoint.POINTS if point != "moved aside"]  # needs a step saved twice
+POINTS = [point for point in checkpoint_writer.POINTS if point != "moved aside"]  # needs a step saved twice
 SETTINGS = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=2", "--device=cpu",
             "--gradient_accumulation_steps=4", "--compile=False", "--eval_iters=4", "--eval_interval=10",
             "--warmup_iters=2", f"--lr_decay_iters={STEPS}", "--dropout=0.1", f"--max_iters={STEPS}",

@@ -17,10 +17,12 @@ import torch
 from conftest import TINY, save_checkpoint
 from test_model import random_model
 
-import checkpoint
-from configurator import Config, UserError
-from data.files import json_text
+from configurator import Config
 from model import GPTConfig
+from models import registry, weights
+from nanosync import checkpoint, checkpoint_writer, model_kind, random_states, resuming, run_dir
+from nanosync.errors import UserError
+from nanosync.files import json_text
 
 CPU = torch.device("cpu")
 
@@ -38,7 +40,7 @@ def test_round_trip(tmp_path):
     found = checkpoint.find(str(tmp_path))
     assert found.step == 20 and found.state["sample"] == 80
     assert torch.equal(found.tensors("optim")["a.exp_avg"], torch.arange(3.0))
-    loaded = checkpoint.load_model(found, dropout=0.25)
+    loaded = weights.load_model(found, dropout=0.25)
     assert loaded.config.dropout == 0.25
     for (name, p), (other, q) in zip(model.named_parameters(), loaded.named_parameters()):
         assert name == other and torch.equal(p, q)
@@ -50,7 +52,7 @@ def test_random_states_continue(tmp_path):
     save(tmp_path, 1)
     expected = torch.rand(3), np.random.randn(), random.gauss(0, 1), random.random()
     states = {name[2:]: t for name, t in checkpoint.find(str(tmp_path)).tensors("rng").items()}
-    checkpoint.set_random_states(states, CPU)
+    random_states.set_random_states(states, CPU)
     assert torch.equal(torch.rand(3), expected[0])
     assert (np.random.randn(), random.gauss(0, 1), random.random()) == expected[1:]
 
@@ -87,11 +89,11 @@ def test_a_best_that_is_behind_is_mended(tmp_path):
             assert not (tmp_path / "best.json").exists()
         else:
             checkpoint.write_best(str(tmp_path), known, 1.0)
-        checkpoint.mend_best(str(tmp_path))
+        checkpoint.repair_best(str(tmp_path))
         assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "val_loss": 1.5}
     damage_flip(tmp_path / "ckpt" / "step-00000002" / "model.safetensors")
     os.remove(tmp_path / "best.json")
-    checkpoint.mend_best(str(tmp_path))
+    checkpoint.repair_best(str(tmp_path))
     assert checkpoint.best_step(str(tmp_path)) == 3
 
 
@@ -156,7 +158,7 @@ def save_twice_and_die(folder, point):
     save(folder, 2, sample=2, best=True, val_loss=1.0)
 
 
-@pytest.mark.parametrize("point", checkpoint.POINTS)
+@pytest.mark.parametrize("point", checkpoint_writer.POINTS)
 def test_killed_at_each_point_of_saving(tmp_path, point):
     """What is there verifies, is the old copy or the new, and the next save leaves nothing else behind."""
     save(tmp_path, 1)
@@ -164,10 +166,10 @@ def test_killed_at_each_point_of_saving(tmp_path, point):
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    held = checkpoint.lock(str(tmp_path), make=True)  # as a run does that goes on
+    held = run_dir.lock(str(tmp_path), make=True)  # as a run does that goes on
     found = checkpoint.find(str(tmp_path), warn=pytest.fail)
     assert found.step == 2
-    published = checkpoint.POINTS.index(point) >= checkpoint.POINTS.index("published")
+    published = checkpoint_writer.POINTS.index(point) >= checkpoint_writer.POINTS.index("published")
     assert found.state["sample"] == (2 if published else 1)
     save(tmp_path, 3)
     assert sorted(os.listdir(tmp_path / "ckpt")) == ["step-00000001", "step-00000002", "step-00000003"]
@@ -272,48 +274,48 @@ def test_hostile_checkpoints(run_script, tiny_data, tmp_path, tmp_path_factory, 
     (dict(config={"n_embd": 31, "n_head": 2}), "n_embd=31"),
 ])
 def test_impossible_models(change, words):
-    description = checkpoint.model_description("gpt", random_model(torch.float32)) | change
+    description = model_kind.model_description("gpt", random_model(torch.float32)) | change
     with pytest.raises(UserError, match=words):
-        checkpoint.build_model(description)
+        registry.build_model(description)
 
 
 def test_parameters_that_do_not_fit():
     model, wider = random_model(torch.float32), random_model(torch.float32, n_embd=64)
     with pytest.raises(UserError, match=r"wte\.weight is \(61, 64\) there and \(61, 32\) here"):
-        checkpoint.load_parameters(model, dict(wider.named_parameters()), "it")
+        weights.load_parameters(model, dict(wider.named_parameters()), "it")
     fewer = random_model(torch.float32, bias=False)
     with pytest.raises(UserError, match="in only one of them"):
-        checkpoint.load_parameters(model, dict(fewer.named_parameters()), "it")
+        weights.load_parameters(model, dict(fewer.named_parameters()), "it")
 
 
 def test_set_aside(tmp_path):
-    assert checkpoint.set_aside(str(tmp_path / "new")) is None
+    assert run_dir.archive(str(tmp_path / "new")) is None
     save(tmp_path, 1)
     (tmp_path / "log.txt").write_text("x")
-    folder = checkpoint.set_aside(str(tmp_path))
+    folder = run_dir.archive(str(tmp_path))
     assert sorted(os.listdir(folder)) == ["ckpt", "latest", "log.txt"]
     assert not checkpoint.steps_in(str(tmp_path))
     assert checkpoint.find(folder).step == 1
     (tmp_path / "log.txt").write_text("of a run that saved nothing")
-    folder = checkpoint.set_aside(str(tmp_path))
+    folder = run_dir.archive(str(tmp_path))
     assert os.listdir(folder) == ["log.txt"] and not (tmp_path / "log.txt").exists()
 
 
 def test_check_out_dir(tmp_path):
     (tmp_path / "file").touch()
-    checkpoint.check_out_dir(str(tmp_path / "new" / "newer"))
+    run_dir.check_out_dir(str(tmp_path / "new" / "newer"))
     save(tmp_path / "run", 1)
-    checkpoint.check_out_dir(str(tmp_path / "run"))
+    run_dir.check_out_dir(str(tmp_path / "run"))
     assert sorted(os.listdir(tmp_path)) == ["file", "run"]
     for name, other in (("ckpt", "a_file"), ("log.txt", "a_folder"), ("latest", "a_folder")):
         path = tmp_path / name.replace(".", "_") / name
         path.parent.mkdir()
         path.touch() if other == "a_file" else path.mkdir()
         with pytest.raises(UserError, match="is in the way of"):
-            checkpoint.check_out_dir(str(path.parent))
+            run_dir.check_out_dir(str(path.parent))
     for out_dir in ("", str(tmp_path / "file"), str(tmp_path / "file" / "x"), "/proc/nanosync"):
         with pytest.raises(UserError, match="out_dir="):
-            checkpoint.check_out_dir(out_dir)
+            run_dir.check_out_dir(out_dir)
 
 
 def test_load_weights_of_runs_checkpoints_and_hugging_face(tmp_path):
@@ -322,18 +324,18 @@ def test_load_weights_of_runs_checkpoints_and_hugging_face(tmp_path):
     step = save(tmp_path / "run", 2, model=model)
     model.save_pretrained(str(tmp_path / "hf"))
     for name in (str(tmp_path / "run"), step, step + "/", str(tmp_path / "hf")):
-        loaded = checkpoint.load_weights(name, dropout=0.25)
+        loaded = weights.load_weights(name, dropout=0.25)
         assert loaded.config.dropout == 0.25
         for (name_, p), q in zip(model.named_parameters(), loaded.parameters()):
             assert torch.equal(p, q), name_
     damage_flip(tmp_path / "run" / "ckpt" / "step-00000002" / "model.safetensors")
     warnings = []
-    assert checkpoint.load_weights(str(tmp_path / "run"), warn=warnings.append).config.n_embd == 64
+    assert weights.load_weights(str(tmp_path / "run"), warn=warnings.append).config.n_embd == 64
     assert len(warnings) == 1
     with pytest.raises(UserError, match=r"model\.safetensors does not match its SHA-256"):
-        checkpoint.load_weights(step)
+        weights.load_weights(step)
     with pytest.raises(UserError, match="it is not a folder"):
-        checkpoint.load_weights(str(tmp_path / "run" / "ckpt" / "step-00000009"))
+        weights.load_weights(str(tmp_path / "run" / "ckpt" / "step-00000009"))
 
 
 def test_resume_of():
@@ -346,9 +348,9 @@ def test_resume_of():
         config = Config(dict(resume=resume, init_from=init_from), dict(resume="", init_from=origin))
         if expected is None:
             with pytest.raises(UserError, match=r"starts a new run and resume=.* goes on with one"):
-                checkpoint.resume_of(config)
+                resuming.resume_of(config)
         else:
-            assert checkpoint.resume_of(config) == expected
+            assert resuming.resume_of(config) == expected
 
 
 def test_take_architecture():
@@ -356,7 +358,7 @@ def test_take_architecture():
     config = Config(dict(block_size=16, n_layer=12, n_head=2, n_embd=768, bias=True, seed=1),
                     dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd", "bias", "seed"), ""))
     config.origin["block_size"] = "command line"
-    checkpoint.take_architecture(config, described, "there")
+    resuming.take_values(config, described, "there")
     assert config == described | {"seed": 1}
     assert config.origin.pop("seed") == "" and config.origin.pop("block_size") == "command line"
     assert set(config.origin.values()) == {"checkpoint"}
@@ -365,14 +367,14 @@ def test_take_architecture():
                               ("block_size", 8, "start a new run from its weights with --init_from=there")):
         given = Config(config | {name: value}, dict.fromkeys(config, "") | {name: "a.py"})
         with pytest.raises(UserError, match=rf"{name}={value} \(a\.py\), but there has {name}=") as error:
-            checkpoint.take_architecture(given, described, "there")
+            resuming.take_values(given, described, "there")
         assert hint in str(error.value)
 
 
 def test_same_data(tmp_path):
     def check(**now):
         then = {"train_tokens": 1000, "val_tokens": 100, "sha256": {"train.bin": "aa"}}
-        checkpoint.check_same_data(checkpoint.Checkpoint("there", 1, {"data": then}), "data/x", then | now)
+        resuming.check_same_data(checkpoint.Checkpoint("there", 1, {"data": then}), "data/x", then | now)
 
     check()
     check(sha256=None)  # its meta.json is gone
@@ -385,5 +387,5 @@ def test_same_data(tmp_path):
 
 def test_a_model_that_no_memory_holds():
     with pytest.raises(UserError, match=r"n_embd=100000000,.* GB of parameters"):
-        checkpoint.check_size(GPTConfig(n_embd=10**8, n_head=1))
-    checkpoint.check_size(GPTConfig())
+        registry.check_size(GPTConfig(n_embd=10**8, n_head=1))
+    registry.check_size(GPTConfig())

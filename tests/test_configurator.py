@@ -12,7 +12,9 @@ import textwrap
 import pytest
 from conftest import ROOT
 
-from configurator import UserError, check_can_write, check_seed, configure, evaluate
+from configurator import check_seed, configure, evaluate
+from nanosync.errors import UserError
+from nanosync.files import check_can_write
 
 SCRIPT = '''
 """A script."""

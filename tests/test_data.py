@@ -18,19 +18,17 @@ import numpy as np
 import pytest
 from conftest import NO_NETWORK, ROOT, needs_gpt2_tokenizer, tinyshakespeare
 
-from configurator import UserError
-from data import tokenizers
-from data.files import (
+from data.token_writer import (
     TokenWriter,
     check_out,
     check_space,
     dataset_writers,
     is_published,
-    open_tokens,
     publish_dataset,
-    read_meta,
-    split_files,
 )
+from nanosync import tokenizers
+from nanosync.errors import UserError
+from nanosync.token_files import open_tokens, read_meta, split_files
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):

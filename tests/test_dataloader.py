@@ -11,9 +11,9 @@ import torch
 from conftest import write_dataset
 from test_data import write_shard
 
-import dataloader
-from configurator import UserError
-from dataloader import DataLoader, Split, WindowOrder, evaluate, evaluation_batches, open_dataset
+from nanosync import dataloader
+from nanosync.dataloader import DataLoader, Split, WindowOrder, evaluate, evaluation_batches, open_dataset
+from nanosync.errors import UserError
 
 CPU = torch.device("cpu")
 T = 8

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY, torchrun
 
-import checkpoint
+from nanosync import checkpoint
 
 # 16 sequences an update, however they are divided; evaluation windows that no number of ranks divides
 RUN = [*TINY, "--batch_size=2", "--gradient_accumulation_steps=8", "--max_iters=50", "--learning_rate=1e-2",

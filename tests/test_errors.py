@@ -19,7 +19,7 @@ from test_data import write_shard
 from test_model import random_model
 
 import model
-from configurator import UserError
+from nanosync.errors import UserError
 
 
 @pytest.fixture(scope="session")

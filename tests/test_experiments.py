@@ -19,7 +19,6 @@ import runner_kills
 from conftest import ROOT, write_dataset
 from scipy import stats
 
-from configurator import UserError
 from experiments import (
     analyze_results,
     compare_experiments,
@@ -34,6 +33,7 @@ from experiments.campaign import Budget, Costs, Plan, Results, Run, decide
 from experiments.experiment_config import STAGES, load_config, shown, variables
 from experiments.experiment_logger import ExperimentLogger, gpu_info, made_by
 from experiments.report import Experiment, curve, on_common_steps, time_to
+from nanosync.errors import UserError
 
 A, B, C = STAGES
 CONFIGS = ROOT / "experiments" / "configs"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_model import random_model, tokens
 
-from configurator import UserError
-from model import Decoder, sample_tokens
+from nanosync.errors import UserError
+from nanosync.generation import Decoder, Sampling
 
 
 def compare_with_uncached(model, decoder, idx, steps, slide=1):
@@ -124,7 +124,7 @@ def test_sampling_draws_from_the_distribution(options, kept, temperature):
     n = 40_000
     torch.manual_seed(1)
     order = torch.stack([torch.randperm(5) for _ in range(7)]).repeat(-(-n // 7), 1)[:n]
-    drawn = order.gather(1, sample_tokens(LOGITS[order], **options)[:, None])[:, 0]
+    drawn = order.gather(1, Sampling(**options).draw(LOGITS[order])[:, None])[:, 0]
     probs = torch.zeros(5)
     probs[kept] = (LOGITS[kept] / temperature).softmax(0)
     frequencies = drawn.bincount(minlength=5) / n

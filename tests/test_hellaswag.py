@@ -16,11 +16,11 @@ from test_checkpoint import save
 from test_model import random_model
 from test_tensor_parallel import build
 
-import checkpoint
-from configurator import UserError
-from data import hellaswag
-from data.hellaswag import Example, accuracy, ending_losses, make_rows
-from tensor_parallel_model import Ranks
+from models import weights
+from nanosync import hellaswag_eval as hellaswag
+from nanosync.errors import UserError
+from nanosync.hellaswag_eval import Example, accuracy, ending_losses, make_rows
+from nanosync.ranks import Ranks
 
 CPU = torch.device("cpu")
 KINDS = [None, dict(block_types=["tp", "spd", "parallel", "parallel"]),
@@ -351,7 +351,7 @@ def test_script(run_script, tmp_path):
     written = json.loads((tmp_path / "result.json").read_text())
     assert {key: written[key] for key in result} == result and written["config"]["batch_size"] == 2
     assert (written["weights"], written["step"]) == ("run/ckpt/step-00000003", 3)
-    dropped = checkpoint.with_ranks(model, 2, ["parallel"] * 2)
+    dropped = weights.with_ranks(model, 2, ["parallel"] * 2)
     expected = accuracy(dropped, examples, 4, CPU)
     real = torchrun(2, "hellaswag.py", "--init_from=run", *options, "--tp_size=2", "--tp_processes=2",
                     "--block_types=['parallel']*2", cwd=tmp_path)

@@ -14,7 +14,8 @@ from test_model import random_model, tokens
 
 import kernels
 from kernels import cross_entropy, decode, exchange, pending_norm
-from model import Decoder, LayerNorm
+from model import LayerNorm
+from nanosync.generation import Decoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = pytest.mark.skipif(kernels.triton is None or (DEVICE == "cpu" and not kernels.INTERPRETED),

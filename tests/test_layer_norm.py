@@ -13,7 +13,7 @@ from test_kernels import DEVICE, runs
 from test_model import random_model, tokens
 
 import kernels
-from kernels import benchmark
+from benchmarks import kernels as benchmark
 from kernels import layer_norm as module
 from kernels.layer_norm import add_layer_norm, layer_norm
 from model import LayerNorm, use_triton_layer_norm

@@ -19,8 +19,8 @@ import torch
 from conftest import ROOT, TINY
 from long_runs import KINDS, SETTINGS, Run
 
-import checkpoint
-from training_logger import read_log
+from nanosync import checkpoint
+from nanosync.run_log import read_log
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,18 @@ from conftest import TINY, run_processes, torchrun
 from long_runs import losses, newest
 from test_model import random_model, tokens
 
-import checkpoint
-from configurator import UserError
-from distributed import all_reduce_sum, all_values
-from optim import (
+from models import weights
+from nanosync import checkpoint_writer
+from nanosync.distributed import all_reduce_sum, all_values
+from nanosync.errors import UserError
+from nanosync.optim import (
     Muon,
     build_adamw,
     build_muon,
-    load_state_by_name,
     newton_schulz,
     set_learning_rate,
-    state_by_name,
 )
+from nanosync.optimizer_state import load_state_by_name, state_by_name
 
 MODEL = dict(n_layer=3, n_head=4, n_embd=32)
 LAYERS = 3
@@ -228,7 +228,7 @@ def check_states(rank: int, groups: dict) -> None:
                 gradients(model, it, rank, n)
                 optimizer.step()
                 optimizer.zero_grad()
-            saved[n] = checkpoint.snapshot(model, optimizer, torch.device("cpu"), None, group)
+            saved[n] = checkpoint_writer.snapshot(model, optimizer, torch.device("cpu"), None, group)
     box = [saved]
     dist.broadcast_object_list(box, src=0)
     names = {n: sorted(tensors["optim"]) for n, tensors in box[0].items()}
@@ -239,9 +239,9 @@ def check_states(rank: int, groups: dict) -> None:
             if rank >= m:
                 continue
             model, optimizer = build(group, sum_gradients=True, dtype=torch.float64)
-            checkpoint.load_parameters(model, tensors["model"], "the file")
+            weights.load_parameters(model, tensors["model"], "the file")
             load_state_by_name(optimizer, model, tensors["optim"])
-            again = checkpoint.snapshot(model, optimizer, torch.device("cpu"), None, group)
+            again = checkpoint_writer.snapshot(model, optimizer, torch.device("cpu"), None, group)
             assert rank > 0 or all(torch.equal(t, again["optim"][name])
                                    for name, t in tensors["optim"].items()), (n, m)
             gradients(model, 3, rank, m)

@@ -9,15 +9,14 @@ import pytest
 import torch
 from test_model import random_model, tokens
 
-from configurator import UserError
-from optim import (
+from nanosync.errors import UserError
+from nanosync.optim import (
     build_adamw,
     clip_gradients,
     cosine_learning_rate,
-    load_state_by_name,
     parameter_groups,
-    state_by_name,
 )
+from nanosync.optimizer_state import load_state_by_name, state_by_name
 
 
 def step(model, optimizer, seed):

@@ -13,8 +13,8 @@ from test_distributed import losses
 from test_model import tokens
 from test_tensor_parallel import ARCHITECTURE, build
 
-import checkpoint
-from tensor_parallel_model import Ranks
+from nanosync import checkpoint, model_kind
+from nanosync.ranks import Ranks
 
 RUN = [*TINY, "--n_head=4", "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=20",
        "--bias=True", "--learning_rate=1e-3", "--eval_interval=10", "--eval_iters=5"]
@@ -80,7 +80,7 @@ def check_checkpoints(rank: int, world: int, folder: str) -> None:
                 if R % P:
                     continue
                 model = build(fields, R, torch.float32, seed=2)  # other weights
-                checkpoint.load_parameters(model, weights, "the dense model")
+                weights.load_parameters(model, weights, "the dense model")
                 if P > 1:
                     model.place(Ranks(R // P, groups[P]))
                 case = kind, R, P
@@ -99,16 +99,16 @@ def test_checkpoints_fit_every_number_of_processes(tmp_path):
 def test_a_checkpoint_becomes_any_kind(source, tmp_path):
     """Through files: saved as one kind, loaded as itself and as every other, at other tp_sizes."""
     model = build(VARIANTS[source], 2, torch.float32)
-    save_checkpoint(tmp_path, 1, model, model=checkpoint.model_description(source, model),
-                    schedule=checkpoint.schedule_description(model))
-    loaded = checkpoint.load_model(checkpoint.find(str(tmp_path)))
+    save_checkpoint(tmp_path, 1, model, model=model_kind.model_description(source, model),
+                    schedule=model_kind.schedule_description(model))
+    loaded = weights.load_model(checkpoint.find(str(tmp_path)))
     assert type(loaded) is type(model) and loaded.config == model.config
     idx = tokens(2, 16)
     assert torch.equal(loaded(idx)[0], model(idx)[0])
     for kind, fields in VARIANTS.items():
         for R in (1,) if kind == "gpt" else (1, 2, 4):
             options = {} if kind == "gpt" else dict(fields, tp_size=R)
-            other = checkpoint.as_kind(loaded, kind, **options)
+            other = weights.as_kind(loaded, kind, **options)
             assert torch.equal(other(idx)[0], build(fields, R, torch.float32)(idx)[0]), (kind, R)
     assert ARCHITECTURE["n_layer"] == loaded.config.n_layer
 

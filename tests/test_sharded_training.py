@@ -19,20 +19,19 @@ from test_tensor_parallel import build
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
-from distributed import (
-    Processes,
-    Sharding,
-    agree,
-    average_gradients,
-    data_parallel,
-    local_part,
-    reshard,
-    whole_tensor,
-)
 from model import ACTIVATION_CHECKPOINTING, GPT, GPTConfig, use_activation_checkpointing
-from optim import ShardedAdamW, build_adamw, clip_gradients, load_state_by_name, share_out, state_by_name
-from tensor_parallel_model import Ranks
+from models import registry, weights
+from nanosync import checkpoint_writer, model_kind
+from nanosync.distributed import Processes, agree
+from nanosync.optim import (
+    ShardedAdamW,
+    build_adamw,
+    share_out,
+)
+from nanosync.optimizer_state import load_state_by_name, state_by_name
+from nanosync.parallelism import Parallelism
+from nanosync.ranks import Ranks
+from nanosync.sharding import local_part, reshard, whole_tensor
 
 CPU = torch.device("cpu")
 MODEL = dict(n_layer=2, n_head=4, n_embd=32)
@@ -80,18 +79,16 @@ class Run:
         initial = build(dict(block_types=["spd"] * 2), 2, torch.float32, dropout=dropout, **MODEL)
         values = list(initial.named_parameters() if saved is None else saved["model"].items())
         with torch.device("meta"):
-            self.model = checkpoint.build_model(checkpoint.model_description("distributed_gpt", initial))
+            self.model = registry.build_model(model_kind.model_description("distributed_gpt", initial))
         if division.tp > 1:
             self.model.place(Ranks(1, processes.tp_group))
         use_activation_checkpointing(self.model, recompute)
-        sharding = None
-        if division.fsdp:
-            sharding = Sharding(processes, torch.float32, min_num_params, reshard, False, not whole_gradients)
-        checkpoint.fill(self.model, values, "the test", CPU, sharding)
-        self.optimizer = build_adamw(self.model, 1e-3, (0.9, 0.95), 0.1,
-                                     processes.dp_group if division.zero1 else None)
+        self.parallel = Parallelism(processes, torch.float32, division.zero1, division.fsdp, min_num_params,
+                                    reshard, False, not whole_gradients)
+        weights.fill(self.model, values, "the test", CPU, self.parallel)
+        self.optimizer = build_adamw(self.model, 1e-3, (0.9, 0.95), 0.1, self.parallel.optimizer_group)
         assert isinstance(self.optimizer, ShardedAdamW) == division.zero1
-        self.trained = data_parallel(self.model, processes, compiled=False)
+        self.trained = self.parallel.prepare(self.model, compiled=False)
         self.scaler = torch.amp.GradScaler("cpu", enabled=scaler, init_scale=2.0**10)
         if saved is not None:
             load_state_by_name(self.optimizer, self.model, self.model.own_part(saved["optim"]))
@@ -102,7 +99,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-3 / (1 + it)
         for micro_step in range(4 // dp_size):
-            average_gradients(self.trained, micro_step == 4 // dp_size - 1)
+            self.parallel.sync(self.trained, micro_step == 4 // dp_size - 1)
             seed = 4 * it + micro_step * dp_size + self.processes.dp_rank
             _, loss = self.trained(tokens(1, 16, seed=seed), tokens(1, 16, seed=seed + 1000))
             if spoilt and seed == 4 * it:  # on one process only
@@ -111,8 +108,7 @@ class Run:
             total += loss.detach() / 4
         self.model.reduce_partial_gradients()
         self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.model.parameters(), 0.5, self.model.split_parameters(),
-                              self.processes.tp_group)
+        norm = self.parallel.clip(self.model, 0.5)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -121,7 +117,7 @@ class Run:
 
     def snapshot(self) -> dict:
         self.model.align_replicas(self.optimizer)
-        return checkpoint.snapshot(self.model, self.optimizer, CPU, None, self.processes.group)
+        return checkpoint_writer.snapshot(self.model, self.optimizer, CPU, None, self.processes.group)
 
 
 ALONE = Processes(0, 1, 0, CPU, None)
@@ -190,7 +186,7 @@ def check_communication(rank: int, world: int) -> None:
             assert run.step(0) == pytest.approx(expected, rel=1e-6)
             with Counted() as counted:
                 for last in (False, True):
-                    average_gradients(run.trained, last)
+                    run.parallel.sync(run.trained, last)
                     run.trained(tokens(1, 16), tokens(1, 16))[1].backward()
             fetched = 4 * (units - 1) + 2 if dropped else units  # the rest is kept for the backward pass
             assert counted.collectives() == {"_allgather_base_": fetched,
@@ -205,7 +201,7 @@ def check_starting(rank: int, world: int) -> None:
     dense = GPT(GPTConfig(n_layer=12, n_head=2, n_embd=8, block_size=8, vocab_size=16))
     values = dict(sorted(dense.named_parameters()))  # h.1, h.10, h.11, h.2, ...
     with torch.device("meta"):
-        model = checkpoint.build_model(checkpoint.model_description("gpt", dense))
+        model = registry.build_model(model_kind.model_description("gpt", dense))
     most = []
 
     def watched(names):
@@ -214,8 +210,8 @@ def check_starting(rank: int, world: int) -> None:
                              if not p.is_meta and not isinstance(p, DTensor)}))
             yield name
 
-    sharding = Sharding(processes, torch.float32, min_num_params=1500)  # two of 872 parameters
-    sharding.shard_as_filled(model, watched(checkpoint.fill_each(model, values, "the test", CPU)))
+    parallel = Parallelism(processes, torch.float32, fsdp=True, min_num_params=1500)  # two of 872 parameters
+    parallel.shard_as_filled(model, watched(weights.fill_each(model, values, "the test", CPU)))
     assert max(most) == 2 and all(isinstance(p, DTensor) for p in model.parameters())
     for name, p in model.named_parameters():
         assert torch.equal(whole_tensor(p), values[name]), name

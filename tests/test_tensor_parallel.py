@@ -15,10 +15,11 @@ from test_model import tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reduced_sync_model
-from configurator import UserError
-from distributed import GroupSum
+from kernels.exchange import GroupSum
 from model import GPT, GPTConfig
-from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, Ranks, f_op, g_op, join_parts, part_of
+from nanosync.errors import UserError
+from nanosync.ranks import Ranks, f_op, g_op, join_parts, part_of
+from tensor_parallel_model import DistributedGPT, DistributedGPTConfig
 
 L = 4
 ARCHITECTURE = dict(block_size=16, vocab_size=61, n_layer=L, n_head=12, n_embd=48, bias=True)

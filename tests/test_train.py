@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY, save_checkpoint
 
-import checkpoint
 from configurator import Config, read_settings, run_config_file
 from model import GPT, GPTConfig
+from models import weights
+from nanosync import checkpoint
 
 
 def events(out_dir, kind):
@@ -194,7 +195,7 @@ def test_compiled(train):
 def test_finetune_and_evaluate_a_folder(train, run_script, tmp_path):
     torch.manual_seed(0)
     train("--max_iters=20", "--learning_rate=1e-2")
-    checkpoint.load_model(checkpoint.find(str(tmp_path / "out"))).save_pretrained(str(tmp_path / "hf"))
+    weights.load_model(checkpoint.find(str(tmp_path / "out"))).save_pretrained(str(tmp_path / "hf"))
     done = train("--eval_only", f"--init_from={tmp_path / 'hf'}", f"--out_dir={tmp_path / 'none'}",
                  "--hellaswag_interval=5", "--hellaswag_input=none.jsonl")  # which is for training
     assert done.code == 0 and done.out.splitlines()[-1].startswith("step 0: train loss")

@@ -21,12 +21,13 @@ from conftest import ROOT, TINY, torchrun
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
 import train_gpt
-from configurator import UserError, read_settings
-from dataloader import evaluation_batches, open_dataset
-from optim import trapezoidal_learning_rate
-from training_logger import read_log
+from configurator import read_settings
+from nanosync import checkpoint
+from nanosync.dataloader import evaluation_batches, open_dataset
+from nanosync.errors import UserError
+from nanosync.optim import trapezoidal_learning_rate
+from nanosync.run_log import read_log
 
 SETTINGS = ["--device=cpu", "--compile=False", "--n_layer=4", "--n_head=2", "--n_embd=32",
             "--sequence_length=32", "--batch_size=8", "--device_batch_size=4", "--num_iterations=24",

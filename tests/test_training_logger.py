@@ -20,8 +20,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from configurator import UserError
-from training_logger import TrainingLogger, check_installed, named_peak_flops, peak_flops, read_log
+from nanosync.errors import UserError
+from nanosync.hardware import named_peak_flops, peak_flops
+from nanosync.log_sinks import check_installed
+from nanosync.run_log import read_log
+from nanosync.training_logger import TrainingLogger
 
 
 @pytest.mark.parametrize("name, bf16, fp32", [

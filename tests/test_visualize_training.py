@@ -12,8 +12,8 @@ import pytest
 from conftest import TINY
 
 import visualize_training
-from configurator import UserError
-from training_logger import read_log
+from nanosync.errors import UserError
+from nanosync.run_log import read_log
 
 SCRIPT = "visualize_training.py"
 

@@ -19,19 +19,18 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 import numpy as np
 
-from configurator import UserError
-from data.files import (
-    Parser,
+from configurator import Parser
+from data.token_writer import (
     TokenWriter,
     check_out,
     check_space,
     dataset_writers,
-    first_line,
     is_published,
-    is_utf8,
     publish_dataset,
 )
-from data.tokenizers import GPT2Tokenizer
+from nanosync.errors import UserError
+from nanosync.files import first_line, is_utf8
+from nanosync.tokenizers import GPT2Tokenizer
 
 NAME = "openwebtext"
 REPOSITORY, REVISION = "Skylion007/openwebtext", "refs/convert/parquet"  # the hub's own parquet export

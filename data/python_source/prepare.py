@@ -24,9 +24,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 import numpy as np
 
-from configurator import UserError
-from data.files import (
-    Parser,
+from configurator import Parser
+from data.token_writer import (
     TokenWriter,
     check_out,
     check_space,
@@ -34,7 +33,8 @@ from data.files import (
     is_published,
     publish_dataset,
 )
-from data.tokenizers import UNKNOWN, CharTokenizer, GPT2Tokenizer
+from nanosync.errors import UserError
+from nanosync.tokenizers import UNKNOWN, CharTokenizer, GPT2Tokenizer
 
 NAME = "python_source"
 CHARS = "\t\n" + "".join(sorted(c for c in string.printable if c >= " ")) + UNKNOWN  # 98 of them

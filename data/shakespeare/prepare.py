@@ -12,7 +12,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from data.tinyshakespeare import prepare
-from data.tokenizers import GPT2Tokenizer
+from nanosync.tokenizers import GPT2Tokenizer
 
 if __name__ == "__main__":
     prepare(HERE, __doc__, "gpt2", lambda text: GPT2Tokenizer())

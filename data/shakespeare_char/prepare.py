@@ -11,7 +11,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from data.tinyshakespeare import prepare
-from data.tokenizers import CharTokenizer
+from nanosync.tokenizers import CharTokenizer
 
 if __name__ == "__main__":
     prepare(HERE, __doc__, "char", lambda text: CharTokenizer("".join(sorted(set(text)))))

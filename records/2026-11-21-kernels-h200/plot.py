@@ -6,7 +6,7 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", ".."))
-from kernels.benchmark import OPERATIONS, plot  # noqa: E402
+from benchmarks.kernels import OPERATIONS, plot  # noqa: E402
 
 with open(os.path.join(HERE, "kernels.json")) as f:
     run = json.load(f)

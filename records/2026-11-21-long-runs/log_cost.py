@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 
-from training_logger import TrainingLogger
+from nanosync.training_logger import TrainingLogger
 
 figures = {}
 for tensorboard in (False, True):

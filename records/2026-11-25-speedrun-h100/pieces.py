@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-import checkpoint
 import train_gpt
 from kernels.qk_rotary import _rotate, qk_norm_rotary, rms_norm
-from optim import build_muon
+from nanosync import random_states
+from nanosync.optim import build_muon
 
 SEQUENCES, T, LAYERS = 128, 1024, tuple(range(12))
 
@@ -53,7 +53,7 @@ PIECES = {  # QK-norm with rotary embedding, MLP, device_batch_size
 class Contender:
     def __init__(self, name: str, data: torch.Tensor):
         self.pieces, self.data = PIECES[name], data
-        checkpoint.seed_random_states(1337)
+        random_states.seed_random_states(1337)
         self.model = train_gpt.GPT(train_gpt.GPTConfig(T, 50304, 12, 6, 768, 50257)).cuda()
         self.optimizer = build_muon(self.model, 0.0036, 0.0018, (0.9, 0.95), 0.0, 0.95, sum_gradients=True)
         self.model.compile(dynamic=False)

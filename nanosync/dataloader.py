@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from configurator import UserError
-from data.files import check_counts, open_tokens, read_meta, split_files
-from distributed import all_reduce_sum
+from nanosync.distributed import all_reduce_sum
+from nanosync.errors import UserError
+from nanosync.files import ROOT
+from nanosync.token_files import check_counts, open_tokens, read_meta, split_files
 
 CHECK_TOKENS = 500_000_000  # so many tokens of a split, evenly spread, are compared with the vocabulary
 
@@ -136,6 +137,11 @@ class DataSet:
     train: Split
     val: Split
 
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raise UserError if a token of either split is not below vocab_size, see Split.check_tokens."""
+        for split in (self.train, self.val):
+            split.check_tokens(vocab_size)
+
     @property
     def fingerprint(self) -> dict:
         """What a checkpoint keeps to tell whether it is resumed on the same data."""
@@ -147,15 +153,14 @@ def open_dataset(name: str, block_size: int, length_key: str = "block_size") -> 
     """Open data/<name>, or the folder <name> if it is a path. length_key: see Split. Raises UserError."""
     folder = name if os.sep in name else os.path.join("data", name)
     if not os.path.isdir(folder):
-        root = os.path.dirname(os.path.abspath(__file__))
-        if os.sep in name or not os.path.isdir(os.path.join(root, folder)):
-            there = sorted(d.name for d in os.scandir(os.path.join(root, "data")) if d.is_dir())
+        if os.sep in name or not os.path.isdir(os.path.join(ROOT, folder)):
+            there = sorted(d.name for d in os.scandir(os.path.join(ROOT, "data")) if d.is_dir())
             hint = "in data/: " + ", ".join(name for name in there if name[0] not in "._")
             script = os.path.join("data", f"cached_{name}.py")
-            if os.path.exists(os.path.join(root, script)):
+            if os.path.exists(os.path.join(ROOT, script)):
                 hint = f"run python {script}"
             raise UserError(f"no data set {name!r}: there is no folder {folder} ({hint})")
-        folder = os.path.join(root, folder)
+        folder = os.path.join(ROOT, folder)
     train, val = (Split(folder, split, block_size, length_key) for split in ("train", "val"))
     meta = read_meta(folder)
     for split in (train, val):

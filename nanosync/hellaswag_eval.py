@@ -18,16 +18,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from configurator import UserError
-from data.files import fetch, first_line, made_folder, os_error_as_user_error, replace_file
-from data.tokenizers import GPT2Tokenizer
-from distributed import all_reduce_sum
+from nanosync.distributed import all_reduce_sum
+from nanosync.errors import UserError
+from nanosync.files import ROOT, fetch, first_line, made_folder, os_error_as_user_error, replace_file
+from nanosync.tokenizers import GPT2Tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 N_VAL = 10042  # examples in that file
-FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hellaswag")
+FOLDER = os.path.join(ROOT, "data", "hellaswag")
 VOCAB_SIZES = range(GPT2Tokenizer.vocab_size, 50304 + 1)  # GPT-2's; up to nanoGPT's, which counts padding
-
 LENGTH_STEP = 32  # T is a multiple of it, or block_size: few shapes, for what PyTorch keeps of each
 HEAD_ROWS = 1024  # so many positions at a time have logits
 STOP_EVERY = 8  # batches between two questions whether to stop

@@ -23,9 +23,9 @@ import time
 import torch
 import torch.nn.functional as F
 
-from configurator import UserError
 from kernels import layer_norm as ours
 from kernels.cross_entropy import linear_cross_entropy
+from nanosync.errors import UserError
 
 OPERATIONS = {"forward": 2, "backward": 3, "add forward": 4, "add backward": 4}  # N x C values moved
 COPIED_BYTES = 1 << 30  # of the copy that sets the scale, on a GPU

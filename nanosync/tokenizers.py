@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from configurator import UserError
+from nanosync.errors import UserError
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 

@@ -9,17 +9,15 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from configurator import UserError
-from distributed import (
+from nanosync.distributed import (
     all_reduce_sum,
-    all_values,
     begin_all_gather,
     begin_reduce_scatter,
     finish_tensor,
-    local_part,
-    part_like,
-    whole_tensor,
 )
+from nanosync.errors import UserError
+from nanosync.optimizer_state import ADAMW_ENTRIES
+from nanosync.sharding import local_part
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -151,6 +149,10 @@ class Muon(torch.optim.AdamW):
         """Whether this process has the parameter's state; that of AdamW's parameters all have."""
         return self.owner.get(parameter, self.rank) == self.rank
 
+    def state_entries(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """The names of the tensors that are kept of a parameter."""
+        return ("momentum_buffer",) if parameter in self.owner else ADAMW_ENTRIES
+
     def _views(self, flat: torch.Tensor, layout: tuple[int, dict], parameters: list) -> list[torch.Tensor]:
         """Their places in a flat tensor, of which a process may have only its own part."""
         part, places = layout
@@ -236,21 +238,6 @@ def newton_schulz(matrices: torch.Tensor, dtype: torch.dtype, steps: int = 5) ->
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X
-
-
-def check_optimizer(kind: str, use_zero1: bool, use_fsdp: bool, tp_processes: int) -> None:
-    """Raise UserError for a setting `optimizer` that there is not, or not with these."""
-    if kind not in ("adamw", "muon"):
-        raise UserError(f"optimizer={kind!r} is unknown: use adamw or muon")
-    if kind == "muon" and use_zero1:
-        raise UserError("optimizer='muon' shares its state out over the data-parallel processes anyway: "
-                        "leave use_zero1 out")
-    if kind == "muon" and use_fsdp:
-        raise UserError("optimizer='muon' needs whole matrices, and use_fsdp divides them: leave use_fsdp "
-                        "out (Muon's own state is shared out anyway), or use --optimizer=adamw")
-    if kind == "muon" and tp_processes > 1:
-        raise UserError(f"optimizer='muon' needs whole matrices, and tp_processes={tp_processes} divides "
-                        f"them: use --tp_processes=1, which simulates the ranks, or --optimizer=adamw")
 
 
 def build_muon(model: nn.Module, learning_rate: float, muon_learning_rate: float, betas: tuple[float, float],
@@ -352,82 +339,41 @@ def clip_gradients(parameters, max_norm: float, split=(), group=None) -> torch.T
     return norm
 
 
-def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `{parameter}.{entry}` -> tensor, e.g. `transformer.wte.weight.exp_avg`; of a
-    ShardedAdamW or Muon, what this process has of it.
+def _check_muon(settings: dict) -> None:
+    if settings["use_zero1"]:
+        raise UserError("optimizer='muon' shares its state out over the data-parallel processes anyway: "
+                        "leave use_zero1 out")
+    if settings["use_fsdp"]:
+        raise UserError("optimizer='muon' needs whole matrices, and use_fsdp divides them: leave use_fsdp "
+                        "out (Muon's own state is shared out anyway), or use --optimizer=adamw")
+    if settings["tp_processes"] > 1:
+        raise UserError(f"optimizer='muon' needs whole matrices, and tp_processes={settings['tp_processes']} divides "
+                        f"them: use --tp_processes=1, which simulates the ranks, or --optimizer=adamw")
+
+
+OPTIMIZERS = {  # name -> check(settings), build(model, settings, parallelism)
+    "adamw": (lambda s: None, lambda model, s, parallel: build_adamw(
+        model, s["learning_rate"], (s["beta1"], s["beta2"]), s["weight_decay"], parallel.optimizer_group)),
+    "muon": (_check_muon, lambda model, s, parallel: build_muon(
+        model, s["learning_rate"], s["muon_learning_rate"], (s["beta1"], s["beta2"]), s["weight_decay"],
+        s["muon_momentum"], parallel.processes.dp_group)),
+}
+
+
+def check_optimizer(settings: dict) -> None:
+    """Raise UserError for a setting `optimizer` that does not exist, or does not go with the other
+    settings."""
+    kind = settings["optimizer"]
+    if kind not in OPTIMIZERS:
+        raise UserError(f"optimizer={kind!r} is unknown: use {' or '.join(OPTIMIZERS)}")
+    OPTIMIZERS[kind][0](settings)
+
+
+def build_optimizer(model: nn.Module, settings: dict, parallel) -> torch.optim.Optimizer:
+    """Build the optimizer that the settings name; the model must be on its device. Raises UserError.
+
+    An optimizer whose state is sharded over processes has `group`, `rank`, `owns(parameter)`; one that keeps
+    other state than AdamW has `state_entries(parameter)`, the names of the tensors that it keeps of a
+    parameter.
     """
-    state, parameters = {}, set(model.parameters())
-    assert parameters.issuperset(optimizer.state), "the model must be resharded first"
-    for name, parameter in model.named_parameters():
-        for entry, value in optimizer.state.get(parameter, {}).items():
-            state[f"{name}.{entry}"] = torch.as_tensor(value)
-    return state
-
-
-def whole_on_cpu(model: nn.Module, tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """Copies of what the dense model has under these names (see `whole`), made one at a time; {} if not keep.
-    All processes of the model take part."""
-    copies = {}
-    for name, tensor in tensors.items():
-        whole = model.whole({name: whole_tensor(tensor.detach())})
-        if keep:
-            copies[name] = whole[name].to("cpu", copy=True).contiguous()
-        del whole  # before the next is made
-    return copies
-
-
-@torch.no_grad()
-def gather_state(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
-    """`state_by_name` of all owners and of the dense model, on the CPU; {} if not keep, which is for those
-    with the first of the data-parallel models. All processes take part; none has more than one tensor of
-    others on its device at a time.
-    """
-    group = optimizer.group if isinstance(optimizer, (ShardedAdamW, Muon)) else None
-    rank = 0 if group is None else optimizer.rank
-    mine, state, device = state_by_name(optimizer, model), {}, next(model.parameters()).device
-    entries = all_values({name: (t.shape, t.dtype) for name, t in mine.items()}, group)
-    seen = set()  # of Muon, all processes have AdamW's part
-    for owner, of_owner in enumerate(entries):
-        for name, (shape, dtype) in of_owner.items():
-            if name in seen:
-                continue
-            seen.add(name)
-            tensor = mine[name] if owner == rank else torch.empty(shape, dtype=dtype, device=device)
-            if owner > 0:
-                dist.broadcast(tensor, group_src=owner, group=group)
-            if rank == 0:
-                state |= whole_on_cpu(model, {name: tensor}, keep)
-            del tensor  # before the next is made
-    return state
-
-
-@torch.no_grad()
-def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
-                       state: dict[str, torch.Tensor]) -> None:
-    """The inverse of `state_by_name`; from the state of all parameters, a ShardedAdamW or a Muon takes what
-    it owns. Raises UserError if names or shapes are not those of the model's parameters.
-    """
-    kinds = {key.rpartition(".")[2] for key in state}
-    of_matrices = kinds & {"momentum_buffer"}
-    muons = optimizer.owner if isinstance(optimizer, Muon) else ()
-    entries = {name: sorted(of_matrices if parameter in muons else kinds - of_matrices)
-               for name, parameter in model.named_parameters()}
-    expected = {f"{name}.{entry}" for name in entries for entry in entries[name]}
-    if expected != set(state):
-        odd = sorted(expected ^ set(state))
-        hint = ": was it saved with another --optimizer?" if muons or of_matrices else ""
-        raise UserError(f"the optimizer's state does not fit the model: {len(odd)} entries differ, such as "
-                        f"{odd[0]}{hint}")
-    for name, parameter in model.named_parameters():
-        for entry in entries[name]:
-            shape = state[f"{name}.{entry}"].shape
-            if shape not in (parameter.shape, torch.Size()):  # a step counter is a scalar
-                raise UserError(f"the optimizer's state does not fit the model: {name}.{entry} is "
-                                f"{tuple(shape)} and the parameter {tuple(parameter.shape)}")
-    for name, parameter in model.named_parameters():
-        if isinstance(optimizer, (ShardedAdamW, Muon)) and not optimizer.owns(parameter):
-            continue
-        for entry in entries[name]:
-            value = state[f"{name}.{entry}"]
-            # a step counter stays where AdamW put it: fused, beside the parameter
-            optimizer.state[parameter][entry] = part_like(value, parameter)
+    return OPTIMIZERS[settings["optimizer"]][1](model, settings, parallel)

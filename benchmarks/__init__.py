@@ -1,0 +1,1 @@
+"""What bench.py runs beside training and generation."""

@@ -1,0 +1,181 @@
+"""Write token files, under temporary names until all are complete, and the meta.json that counts them."""
+
+import contextlib
+import glob
+import os
+import shutil
+import tempfile
+
+import numpy as np
+
+from nanosync.errors import UserError
+from nanosync.files import existing_parent, made_folder, os_error_as_user_error, sha256_of, write_json
+from nanosync.token_files import (
+    HEADER_INTS,
+    SHARD_MAGIC,
+    SHARD_VERSION,
+    TOKEN_DTYPE,
+    open_tokens,
+    split_files,
+    usable_meta,
+)
+
+
+class TokenWriter:
+    """Writes the tokens of one split as a flat file or as shards, under temporary names until `publish`."""
+
+    def __init__(self, folder: str, split: str, prefix: str | None = None, shard_tokens: int | None = None):
+        """A flat {split}.bin; with `shard_tokens`, files {prefix}_{split}_000000.bin of at most so many."""
+        self.folder, self.split, self.prefix, self.shard_tokens = folder, split, prefix, shard_tokens
+        self.total = 0  # tokens so far, in all files
+        self.finished = {}  # final path -> SHA-256 of the finished file
+        self._file = self._path = None
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Raises UserError, here and in close, if the disk is full or will not have it."""
+        tokens = np.ascontiguousarray(tokens, TOKEN_DTYPE)
+        with os_error_as_user_error(f"cannot write to {self.folder}"):
+            while len(tokens):
+                if self._file is None:
+                    self._open()
+                room = len(tokens) if self.shard_tokens is None else self.shard_tokens - self._in_file
+                self._file.write(tokens[:room])  # unlike tofile, it says why it fails
+                self._in_file += len(tokens[:room])
+                self.total += len(tokens[:room])
+                tokens = tokens[room:]
+                if self._in_file == self.shard_tokens:
+                    self._close()
+
+    def close(self) -> None:
+        """Finish the last file, under its temporary name still."""
+        if self._file is not None:
+            with os_error_as_user_error(f"cannot write to {self.folder}"):
+                self._close()
+
+    def publish(self) -> None:
+        """Give the files their final names."""
+        for path in self.finished:
+            os.replace(path + ".tmp", path)
+
+    def discard(self) -> None:
+        """Delete what is there under temporary names still."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk, again
+                self._file.close()
+            self._file = None
+        for path in {*self.finished, self._path} - {None}:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path + ".tmp")
+
+    def earlier_shards(self) -> set[str]:
+        """Names of the shards in the folder that this or an earlier run wrote, finished or not."""
+        if self.shard_tokens is None:
+            return set()
+        stem = os.path.join(glob.escape(self.folder), f"{self.prefix}_{self.split}_" + "[0-9]" * 6)
+        return {os.path.basename(path) for end in (".bin", ".bin.tmp") for path in glob.glob(stem + end)}
+
+    def _open(self):
+        name = f"{self.split}.bin" if self.shard_tokens is None else \
+            f"{self.prefix}_{self.split}_{len(self.finished):06d}.bin"
+        self._path = os.path.join(self.folder, name)
+        self._file = open(self._path + ".tmp", "wb")
+        self._in_file = 0
+        if self.shard_tokens is not None:
+            self._file.write(np.zeros(HEADER_INTS, "<i4"))  # filled in when the count is known
+
+    def _close(self):
+        if self.shard_tokens is not None:
+            self._file.seek(0)
+            self._file.write(np.array([SHARD_MAGIC, SHARD_VERSION, self._in_file], "<i4"))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        self.finished[self._path] = sha256_of(self._path + ".tmp")
+
+
+@contextlib.contextmanager
+def dataset_writers(folder: str, prefix: str | None = None, shard_tokens: int | None = None):
+    """TokenWriters of train and val in a folder that is made for them. What they have not published by the
+    end, because it failed, was interrupted or is not wanted, is deleted.
+    """
+    with made_folder(folder):
+        writers = [TokenWriter(folder, split, prefix, shard_tokens) for split in ("train", "val")]
+        try:
+            yield writers
+        finally:
+            for writer in writers:
+                writer.discard()
+
+
+def check_out(folder: str, name: str, tokenizer: str, kind: str) -> None:
+    """Raise UserError unless data set `name`, in this tokenizer's tokens and format `kind`, can be written to
+    --out=folder and would be what is read from there. To be called before any work.
+    """
+    parent = existing_parent(folder)
+    if not folder or not os.path.isdir(parent):
+        raise UserError(f"--out={folder}: {parent if folder else 'the empty name'} is not a folder")
+    with os_error_as_user_error(f"--out={folder}: cannot write to {parent}"):
+        tempfile.TemporaryFile(dir=parent).close()
+    advice = "choose another folder with --out, or delete what is there"
+    there = usable_meta(folder)
+    if there is not None:
+        holds = (there.get("name", name), there["tokenizer"], there.get("format"))
+        if holds != (name, tokenizer, kind):
+            raise UserError(f"{folder} holds another data set, {holds[0]} in {holds[1]} tokens (format "
+                            f"{holds[2]}): {advice}")
+    if kind == "shards":  # which are read with all other shards, and not at all beside a flat file
+        for split in ("train", "val"):
+            others = glob.glob(os.path.join(glob.escape(folder), f"*_{split}_*.bin"))
+            others = [path for path in others if not os.path.basename(path).startswith(f"{name}_{split}_")]
+            others += glob.glob(os.path.join(glob.escape(folder), f"{split}.bin"))
+            if others:
+                raise UserError(f"{others[0]} would be read with the new shards or in their place: {advice}")
+
+
+def check_space(folder: str, needed: float, advice: str = "") -> None:
+    """Raise UserError if the disk has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(existing_parent(folder)).free
+    if needed > free:
+        raise UserError(f"{folder} needs about {needed / 1e6:,.0f} MB and has {free / 1e6:,.0f} MB free: "
+                        f"{advice}choose another folder with --out")
+
+
+def publish_dataset(folder: str, meta: dict, train: TokenWriter, val: TokenWriter) -> None:
+    """Name meta.json first, then the token files it counts: a folder cut off in between is seen to be
+    unfinished.
+
+    Files of an earlier data set here that the new one has no use for are deleted, also those that a run
+    which was killed before it came to that has left.
+    """
+    train.close()
+    val.close()
+    old_files = (usable_meta(folder) or {}).get("sha256")
+    old_files = {name for name in old_files if name == os.path.basename(name) and name.endswith(".bin")} \
+        if isinstance(old_files, dict) else set()
+    meta = {"format": "bin" if train.shard_tokens is None else "shards", **meta, "dtype": "uint16",
+            "train_tokens": train.total, "val_tokens": val.total,
+            "sha256": {os.path.basename(p): d for w in (train, val) for p, d in w.finished.items()}}
+    write_json(os.path.join(folder, "meta.json"), meta)
+    val.publish()
+    train.publish()
+    for name in (old_files | train.earlier_shards() | val.earlier_shards()) - set(meta["sha256"]):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
+    print(f"{folder}: train has {train.total:,} tokens, val has {val.total:,} tokens, "
+          f"vocabulary {meta['vocab_size']:,}")
+
+
+def is_published(folder: str, **expected) -> bool:
+    """Whether the folder holds a whole data set made with these values in its meta.json."""
+    meta = usable_meta(folder)
+    if meta is None or any(meta.get(key) != value for key, value in expected.items()):
+        return False
+    counts = {}
+    for split in ("train", "val"):
+        try:
+            kind, paths = split_files(folder, split)
+            counts[split] = sum(len(open_tokens(path, kind)) for path in paths)
+        except UserError:
+            return False
+    return counts == {"train": meta.get("train_tokens"), "val": meta.get("val_tokens")}

@@ -1,0 +1,21 @@
+"""What knows all kinds of model: the registry, building, filling and loading them."""
+
+from models.registry import ARCHITECTURE, KINDS, SPEEDRUN, build_model
+from models.weights import (
+    as_kind,
+    fill,
+    find_for_inference,
+    load_for_inference,
+    load_model,
+    load_parameters,
+    load_weights,
+    model_for_training,
+    note_other_schedule,
+    run_evaluations,
+    unsharded,
+    with_ranks,
+)
+
+__all__ = ["ARCHITECTURE", "KINDS", "SPEEDRUN", "as_kind", "build_model", "fill", "find_for_inference",
+           "load_for_inference", "load_model", "load_parameters", "load_weights", "model_for_training",
+           "note_other_schedule", "run_evaluations", "unsharded", "with_ranks"]

@@ -1,0 +1,39 @@
+"""The table of model kinds, and building a model of any of them."""
+
+import torch
+import torch.nn as nn
+
+import model
+import reduced_sync_model
+import tensor_parallel_model
+from nanosync.model_kind import ModelKind, check_size, model_config
+
+ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
+SPEEDRUN = "speedrun_gpt"  # train_gpt.py has the model of this kind
+
+
+def _kind(script: str, config: type, build, *variant: str) -> ModelKind:
+    return ModelKind(script, config, build, (*ARCHITECTURE, *variant), variant)
+
+
+KINDS = {
+    "gpt": _kind("train.py", model.GPTConfig, model.GPT),
+    "distributed_gpt": _kind("train.py", tensor_parallel_model.DistributedGPTConfig,
+                             tensor_parallel_model.DistributedGPT, "tp_size", "block_types"),
+    "reduced_sync_gpt": _kind("train_reduced_sync.py", reduced_sync_model.GPTConfig,
+                              lambda config: reduced_sync_model.GPT(config, announce=False),
+                              "tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points"),
+    SPEEDRUN: ModelKind("train_gpt.py"),
+}
+
+
+def build_model(description: dict, kinds: dict[str, ModelKind] = KINDS, **overrides) -> nn.Module:
+    """Build a model with the architecture of a `model` entry of state.json, freshly initialised, or without
+    values if PyTorch's default device is 'meta'. Raises UserError.
+
+    overrides: fields of the configuration.
+    """
+    config = model_config(description, kinds, **overrides)
+    if torch.get_default_device().type != "meta":
+        check_size(config)
+    return kinds[description["kind"]].build(config)

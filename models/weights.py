@@ -1,0 +1,258 @@
+"""Fill models of any kind with weights: from a checkpoint, from GPT-2's, or from another kind of model."""
+
+import dataclasses
+from collections import deque
+
+import torch
+import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule
+
+from model import (
+    GPT,
+    GPTConfig,
+    initial_parameters,
+    padded_vocab_size,
+    use_activation_checkpointing,
+    use_triton_layer_norm,
+)
+from models.registry import ARCHITECTURE, KINDS, build_model
+from nanosync.checkpoint import Checkpoint, find, find_weights
+from nanosync.distributed import Processes
+from nanosync.errors import UserError
+from nanosync.model_kind import check_size, model_description, schedule_description
+from nanosync.parallelism import Parallelism
+from nanosync.random_states import seed_random_states
+from nanosync.ranks import ranks_on
+from nanosync.resuming import take_values
+from nanosync.run import Run
+from nanosync.sharding import whole_tensor
+from tensor_parallel_model import DistributedGPT
+
+
+def as_kind(model: nn.Module, kind: str, **fields) -> nn.Module:
+    """The same weights in a model of another kind, on the CPU. fields: settings of the kind's variant."""
+    shared = {f.name: getattr(model.config, f.name) for f in dataclasses.fields(GPTConfig)}
+    other = build_model({"kind": kind, "config": shared | fields})
+    load_parameters(other, dict(model.named_parameters()), "the model")
+    return other
+
+
+def with_ranks(model: nn.Module, tp_size: int | None, block_types: list | None) -> nn.Module:
+    """The same weights on another number of ranks, by their own schedule or by block types; the dense model
+    gets ranks (2 if tp_size is None) that synchronise everywhere. Raises UserError."""
+    config = model.config
+    ranks = tp_size or getattr(config, "tp_size", 2)
+    if block_types is None and hasattr(config, "sync_strategy"):
+        fields = {name: getattr(config, name) for name in KINDS["reduced_sync_gpt"].variant}
+        return as_kind(model, "reduced_sync_gpt", **fields | {"tp_size": ranks})
+    if block_types is None:
+        block_types = getattr(config, "block_types", None)
+    return as_kind(model, "distributed_gpt", tp_size=ranks, block_types=block_types)
+
+
+@torch.no_grad()
+def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Copy tensors by name into all of the model's parameters. Raises UserError if names or shapes differ."""
+    parameters = dict(model.named_parameters())
+    if set(parameters) != set(tensors):
+        odd = sorted(set(parameters) ^ set(tensors))
+        raise UserError(f"{where} does not fit the model: {len(odd)} parameters are in only one of them, "
+                        f"such as {odd[0]}")
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise UserError(f"{where} does not fit the model: {name} is {tuple(tensors[name].shape)} there "
+                            f"and {tuple(parameter.shape)} here")
+        parameter.copy_(tensors[name])
+
+
+def fill(model: nn.Module, weights, source: str, device: torch.device,
+         parallel: Parallelism | None = None) -> None:
+    """Load each weight straight to `device`, one at a time, and shard the model on the way if `parallel`
+    does. The model may be without values, and may have its part of the weights only.
+
+    weights: (name, value) of each, as the dense model has them, or a dict of them, which is taken in the
+    model's order; source: where they are from. Raises UserError if names or shapes differ.
+    """
+    names = fill_each(model, weights, source, device)
+    if parallel is None:
+        deque(names, maxlen=0)
+    else:
+        parallel.shard_as_filled(model, names)
+
+
+@torch.no_grad()
+def fill_each(model: nn.Module, weights, where: str, device: torch.device):
+    """`fill` as an iterator that yields the name of each parameter when it has its value."""
+    places = {}  # (module, attribute) of each parameter; a tied one has two
+    for module in model.modules():
+        for attribute, p in module.named_parameters(recurse=False):
+            places.setdefault(id(p), []).append((module, attribute))
+    parameters, given = dict(model.named_parameters()), set()
+    if isinstance(weights, dict):
+        order = {name: i for i, name in enumerate(parameters)}
+        weights = sorted(weights.items(), key=lambda item: order.get(item[0], -1))
+    problem = "{} does not fit the model: {} is {} there and {} here"
+    for name, value in weights:
+        if name not in parameters:
+            raise UserError(problem.format(where, name, tuple(value.shape), "not"))
+        try:
+            part = model.own_part({name: value})[name]
+        except (IndexError, RuntimeError):  # it has too few dimensions for that
+            part = value
+        p = parameters[name]
+        if part.shape != p.shape:
+            raise UserError(problem.format(where, name, tuple(part.shape), tuple(p.shape)))
+        filled = nn.Parameter(part.to(device, p.dtype, copy=True))
+        for module, attribute in places[id(p)]:
+            setattr(module, attribute, filled)
+        given.add(name)
+        yield name
+    if missing := sorted(set(parameters) - given):
+        raise UserError(problem.format(where, missing[0], "not", tuple(parameters[missing[0]].shape)))
+
+
+def unsharded(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A copy of a model that FSDP sharded, whole but for its tensor-parallel parts, for what does not go
+    through its forward pass; a model that is not sharded, itself. All processes take part."""
+    if not isinstance(model, FSDPModule):
+        return model
+    with torch.device("meta"):
+        copy = build_model(model_description(kind, model)).to(dtype)
+    ranks = getattr(model, "ranks", None)
+    if ranks is not None and ranks.group is not None:
+        copy.place(ranks)
+    weights = ((name, model.whole({name: whole_tensor(p)})[name]) for name, p in model.named_parameters())
+    fill(copy, weights, "the sharded model", device)
+    return copy
+
+
+def load_model(checkpoint: Checkpoint, **overrides) -> nn.Module:
+    """The model of a checkpoint, on the CPU; overrides are configuration fields that change no shape."""
+    model = build_model(checkpoint.state["model"], **overrides)
+    load_parameters(model, checkpoint.tensors("model"), checkpoint.path)
+    return model
+
+
+def load_weights(name: str, kind: str = "gpt", variant: dict | None = None, warn=print, group=None,
+                 **overrides) -> nn.Module:
+    """A model for a new run to begin with, on the CPU: of an out_dir or a checkpoint folder of this
+    repository, of a Hugging Face folder, or of a name on its hub.
+
+    kind, variant: the kind of model to build, and settings of its variant; overrides: as of load_model. Says
+    so if they were trained with another schedule. Raises UserError.
+    """
+    variant = variant or {}
+    found = find_weights(name, warn=warn, group=group, kinds=KINDS)
+    if found is None:
+        model = GPT.from_pretrained(name, **overrides)
+        return model if kind == "gpt" else as_kind(model, kind, **variant)
+    fields = {f.name for f in dataclasses.fields(GPTConfig)}
+    shared = {field: value for field, value in found.state["model"]["config"].items() if field in fields}
+    model = build_model({"kind": kind, "config": shared | variant}, **overrides)
+    load_parameters(model, found.tensors("model"), found.path)
+    note_other_schedule(found, model, warn)
+    return model
+
+
+def model_for_training(run: Run, kind: str, parallel: Parallelism, evaluations: list) -> nn.Module:
+    """Build the model that a training script's settings name, filled and on its device: that of the
+    checkpoint that is resumed, a new one, or that of `init_from`.
+
+    The model is built on the meta device; then each weight is loaded straight to its device. The data's
+    tokens are checked as soon as the vocabulary is known. evaluations: of the run, which must fit the model.
+    Raises UserError.
+    """
+    config, processes = run.config, run.processes
+    seed_random_states(config["seed"])
+    model, weights, source = _model_and_weights(run, kind)
+    for evaluation in evaluations:
+        evaluation.check(model)
+    if processes.device.type == "cpu":
+        check_size(model.config)
+    if config["tp_processes"] > 1:
+        model.place(ranks_on(processes.tp_group, config["tp_size"]))
+    use_activation_checkpointing(model, config["activation_checkpointing"])
+    if config["use_triton"]:
+        use_triton_layer_norm(model)
+    fill(model, weights, source, processes.device, parallel)
+    return model
+
+
+def _model_and_weights(run: Run, kind: str) -> tuple[nn.Module, object, str]:
+    """Return the model, its weights as `fill` takes them, and their source."""
+    config, data = run.config, run.data
+    variant = {name: config[name] for name in KINDS[kind].variant}
+    if run.resumed is not None:
+        data.check_tokens(run.resumed.state["model"]["config"]["vocab_size"])
+        with torch.device("meta"):
+            model = build_model(run.resumed.state["model"], dropout=config["dropout"])
+        weights, source = run.resumed.tensors("model"), run.resumed.path
+    elif config["init_from"] == "scratch":
+        used_vocab_size, vocab_size = padded_vocab_size(data.meta)
+        data.check_tokens(vocab_size)
+        shape = {name: config[name] for name in (*ARCHITECTURE, "dropout")}
+        shape |= {"vocab_size": vocab_size, "used_vocab_size": used_vocab_size}
+        with torch.device("meta"):
+            model = build_model({"kind": kind, "config": shape | variant})
+        weights, source = initial_parameters(model), "scratch"
+    else:
+        model = load_weights(config["init_from"], kind, variant, warn=run.line, group=run.processes.group,
+                             dropout=config["dropout"])
+        data.check_tokens(model.config.vocab_size)
+        if config["block_size"] != model.config.block_size:
+            model.crop_block_size(config["block_size"])
+        take_values(config, vars(model.config), config["init_from"], ARCHITECTURE)
+        weights, source = list(model.named_parameters()), config["init_from"]
+    return model, weights, source
+
+
+def run_evaluations(due: list, model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Run periodic evaluations on the whole model. All processes take part, under autocast."""
+    whole = unsharded(model, kind, dtype, device)
+    for evaluation in due:
+        evaluation.run(whole)
+
+
+def find_for_inference(config: dict, group=None) -> Checkpoint | None:
+    """Find the checkpoint that the settings init_from, out_dir and checkpoint_step name; None if init_from
+    names weights that GPT.from_pretrained takes. Raises UserError."""
+    if config["init_from"] == "resume":
+        return find(config["out_dir"], config["checkpoint_step"], group=group, kinds=KINDS)
+    return find_weights(config["init_from"], config["checkpoint_step"], group=group, kinds=KINDS)
+
+
+def load_for_inference(config: dict, found: Checkpoint | None, processes: Processes, say) -> nn.Module:
+    """Load the model that the settings name, on the CPU, on the ranks that tp_size, block_types and
+    tp_processes name. Raises UserError.
+
+    found: what find_for_inference returned; say: prints a line.
+    """
+    model = GPT.from_pretrained(config["init_from"]) if found is None else load_model(found, dropout=0.0)
+    if config["tp_size"] is not None or config["block_types"] is not None:
+        model = with_ranks(model, config["tp_size"], config["block_types"])
+        if found is not None:
+            note_other_schedule(found, model, say)
+    tp_processes = config["tp_processes"]
+    if tp_processes > 1:
+        if not isinstance(model, DistributedGPT):
+            raise UserError(f"tp_processes={tp_processes}: the model is the dense GPT; give it ranks with "
+                            f"--tp_size={tp_processes}")
+        model.place(ranks_on(processes.tp_group, model.config.tp_size))
+    return model
+
+
+def note_other_schedule(source: Checkpoint, model: nn.Module, say) -> None:
+    """Say so if a model computes another function of a checkpoint's weights than they were trained with."""
+
+    def function(schedule: dict | None, tp_size: int) -> tuple:
+        drops = schedule is not None and tp_size > 1 and not all(s["sync"] for s in schedule["sublayers"])
+        return (tp_size, str(schedule)) if drops else ()
+
+    def words(schedule: dict | None, tp_size: int) -> str:
+        return "the dense function" if not function(schedule, tp_size) else \
+            f"{schedule['syncs']} syncs on {tp_size} ranks"
+
+    then = source.state.get("schedule"), source.state["model"]["config"].get("tp_size", 1)
+    now = schedule_description(model), getattr(model.config, "tp_size", 1)
+    if function(*then) != function(*now):
+        say(f"{source.path} was trained as {words(*then)} and is run as {words(*now)}")

@@ -1,0 +1,275 @@
+"""Checkpoints: nothing executable, independent of how the run was parallelised, never half-written.
+
+    out_dir/ckpt/step-00001000/model.safetensors    parameters by name, fp32, whole
+                               optim.safetensors    optimizer state as {parameter}.{entry}
+                               rng.safetensors      random states as {rank}.{generator}
+                               state.json           step, data cursor, configuration, versions, ...
+                               MANIFEST.json        size and SHA-256 of each of the above
+    out_dir/latest                                  name of the newest, for people; loading does not trust it
+    out_dir/best.json                               step and val loss of the best
+
+Written under .tmp-step-..., synced, the manifest last, then renamed: what bears its final name is whole.
+Loading takes the newest step whose files match its manifest. Tensors are safetensors and the rest is JSON, so
+nothing is unpickled.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+
+from nanosync.distributed import env_rank, on_main
+from nanosync.errors import UserError
+from nanosync.files import json_text, replace_file, sha256_of, write_json
+from nanosync.model_kind import ModelKind, model_config
+
+FORMAT = 1
+FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json")
+STEP_NAME = re.compile(r"step-(\d{8,})")
+MAX_JSON = 64 * 2**20  # bytes
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+# what a run depends on in state.json, and its types
+STATE = {"step": int, "sample": int, "epoch": int, "seed": int, "world_size": int, "evaluated": bool,
+         "val_loss": (float, type(None)), "best_val_loss": (float, type(None)), "scaler": dict, "model": dict,
+         "data": dict, "meta": (dict, type(None)), "config": dict}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk that matched its manifest."""
+
+    path: str
+    step: int
+    state: dict  # of state.json
+
+    def described(self) -> str:
+        """Step and val loss, for people."""
+        val_loss = self.state["val_loss"]
+        return f"step {self.step}, val loss {'not measured' if val_loss is None else f'{val_loss:.4f}'}"
+
+    def tensors(self, which: str) -> dict[str, torch.Tensor]:
+        """'model', 'optim' or 'rng' -> tensors by name, on the CPU, read when they are used. Raises
+        UserError."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = os.path.join(self.path, f"{which}.safetensors")
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as e:  # another machine of the run may not see the folder
+            raise UserError(f"cannot read {path}: {e}") from None
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_folder(out_dir: str, step: int) -> str:
+    """Where the checkpoint of a step is."""
+    return os.path.join(out_dir, "ckpt", step_name(step))
+
+
+def write_latest(out_dir: str, step: int) -> None:
+    replace_file(os.path.join(out_dir, "latest"), f"{step_name(step)}\n".encode())
+
+
+def _read_json(path: str):
+    """A JSON file of a checkpoint. Raises ValueError or OSError; no device, pipe or giant is read."""
+    if os.path.islink(path) or not os.path.isfile(path) or os.path.getsize(path) > MAX_JSON:
+        raise ValueError(f"{path} is no file, or too large")
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def steps_in(out_dir: str) -> list[int]:
+    """The steps that have a checkpoint folder, in order; whether they verify is another question."""
+    folder = os.path.join(out_dir, "ckpt")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(int(m[1]) for m in map(STEP_NAME.fullmatch, names) if m)
+
+
+def write_best(out_dir: str, step: int, val_loss: float) -> None:
+    os.makedirs(out_dir, exist_ok=True)
+    write_json(os.path.join(out_dir, "best.json"), {"step": step, "val_loss": val_loss})
+
+
+def best_step(out_dir: str) -> int | None:
+    """The step of the best val loss, None if none is known."""
+    try:
+        return int(_read_json(os.path.join(out_dir, "best.json"))["step"])
+    except UNREADABLE:
+        return None
+
+
+def repair_best(out_dir: str) -> None:
+    """Let best.json name the best checkpoint there is; a run cut off while saving can leave it behind."""
+    losses = {}
+    for step in steps_in(out_dir):
+        try:
+            state = _read_json(os.path.join(step_folder(out_dir, step), "state.json"))
+            losses[step] = float(state["val_loss"])
+        except UNREADABLE:
+            continue
+    for step in sorted((s for s in losses if math.isfinite(losses[s])), key=losses.get):
+        if step == best_step(out_dir):
+            return
+        if verify(step_folder(out_dir, step)) is None:
+            return write_best(out_dir, step, losses[step])
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(out_dir, "best.json"))  # none is known
+
+
+def verify(path: str) -> str | None:
+    """What is wrong with a checkpoint folder, None if its files are those of its manifest."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        return "it is not a folder"
+    try:
+        manifest = _read_json(os.path.join(path, "MANIFEST.json"))
+        with open(os.path.join(path, "MANIFEST.json"), encoding="utf-8") as f:
+            text = f.read()
+        entries = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
+        if text != json_text(manifest):  # nothing else in the folder vouches for the manifest
+            raise ValueError
+    except UNREADABLE:
+        return "its MANIFEST.json is missing or unreadable"
+    if set(entries) != set(FILES):
+        return f"its MANIFEST.json lists {sorted(entries)}"
+    for name, (size, digest) in entries.items():
+        file = os.path.join(path, name)
+        if os.path.islink(file) or not os.path.isfile(file):
+            return f"{name} is missing"
+        if os.path.getsize(file) != size:
+            return f"{name} has {os.path.getsize(file)} bytes, not {size}"
+        if sha256_of(file) != digest:
+            return f"{name} does not match its SHA-256"
+    return None
+
+
+def open_checkpoint(path: str, kinds: dict[str, ModelKind] | None = None) -> Checkpoint:
+    """Verify and open one folder. Raises UserError.
+
+    kinds: the model kinds that can be used; None: any, without a check of the model's configuration.
+    """
+    problem = verify(path)
+    if problem is not None:
+        raise UserError(f"checkpoint {path} cannot be used: {problem}")
+    try:
+        state = _read_json(os.path.join(path, "state.json"))
+        if state.get("format") != FORMAT:
+            raise UserError(f"checkpoint {path} has format {state.get('format')!r}; this program reads "
+                            f"{FORMAT}")
+        state.setdefault("evaluated", True)  # written since saving does not wait for an evaluation
+        for name, kind in STATE.items():
+            if not isinstance(state[name], kind):
+                raise ValueError(f"{name} is {state[name]!r}")
+        step = STEP_NAME.fullmatch(os.path.basename(os.path.abspath(path)))
+        if step is None or int(step[1]) != state["step"]:
+            raise ValueError(f"it is of step {state['step']}")
+        if not 0 <= state["sample"] < 2**53:
+            raise ValueError(f"sample is {state['sample']}")
+        if kinds is not None:
+            model_config(state["model"], kinds)
+    except UserError as e:
+        raise UserError(f"checkpoint {path} cannot be used: {e}") from None
+    except UNREADABLE as e:
+        raise UserError(f"checkpoint {path} cannot be used: its state.json is not what a run writes "
+                        f"({type(e).__name__}: {e})") from None
+    return Checkpoint(path, state["step"], state)
+
+
+def find_resumed(resume: str, out_dir: str, warn=print, group=None,
+                 kinds: dict[str, ModelKind] | None = None) -> Checkpoint:
+    """Find the checkpoint that --resume=... names: 'latest', 'best' or a step of out_dir, or the path of a
+    checkpoint or of another out_dir. Raises UserError. kinds: see open_checkpoint.
+    """
+    if resume in ("latest", "best") or resume.isdecimal():
+        return find(out_dir, resume, warn, group, kinds)
+    found = find_weights(resume, warn=warn, group=group, kinds=kinds)
+    if found is None:
+        raise UserError(f"resume={resume!r} is no checkpoint: use latest, best, a step, or the path of a "
+                        f"checkpoint or an out_dir (steps in {out_dir}: "
+                        f"{', '.join(map(str, steps_in(out_dir))) or 'none'})")
+    return found
+
+
+def listing(out_dir: str, kinds: dict[str, ModelKind] | None = None) -> str:
+    """Make a table of the checkpoints in out_dir: step, epoch, val loss, size, date, and whether they
+    verify."""
+    if not steps_in(out_dir):
+        return f"no checkpoint in {out_dir}"
+    best = best_step(out_dir)
+    lines = [f"{'step':>9}  {'epoch':>5}  {'val loss':>8}  {'size':>9}  {'saved':19}"]
+    for step in steps_in(out_dir):
+        path = step_folder(out_dir, step)
+        problem = None
+        try:
+            state = open_checkpoint(path, kinds).state
+        except UserError as e:
+            state, problem = {}, str(e).partition("cannot be used: ")[2] or str(e)
+        size = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(path)) \
+            if os.path.isdir(path) else 0
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(os.lstat(path).st_mtime))
+        val_loss = state.get("val_loss")
+        val_loss = "-" if val_loss is None else f"{val_loss:.4f}"
+        note = f"not valid: {problem}" if problem else "valid, the best" if step == best else "valid"
+        lines.append(f"{step:9}  {state.get('epoch', '-'):>5}  {val_loss:>8}  {size / 1e6:6.1f} MB  {saved}  "
+                     f"{note}")
+    return "\n".join(lines)
+
+
+def find(out_dir: str, which: str | int = "latest", warn=print, group=None,
+         kinds: dict[str, ModelKind] | None = None) -> Checkpoint:
+    """Find the checkpoint 'latest' (the newest that verifies; one warning for each newer that does not),
+    'best' or a step.
+
+    With a group, rank 0 decides for all. kinds: see open_checkpoint. Raises UserError if there is none.
+    """
+    return on_main(lambda: _find(out_dir, which, warn, kinds), group)
+
+
+def find_weights(name: str, which: str | int = "latest", warn=print, group=None,
+                 kinds: dict[str, ModelKind] | None = None) -> Checkpoint | None:
+    """Open the checkpoint folder step-XXXXXXXX that `name` is, or find one in the out_dir that it is.
+
+    None if `name` is neither, but something that GPT.from_pretrained takes. kinds: see open_checkpoint.
+    Raises UserError.
+    """
+    if STEP_NAME.fullmatch(os.path.basename(os.path.normpath(name))):
+        return on_main(lambda: open_checkpoint(name, kinds), group)
+    return on_main(lambda: _find(name, which, warn, kinds) if steps_in(name) else None, group)
+
+
+def _find(out_dir: str, which: str | int, warn, kinds) -> Checkpoint:
+    steps = steps_in(out_dir)
+    if not steps:
+        raise UserError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first, or name another")
+    if which == "best" and best_step(out_dir) is None:
+        warn(f"{out_dir} has no best.json, so no checkpoint of it is known to be the best: taking the latest")
+        which = "latest"
+    if which != "latest":
+        step = best_step(out_dir) if which == "best" else int(which) if str(which).isdecimal() else None
+        if step not in steps:
+            there = ", ".join(map(str, steps))
+            raise UserError(f"{out_dir} has no checkpoint {which!r}; it has the steps {there}")
+        return open_checkpoint(step_folder(out_dir, step), kinds)
+    reason = None
+    for step in reversed(steps):
+        try:
+            return open_checkpoint(step_folder(out_dir, step), kinds)
+        except UserError as e:
+            reason = reason or e
+            warn(f"warning: {e}; trying the one before")
+    raise UserError(f"none of the {len(steps)} checkpoints in {out_dir} can be used; the newest: {reason}")
+
+
+def exit_with_listing(config: dict, kinds: dict[str, ModelKind]) -> None:
+    """Print the checkpoints in out_dir and exit, if list_checkpoints is set."""
+    if config["list_checkpoints"]:
+        if env_rank() == 0:
+            print(listing(config["out_dir"], kinds))
+        raise SystemExit(0)

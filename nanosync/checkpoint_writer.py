@@ -1,0 +1,190 @@
+"""Save checkpoints: copied to the CPU, written in the background, never half-written."""
+
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+
+import torch
+import torch.nn as nn
+
+from nanosync.checkpoint import (
+    FILES,
+    FORMAT,
+    best_step,
+    step_folder,
+    step_name,
+    steps_in,
+    verify,
+    write_best,
+    write_latest,
+)
+from nanosync.distributed import gather_to_main
+from nanosync.errors import UserError
+from nanosync.files import sha256_of, write_json
+from nanosync.optimizer_state import gather_state, whole_on_cpu
+from nanosync.random_states import random_states
+
+POINTS = ("begun", "model", "optim", "rng", "state", "synced", "manifest", "folder synced", "moved aside",
+          "published", "latest", "best", "pruned")  # moments of a save, for tests
+
+
+def _reach(point: str, step: int) -> None:
+    """Kill this process if the environment's NANOSYNC_KILL_AT is this point, alone or as `point@step`."""
+    if os.environ.get("NANOSYNC_KILL_AT") in (point, f"{point}@{step}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save(out_dir: str, step: int, tensors: dict[str, dict], state: dict, keep: int,
+         protect: tuple[int, ...] = (), best: bool = False, verified: dict | None = None) -> str:
+    """Write the checkpoint of a step, then drop all but the last `keep` that verify, the best and the steps
+    in `protect`.
+
+    tensors: {"model": ..., "optim": ..., "rng": ...}, each tensors by name, on the CPU; state: JSON values;
+    best: whether its state["val_loss"] is the lowest so far; verified: what is known of other steps, see
+    _prune. Returns the folder. For one process, rank 0. Raises OSError or SafetensorError, and then leaves
+    what was there before.
+    """
+    from safetensors.torch import save_file
+
+    final, folder = step_folder(out_dir, step), os.path.join(out_dir, "ckpt")
+    temporary = os.path.join(folder, f".tmp-{step_name(step)}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        os.makedirs(temporary)
+        _reach("begun", step)
+        for which in ("model", "optim", "rng"):
+            save_file(tensors[which], os.path.join(temporary, f"{which}.safetensors"))
+            _reach(which, step)
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for name, value in state.items()}  # JSON has no others
+        write_json(os.path.join(temporary, "state.json"), {"format": FORMAT, "step": step, **finite})
+        _reach("state", step)
+        manifest = {}
+        for name in FILES:
+            path = os.path.join(temporary, name)
+            _sync(path)
+            manifest[name] = {"size": os.path.getsize(path), "sha256": sha256_of(path)}
+        _reach("synced", step)
+        write_json(os.path.join(temporary, "MANIFEST.json"), manifest)
+        _reach("manifest", step)
+        _sync(temporary)
+        _reach("folder synced", step)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if os.path.lexists(final):  # a step that was saved before and is saved again, or did not verify
+        os.rename(final, os.path.join(folder, f".old-{step_name(step)}-{time.time_ns()}"))
+        _reach("moved aside", step)
+    os.rename(temporary, final)
+    _sync(folder)
+    _reach("published", step)
+    write_latest(out_dir, step)
+    _reach("latest", step)
+    if best:  # before pruning, which must know what to spare
+        write_best(out_dir, step, state["val_loss"])
+    _reach("best", step)
+    verified = {} if verified is None else verified
+    verified[step] = True
+    _prune(out_dir, keep, (step, *protect), verified)
+    _reach("pruned", step)
+    return final
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(out_dir: str, keep: int, protect: tuple[int, ...], verified: dict[int, bool]) -> None:
+    """verified: of steps, whether they do, as far as that is known; the others are verified here, once."""
+    spared, best = 0, best_step(out_dir)
+    for step in reversed(steps_in(out_dir)):
+        path = step_folder(out_dir, step)
+        if step not in verified:
+            verified[step] = verify(path) is None
+        if spared < keep and verified[step]:
+            spared += 1
+        elif step != best and step not in protect:
+            shutil.rmtree(path, ignore_errors=True)
+    for name in os.listdir(os.path.join(out_dir, "ckpt")):
+        if name.startswith((".tmp-", ".old-")):
+            shutil.rmtree(os.path.join(out_dir, "ckpt", name), ignore_errors=True)
+
+
+def snapshot(model: nn.Module, optimizer, device: torch.device, shared: torch.Generator | None,
+             group) -> dict:
+    """What `save` takes as tensors, copied to the CPU, so that training can go on while they are written.
+    One tensor at a time: what is on other GPUs never needs more room here than that.
+
+    shared: see random_states. All processes take part; all but the first get an empty dict.
+    """
+    rng = gather_to_main(random_states(device, shared), group)
+    main = rng is not None
+    tensors = {"model": whole_on_cpu(model, dict(model.named_parameters()), keep=main),
+               "optim": gather_state(optimizer, model, keep=main)}
+    if not main:
+        return {}
+    tensors["rng"] = {f"{rank}.{name}": t for rank, states in enumerate(rng) for name, t in states.items()}
+    return tensors
+
+
+class Saver:
+    """Writes the checkpoints of a run in the background, one at a time; for rank 0."""
+
+    def __init__(self, out_dir: str, keep: int, protect: tuple[int, ...], log):
+        """keep, protect: as of `save`; log: a TrainingLogger, told of every checkpoint."""
+        self.out_dir, self.keep, self.protect, self.log = out_dir, keep, protect, log
+        self._verified, self._thread = dict.fromkeys(protect, True), None
+
+    def save(self, step: int, tensors: dict, state: dict, best: bool, since: float) -> None:
+        """Begin to write, once the one before is written; since: time.perf_counter() when training began to
+        stand still for it."""
+        self.wait()
+        self._state = {"step": step, "val_loss": state["val_loss"], "seconds": time.perf_counter() - since}
+        self._bytes = sum(t.nbytes for named in tensors.values() for t in named.values())
+        self._path = self._problem = None
+        self._thread = threading.Thread(target=self._write, args=(step, tensors, state, best),
+                                        name="checkpoint")
+        self._thread.start()
+
+    def _write(self, step, tensors, state, best) -> None:
+        try:
+            for name, tensor in tensors["model"].items():
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{name} is not finite")
+            self._path = save(self.out_dir, step, tensors, state, self.keep, self.protect, best,
+                              self._verified)
+        except Exception as e:  # whatever it is, training goes on, and the main thread says so
+            self._problem = getattr(e, "strerror", None) or str(e) or type(e).__name__
+
+    def poll(self) -> None:
+        """Say what became of a checkpoint as soon as that is known."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self, final: bool = False) -> None:
+        """Wait until nothing is being written. A checkpoint that could not be written is warned of, or, if
+        final, raises UserError.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        if self._problem is None:
+            self.log.checkpoint(path=self._path, **self._state)
+            return
+        where = step_folder(self.out_dir, self._state["step"])
+        try:
+            free = f"{shutil.disk_usage(self.out_dir).free:,}"
+        except OSError:
+            free = "an unknown number"
+        what = f"cannot save checkpoint {where}: {self._problem} ({self._bytes:,} bytes, {free} are free)"
+        if final:
+            raise UserError(f"{what}: mend that, and go on with --resume=latest")
+        self.log.line(f"warning: {what}; the run goes on")

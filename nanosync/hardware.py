@@ -1,0 +1,119 @@
+"""The machine: device, compute dtype, compiler, memory, peak FLOP/s, versions."""
+
+import importlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+
+import torch
+
+from nanosync.errors import UserError
+from nanosync.files import ROOT
+
+PEAK_TFLOPS = {  # dense, by what named_peak_flops leaves of a name: (bf16 and fp16, tf32); the data sheets
+    "H200": (989.5, 494.7), "H100": (989.5, 494.7), "H100 PCIE": (756.0, 378.0), "GH200": (989.5, 494.7),
+    "B200": (2250.0, 1125.0), "A100": (312.0, 156.0), "A100 PCIE": (312.0, 156.0), "A800": (312.0, 156.0),
+    "A800 PCIE": (312.0, 156.0), "A10G": (70.0, 35.0), "L40S": (362.0, 183.0), "L4": (121.0, 60.0),
+    "RTX 4090": (165.2, 82.6), "RTX 3090": (71.0, 35.6), "V100": (125.0, None), "V100 PCIE": (112.0, None),
+    "T4": (65.0, None),
+}
+NO_BF16 = ("V100", "V100 PCIE", "T4")
+# words of a name that change no peak: maker and family, memory, and the module of the fastest version
+BESIDE_THE_POINT = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB?|HBM3E?|SXM\d")
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that the device reaches at most with matrices of this dtype, None if that is not known."""
+    return None if device.type != "cuda" else named_peak_flops(torch.cuda.get_device_name(device), dtype)
+
+
+def named_peak_flops(name: str, dtype: torch.dtype) -> float | None:
+    """The same for a device's name. Every word counts: an H100 NVL, a MIG slice or a laptop's RTX 4090 is
+    another device than the one that its name begins with.
+    """
+    words = re.split(r"[ -]+", name.strip().upper())
+    bare = " ".join(word for word in words if not BESIDE_THE_POINT.fullmatch(word))
+    half, tf32 = PEAK_TFLOPS.get(bare, (None, None))
+    tflops = half if dtype in (torch.bfloat16, torch.float16) else tf32
+    if tflops is None or (dtype == torch.bfloat16 and bare in NO_BF16):
+        return None
+    return tflops * 1e12
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, machine and git commit, for the log and the checkpoint."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT,
+                                timeout=10, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "git_commit": commit,
+        "machine": platform.machine(), "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str, local_rank: int | None = None) -> torch.device:
+    """The device a name stands for, known to be there. With a local rank, 'cuda' is that rank's GPU."""
+    if device == "auto":
+        mps_or_cpu = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else mps_or_cpu
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device={device!r} is unknown: use auto, cpu, cuda, cuda:0, mps") from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device={device!r} is not supported: use auto, cpu, cuda, cuda:0, mps")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device={device!r}, but this machine has no MPS device: use --device=cpu")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise UserError(f"device={device!r}, but PyTorch sees no CUDA GPU here: use --device=cpu")
+        if local_rank is not None:
+            if local_rank >= count:
+                raise UserError(f"local rank {local_rank} needs its own GPU and {count} are visible: start "
+                                f"at most {count} processes on this machine (--nproc_per_node={count})")
+            return torch.device("cuda", local_rank)
+        if chosen.index is not None and chosen.index >= count:
+            raise UserError(f"device={device!r}, but the GPUs here are cuda:0 to cuda:{count - 1}")
+        return torch.device("cuda", chosen.index or 0)
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The compute dtype of a name; 'auto': bfloat16 on CUDA (float16 on older GPUs), else float32."""
+    if dtype == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown: use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def check_compile(device: torch.device) -> None:
+    """Raise UserError if torch.compile cannot work here."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("compile=True needs Triton on a GPU and it is not installed: use --compile=False")
+    if not any(map(shutil.which, [os.environ.get("CXX") or "c++", "g++", "clang++", "gcc", "cc"])):
+        raise UserError("compile=True needs a C++ compiler and there is none: install g++, or use "
+                        "--compile=False")
+
+
+def make_deterministic() -> None:
+    """The same bits in every run on the same machine; before anything is computed on a GPU. Costs speed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes of a GPU that tensors took so far, None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

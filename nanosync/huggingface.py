@@ -1,0 +1,119 @@
+"""GPT-2 weights in Hugging Face's format: read from the hub or a folder, and written."""
+
+import json
+import os
+
+import torch
+import torch.nn as nn
+
+from nanosync.errors import UserError
+
+GPT2_SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+# Hugging Face keeps these as Conv1D, transposed.
+CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def find_folder(name: str) -> str:
+    """Return a local folder, or that of a GPT-2 of the hub, downloaded if it is not in the cache. Raises
+    UserError."""
+    if os.path.isdir(name):
+        return name
+    if name not in GPT2_SIZES:
+        raise UserError(f"{name!r} is neither a folder nor one of {', '.join(GPT2_SIZES)}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # what goes wrong is said below, once
+    try:
+        files = ["config.json", "model.safetensors"]
+        return snapshot_download(f"openai-community/{name}", allow_patterns=files)
+    except Exception as e:  # of huggingface_hub or its HTTP library
+        raise UserError(f"could not download {name} ({type(e).__name__}): without a network, give a folder "
+                        f"with its config.json and model.safetensors instead of the name") from None
+
+
+def read_config(folder: str) -> dict:
+    """Read the fields of model.GPTConfig that a config.json determines. Raises UserError unless it is a
+    GPT-2's."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            c = json.load(f)
+        fields = dict(block_size=int(c["n_positions"]), vocab_size=int(c["vocab_size"]),
+                      n_layer=int(c["n_layer"]), n_head=int(c["n_head"]), n_embd=int(c["n_embd"]))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is no configuration of a GPT-2 ({type(e).__name__}: {e})") from None
+    wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+              "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+              "tie_word_embeddings": True, "n_inner": None}
+    for key, value in wanted.items():
+        if c.get(key, value) != value and not (key == "n_inner" and c[key] == 4 * fields["n_embd"]):
+            raise UserError(f"{path} has {key}={c[key]!r}; this model has {value!r}")
+    return fields
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: str) -> None:
+    """Copy model.safetensors into a model. Raises UserError for a weight that is missing, of another shape,
+    or of a layer that the model does not have.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = os.path.join(folder, "model.safetensors")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
+    # the hub's own GPT-2 files name the parameters without "transformer." and carry the causal masks
+    tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+    for name, p in model.named_parameters():
+        tensor = tensors.get(name.removeprefix("transformer."))
+        if tensor is not None and name.endswith(CONV1D_WEIGHTS):
+            tensor = tensor.T
+        if tensor is None or tensor.shape != p.shape:
+            shape = None if tensor is None else tuple(tensor.shape)
+            raise UserError(f"{path}: {name} should be {tuple(p.shape)} and is {shape}")
+        p.copy_(tensor)
+    expected = {name.removeprefix("transformer.") for name, _ in model.named_parameters()}
+    masks = (".attn.bias", ".attn.masked_bias")
+    unused = sorted(name for name in set(tensors) - expected
+                    if name.startswith("h.") and not name.endswith(masks))
+    if unused:
+        raise UserError(f"{path} has {len(unused)} weights that the model of config.json has no place for, "
+                        f"such as {unused[0]}: the two files do not belong together")
+
+
+@torch.no_grad()
+def save(model: nn.Module, folder: str) -> None:
+    """Write a folder that transformers loads as GPT2LMHeadModel, with equal logits.
+
+    Padding rows of the vocabulary are left out; biases that the model does not have are written as zeros.
+    """
+    from safetensors.torch import save_file
+
+    c = model.config
+    tensors = {}
+    for name, p in model.named_parameters():
+        p = p.detach().cpu()
+        if name == "transformer.wte.weight":
+            p = p[:c.used_vocab_size]
+        tensors[name] = (p.T if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
+        if name.endswith(".weight") and not c.bias and "wte" not in name and "wpe" not in name:
+            tensors[name.removesuffix("weight") + "bias"] = p.new_zeros(p.shape[0])
+    os.makedirs(folder, exist_ok=True)
+    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    with open(os.path.join(folder, "config.json"), "w") as f:
+        json.dump({
+            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
+            "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd, "n_head": c.n_head,
+            "n_layer": c.n_layer, "vocab_size": c.used_vocab_size, "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True, "attn_pdrop": c.dropout, "embd_pdrop": c.dropout,
+            "resid_pdrop": c.dropout, "bos_token_id": c.used_vocab_size - 1,
+            "eos_token_id": c.used_vocab_size - 1,
+        }, f, indent=1)

@@ -1,0 +1,80 @@
+"""Random states of a process: torch's on CPU and GPU, numpy's and Python's, saved as tensors."""
+
+import random
+
+import numpy as np
+import torch
+
+from nanosync.checkpoint import Checkpoint
+from nanosync.distributed import Processes
+from nanosync.errors import UserError
+
+
+def seed_random_states(seed: int) -> None:
+    """Seed torch (CPU and GPU), numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def random_states(device: torch.device, shared: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+    """The random states of this process: torch's on CPU and GPU, numpy's and Python's, as tensors.
+
+    shared: the generator that the processes of one model have in common, if there is one.
+    """
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_rest": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
+        "python": torch.tensor(internal, dtype=torch.int64),
+        "python_rest": torch.tensor([version, gauss is not None, gauss or 0.0], dtype=torch.float64),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if shared is not None:
+        states["shared"] = shared.get_state()
+    return states
+
+
+def set_random_states(states: dict[str, torch.Tensor], device: torch.device,
+                      shared: torch.Generator | None = None) -> None:
+    """The inverse of `random_states`. Raises UserError if they are no such states."""
+    try:
+        torch.set_rng_state(states["torch"])
+        position, has_gauss, cached = states["numpy_rest"].tolist()
+        keys = states["numpy"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+        version, has_gauss, gauss = states["python_rest"].tolist()
+        random.setstate((int(version), tuple(states["python"].tolist()), gauss if has_gauss else None))
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
+        if shared is not None and "shared" in states:
+            shared.set_state(states["shared"])
+    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as e:
+        raise UserError(f"the checkpoint's rng.safetensors holds no random states ({type(e).__name__}: {e})"
+                        ) from None
+
+
+def resume_random_states(resumed: Checkpoint, processes: Processes, shared: torch.Generator | None, say) -> None:
+    """Give this process the random states that its rank had; on other processes than then, new ones, a pure
+    function of (seed, step, rank)."""
+    then = resumed.state["world_size"], resumed.state.get("tp_processes", 1)
+    tp_processes = processes.world_size // processes.dp_size
+    if then == (processes.world_size, tp_processes):
+        states = {name.partition(".")[2]: t for name, t in resumed.tensors("rng").items()
+                  if name.startswith(f"{processes.rank}.")}
+        return set_random_states(states, processes.device, shared)
+    of_a_model = f" (tp_processes={then[1]} and {tp_processes})" if then[1] != tp_processes else ""
+    say(f"saved on {then[0]} processes and resumed on {processes.world_size}{of_a_model}: dropout masks "
+        f"differ from here on, the order of the data does not")
+    key = resumed.state["seed"] % 2**64, resumed.step
+    seed_random_states(_seed_of(*key, processes.rank))
+    if shared is not None:
+        shared.manual_seed(_seed_of(*key, 2**40 + processes.dp_rank))
+
+
+def _seed_of(*key: int) -> int:
+    """63 bits that are a pure function of a key."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,154 @@
+"""Generate from a model of tensor-parallel ranks: one token a step on every rank."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from kernels import decode
+from kernels.collectives import functional_all_gather
+from kernels.exchange import ALL_REDUCES, GroupSum
+from nanosync.distributed import all_values, from_main
+from nanosync.errors import UserError
+from nanosync.generation import Decoder
+from nanosync.ranks import part_of
+
+
+def check_all_reduce(kind: str) -> None:
+    """Raise UserError for a tp_allreduce that GroupSum does not know."""
+    if kind not in ALL_REDUCES:
+        raise UserError(f"tp_allreduce={kind!r} is unknown: use {' or '.join(ALL_REDUCES)}")
+
+
+class RankDecoder(Decoder):
+    """Decoder for a schedule that leaves sums pending, or for real ranks: see Decoder for what it does.
+
+    Every rank caches the keys and values of its own heads on what it saw. The residual stream is in fp32:
+    `base`, the same on all ranks; `seen[r]`, what local rank r sees while something is pending; `pending[r]`,
+    of which the first is the buffer that the all-reduce reads. A process that holds several ranks keeps
+    copies of their weights as they are when the decoder is made.
+    """
+
+    def __init__(self, model, batch_size: int, tp_allreduce: str = "nccl", **options):
+        """tp_allreduce: how one-token steps sum over processes, see GroupSum."""
+        self.tp_allreduce = tp_allreduce
+        super().__init__(model, batch_size, **options)
+
+    def allocate(self, B, make):
+        model, config, ranks = self.model, self.model.config, self.model.ranks
+        C, local, R = config.n_embd, ranks.local, config.tp_size
+        heads, D = config.n_head // R, C // config.n_head
+        self.cache = make(config.n_layer, local, 2, B, heads, self.block_size, D)
+        self.attention = decode.Attention(self.cache[:, 0])
+        self.qkv, self.y, self.h = make(B, 3 * C // R), make(B, C // R), make(B, 4 * C // R)
+        make_residual = partial(make, dtype=self.residual_dtype)
+        self.base = make_residual(B, C)
+        self.seen = make_residual(local, B, C)
+        kind = "none" if ranks.dry else self.tp_allreduce
+        self.group_sum = GroupSum(kind, make_residual(B, C), ranks.group, all_values)
+        self.pending = [self.group_sum.buffer, *make_residual(local - 1, B, C)]
+        self.layers = [[rank_weights(block, r, local) for r in range(local)] for block in model.transformer.h]
+        first, last = model.vocab_range()
+        rows = -(-config.vocab_size // ranks.processes)
+        head = model.lm_head.weight[first:last]
+        self.head = head if len(head) == rows else F.pad(head, (0, 0, 0, rows - len(head)))
+        self.logits = make_residual(B, rows * ranks.processes)  # whole only if all are needed
+        self.part = self.logits if ranks.group is None else make_residual(B, rows)
+        self.first_row, self.used_rows = first, min(last, self.used_vocab_size) - first
+        top_k, self.candidates = self.sampling.top_k, None
+        fewest = self.used_vocab_size - (ranks.processes - 1) * rows  # used rows of the last process
+        if ranks.group is not None and top_k is not None and top_k <= fewest:
+            # logits and ids of this process's most likely tokens
+            self.candidates = GroupSum(kind, make_residual(2, B, top_k), ranks.group, all_values)
+            self.own_ids = make(B, top_k, dtype=torch.int64)
+
+    def run(self, idx, max_new_tokens: int):
+        group = self.model.ranks.group
+        if group is not None:  # all processes draw the same tokens from the same logits
+            device = None if self.device.type == "cpu" else self.device
+            states = from_main((torch.get_rng_state(), device and torch.cuda.get_rng_state(device)), group)
+            torch.set_rng_state(states[0])
+            if device is not None:
+                torch.cuda.set_rng_state(states[1], device)
+        return super().run(idx, max_new_tokens)
+
+    def prefill(self, idx):
+        x = self.model.hidden(idx, self.cache)
+        self.part.copy_(F.linear(x[:, -1], self.head))
+        self.position.fill_(idx.shape[1])
+        self._draw()
+
+    def step(self):
+        transformer, sublayers = self.model.transformer, self.model.schedule.sublayers
+        decode.embed(self.token, self.position, transformer.wte.weight, transformer.wpe.weight, self.base)
+        pending = False
+        for i, (weights, cache) in enumerate(zip(self.layers, self.cache)):
+            attend = partial(self._attend, cache=cache)
+            pending = self._sublayer(attend, "attn", weights, pending, sublayers[2 * i].sync)
+            pending = self._sublayer(self._mlp, "mlp", weights, pending, sublayers[2 * i + 1].sync)
+        if pending:
+            self._synchronise()
+        decode.linear(self.base, self.head, None, self.part, norm=transformer.ln_f)
+        self.position += 1
+        self._draw()
+
+    def _sublayer(self, compute, name, weights, pending: bool, sync: bool) -> bool:
+        """An attention or MLP on every local rank; whether something is pending after it."""
+        for r, w in enumerate(weights):
+            x = self.seen[r] if pending else self.base
+            y = compute(x, w, r)
+            matrix, bias = w[name]
+            counts_bias = self.model.ranks.index == 0 and r == 0  # in the sum over all ranks it is there once
+            if not sync:
+                decode.linear(y, matrix, bias, self.seen[r], residual=x, also=self.pending[r],
+                              also_add=pending, also_bias=counts_bias)
+            else:  # all local ranks into the buffer of the all-reduce
+                total = self.pending[0]
+                decode.linear(y, matrix, bias if counts_bias else None, total,
+                              residual=total if pending or r > 0 else None)
+        if sync:
+            self._synchronise(also=self.pending[1:] if pending else ())
+        return not sync
+
+    def _attend(self, x, w, r, cache):
+        decode.linear(x, *w["c_attn"], self.qkv, norm=w["ln_1"])
+        return self.attention(self.qkv, cache[r], self.position, self.y)
+
+    def _mlp(self, x, w, r):
+        return decode.linear(x, *w["c_fc"], self.h, norm=w["ln_2"], gelu=True)
+
+    def _synchronise(self, also=None):
+        """base += the sum of what all ranks have pending."""
+        for pending in self.pending[1:] if also is None else also:
+            self.pending[0].add_(pending)
+        self.group_sum.add_to(self.base)
+
+    def _draw(self):
+        """The same token on every process: from all logits, or, with top_k, from the most likely ones of
+        each process, among which are the most likely of all."""
+        ranks = self.model.ranks
+        if self.candidates is None:
+            if ranks.group is not None:
+                parts = functional_all_gather(self.part, ranks.processes, ranks.group_name)
+                self.logits.copy_(parts.transpose(0, 1).flatten(1))  # (P, B, rows) -> (B, V)
+            return super()._draw()
+        mine = self.candidates.buffer
+        torch.topk(self.part[:, :self.used_rows], self.sampling.top_k, sorted=False,
+                   out=(mine[0], self.own_ids))
+        torch.add(self.own_ids, self.first_row, out=mine[1])
+        values, ids = self.candidates.gather()  # (B, P * top_k) each
+        choice = self.sampling.draw(values)
+        self.token.copy_(ids.gather(1, choice[:, None])[:, 0])
+
+
+def rank_weights(block, r: int, local: int) -> dict:
+    """The matrices and biases of one of this process's ranks, of a layer: themselves if there is one only."""
+    part = part_of if local > 1 else lambda name, tensor, r, local: tensor
+    parts = {}
+    for name, linear in (("c_attn", block.attn.c_attn), ("attn", block.attn.c_proj),
+                         ("c_fc", block.mlp.c_fc), ("mlp", block.mlp.c_proj)):
+        key = name if name.startswith("c_") else "c_proj"
+        weight = part(f"{key}.weight", linear.weight, r, local).contiguous()
+        bias = None if linear.bias is None else part(f"{key}.bias", linear.bias, r, local).contiguous()
+        parts[name] = weight, bias
+    return parts | {"ln_1": block.ln_1, "ln_2": block.ln_2}

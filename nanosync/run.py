@@ -1,0 +1,323 @@
+"""The life of a run: lock and resume, open its files, evaluate, save, stop, end.
+
+    run = Run(config, processes, kinds, own, steps)  # lock out_dir; find the checkpoint that a resumed run
+    continues run.check_data(data) run.restore(model, optimizer, scaler)            # exits if nothing is left
+    to train run.open()                                       # files are written from here on
+    run.begin(loader, ...)                           # random states, signals, saver for it in
+    run.iterations():
+        if run.due(eval_interval):                   # False while stopping; due() remembers what was skipped
+            run.evaluated(losses, lr)
+        if not run.proceed():                        # saves what is due; False after the last update or on a
+        stop
+            break
+        ...                                          # forward, backward
+        loss, norm = run.agree(loss_sum, norm, n)    # one reduction; ends the run if a value is not finite
+        ...                                          # update
+        run.iteration(loss, lr, norm)
+    run.end()
+
+A script owns settings, model, data and update. A Run never calls the model's forward pass and touches no
+gradient.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from nanosync import run_dir
+from nanosync.checkpoint import find_resumed
+from nanosync.checkpoint_writer import Saver, snapshot
+from nanosync.dataloader import DataLoader, DataSet, epoch_messages
+from nanosync.distributed import Processes, agree, all_values, barrier, finish, on_main
+from nanosync.errors import UserError, before_exit
+from nanosync.hardware import environment, peak_flops, peak_memory
+from nanosync.log_sinks import check_installed
+from nanosync.model_kind import ModelKind, model_description, schedule_description
+from nanosync.optimizer_state import load_state_by_name
+from nanosync.random_states import resume_random_states, seed_random_states
+from nanosync.resuming import check_kind, check_same_data, load_scaler, resume_of, take_settings
+from nanosync.signals import StopSignal
+from nanosync.training_logger import Stopwatch, TrainingLogger
+
+
+class Run:
+    """One run of a training script; all processes of the run make the same calls."""
+
+    def __init__(self, config: dict, processes: Processes, kinds: dict[str, ModelKind], own: tuple[str, ...],
+                 steps: str = "max_iters"):
+        """Lock out_dir, find the checkpoint that a resumed run continues, and take the settings that it
+        decides.
+
+        kinds: all kinds of model; own: the kinds that the script trains; steps: the setting with the number
+        of updates. With eval_only nothing is locked or written. Raises UserError.
+        """
+        self.config, self.processes, self.kinds, self.steps = config, processes, kinds, steps
+        self.log = TrainingLogger(active=processes.main)
+        self.writes, self._lock = not config.get("eval_only", False), None
+        out_dir = config["out_dir"]
+        if self.writes:
+            check_installed(config.get("use_tensorboard", False), config.get("wandb_log", False))
+            self.on_main(lambda: run_dir.check_out_dir(out_dir))
+            self._lock = self.on_main(lambda: run_dir.lock(out_dir, make=False))  # held until the process ends
+        resume = resume_of(config)
+        self.resumed = find_resumed(resume, out_dir, self.line, processes.group, kinds) if resume else None
+        if self.resumed is not None:
+            check_kind(self.resumed, kinds, own)
+            take_settings(config, self.resumed, kinds)
+        self.continues = self.resumed is not None and run_dir.belongs_to(self.resumed, out_dir)
+        self.environment = environment(processes.device) | {"world_size": processes.world_size} | self._tp_processes()
+        self.last_step = config[steps]
+        self.step = self.first_step = 0
+        self.best_val_loss, self.val_loss = math.inf, None  # val_loss: of this step, None if not measured
+        self.stopping, self.status = False, "finished"
+        self._sample, self._evaluated, self._skipped, self._stop_reason = 0, False, False, None
+
+    def line(self, text: str) -> None:
+        self.log.line(text)
+
+    def on_main(self, function):
+        """Return what function() returns on rank 0, on all ranks; raise its UserError on all ranks."""
+        return on_main(function, self.processes.group)
+
+    def _tp_processes(self) -> dict:
+        return {name: self.config[name] for name in ("tp_processes",) if name in self.config}
+
+    def check_data(self, data: DataSet) -> None:
+        """Keep the data set. Raises UserError if the checkpoint was trained on another one."""
+        self.data = data
+        if self.resumed is not None and self.writes:
+            check_same_data(self.resumed, data.folder, data.fingerprint, self.kinds)
+
+    def restore(self, model, optimizer, scaler=None) -> None:
+        """Load the optimizer's and the scaler's state of a resumed run, and where it stands. Exits if no
+        step is left. The model has its weights already. Raises UserError."""
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        if self.resumed is None:
+            return
+        state = self.resumed.state
+        load_state_by_name(optimizer, model, model.own_part(self.resumed.tensors("optim")))
+        if scaler is not None:
+            load_scaler(scaler, self.resumed)
+        self.step = self.first_step = state["step"]
+        self._sample, self._evaluated = state["sample"], state["evaluated"]
+        if state["best_val_loss"] is not None:
+            self.best_val_loss = state["best_val_loss"]
+        done = self.step > self.last_step or (self.step == self.last_step and self._evaluated)
+        if done and self.writes:
+            self.line(f"nothing left to do: {self.resumed.path} is at step {self.step} of "
+                      f"{self.steps}={self.last_step}")
+            finish(self.processes)
+            raise SystemExit(0)
+
+    def open(self, source: str | None = None) -> None:
+        """Write files from here on, and print the settings. source: path of a script that the log keeps."""
+        if self.writes:
+            barrier(self.processes.group)  # wait until all ranks have read their weights
+            self.on_main(lambda: self._open(source))
+        self.line("settings, with where they differ from the script's:\n" + self.config.table())
+
+    def _open(self, source: str | None) -> None:
+        config, out_dir = self.config, self.config["out_dir"]
+        if self._lock is None:
+            self._lock = run_dir.lock(out_dir, make=True)
+        if config.get("wandb_log"):
+            try:
+                self.log.start_wandb(config["wandb_project"], config["wandb_run_name"], config, out_dir,
+                                     config["wandb_mode"], self.continues)
+            except UserError:
+                run_dir.unlock(out_dir, self._lock)
+                raise
+        run_dir.make_room(out_dir, self.resumed, self.line)
+        self.log.open_files(out_dir, config, self.environment, self.first_step if self.continues else None,
+                            self._evaluated, config.get("use_tensorboard", False))
+        if source is not None:
+            self.log.source(source)
+
+    def begin(self, kind: str, loader: Callable[[int], DataLoader], tokens: int, flops: float = 0.0, dtype=None,
+              shared_generator: torch.Generator | None = None, random_states: bool = True, progress: bool = True,
+              extra_state: Callable[[], dict] = dict, extra_status: Callable[[], dict] = dict,
+              extra_end: Callable[[], dict] = dict) -> DataLoader:
+        """Set the random states, start loader, saver and signals, and return the loader.
+
+        kind: of the model. loader: first sample -> DataLoader. tokens, flops: of an update, over all
+        processes; dtype: of the products, for MFU. shared_generator: draws what the processes of a model have
+        in common. random_states: seed this process, or give it the states that its rank had. progress: move a
+        bar on a terminal. extra_state, extra_status, extra_end: entries of a checkpoint's state.json, of
+        status.json, of the last event.
+        """
+        processes, config = self.processes, self.config
+        if random_states:
+            seed_random_states(config["seed"] + processes.rank)  # dropout differs between processes
+        self._shared_generator, self._kind, self.tokens = shared_generator, kind, tokens
+        self._extra_state, self._extra_status, self._extra_end = extra_state, extra_status, extra_end
+        self.loader = loader(self._sample)
+        if self.resumed is not None and random_states:
+            resume_random_states(self.resumed, processes, shared_generator, self.line)
+        peak = peak_flops(processes.device, dtype) if dtype is not None else None
+        self._mfu_per_second = None if peak is None else flops / (peak * processes.world_size)
+        protected = (self.resumed.step,) if self.continues else ()
+        self.saver = Saver(config["out_dir"], config["keep_checkpoints"], protected, self.log)
+        self.signals, self.stopwatch = StopSignal(), Stopwatch()
+        before_exit.append(lambda: self._close(self.status if self.status == "non_finite" else "failed"))
+        if progress:
+            self.log.begin(self.first_step, self.last_step)
+        self.write_status("running")
+        return self.loader
+
+    def iterations(self) -> Iterator[int]:
+        """Yield the number of each update, and at last that of the step after the last update."""
+        epoch = self.loader.epoch
+        for self.step in range(self.first_step, self.last_step + 1):
+            self.val_loss, self._skipped = None, False
+            yield self.step
+            for message in epoch_messages(self.data.train, epoch, self.loader.epoch):
+                self.line(message)
+            epoch = self.loader.epoch
+            self.saver.poll()
+
+    def due(self, interval: int) -> bool:
+        """True if what happens every `interval` steps, and at the end, is to be done before this update. It
+        was done already if the checkpoint says so. While the run is stopping, the resumed run does what is
+        skipped here.
+        """
+        due = self.is_due(interval)
+        self.stopwatch.pause()  # until `proceed`
+        self._skipped |= due and self.stopping
+        return due and not self.stopping
+
+    def is_due(self, interval: int) -> bool:
+        """As `due`, for what the resumed run need not make up for."""
+        done = self.step == self.first_step and self._evaluated
+        return interval > 0 and not done and (self.step % interval == 0 or self.step == self.last_step)
+
+    def evaluated(self, losses: dict[str, float], lr: float) -> None:
+        """Log the losses of an evaluation, {"train": ..., "val": ...}. Raises UserError if one is not
+        finite."""
+        self.log.evaluation(self.step, losses["train"], losses["val"], lr)
+        self.val_loss = losses["val"]
+        if not math.isfinite(losses["train"] + losses["val"]):
+            self.fail(f"the train loss is {losses['train']}, the val loss {losses['val']} at "
+                      f"iteration {self.step}")
+
+    def stop_anywhere(self) -> bool:
+        """Ask between the batches of an evaluation: True if any process was asked to end. All of them take
+        part. The evaluation is then left to the resumed run."""
+        if any(all_values(self.signals.received, self.processes.group)):
+            self.stopping = self._skipped = True
+        return self.stopping
+
+    def stop(self, reason: str) -> None:
+        """Let `proceed` end the run, after it has saved what is due. reason: a line for the log."""
+        self._stop_reason = reason
+
+    def proceed(self, save: bool | None = None) -> bool:
+        """Save what is due; return False after the last update, or if the run is to stop.
+
+        save: whether a checkpoint is due; None: as checkpoint_interval and always_save_checkpoint say, and if
+        the val loss improved. An interrupted run is saved in any case, unless save_checkpoint is False.
+        """
+        config, saved_here = self.config, self.step == self.first_step and self.continues
+        if self.stopping:
+            self.val_loss = None  # the resumed run evaluates again
+            if not saved_here and config.get("save_checkpoint", True):
+                self._save(not self._skipped, best=False)
+            self.status = "interrupted"
+            return False
+        improved = self.val_loss is not None and self.val_loss < self.best_val_loss
+        if improved:
+            self.best_val_loss = self.val_loss
+        interval_due = self.is_due(config["checkpoint_interval"])
+        if save is None:
+            always = self.val_loss is not None and config["always_save_checkpoint"]
+            save = self.step > 0 and (improved or always or (interval_due and not saved_here))
+        if save:
+            self._save(True, improved)
+        if self.val_loss is not None or interval_due or self.step == self.first_step:
+            self.write_status("running")
+        self.stopwatch.go_on()
+        if self._stop_reason is not None:
+            self.line(self._stop_reason)
+            self.status = "stopped"
+        return self._stop_reason is None and self.step < self.last_step
+
+    def _save(self, evaluated: bool, best: bool) -> None:
+        """Copy everything that the run depends on and begin to write it; all processes take part.
+
+        evaluated: False if the evaluation due at this step was skipped; best: True if val_loss is the lowest
+        so far.
+        """
+        started = time.perf_counter()
+        if self.processes.main:
+            self.saver.wait()  # before there is a second copy in memory
+        self.model.align_replicas(self.optimizer)
+        tensors = snapshot(self.model, self.optimizer, self.processes.device, self._shared_generator,
+                           self.processes.group)
+        if self.processes.main:
+            state = {"sample": self.loader.sample, "epoch": self.loader.epoch, "seed": self.config["seed"],
+                     "evaluated": evaluated, "val_loss": self.val_loss, "best_val_loss": self.best_val_loss,
+                     "world_size": self.processes.world_size, **self._tp_processes(),
+                     "scaler": {} if self.scaler is None else self.scaler.state_dict(),
+                     "model": model_description(self._kind, self.model),
+                     "schedule": schedule_description(self.model), **self._extra_state(), "config": self.config,
+                     "data": self.data.fingerprint, "meta": self.data.meta, "environment": self.environment}
+            self.saver.save(self.step, tensors, state, best, started)
+
+    def agree(self, loss_sum: torch.Tensor, norm: torch.Tensor, micro_batches: int) -> tuple[float, float]:
+        """All-reduce loss, norm and stop request together, which waits for the device; return mean loss and
+        norm.
+
+        loss_sum: of this process's micro-batches; micro_batches: their number over all processes. Raises
+        UserError, and so ends the run, if a value is not finite anywhere; a loss scaler skips gradients that
+        overflow.
+        """
+        loss_sum, norm, self.stopping = agree(loss_sum, norm, self.signals.received > 0, self.processes)
+        loss = loss_sum / micro_batches
+        may_overflow = self.scaler is not None and self.scaler.is_enabled()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
+            self.fail(f"the loss is {loss} and the gradient's norm {norm} at iteration {self.step}")
+        return loss, norm
+
+    def fail(self, problem: str, kept: str = "no update was made with that and no checkpoint has it") -> None:
+        """End the run because a value is not finite. Raises UserError."""
+        self.status = "non_finite"
+        raise UserError(f"{problem}: {kept}; resume an earlier one (--list_checkpoints shows them) with --resume=STEP "
+                        f"and a lower learning_rate")
+
+    def iteration(self, loss: float, lr: float, norm: float, **fields: float) -> None:
+        """Log an update. fields: further ones of log_fields.FIELDS."""
+        seconds = self.stopwatch.lap()
+        mfu = None if self._mfu_per_second is None else self._mfu_per_second / seconds
+        self.log.iteration(self.step, loss, lr, norm, seconds, self.tokens, mfu, self.loader.epoch,
+                           peak_memory(self.processes.device), line=self.step % self.config["log_interval"] == 0,
+                           **fields)
+
+    def log_schedule(self, model) -> None:
+        self.log.event("schedule", **schedule_description(model))
+
+    def write_status(self, status: str) -> None:
+        self.log.status(status, self.step, max_iters=self.last_step, best_val_loss=self.best_val_loss,
+                        **self._extra_status())
+
+    def _close(self, status: str) -> None:
+        """Wait for the checkpoint that is being written, and close the logs; also if an error ends the
+        run."""
+        self.loader.close()
+        self.saver.wait()
+        self.write_status(status)
+        self.log.close(status=status, step=self.step, best_val_loss=self.best_val_loss,
+                       tokens=self.step * self.tokens, **self._extra_end())
+
+    def end(self, *notes: str) -> None:
+        """End the run and this process. notes: lines for the log. Raises UserError if the last checkpoint
+        cannot be saved."""
+        self.on_main(lambda: self.saver.wait(final=True))
+        if self.status == "interrupted":
+            saved = self.config.get("save_checkpoint", True)
+            self.line(f"interrupted at step {self.step}: " + (
+                "continue with --resume=latest" if saved else "nothing was saved (save_checkpoint=False)"))
+        for note in notes:
+            self.line(note)
+        self._close(self.status)
+        finish(self.processes)

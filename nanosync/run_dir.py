@@ -1,0 +1,123 @@
+"""The folder of a run: its layout, its lock, and archiving what an earlier run left there."""
+
+import contextlib
+import glob
+import os
+import platform
+import re
+import time
+
+from nanosync.checkpoint import Checkpoint, repair_best, step_name, steps_in, write_latest
+from nanosync.errors import UserError
+from nanosync.files import check_can_write, unused_path
+
+# what a new run would overwrite, prune or mix with its own
+RUN_FILES = ("ckpt", "tensorboard", "latest", "best.json", "log.txt", "status.json")
+
+
+def check_out_dir(out_dir: str) -> None:
+    """Raise UserError unless a run can write into out_dir, which need not exist yet. Leaves nothing there."""
+    if not out_dir:
+        raise UserError("out_dir='' is no folder: name one with --out_dir=...")
+    check_can_write(out_dir, "out_dir")
+    for name in (*RUN_FILES, "LOCK"):
+        path = os.path.join(out_dir, name)
+        if os.path.islink(path):
+            raise UserError(f"{path} is a link, and a run writes nothing outside its out_dir: remove it, or "
+                            f"name another out_dir")
+        is_folder = name in ("ckpt", "tensorboard")
+        if os.path.lexists(path) and os.path.isdir(path) != is_folder:
+            kind = "folder" if is_folder else "file"
+            raise UserError(f"{path} is in the way of the run's {kind} of that name: move it, or name "
+                            f"another out_dir")
+    check_can_write(os.path.join(out_dir, "ckpt"), "out_dir")
+
+
+def lock(out_dir: str, make: bool) -> int | None:
+    """Take out_dir for this process as long as it lives; a process that dies lets go of it, however it does.
+
+    make: whether to make the folder and its LOCK; else only one that is there is taken. Returns what keeps
+    it, None if there was nothing to take. Raises UserError if another process has it.
+    """
+    import fcntl
+
+    path = os.path.join(out_dir, "LOCK")
+    try:
+        if make:
+            os.makedirs(out_dir, exist_ok=True)
+        flags = os.O_NOFOLLOW | (os.O_CREAT if make else 0)
+        try:
+            descriptor, writable = os.open(path, os.O_RDWR | flags, 0o666), True
+        except PermissionError:  # another user's, who may have left long ago
+            descriptor, writable = os.open(path, os.O_RDONLY | os.O_NOFOLLOW), False
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise UserError(f"cannot open {path}: {e.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if writable:
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode().ljust(80), 0)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 80, 0).decode(errors="replace").strip() or "another process"
+        raise UserError(f"{out_dir} is in use by {holder}: wait for it or end it, or name another "
+                        f"--out_dir=...") from None
+    except OSError as e:
+        raise UserError(f"cannot lock {path} ({e.strerror}): name an out_dir on a file system that has locks "
+                        f"and room") from None
+    _restore(out_dir)
+    return descriptor
+
+
+def _restore(out_dir: str) -> None:
+    """Bring back a step that was moved aside for a new copy of it that did not come."""
+    folder = os.path.join(out_dir, "ckpt")
+    for name in sorted(os.listdir(folder) if os.path.isdir(folder) else [], reverse=True):  # newest first
+        moved = re.fullmatch(r"\.old-(step-\d{8})-\d+", name)
+        if moved and not os.path.lexists(os.path.join(folder, moved[1])):
+            os.rename(os.path.join(folder, name), os.path.join(folder, moved[1]))
+
+
+def make_room(out_dir: str, resumed: Checkpoint | None, say) -> None:
+    """Move aside what is in the way of a run that begins or goes on in out_dir, and say so."""
+    mine = resumed is not None and belongs_to(resumed, out_dir)
+    earlier = archive(out_dir, after=resumed.step if mine else None)
+    if earlier is not None:
+        whose = f"of later steps than {resumed.step}" if mine else "of an earlier run"
+        say(f"moved the {'checkpoints' if mine or steps_in(earlier) else 'log'} {whose} to {earlier}")
+    if mine:
+        repair_best(out_dir)
+        write_latest(out_dir, resumed.step)
+
+
+def unlock(out_dir: str, held: int) -> None:
+    """Let go of an out_dir that nothing was written to; one that is empty then goes."""
+    os.close(held)
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(out_dir, "LOCK"))
+        os.rmdir(out_dir)
+
+
+def belongs_to(checkpoint: Checkpoint, out_dir: str) -> bool:
+    """Whether a checkpoint lies in out_dir."""
+    return os.path.realpath(checkpoint.path).startswith(os.path.join(os.path.realpath(out_dir), "ckpt", ""))
+
+
+def archive(out_dir: str, after: int | None = None) -> str | None:
+    """Move what an earlier run left in out_dir to a folder of its own; its name, None if there was none.
+
+    after: only the checkpoints of later steps, which a run that goes on from that step will make anew.
+    """
+    if after is None:
+        logs = glob.glob(os.path.join(glob.escape(out_dir), "run_*.jsonl"))
+        names = (*RUN_FILES, *map(os.path.basename, logs))
+        there = [name for name in names if os.path.lexists(os.path.join(out_dir, name))]
+    else:
+        there = [os.path.join("ckpt", step_name(step)) for step in steps_in(out_dir) if step > after]
+    if not there:
+        return None
+    folder = unused_path(os.path.join(out_dir, time.strftime("earlier-%Y%m%d-%H%M%S")))
+    for name in there:
+        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+        os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
+    return folder

@@ -1,0 +1,103 @@
+"""The clock of a speedrun: training time without evaluations, saving, compiling and the first steps; its
+lines and events.
+
+The report of a step is read while the next step runs: a loop that waits for every loss leaves the GPU idle.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from nanosync.distributed import all_reduce_sum
+from nanosync.hardware import peak_flops, peak_memory
+from nanosync.run import Run
+
+
+class LateReport:
+    """Mean loss and stop request of a step, over all processes, on their way to the CPU."""
+
+    def __init__(self, step: int, loss: torch.Tensor, stop: bool, group, flops: float, fields: dict):
+        """loss: this process's share of the mean, a scalar; stop: True if the process was asked to end;
+        flops: of the step, over all processes; fields: of its event."""
+        self.step, self.flops, self.fields = step, flops, fields
+        values = all_reduce_sum(torch.stack((loss, torch.full_like(loss, float(stop)))), group)
+        self._event, self._values = None, values
+        if values.is_cuda:
+            self._values, self._event = values.to("cpu", non_blocking=True), torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> tuple[float, bool]:
+        """Wait until the step is done; return the mean loss, and True if any process was asked to end."""
+        if self._event is not None:
+            self._event.synchronize()
+        loss, stops = self._values.tolist()
+        return loss, stops > 0
+
+
+class StepClock:
+    """Training seconds so far, and the reports of steps as they come in."""
+
+    skipped = 10  # steps before the clock starts, as the record's clock does
+
+    def __init__(self, run: Run, tokens: int, dtype: torch.dtype, observe: Callable[[int, float], None]):
+        """tokens: of a step, over all processes; dtype: of the products, for MFU; observe: called with
+        (step, mean train loss), the same on all processes."""
+        self.run, self.tokens, self.observe = run, tokens, observe
+        self.peak = peak_flops(run.processes.device, dtype)
+        self.train_seconds, self.train_loss, self.stop_asked, self.problem = 0.0, None, False, None
+        self._late = None
+
+    def state(self) -> dict:
+        return {"train_seconds": self.train_seconds, "train_loss": self.train_loss}
+
+    def load(self, state: dict) -> None:
+        self.train_seconds, self.train_loss = state["train_seconds"], state["train_loss"]
+
+    def start(self) -> None:
+        """Leave out what has passed so far, such as compiling."""
+        self.run.stopwatch.lap()
+
+    def timing(self, done: int) -> dict:
+        """Return the clock after `done` steps, in ms."""
+        timed = done - self.skipped
+        return {"train_time_ms": 1e3 * self.train_seconds,
+                "step_avg_ms": 1e3 * self.train_seconds / timed if timed > 0 else math.nan}
+
+    def report(self, what: str, done: int) -> None:
+        clock = self.timing(done)
+        self.run.line(f"step:{done}/{self.run.last_step} {what} train_time:{clock['train_time_ms']:.0f}ms "
+                      f"step_avg:{clock['step_avg_ms']:.2f}ms")
+
+    def step_done(self, step: int, loss: torch.Tensor, flops: float, **fields) -> None:
+        """Settle the step before, and start the report of this one; see LateReport."""
+        self.settle()
+        processes = self.run.processes
+        self._late = LateReport(step, loss, self.run.signals.received > 0, processes.group, flops, fields)
+        if processes.device.type != "cuda":  # the loss is there already
+            self.settle()
+
+    def settle(self) -> None:
+        """Read the report of the newest step, take the time, and log it."""
+        late, self._late = self._late, None
+        if late is None:
+            return
+        self.train_loss, self.stop_asked = late.read()
+        seconds = self.run.stopwatch.lap()
+        if late.step >= self.skipped:  # a run resumed later than that pays for starting again
+            self.train_seconds += seconds
+        self.observe(late.step, self.train_loss)
+        if not math.isfinite(self.train_loss):
+            self.problem = f"the loss is {self.train_loss} at step {late.step}"
+        if (late.step + 1) % self.run.config["log_interval"] == 0:
+            self.report(f"train_loss:{self.train_loss:.4f}", late.step + 1)
+            self._event(late, seconds)
+
+    def _event(self, late: LateReport, seconds: float) -> None:
+        run = self.run
+        peak = None if self.peak is None else self.peak * run.processes.world_size
+        run.log.event("iter", step=late.step, loss=self.train_loss, norm=None, seconds=seconds,
+                      tokens_per_second=self.tokens / seconds, epoch=run.loader.epoch,
+                      memory=peak_memory(run.processes.device),
+                      mfu=None if peak is None else late.flops / seconds / peak, **late.fields,
+                      **self.timing(late.step + 1))

@@ -1,0 +1,133 @@
+"""What a training step computes: on how long pieces of a sequence, by which layers.
+
+A schedule is made from a script's settings. Its state, if it has one, is part of a checkpoint.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from configurator import Config
+from nanosync.errors import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step computes."""
+
+    crop: int  # tokens that see each other
+    layers: tuple[int, ...]  # those that take part
+
+
+class Schedule:
+    """All layers on whole sequences in every step. Others are derived from it."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.full = Plan(config["sequence_length"], tuple(range(config["n_layer"])))
+
+    def plan(self, step: int) -> Plan:
+        """What step `step` computes. Called once for each step, in order."""
+        return self.full
+
+    def plans(self) -> list[Plan]:
+        """Every plan whose graph is compiled as a whole."""
+        return [self.full]
+
+    def observe(self, step: int, loss: float) -> None:
+        """The train loss of a step, the same on all processes."""
+
+    def state(self) -> dict:
+        """What a checkpoint has to keep, as JSON."""
+        return {}
+
+    def load(self, state: dict) -> None:
+        """The inverse of `state`."""
+
+
+class Curriculum(Schedule):
+    """Short pieces first: sequences are cut into pieces of `crop` tokens, which grow. The tokens of a step,
+    and their order, are the baseline's; if crop does not divide a sequence, it ends with a shorter piece.
+
+    A length gives way to the next after its share of the steps, or on a plateau: when the mean loss of the
+    last plateau_steps steps is less than plateau_gain below that of as many steps before.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        T = config["sequence_length"]
+        self.lengths, shares = config["curriculum_lengths"], config["curriculum_shares"]
+        if self.lengths is None:
+            if T < 4:
+                raise UserError(f"sequence_length={T} has no quarters: give curriculum_lengths")
+            self.lengths = [T // 4, T // 2, T - T // 4, T]
+        if shares is None:
+            shares = [0.1 * (i + 1) for i in range(len(self.lengths) - 1)]
+        if not all(type(n) is int and n > 0 for n in self.lengths) or self.lengths[-1:] != [T] \
+                or sorted(set(self.lengths)) != self.lengths:
+            raise UserError(f"curriculum_lengths={self.lengths} must grow, and end with sequence_length={T}")
+        if len(shares) != len(self.lengths) - 1 \
+                or not all(type(share) in (int, float) and 0 <= share <= 1 for share in shares) \
+                or sorted(shares) != shares:
+            raise UserError(f"curriculum_shares={shares} must be {len(self.lengths) - 1} numbers from 0 to 1 "
+                            f"that do not fall, one for each length but the last")
+        self.latest = [round(share * config["num_iterations"]) for share in shares]
+        self.stage, self.since, self.losses = 0, 0, []  # of the stage that began at step `since`
+
+    def plan(self, step: int) -> Plan:
+        while self.stage < len(self.latest) and (step >= self.latest[self.stage] or self.plateau(step)):
+            self.stage, self.since, self.losses = self.stage + 1, step, []
+        return Plan(self.lengths[self.stage], self.full.layers)
+
+    def plateau(self, step: int) -> bool:
+        """By the losses up to step - 2, which are known in time however early a checkpoint asks for more."""
+        n, losses = self.config["curriculum_plateau_steps"], self.losses[:max(0, step - 1 - self.since)]
+        if n == 0 or len(losses) < 2 * n:
+            return False
+        return sum(losses[-2 * n:-n]) / n - sum(losses[-n:]) / n < self.config["curriculum_plateau_gain"]
+
+    def plans(self) -> list[Plan]:
+        return [Plan(length, self.full.layers) for length in self.lengths]
+
+    def observe(self, step: int, loss: float) -> None:
+        if step >= self.since:
+            self.losses.append(loss)
+
+    def state(self) -> dict:
+        return {"stage": self.stage, "since": self.since, "losses": self.losses}
+
+    def load(self, state: dict) -> None:
+        self.stage, self.since, self.losses = state["stage"], state["since"], list(state["losses"])
+
+
+class DepthWarm(Schedule):
+    """Layers join one after the other, from the bottom, while the network warms up. One that has joined takes
+    part in a step with a probability that grows to 1 (stochastic depth, arXiv 1603.09382). What does not take
+    part is neither computed nor sent. A layer that has not joined yet adds zero, so that it changes nothing
+    when it does.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.first, L = config["depth_warm_layers"], config["n_layer"]
+        if not 1 <= self.first <= L:
+            raise UserError(f"depth_warm_layers={self.first} must be between 1 and n_layer={L}")
+        for name in ("depth_warm_share", "depth_warm_survival"):
+            if not 0 <= config[name] <= 1:
+                raise UserError(f"{name}={config[name]} must be between 0 and 1")
+        self.end = round(config["depth_warm_share"] * config["num_iterations"])  # of the warm-up
+
+    def survival(self, layer: int, step: int) -> float:
+        """The probability with which a layer takes part in a step."""
+        if layer < self.first or step >= self.end:
+            return 1.0
+        joins = self.end * (layer - self.first + 1) / (self.config["n_layer"] - self.first + 1)
+        if step < joins:
+            return 0.0
+        lowest = self.config["depth_warm_survival"]
+        return lowest + (1 - lowest) * (step - joins) / (self.end - joins)
+
+    def plan(self, step: int) -> Plan:
+        random = np.random.RandomState([self.config["seed"] % 2**32, step])
+        drawn = random.random_sample(len(self.full.layers))  # in [0, 1)
+        return Plan(self.full.crop, tuple(i for i in self.full.layers if drawn[i] < self.survival(i, step)))

@@ -1,0 +1,99 @@
+"""What train.py and train_reduced_sync.py do before their loops, besides what a Run does: checks of settings,
+micro-steps, start-up lines, compiling and wrapping the model.
+"""
+
+import torch
+import torch.nn as nn
+
+from configurator import check_at_least, check_at_most, check_seed
+from kernels import usable
+from nanosync.dataloader import evaluate, evaluation_batches
+from nanosync.distributed import Processes
+from nanosync.errors import UserError
+from nanosync.hardware import check_compile
+from nanosync.optim import check_optimizer
+from nanosync.parallelism import Parallelism, check_parallelism, settle_buckets
+from nanosync.run import Run
+from nanosync.sharding import reshard
+
+
+def check_training_settings(config: dict) -> None:
+    """Raise UserError for settings that are wrong whatever the model is."""
+    check_at_least(config, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval",
+                   "log_interval", "eval_iters", "keep_checkpoints", "lr_decay_iters")
+    check_at_least(config, 0, "max_iters", "warmup_iters", "grad_clip", "min_lr", "checkpoint_interval",
+                   "sample_interval", "hellaswag_interval")
+    check_at_least(config, 1, "sample_tokens", "timeout")
+    check_at_most(config, 1e6, "timeout")
+    check_at_least(config, 0, "fsdp_min_num_params")
+    check_seed(config)
+    check_parallelism(config)
+    check_optimizer(config)
+
+
+def micro_steps_of(config: dict, processes: Processes) -> int:
+    """Return the micro-batches of an update on each data-parallel process. Raises UserError."""
+    total, tp_processes = config["gradient_accumulation_steps"], config["tp_processes"]
+    if config["compile"]:
+        check_compile(processes.device)
+    if total % processes.dp_size:
+        what = "processes" if tp_processes == 1 else f"groups of {tp_processes} processes"
+        raise UserError(f"gradient_accumulation_steps={total} is the total over all {what} and must be a "
+                        f"multiple of their number, {processes.dp_size}")
+    return total // processes.dp_size
+
+
+def describe_start(run: Run, model: nn.Module, parallel: Parallelism) -> None:
+    """Print what is trained, on what and how."""
+    config, data, processes = run.config, run.data, run.processes
+    dtype, n = str(parallel.dtype).removeprefix("torch."), processes.world_size
+    run.line(f"device {run.environment['device']}, {dtype}, {n} process{'es' * (n > 1)}; "
+             f"{model.n_parameters() / 1e6:.2f}M parameters; {data.folder}: {data.train.n_tokens:,} train and "
+             f"{data.val.n_tokens:,} val tokens, {data.train.n_windows:,} windows an epoch")
+    micro_steps = config["gradient_accumulation_steps"] // processes.dp_size
+    tokens = config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"]
+    run.line(f"tokens per iteration: {config['batch_size']} sequences x {config['block_size']} tokens x "
+             f"{micro_steps} accumulation x {processes.dp_size} ranks = {tokens:,}")
+    for line in parallel.describe(model):
+        run.line(line)
+    if config["use_triton"]:
+        kind = processes.device.type
+        run.line("using Triton-accelerated LayerNorm" if usable(torch.empty(0, device=processes.device)) else
+                 f"use_triton: no Triton kernels on {kind} here, LayerNorm is PyTorch's")
+    if data.meta is None and config["init_from"] == "scratch":
+        run.line(f"{data.folder} has no meta.json: taking GPT-2's vocabulary of 50257")
+
+
+def prepare_training(run: Run, model: nn.Module, parallel: Parallelism, autocast) -> tuple:
+    """Compile and wrap the model; return what is called to train it, and the generator of the dropout
+    masks that all processes of a model have in common (None on simulated ranks)."""
+    config, processes = run.config, run.processes
+    real_ranks = config["tp_processes"] > 1
+    compiled = config["compile"] and not (real_ranks and model.config.dropout > 0)
+    if compiled:
+        run.line("compiling the model (about a minute)")
+    elif config["compile"]:
+        run.line("not compiling: the dropout masks of real ranks come from a generator that they share")
+    trained = parallel.prepare(model, compiled)
+    if not run.writes:  # eval_only
+        return trained, None
+    shared = model.share_dropout(config["seed"], processes.dp_rank, processes.device) if real_ranks else None
+    with autocast:
+        settle_buckets(trained, (config["batch_size"], config["block_size"]), processes.device, shared)
+    return trained, shared
+
+
+def estimate_losses(run: Run, model: nn.Module, autocast) -> dict[str, float]:
+    """Mean loss of fixed windows of both splits, {"train": ..., "val": ...}, the same for any number of
+    processes."""
+    config, processes, losses = run.config, run.processes, {}
+    model.align_replicas(run.optimizer)
+    model.eval()
+    for split in (run.data.train, run.data.val):
+        batches = evaluation_batches(split, config["eval_iters"] * config["batch_size"], config["batch_size"],
+                                     processes.device, processes.dp_rank, processes.dp_size)
+        with autocast:
+            losses[split.name] = evaluate(model, batches, processes.dp_group)
+    reshard(model)
+    model.train()
+    return losses
