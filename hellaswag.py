@@ -81,8 +81,8 @@ def progress(done: int, n: int) -> None:
 
 
 with autocast:
-    result = hellaswag_eval.accuracy(model, examples, batch_size, device, processes.dp_rank, processes.dp_size,
-                                processes.dp_group, progress=progress)
+    result = hellaswag_eval.accuracy(model, examples, batch_size, device, processes.dp_rank,
+                                     processes.dp_size, processes.dp_group, progress=progress)
 say(f"HellaSwag: acc {result['acc']:.4f}, acc_norm {result['acc_norm']:.4f} on {result['n']} examples")
 if json and processes.main:
     source = {"weights": init_from, "step": None} if found is None else \

@@ -7,18 +7,16 @@ tied head).
 Shapes: B batch, T tokens of a sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
 """
 
-import logging
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.layer_norm import add_layer_norm, layer_norm
-from nanosync import huggingface
+from nanosync import huggingface, recompute
 from nanosync.errors import UserError
 from nanosync.generation import Decoder
 from nanosync.sharding import Replicated
@@ -142,7 +140,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    recompute = "none"  # what its backward pass computes again, see use_activation_checkpointing
+    recompute = "none"  # what the backward pass computes again, see nanosync.recompute
+    generator = None  # of dropout masks, where it is not PyTorch's own
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -152,12 +151,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, *args):
-        """What `compute` does, with or without keeping what the backward pass needs."""
-        if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.compute(*args)
-        if self.recompute == "block":
-            return checkpoint(self.compute, *args, use_reentrant=False)
-        return checkpoint(self.compute, *args, use_reentrant=False, context_fn=selective_contexts)
+        """Return compute(*args); keep of it what `recompute` says."""
+        return recompute.run(self.compute, args, self.recompute, self.generator)
 
     def compute(self, x, out=None, cache=None):
         """The residual stream x and the last MLP's `out`, None before the first block, both (B, T, C) -> the
@@ -165,37 +160,6 @@ class Block(nn.Module):
         x, y = self.ln_1.add(x, out)
         x, y = self.ln_2.add(x, self.attn(y, cache))
         return x, self.mlp(y)
-
-
-ACTIVATION_CHECKPOINTING = ("none", "block", "selective")
-aten = torch.ops.aten
-KEPT = [  # by 'selective': what costs the most to compute again for what it takes to keep
-    aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_cudnn_attention.default,
-    aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops._c10d_functional.all_reduce.default,
-    torch.ops._c10d_functional.wait_tensor.default,
-]
-
-
-def selective_contexts():
-    """What surrounds the forward pass and its recomputation."""
-    return create_selective_checkpoint_contexts(KEPT)
-
-
-def use_activation_checkpointing(model: nn.Module, kind: str) -> None:
-    """What a model of any kind keeps of its blocks for the backward pass: 'none' means that nothing is
-    computed again; 'block' keeps only what goes into each and computes it again (arXiv 1604.06174);
-    'selective' keeps the results of matrix products, attention and all-reduces and computes the rest again
-    (arXiv 2205.05198). Raises UserError for another.
-    """
-    if kind not in ACTIVATION_CHECKPOINTING:
-        raise UserError(f"activation_checkpointing={kind!r} is unknown: use "
-                        f"{', '.join(ACTIVATION_CHECKPOINTING)}")
-    for block in model.transformer.h:
-        block.recompute = kind
-    # compiled, 'selective' is met with a warning about operations in place, of which blocks have none
-    logging.getLogger("torch._higher_order_ops.wrap").addFilter(
-        lambda record: "context_fn is passed" not in record.getMessage())
 
 
 class GPT(Replicated):

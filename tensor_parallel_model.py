@@ -24,7 +24,6 @@ R = tp_size, P processes of a group, B batch, T tokens, C = n_embd, H = n_head, 
 part of C (attention) or 4C (MLP).
 """
 
-import contextlib
 import warnings
 from dataclasses import dataclass, replace
 
@@ -32,12 +31,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from kernels.collectives import functional_all_gather
 from kernels.cross_entropy import vocab_parallel_cross_entropy
 from kernels.pending_norm import pending_layer_norm
-from model import GPT, Block, GPTConfig, gelu, selective_contexts
+from model import GPT, Block, GPTConfig, gelu
 from nanosync.errors import UserError
 from nanosync.generation import Decoder
 from nanosync.rank_decoder import RankDecoder
@@ -199,8 +197,6 @@ def split_attention(attn, x, cache=None):
 class RankBlock(Block):
     """A dense block's parameters, each rank's part of them on what it sees."""
 
-    generator = None  # of the dropout masks that real ranks have in common
-
     def compute(self, state, sublayers, ranks: Ranks, dropout, cache=None):
         """A Residual's state before the layer -> that after it. sublayers: its two of the schedule."""
         residual, (after_attention, after_mlp) = Residual(ranks, dropout, state), sublayers
@@ -211,44 +207,6 @@ class RankBlock(Block):
         y = gelu(column_parallel(x, self.mlp.c_fc))
         residual.add(y, self.mlp.c_proj, after_mlp.sync)
         return residual.state
-
-    def forward(self, *args):
-        if self.generator is None or self.recompute == "none" or not torch.is_grad_enabled():
-            return super().forward(*args)
-
-        def contexts():  # PyTorch lets only its own generators draw again what they drew
-            first, again = selective_contexts() if self.recompute == "selective" else noop_context_fn()
-            rewind = _Rewind(self.generator)
-            return _both(first, rewind.noted()), _both(again, rewind.back())
-
-        return checkpoint(self.compute, *args, use_reentrant=False, context_fn=contexts)
-
-
-class _Rewind:
-    """Lets a generator draw again what it drew."""
-
-    def __init__(self, generator: torch.Generator):
-        self.generator = generator
-
-    @contextlib.contextmanager
-    def noted(self):
-        self.state = self.generator.get_state()
-        yield
-
-    @contextlib.contextmanager
-    def back(self):
-        now = self.generator.get_state()
-        self.generator.set_state(self.state)
-        try:
-            yield
-        finally:
-            self.generator.set_state(now)
-
-
-@contextlib.contextmanager
-def _both(first, second):
-    with first, second:
-        yield
 
 
 @dataclass

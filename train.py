@@ -23,15 +23,16 @@ import torch
 
 import models
 from configurator import check_choice, configure
-from model import ACTIVATION_CHECKPOINTING
 from nanosync.checkpoint import exit_with_listing
 from nanosync.dataloader import DataLoader, open_dataset
 from nanosync.distributed import env_rank, finish, start
 from nanosync.errors import UserError
 from nanosync.evaluations import prepare_evaluations
 from nanosync.hardware import make_deterministic, pick_dtype
+from nanosync.model_kind import schedule_description
 from nanosync.optim import build_optimizer, cosine_learning_rate, set_learning_rate
 from nanosync.parallelism import parallelism_of
+from nanosync.recompute import ACTIVATION_CHECKPOINTING
 from nanosync.run import Run
 from nanosync.training_setup import (
     check_training_settings,
@@ -124,7 +125,8 @@ def check_settings(config: dict) -> None:
     check_choice(config, "model_type", ("gpt", "distributed_gpt"))
     check_choice(config, "activation_checkpointing", ACTIVATION_CHECKPOINTING)
     if config["block_types"] is not None and config["model_type"] == "gpt":
-        raise UserError("block_types is for --model_type=distributed_gpt; the dense GPT has one kind of block")
+        raise UserError("block_types is for --model_type=distributed_gpt; the dense GPT has one kind of "
+                        "block")
 
 
 check_settings(config)
@@ -156,7 +158,7 @@ describe_start(run, model, parallel)
 if model_type == "distributed_gpt":
     run.line(f"synchronization points per forward pass: {model.syncs} (baseline {2 * model.config.n_layer}), "
              f"{model.config.tp_size} ranks on {tp_processes} process{'es' * (tp_processes > 1)}")
-    run.log_schedule(model)
+    run.log.event("schedule", **schedule_description(model))
 
 # speed
 torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
@@ -170,10 +172,10 @@ if eval_only:
 
 # training loop
 tokens_per_iter = batch_size * block_size * gradient_accumulation_steps
-loader = run.begin(
-    model_type, lambda sample: DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device,
-                                          processes.dp_rank, processes.dp_size, sample),
-    tokens_per_iter, model.flops_per_token(block_size) * tokens_per_iter, compute_dtype, shared_generator)
+loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device,
+                    processes.dp_rank, processes.dp_size, run.sample)
+run.begin(model_type, loader, tokens_per_iter,
+          model.flops_per_token(block_size) * tokens_per_iter, compute_dtype, shared_generator)
 for it in run.iterations():
     lr = learning_rate
     if decay_lr:

@@ -33,7 +33,7 @@ from nanosync.dataloader import DataLoader, evaluate, evaluation_batches, open_d
 from nanosync.distributed import env_rank, start
 from nanosync.errors import UserError
 from nanosync.hardware import check_compile, make_deterministic, peak_memory, pick_dtype
-from nanosync.model_kind import ModelKind, check_size
+from nanosync.model_kind import ModelKind, check_size, schedule_description
 from nanosync.optim import build_muon, set_learning_rate, trapezoidal_learning_rate
 from nanosync.random_states import seed_random_states
 from nanosync.ranks import Ranks, column_parallel, f_op, g_op, row_parallel
@@ -377,7 +377,7 @@ if __name__ == "__main__":
     if batch_size % at_once:
         raise UserError(f"{batch_size=} is the total over {processes.world_size} processes and must "
                         f"be a multiple of {at_once}, {device_batch_size=} for each")
-    micro_steps, share = batch_size // at_once, device_batch_size / batch_size  # of a micro-batch in the mean loss
+    micro_steps, share = batch_size // at_once, device_batch_size / batch_size  # of one in the mean loss
     tokens_per_step = batch_size * sequence_length
 
     # what is resumed decides the architecture
@@ -412,7 +412,7 @@ if __name__ == "__main__":
              f"accumulation x {processes.world_size} processes = {tokens_per_step:,}")
     if variant == "sync":
         run.line(f"{model.syncs} of {2 * n_layer} synchronization points, {tp_size} simulated ranks")
-        run.log_schedule(model)
+        run.log.event("schedule", **schedule_description(model))
 
     val_windows = min(max(1, val_tokens // sequence_length), sum(data.val.eval_windows))
     if val_windows * sequence_length != val_tokens:
@@ -455,22 +455,20 @@ if __name__ == "__main__":
         return evaluate(lambda x, y: (None, loss_of(x, y, schedule.full)), batches, group)
 
     # training loop
-    loader = run.begin(
-        models.SPEEDRUN, lambda sample: DataLoader(data.train, device_batch_size, micro_steps, architecture.vocab_size,
-                                                   seed, device, processes.rank, processes.world_size, sample),
-        tokens_per_step, random_states=False, progress=False,
-        extra_state=lambda: {"variant": schedule.state(), **clock.state(), "last_val_loss": val_loss,
-                             "last_val_step": val_step},
-        extra_status=lambda: {"val_loss": val_loss, "val_step": val_step, "train_loss": clock.train_loss,
-                              "variant": variant, "seed": seed, **clock.timing(run.step)},
-        extra_end=lambda: {"val_loss": val_loss, **clock.timing(run.step)})
+    loader = DataLoader(data.train, device_batch_size, micro_steps, architecture.vocab_size, seed, device,
+                        processes.rank, processes.world_size, run.sample)
+    run.begin(models.SPEEDRUN, loader, tokens_per_step, random_states=False, progress=False,
+              extra_state=lambda: {"variant": schedule.state(), **clock.state(), "last_val_loss": val_loss,
+                                   "last_val_step": val_step},
+              extra_status=lambda: {"val_loss": val_loss, "val_step": val_step, "seed": seed, "variant": variant,
+                                    "train_loss": clock.train_loss, **clock.timing(run.step)})
     if compile:
         warm_up()
     clock.start()
     for step in run.iterations():
         last, lr = step == num_iterations, trapezoidal_learning_rate(
             step, learning_rate, warmup_iters, warmdown_iters, num_iterations)
-        save_due = step > 0 and ((last and save_checkpoint) or 
+        save_due = step > 0 and ((last and save_checkpoint) or
                                      (run.is_due(checkpoint_interval) and step % checkpoint_interval == 0))
         if clock.stop_asked or save_due or last or run.is_due(val_loss_every) or step == clock.skipped:
             clock.settle()

@@ -21,15 +21,16 @@ import torch
 
 import models
 from configurator import check_choice, configure
-from model import ACTIVATION_CHECKPOINTING
 from nanosync.checkpoint import exit_with_listing
 from nanosync.dataloader import DataLoader, open_dataset
 from nanosync.distributed import env_rank, finish, start
 from nanosync.errors import UserError
 from nanosync.evaluations import prepare_evaluations
 from nanosync.hardware import make_deterministic, pick_dtype
+from nanosync.model_kind import schedule_description
 from nanosync.optim import build_optimizer, cosine_learning_rate, set_learning_rate
 from nanosync.parallelism import parallelism_of
+from nanosync.recompute import ACTIVATION_CHECKPOINTING
 from nanosync.run import Run
 from nanosync.training_setup import (
     check_training_settings,
@@ -128,8 +129,8 @@ def check_settings(config: dict) -> None:
     parse_stop_if(config["stop_if"])
     strategy = config["sync_strategy"]
     if config.origin["layers_per_group"] and strategy != "grouped" and not config["resume"]:
-        raise UserError(f"layers_per_group={config['layers_per_group']} is for sync_strategy='grouped', and it is "
-                        f"{strategy!r}")
+        raise UserError(f"layers_per_group={config['layers_per_group']} is for sync_strategy='grouped', "
+                        f"and it is {strategy!r}")
 
 
 check_settings(config)
@@ -158,7 +159,7 @@ run.open()
 describe_start(run, model, parallel)
 run.line(f"{model.syncs} of {2 * model.config.n_layer} synchronization points, {model.config.tp_size} ranks "
          f"on {tp_processes} process{'es' * (tp_processes > 1)}")
-run.log_schedule(model)
+run.log.event("schedule", **schedule_description(model))
 
 # speed
 torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
@@ -173,10 +174,10 @@ if eval_only:
 # training loop
 stop_step, stop_loss = parse_stop_if(stop_if)
 tokens_per_iter = batch_size * block_size * gradient_accumulation_steps
-loader = run.begin(
-    "reduced_sync_gpt", lambda sample: DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device,
-                                          processes.dp_rank, processes.dp_size, sample),
-    tokens_per_iter, model.flops_per_token(block_size) * tokens_per_iter, compute_dtype, shared_generator)
+loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device,
+                    processes.dp_rank, processes.dp_size, run.sample)
+run.begin("reduced_sync_gpt", loader, tokens_per_iter,
+          model.flops_per_token(block_size) * tokens_per_iter, compute_dtype, shared_generator)
 for it in run.iterations():
     lr = learning_rate
     if decay_lr:

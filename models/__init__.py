@@ -5,6 +5,7 @@ from models.weights import (
     as_kind,
     fill,
     find_for_inference,
+    load,
     load_for_inference,
     load_model,
     load_parameters,
@@ -16,6 +17,8 @@ from models.weights import (
     with_ranks,
 )
 
-__all__ = ["ARCHITECTURE", "KINDS", "SPEEDRUN", "as_kind", "build_model", "fill", "find_for_inference",
-           "load_for_inference", "load_model", "load_parameters", "load_weights", "model_for_training",
-           "note_other_schedule", "run_evaluations", "unsharded", "with_ranks"]
+__all__ = [
+    "ARCHITECTURE", "KINDS", "SPEEDRUN", "as_kind", "build_model", "fill", "find_for_inference", "load",
+    "load_for_inference", "load_model", "load_parameters", "load_weights", "model_for_training",
+    "note_other_schedule", "run_evaluations", "unsharded", "with_ranks",
+]

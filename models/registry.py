@@ -22,7 +22,8 @@ KINDS = {
                              tensor_parallel_model.DistributedGPT, "tp_size", "block_types"),
     "reduced_sync_gpt": _kind("train_reduced_sync.py", reduced_sync_model.GPTConfig,
                               lambda config: reduced_sync_model.GPT(config, announce=False),
-                              "tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points"),
+                              "tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group",
+                              "sync_points"),
     SPEEDRUN: ModelKind("train_gpt.py"),
 }
 

@@ -12,7 +12,6 @@ from model import (
     GPTConfig,
     initial_parameters,
     padded_vocab_size,
-    use_activation_checkpointing,
     use_triton_layer_norm,
 )
 from models.registry import ARCHITECTURE, KINDS, build_model
@@ -23,6 +22,7 @@ from nanosync.model_kind import check_size, model_description, schedule_descript
 from nanosync.parallelism import Parallelism
 from nanosync.random_states import seed_random_states
 from nanosync.ranks import ranks_on
+from nanosync.recompute import use_activation_checkpointing
 from nanosync.resuming import take_values
 from nanosync.run import Run
 from nanosync.sharding import whole_tensor
@@ -131,6 +131,11 @@ def load_model(checkpoint: Checkpoint, **overrides) -> nn.Module:
     model = build_model(checkpoint.state["model"], **overrides)
     load_parameters(model, checkpoint.tensors("model"), checkpoint.path)
     return model
+
+
+def load(out_dir: str, which: str | int = "latest", **overrides) -> nn.Module:
+    """Load the model of a checkpoint in out_dir, on the CPU: 'latest', 'best' or a step. Raises UserError."""
+    return load_model(find(out_dir, which, kinds=KINDS), **overrides)
 
 
 def load_weights(name: str, kind: str = "gpt", variant: dict | None = None, warn=print, group=None,

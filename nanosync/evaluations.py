@@ -31,7 +31,8 @@ def _samples(run: Run, data: DataSet) -> Evaluation:
 
     def sample(model) -> None:
         if run.processes.dp_rank == 0:
-            text = sample_text(model, tokenizer, config["sample_prompt"], config["sample_tokens"], config["seed"])
+            text = sample_text(model, tokenizer, config["sample_prompt"], config["sample_tokens"],
+                               config["seed"])
             run.log.sample(run.step, text)
 
     return Evaluation(config["sample_interval"], lambda model: None, sample)
@@ -41,7 +42,8 @@ def _hellaswag(run: Run, data: DataSet) -> Evaluation:
     """Evaluate HellaSwag. A request to end is answered between batches."""
     config, processes = run.config, run.processes
     with hellaswag_eval.in_training():
-        examples = run.on_main(lambda: hellaswag_eval.load(config["hellaswag_input"], setting="hellaswag_input"))
+        examples = run.on_main(
+            lambda: hellaswag_eval.load(config["hellaswag_input"], setting="hellaswag_input"))
         hellaswag_eval.check_lengths(examples, config["block_size"])
 
     def check(model) -> None:
@@ -49,15 +51,16 @@ def _hellaswag(run: Run, data: DataSet) -> Evaluation:
             hellaswag_eval.check_vocabulary(model.config.used_vocab_size, data.meta, data.folder)
 
     def evaluate(model) -> None:
-        result = hellaswag_eval.accuracy(model, examples, config["batch_size"], processes.device, processes.dp_rank,
-                                         processes.dp_size, processes.dp_group, run.stop_anywhere)
+        result = hellaswag_eval.accuracy(model, examples, config["batch_size"], processes.device,
+                                         processes.dp_rank, processes.dp_size, processes.dp_group,
+                                         run.stop_anywhere)
         if result is not None:
             run.log.hellaswag(run.step, **result)
 
     return Evaluation(config["hellaswag_interval"], check, evaluate)
 
 
-EVALUATIONS = {"sample": _samples, "hellaswag": _hellaswag}  # name, of the setting <name>_interval -> function
+EVALUATIONS = {"sample": _samples, "hellaswag": _hellaswag}  # <name>_interval is the setting
 
 
 def prepare_evaluations(run: Run, data: DataSet) -> list[Evaluation]:

@@ -20,12 +20,13 @@ class Sampling:
 
     temperature: float = 1.0  # 0 takes the most likely token
     top_k: int | None = None  # keep the k most likely tokens; None: all
-    top_p: float | None = None  # keep the fewest tokens whose probabilities reach p (arXiv 1904.09751), after top_k
+    top_p: float | None = None  # of those, keep the fewest whose probabilities reach p (arXiv 1904.09751)
 
     def check(self) -> None:
         """Raise UserError for a value that no token can be drawn with."""
         if self.temperature < 0:
-            raise UserError(f"temperature={self.temperature} must be at least 0 (0 takes the most likely token)")
+            raise UserError(f"temperature={self.temperature} must be at least 0 (0 takes the most likely "
+                            f"token)")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k={self.top_k} must be at least 1, or None for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:

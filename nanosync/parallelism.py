@@ -76,7 +76,7 @@ class Parallelism:
                 missing[unit].discard(name)
                 if not missing[unit]:
                     self._shard([blocks[i] for i in unit], self.reshard_after_forward)
-        self._shard(model, False)  # embedding and head: the last in the forward pass, the first in the backward
+        self._shard(model, False)  # embedding and head: last in the forward pass, first in the backward
 
     def units(self, blocks) -> list[list[int]]:
         """Group the numbers of consecutive blocks that are fetched together.

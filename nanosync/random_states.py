@@ -57,7 +57,8 @@ def set_random_states(states: dict[str, torch.Tensor], device: torch.device,
                         ) from None
 
 
-def resume_random_states(resumed: Checkpoint, processes: Processes, shared: torch.Generator | None, say) -> None:
+def resume_random_states(resumed: Checkpoint, processes: Processes, shared: torch.Generator | None,
+                         say) -> None:
     """Give this process the random states that its rank had; on other processes than then, new ones, a pure
     function of (seed, step, rank)."""
     then = resumed.state["world_size"], resumed.state.get("tp_processes", 1)

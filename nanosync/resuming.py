@@ -26,7 +26,7 @@ def resume_of(config: Config) -> str:
 
 def _scripts_own(kind: str | None, kinds: dict[str, ModelKind]) -> bool:
     """True if only the script that trains the kind can use its weights."""
-    return (kind in kinds and kinds[kind].settings_entry == "config") or (kind in kinds and kinds[kind].config is None)
+    return kind in kinds and (kinds[kind].config is None or kinds[kind].settings_entry == "config")
 
 
 def check_kind(resumed: Checkpoint, kinds: dict[str, ModelKind], own: tuple[str, ...]) -> None:
@@ -63,7 +63,8 @@ def take_values(config: Config, values: dict, path: str, names: tuple[str, ...])
     """
     for name in names:
         if name not in values:
-            raise UserError(f"{path} has no {name}: another version of this script wrote it; resume with that version")
+            raise UserError(f"{path} has no {name}: another version of this script wrote it; resume with "
+                            f"that version")
         value = values[name]
         if config.origin[name] and config[name] != value:
             hint = f"leave {name} out to keep the checkpoint's value"
@@ -75,7 +76,8 @@ def take_values(config: Config, values: dict, path: str, names: tuple[str, ...])
             config[name], config.origin[name] = value, "checkpoint"
 
 
-def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict, kinds: dict[str, ModelKind]) -> None:
+def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict,
+                    kinds: dict[str, ModelKind]) -> None:
     """Raise UserError if a data set is not the one that the checkpoint's data cursor points into.
 
     Digests are compared only if both are known: a meta.json may have been written later.
@@ -93,15 +95,17 @@ def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict, kind
         differ = ["its tokens have changed"]
     if differ:
         raise UserError(f"{folder} is not the data set that {checkpoint.path} was trained on "
-                        f"({', '.join(differ)}): name that data set with --dataset=..., or start a new run{weights}")
+                        f"({', '.join(differ)}): name that data set with --dataset=..., or start a new "
+                        f"run{weights}")
 
 
-def load_scaler(scaler: torch.amp.GradScaler, resumed: Checkpoint) -> None:
+def load_scaler(scaler: torch.amp.GradScaler | None, resumed: Checkpoint) -> None:
     """Load a GradScaler's state, which exists only if the dtype was float16. Raises UserError."""
-    if not resumed.state["scaler"]:
+    if scaler is None or not resumed.state["scaler"]:
         return
     try:
         scaler.load_state_dict(resumed.state["scaler"])
         float(scaler.get_scale())
     except (RuntimeError, *UNREADABLE) as e:
-        raise UserError(f"{resumed.path} has an invalid state of the loss scaler ({type(e).__name__}: {e})") from None
+        raise UserError(f"{resumed.path} has an invalid state of the loss scaler ({type(e).__name__}: {e})"
+                        ) from None

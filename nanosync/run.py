@@ -1,19 +1,17 @@
 """The life of a run: lock and resume, open its files, evaluate, save, stop, end.
 
-    run = Run(config, processes, kinds, own, steps)  # lock out_dir; find the checkpoint that a resumed run
-    continues run.check_data(data) run.restore(model, optimizer, scaler)            # exits if nothing is left
-    to train run.open()                                       # files are written from here on
-    run.begin(loader, ...)                           # random states, signals, saver for it in
-    run.iterations():
-        if run.due(eval_interval):                   # False while stopping; due() remembers what was skipped
+    run = Run(config, processes, kinds, own)      # lock out_dir; find the checkpoint to resume
+    run.check_data(data)
+    run.restore(model, optimizer, scaler)         # exits if nothing is left to train
+    run.open()                                    # files are written from here on
+    run.begin(kind, loader, ...)                  # random states, signals, saver
+    for it in run.iterations():
+        if run.due(eval_interval):                # False while stopping; remembers what was skipped
             run.evaluated(losses, lr)
-        if not run.proceed():                        # saves what is due; False after the last update or on a
-        stop
+        if not run.proceed():                     # saves what is due; False after the last update or a stop
             break
-        ...                                          # forward, backward
-        loss, norm = run.agree(loss_sum, norm, n)    # one reduction; ends the run if a value is not finite
-        ...                                          # update
-        run.iteration(loss, lr, norm)
+        loss, norm = run.agree(loss_sum, norm, n)  # after forward and backward; fails if not finite
+        run.iteration(loss, lr, norm)             # after the update
     run.end()
 
 A script owns settings, model, data and update. A Run never calls the model's forward pass and touches no
@@ -55,34 +53,30 @@ class Run:
         """
         self.config, self.processes, self.kinds, self.steps = config, processes, kinds, steps
         self.log = TrainingLogger(active=processes.main)
+        self.line = self.log.line
         self.writes, self._lock = not config.get("eval_only", False), None
         out_dir = config["out_dir"]
         if self.writes:
             check_installed(config.get("use_tensorboard", False), config.get("wandb_log", False))
             self.on_main(lambda: run_dir.check_out_dir(out_dir))
-            self._lock = self.on_main(lambda: run_dir.lock(out_dir, make=False))  # held until the process ends
+            self._lock = self.on_main(lambda: run_dir.lock(out_dir, make=False))  # until the process ends
         resume = resume_of(config)
         self.resumed = find_resumed(resume, out_dir, self.line, processes.group, kinds) if resume else None
         if self.resumed is not None:
             check_kind(self.resumed, kinds, own)
             take_settings(config, self.resumed, kinds)
         self.continues = self.resumed is not None and run_dir.belongs_to(self.resumed, out_dir)
-        self.environment = environment(processes.device) | {"world_size": processes.world_size} | self._tp_processes()
+        self._tp = {"tp_processes": config["tp_processes"]} if "tp_processes" in config else {}
+        self.environment = environment(processes.device) | {"world_size": processes.world_size, **self._tp}
         self.last_step = config[steps]
         self.step = self.first_step = 0
-        self.best_val_loss, self.val_loss = math.inf, None  # val_loss: of this step, None if not measured
+        self.best_val_loss, self.val_loss = math.inf, None  # val_loss: of this step, if measured
         self.stopping, self.status = False, "finished"
-        self._sample, self._evaluated, self._skipped, self._stop_reason = 0, False, False, None
-
-    def line(self, text: str) -> None:
-        self.log.line(text)
+        self.sample, self._evaluated, self._skipped, self._stop_reason = 0, False, False, None
 
     def on_main(self, function):
         """Return what function() returns on rank 0, on all ranks; raise its UserError on all ranks."""
         return on_main(function, self.processes.group)
-
-    def _tp_processes(self) -> dict:
-        return {name: self.config[name] for name in ("tp_processes",) if name in self.config}
 
     def check_data(self, data: DataSet) -> None:
         """Keep the data set. Raises UserError if the checkpoint was trained on another one."""
@@ -96,16 +90,14 @@ class Run:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         if self.resumed is None:
             return
-        state = self.resumed.state
         load_state_by_name(optimizer, model, model.own_part(self.resumed.tensors("optim")))
-        if scaler is not None:
-            load_scaler(scaler, self.resumed)
+        load_scaler(scaler, self.resumed)
+        state = self.resumed.state
         self.step = self.first_step = state["step"]
-        self._sample, self._evaluated = state["sample"], state["evaluated"]
+        self.sample, self._evaluated = state["sample"], state["evaluated"]
         if state["best_val_loss"] is not None:
             self.best_val_loss = state["best_val_loss"]
-        done = self.step > self.last_step or (self.step == self.last_step and self._evaluated)
-        if done and self.writes:
+        if self.writes and (self.step > self.last_step or (self.step == self.last_step and self._evaluated)):
             self.line(f"nothing left to do: {self.resumed.path} is at step {self.step} of "
                       f"{self.steps}={self.last_step}")
             finish(self.processes)
@@ -123,36 +115,32 @@ class Run:
         if self._lock is None:
             self._lock = run_dir.lock(out_dir, make=True)
         if config.get("wandb_log"):
-            try:
+            with run_dir.unlocked_on_error(out_dir, self._lock):
                 self.log.start_wandb(config["wandb_project"], config["wandb_run_name"], config, out_dir,
                                      config["wandb_mode"], self.continues)
-            except UserError:
-                run_dir.unlock(out_dir, self._lock)
-                raise
         run_dir.make_room(out_dir, self.resumed, self.line)
         self.log.open_files(out_dir, config, self.environment, self.first_step if self.continues else None,
                             self._evaluated, config.get("use_tensorboard", False))
         if source is not None:
             self.log.source(source)
 
-    def begin(self, kind: str, loader: Callable[[int], DataLoader], tokens: int, flops: float = 0.0, dtype=None,
-              shared_generator: torch.Generator | None = None, random_states: bool = True, progress: bool = True,
-              extra_state: Callable[[], dict] = dict, extra_status: Callable[[], dict] = dict,
-              extra_end: Callable[[], dict] = dict) -> DataLoader:
-        """Set the random states, start loader, saver and signals, and return the loader.
+    def begin(self, kind: str, loader: DataLoader, tokens: int, flops: float = 0.0, dtype=None,
+              shared_generator: torch.Generator | None = None, random_states: bool = True,
+              progress: bool = True, extra_state: Callable[[], dict] = dict,
+              extra_status: Callable[[], dict] = dict) -> None:
+        """Set the random states, and start the saver and the signals.
 
-        kind: of the model. loader: first sample -> DataLoader. tokens, flops: of an update, over all
-        processes; dtype: of the products, for MFU. shared_generator: draws what the processes of a model have
-        in common. random_states: seed this process, or give it the states that its rank had. progress: move a
-        bar on a terminal. extra_state, extra_status, extra_end: entries of a checkpoint's state.json, of
-        status.json, of the last event.
+        kind: of the model. tokens, flops: of an update, over all processes; dtype: of the products, for MFU.
+        shared_generator: draws what the processes of a model have in common. random_states: seed this
+        process, or give it the states that its rank had. progress: move a bar on a terminal. extra_state:
+        entries of a checkpoint's state.json; extra_status: entries of status.json and of the log's last
+        event.
         """
         processes, config = self.processes, self.config
-        if random_states:
-            seed_random_states(config["seed"] + processes.rank)  # dropout differs between processes
+        if random_states:  # dropout differs between processes
+            seed_random_states(config["seed"] + processes.rank)
         self._shared_generator, self._kind, self.tokens = shared_generator, kind, tokens
-        self._extra_state, self._extra_status, self._extra_end = extra_state, extra_status, extra_end
-        self.loader = loader(self._sample)
+        self._extra_state, self._extra_status, self.loader = extra_state, extra_status, loader
         if self.resumed is not None and random_states:
             resume_random_states(self.resumed, processes, shared_generator, self.line)
         peak = peak_flops(processes.device, dtype) if dtype is not None else None
@@ -164,14 +152,14 @@ class Run:
         if progress:
             self.log.begin(self.first_step, self.last_step)
         self.write_status("running")
-        return self.loader
 
     def iterations(self) -> Iterator[int]:
         """Yield the number of each update, and at last that of the step after the last update."""
         epoch = self.loader.epoch
-        for self.step in range(self.first_step, self.last_step + 1):
+        for step in range(self.first_step, self.last_step + 1):
+            self.step = step
             self.val_loss, self._skipped = None, False
-            yield self.step
+            yield step
             for message in epoch_messages(self.data.train, epoch, self.loader.epoch):
                 self.line(message)
             epoch = self.loader.epoch
@@ -226,8 +214,7 @@ class Run:
             self.status = "interrupted"
             return False
         improved = self.val_loss is not None and self.val_loss < self.best_val_loss
-        if improved:
-            self.best_val_loss = self.val_loss
+        self.best_val_loss = self.val_loss if improved else self.best_val_loss
         interval_due = self.is_due(config["checkpoint_interval"])
         if save is None:
             always = self.val_loss is not None and config["always_save_checkpoint"]
@@ -257,11 +244,12 @@ class Run:
         if self.processes.main:
             state = {"sample": self.loader.sample, "epoch": self.loader.epoch, "seed": self.config["seed"],
                      "evaluated": evaluated, "val_loss": self.val_loss, "best_val_loss": self.best_val_loss,
-                     "world_size": self.processes.world_size, **self._tp_processes(),
+                     "world_size": self.processes.world_size, **self._tp,
                      "scaler": {} if self.scaler is None else self.scaler.state_dict(),
                      "model": model_description(self._kind, self.model),
-                     "schedule": schedule_description(self.model), **self._extra_state(), "config": self.config,
-                     "data": self.data.fingerprint, "meta": self.data.meta, "environment": self.environment}
+                     "schedule": schedule_description(self.model), **self._extra_state(),
+                     "config": self.config, "data": self.data.fingerprint, "meta": self.data.meta,
+                     "environment": self.environment}
             self.saver.save(self.step, tensors, state, best, started)
 
     def agree(self, loss_sum: torch.Tensor, norm: torch.Tensor, micro_batches: int) -> tuple[float, float]:
@@ -274,27 +262,23 @@ class Run:
         """
         loss_sum, norm, self.stopping = agree(loss_sum, norm, self.signals.received > 0, self.processes)
         loss = loss_sum / micro_batches
-        may_overflow = self.scaler is not None and self.scaler.is_enabled()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             self.fail(f"the loss is {loss} and the gradient's norm {norm} at iteration {self.step}")
         return loss, norm
 
     def fail(self, problem: str, kept: str = "no update was made with that and no checkpoint has it") -> None:
         """End the run because a value is not finite. Raises UserError."""
         self.status = "non_finite"
-        raise UserError(f"{problem}: {kept}; resume an earlier one (--list_checkpoints shows them) with --resume=STEP "
-                        f"and a lower learning_rate")
+        raise UserError(f"{problem}: {kept}; resume an earlier one (--list_checkpoints shows them) with "
+                        f"--resume=STEP and a lower learning_rate")
 
     def iteration(self, loss: float, lr: float, norm: float, **fields: float) -> None:
         """Log an update. fields: further ones of log_fields.FIELDS."""
         seconds = self.stopwatch.lap()
         mfu = None if self._mfu_per_second is None else self._mfu_per_second / seconds
         self.log.iteration(self.step, loss, lr, norm, seconds, self.tokens, mfu, self.loader.epoch,
-                           peak_memory(self.processes.device), line=self.step % self.config["log_interval"] == 0,
+                           peak_memory(self.processes.device), self.step % self.config["log_interval"] == 0,
                            **fields)
-
-    def log_schedule(self, model) -> None:
-        self.log.event("schedule", **schedule_description(model))
 
     def write_status(self, status: str) -> None:
         self.log.status(status, self.step, max_iters=self.last_step, best_val_loss=self.best_val_loss,
@@ -307,16 +291,15 @@ class Run:
         self.saver.wait()
         self.write_status(status)
         self.log.close(status=status, step=self.step, best_val_loss=self.best_val_loss,
-                       tokens=self.step * self.tokens, **self._extra_end())
+                       tokens=self.step * self.tokens, **self._extra_status())
 
     def end(self, *notes: str) -> None:
         """End the run and this process. notes: lines for the log. Raises UserError if the last checkpoint
         cannot be saved."""
         self.on_main(lambda: self.saver.wait(final=True))
         if self.status == "interrupted":
-            saved = self.config.get("save_checkpoint", True)
-            self.line(f"interrupted at step {self.step}: " + (
-                "continue with --resume=latest" if saved else "nothing was saved (save_checkpoint=False)"))
+            how = "resume it with --resume=latest" if self.config.get("save_checkpoint", True) else "nothing was saved"
+            self.line(f"interrupted at step {self.step}: {how}")
         for note in notes:
             self.line(note)
         self._close(self.status)

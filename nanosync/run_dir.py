@@ -98,6 +98,16 @@ def unlock(out_dir: str, held: int) -> None:
         os.rmdir(out_dir)
 
 
+@contextlib.contextmanager
+def unlocked_on_error(out_dir: str, held: int):
+    """Unlock out_dir if the body raises a UserError."""
+    try:
+        yield
+    except UserError:
+        unlock(out_dir, held)
+        raise
+
+
 def belongs_to(checkpoint: Checkpoint, out_dir: str) -> bool:
     """Whether a checkpoint lies in out_dir."""
     return os.path.realpath(checkpoint.path).startswith(os.path.join(os.path.realpath(out_dir), "ckpt", ""))

@@ -48,8 +48,8 @@ def describe_start(run: Run, model: nn.Module, parallel: Parallelism) -> None:
     config, data, processes = run.config, run.data, run.processes
     dtype, n = str(parallel.dtype).removeprefix("torch."), processes.world_size
     run.line(f"device {run.environment['device']}, {dtype}, {n} process{'es' * (n > 1)}; "
-             f"{model.n_parameters() / 1e6:.2f}M parameters; {data.folder}: {data.train.n_tokens:,} train and "
-             f"{data.val.n_tokens:,} val tokens, {data.train.n_windows:,} windows an epoch")
+             f"{model.n_parameters() / 1e6:.2f}M parameters; {data.folder}: {data.train.n_tokens:,} train "
+             f"and {data.val.n_tokens:,} val tokens, {data.train.n_windows:,} windows an epoch")
     micro_steps = config["gradient_accumulation_steps"] // processes.dp_size
     tokens = config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"]
     run.line(f"tokens per iteration: {config['batch_size']} sequences x {config['block_size']} tokens x "

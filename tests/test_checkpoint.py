@@ -73,7 +73,7 @@ def test_the_best_is_known_before_pruning(tmp_path, monkeypatch):
     """Cut off in the middle of saving or right after, with room for one checkpoint: the best stays."""
     save(tmp_path, 1, keep=1, best=True, val_loss=2.0)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_prune", lambda *args: 1 / 0)
+        patch.setattr(checkpoint_writer, "_prune", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save(tmp_path, 2, keep=1, best=True, val_loss=1.5)
     assert checkpoint.find(str(tmp_path), "best").step == 2
@@ -347,7 +347,7 @@ def test_resume_of():
             ("5", "scratch", "command line", None)):
         config = Config(dict(resume=resume, init_from=init_from), dict(resume="", init_from=origin))
         if expected is None:
-            with pytest.raises(UserError, match=r"starts a new run and resume=.* goes on with one"):
+            with pytest.raises(UserError, match=r"starts a new run and resume=.* resumes one"):
                 resuming.resume_of(config)
         else:
             assert resuming.resume_of(config) == expected
@@ -358,7 +358,7 @@ def test_take_architecture():
     config = Config(dict(block_size=16, n_layer=12, n_head=2, n_embd=768, bias=True, seed=1),
                     dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd", "bias", "seed"), ""))
     config.origin["block_size"] = "command line"
-    resuming.take_values(config, described, "there")
+    resuming.take_values(config, described, "there", registry.ARCHITECTURE)
     assert config == described | {"seed": 1}
     assert config.origin.pop("seed") == "" and config.origin.pop("block_size") == "command line"
     assert set(config.origin.values()) == {"checkpoint"}
@@ -367,14 +367,15 @@ def test_take_architecture():
                               ("block_size", 8, "start a new run from its weights with --init_from=there")):
         given = Config(config | {name: value}, dict.fromkeys(config, "") | {name: "a.py"})
         with pytest.raises(UserError, match=rf"{name}={value} \(a\.py\), but there has {name}=") as error:
-            resuming.take_values(given, described, "there")
+            resuming.take_values(given, described, "there", registry.ARCHITECTURE)
         assert hint in str(error.value)
 
 
 def test_same_data(tmp_path):
     def check(**now):
         then = {"train_tokens": 1000, "val_tokens": 100, "sha256": {"train.bin": "aa"}}
-        resuming.check_same_data(checkpoint.Checkpoint("there", 1, {"data": then}), "data/x", then | now)
+        resuming.check_same_data(checkpoint.Checkpoint("there", 1, {"data": then}), "data/x", then | now,
+                                 registry.KINDS)
 
     check()
     check(sha256=None)  # its meta.json is gone

@@ -19,7 +19,7 @@ from test_tensor_parallel import build
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import ACTIVATION_CHECKPOINTING, GPT, GPTConfig, use_activation_checkpointing
+from model import GPT, GPTConfig
 from models import registry, weights
 from nanosync import checkpoint_writer, model_kind
 from nanosync.distributed import Processes, agree
@@ -31,6 +31,7 @@ from nanosync.optim import (
 from nanosync.optimizer_state import load_state_by_name, state_by_name
 from nanosync.parallelism import Parallelism
 from nanosync.ranks import Ranks
+from nanosync.recompute import ACTIVATION_CHECKPOINTING, use_activation_checkpointing
 from nanosync.sharding import local_part, reshard, whole_tensor
 
 CPU = torch.device("cpu")
