@@ -298,8 +298,8 @@ class Run:
         cannot be saved."""
         self.on_main(lambda: self.saver.wait(final=True))
         if self.status == "interrupted":
-            how = "resume it with --resume=latest" if self.config.get("save_checkpoint", True) else "nothing was saved"
-            self.line(f"interrupted at step {self.step}: {how}")
+            saved = self.config.get("save_checkpoint", True)
+            self.line(f"interrupted at step {self.step}: {'use --resume=latest' if saved else 'not saved'}")
         for note in notes:
             self.line(note)
         self._close(self.status)
