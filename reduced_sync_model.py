@@ -19,7 +19,13 @@ from nanosync.errors import UserError
 from nanosync.ranks import Ranks
 from tensor_parallel_model import DistributedGPT, RanksConfig, SyncSchedule
 
-STRATEGIES = ("standard", "spd", "selective", "grouped", "custom")
+STRATEGIES = {  # name -> function of the configuration: the sublayers to synchronise after
+    "standard": lambda c: range(2 * c.n_layer),
+    "spd": lambda c: range(1, 2 * c.n_layer, 2),
+    "selective": lambda c: [*range(1, 2 * c.n_layer, 2), *(2 * i for i in c.attn_sync_layers or [])],
+    "grouped": lambda c: range(2 * c.layers_per_group - 1, 2 * c.n_layer, 2 * c.layers_per_group),
+    "custom": lambda c: c.sync_points or [],
+}
 
 
 @dataclass
@@ -51,16 +57,7 @@ class GPTConfig(RanksConfig):
                                     f"whole numbers from 0 to {count - 1}")
 
     def schedule(self) -> SyncSchedule:
-        L = self.n_layer
-        mlps = range(1, 2 * L, 2)
-        points = {
-            "standard": lambda: range(2 * L),
-            "spd": lambda: mlps,
-            "selective": lambda: [*mlps, *(2 * i for i in self.attn_sync_layers or [])],
-            "grouped": lambda: range(2 * self.layers_per_group - 1, 2 * L, 2 * self.layers_per_group),
-            "custom": lambda: self.sync_points or [],
-        }[self.sync_strategy]()
-        return SyncSchedule.at(L, points)
+        return SyncSchedule.at(self.n_layer, STRATEGIES[self.sync_strategy](self))
 
 
 class GPT(DistributedGPT):

@@ -460,8 +460,8 @@ if __name__ == "__main__":
     run.begin(models.SPEEDRUN, loader, tokens_per_step, random_states=False, progress=False,
               extra_state=lambda: {"variant": schedule.state(), **clock.state(), "last_val_loss": val_loss,
                                    "last_val_step": val_step},
-              extra_status=lambda: {"val_loss": val_loss, "val_step": val_step, "seed": seed,
-                                    "variant": variant, "train_loss": clock.train_loss, **clock.timing(run.step)})
+              extra_status=lambda: {"val_loss": val_loss, "val_step": val_step, "variant": variant, "seed": seed,
+                                    "train_loss": clock.train_loss, **clock.timing(run.step)})
     if compile:
         warm_up()
     clock.start()

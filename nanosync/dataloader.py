@@ -25,7 +25,7 @@ import torch
 from nanosync.distributed import all_reduce_sum
 from nanosync.errors import UserError
 from nanosync.files import ROOT
-from nanosync.token_files import check_counts, open_tokens, read_meta, split_files
+from nanosync.token_files import FORMATS, check_counts, open_tokens, read_meta, split_files
 
 CHECK_TOKENS = 500_000_000  # so many tokens of a split, evenly spread, are compared with the vocabulary
 
@@ -116,7 +116,7 @@ class WindowOrder:
         if file not in self._starts:
             T, n = self.split.block_size, self.split.windows[file]
             starts = np.arange(n, dtype=np.int64) * T
-            if self.split.kind == "bin" or epoch > 0:
+            if not FORMATS[self.split.kind].ordered or epoch > 0:
                 random = self._random(epoch, 1 + file)
                 slack = min(T, len(self.split.files[file]) - n * T)
                 starts = random.permutation(starts) + random.randint(slack)
@@ -173,7 +173,7 @@ def epoch_messages(split: Split, before: int, now: int) -> list[str]:
     messages = []
     for epoch in range(before, now):
         messages.append(f"Completed epoch {epoch}")
-        if split.kind != "bin":
+        if FORMATS[split.kind].ordered:
             messages.append(f"Shuffled {len(split.files)} training shards for epoch {epoch + 1}")
     return messages
 

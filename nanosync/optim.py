@@ -348,7 +348,8 @@ def _check_muon(settings: dict) -> None:
                         "out (Muon's own state is shared out anyway), or use --optimizer=adamw")
     if settings["tp_processes"] > 1:
         raise UserError(f"optimizer='muon' needs whole matrices, and tp_processes={settings['tp_processes']} "
-                        f"divides them: use --tp_processes=1, which simulates the ranks, or --optimizer=adamw")
+                        f"divides them: use --tp_processes=1, which simulates the ranks, or "
+                        f"--optimizer=adamw")
 
 
 OPTIMIZERS = {  # name -> check(settings), build(model, settings, parallelism)

@@ -12,6 +12,8 @@ sha256 (file name to digest), source. Only numpy is imported here, so preparing 
 import glob
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,13 +30,20 @@ PICKLED_META = (  # nanoGPT's data sets by character have one, those in GPT-2's 
     'order of their ids: {{"tokenizer": "char", "vocab_size": 3, "chars": "abc"}}')
 
 
+@dataclass(frozen=True)
+class TokenFormat:
+    """A way to keep tokens in files. A new format is an entry of FORMATS."""
+
+    pattern: str  # of the file names of a split
+    open: Callable  # (path) -> the file's tokens, a read-only memory map; raises UserError if it is malformed
+    ordered: bool  # the first epoch reads the windows in the order of the files
+
+
 def split_files(folder: str, split: str) -> tuple[str, list[str]]:
-    """The format ('bin', 'shards', 'npy') and sorted files of 'train' or 'val'. Raises UserError."""
-    flat = os.path.join(folder, f"{split}.bin")
-    if os.path.isfile(flat):
-        return "bin", [flat]
-    for ending, name in (("bin", "shards"), ("npy", "npy")):
-        paths = sorted(glob.glob(os.path.join(glob.escape(folder), f"*_{split}_*.{ending}")))
+    """Return the format's name and the sorted files of 'train' or 'val'. Raises UserError."""
+    for name, kind in FORMATS.items():
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), kind.pattern.format(split=split))))
+        paths = [path for path in paths if os.path.isfile(path) or "*" in kind.pattern]
         if paths:
             return name, paths
     script = os.path.join(folder, "prepare.py")
@@ -46,9 +55,9 @@ def split_files(folder: str, split: str) -> tuple[str, list[str]]:
 
 
 def open_tokens(path: str, kind: str) -> np.ndarray:
-    """The tokens of one file as a read-only memory map of uint16. Raises UserError if it is malformed."""
+    """Open one file as a read-only memory map of uint16. Raises UserError if it is malformed."""
     with os_error_as_user_error(f"cannot read {path}"):
-        return {"bin": _open_flat, "shards": _open_shard, "npy": _open_npy}[kind](path)
+        return FORMATS[kind].open(path)
 
 
 def _open_flat(path: str) -> np.ndarray:
@@ -84,6 +93,13 @@ def _open_npy(path: str) -> np.ndarray:
         raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; tokens are uint16 in one "
                         f"dimension, at least one")
     return tokens
+
+
+FORMATS = {  # name -> format; the first that has files of a split is taken
+    "bin": TokenFormat("{split}.bin", _open_flat, ordered=False),
+    "shards": TokenFormat("*_{split}_*.bin", _open_shard, ordered=True),
+    "npy": TokenFormat("*_{split}_*.npy", _open_npy, ordered=True),
+}
 
 
 def read_meta(folder: str) -> dict | None:
