@@ -23,24 +23,14 @@ import torch
 
 import models
 from configurator import check_choice, configure
-from nanosync.checkpoint import exit_with_listing
+from nanosync import training_setup as setup
 from nanosync.dataloader import DataLoader, open_dataset
-from nanosync.distributed import env_rank, finish, start
+from nanosync.distributed import env_rank
 from nanosync.errors import UserError
 from nanosync.evaluations import prepare_evaluations
-from nanosync.hardware import make_deterministic, pick_dtype
 from nanosync.model_kind import schedule_description
 from nanosync.optim import build_optimizer, cosine_learning_rate, set_learning_rate
-from nanosync.parallelism import parallelism_of
-from nanosync.recompute import ACTIVATION_CHECKPOINTING
 from nanosync.run import Run
-from nanosync.training_setup import (
-    check_training_settings,
-    describe_start,
-    estimate_losses,
-    micro_steps_of,
-    prepare_training,
-)
 
 # -----------------------------------------------------------------------------
 # The defaults train GPT-2 (124M) on OpenWebText.
@@ -121,23 +111,16 @@ config = configure(globals(), rank=env_rank())
 
 def check_settings(config: dict) -> None:
     """Raise UserError for settings that are wrong, as far as that is known before anything is built."""
-    check_training_settings(config)
+    setup.check_training_settings(config)
     check_choice(config, "model_type", ("gpt", "distributed_gpt"))
-    check_choice(config, "activation_checkpointing", ACTIVATION_CHECKPOINTING)
     if config["block_types"] is not None and config["model_type"] == "gpt":
         raise UserError("block_types is for --model_type=distributed_gpt; the dense GPT has one kind of "
                         "block")
 
 
 check_settings(config)
-exit_with_listing(config, models.KINDS)
-if deterministic:
-    make_deterministic()
-processes = start(device, backend, timeout, tp_processes)
-device = processes.device
-compute_dtype = pick_dtype(dtype, device)
-parallel = parallelism_of(config, processes, compute_dtype)
-micro_steps = micro_steps_of(config, processes)
+parallel, micro_steps = setup.start_processes(config, models.KINDS)
+processes, device = parallel.processes, parallel.processes.device
 
 # what is resumed decides the architecture, and with it which windows the data is cut into
 run = Run(config, processes, models.KINDS, own=("gpt", "distributed_gpt"))
@@ -151,31 +134,25 @@ evaluations = prepare_evaluations(run, data)
 # model and optimizer; the scaler does nothing unless the dtype is float16
 model = models.model_for_training(run, model_type, parallel, evaluations)
 optimizer = build_optimizer(model, config, parallel)
-scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
+scaler = torch.amp.GradScaler(device.type, enabled=parallel.dtype == torch.float16)
 run.restore(model, optimizer, scaler)
 run.open()
-describe_start(run, model, parallel)
+setup.describe_start(run, model, parallel)
 if model_type == "distributed_gpt":
     run.line(f"synchronization points per forward pass: {model.syncs} (baseline {2 * model.config.n_layer}), "
              f"{model.config.tp_size} ranks on {tp_processes} process{'es' * (tp_processes > 1)}")
     run.log.event("schedule", **schedule_description(model))
 
-# speed
-torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
-autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
-trained, shared_generator = prepare_training(run, model, parallel, autocast)
+trained, autocast, shared_generator = setup.prepare_training(run, model, parallel)
 if eval_only:
-    losses = estimate_losses(run, model, autocast)
-    run.line(f"step {run.first_step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-    finish(processes)
-    raise SystemExit(0)
+    setup.evaluate_and_exit(run, model, autocast)
 
 # training loop
 tokens_per_iter = batch_size * block_size * gradient_accumulation_steps
 loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device,
                     processes.dp_rank, processes.dp_size, run.sample)
-run.begin(model_type, loader, tokens_per_iter,
-          model.flops_per_token(block_size) * tokens_per_iter, compute_dtype, shared_generator)
+run.begin(loader, tokens_per_iter, model.flops_per_token(block_size) * tokens_per_iter, parallel.dtype,
+          shared_generator, kind=model_type)
 for it in run.iterations():
     lr = learning_rate
     if decay_lr:
@@ -184,10 +161,10 @@ for it in run.iterations():
 
     # evaluate and save what is due before this update
     if run.due(eval_interval):
-        run.evaluated(estimate_losses(run, model, autocast), lr)
+        run.evaluated(setup.estimate_losses(run, model, autocast), lr)
     if due := [evaluation for evaluation in evaluations if run.due(evaluation.interval)]:
         with autocast:
-            models.run_evaluations(due, model, model_type, compute_dtype, device)
+            models.run_evaluations(due, model, model_type, parallel.dtype, device)
     if not run.proceed():
         break
 

@@ -457,11 +457,11 @@ if __name__ == "__main__":
     # training loop
     loader = DataLoader(data.train, device_batch_size, micro_steps, architecture.vocab_size, seed, device,
                         processes.rank, processes.world_size, run.sample)
-    run.begin(models.SPEEDRUN, loader, tokens_per_step, random_states=False, progress=False,
+    run.begin(loader, tokens_per_step, kind=models.SPEEDRUN, random_states=False, progress=False,
               extra_state=lambda: {"variant": schedule.state(), **clock.state(), "last_val_loss": val_loss,
                                    "last_val_step": val_step},
-              extra_status=lambda: {"val_loss": val_loss, "val_step": val_step, "variant": variant, "seed": seed,
-                                    "train_loss": clock.train_loss, **clock.timing(run.step)})
+              extra_status=lambda: {"val_loss": val_loss, "val_step": val_step, "variant": variant,
+                                    "seed": seed, "train_loss": clock.train_loss, **clock.timing(run.step)})
     if compile:
         warm_up()
     clock.start()

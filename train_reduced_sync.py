@@ -20,25 +20,15 @@ GPT, and a model is good only with the schedule that it was trained with.
 import torch
 
 import models
-from configurator import check_choice, configure
-from nanosync.checkpoint import exit_with_listing
+from configurator import configure
+from nanosync import training_setup as setup
 from nanosync.dataloader import DataLoader, open_dataset
-from nanosync.distributed import env_rank, finish, start
+from nanosync.distributed import env_rank
 from nanosync.errors import UserError
 from nanosync.evaluations import prepare_evaluations
-from nanosync.hardware import make_deterministic, pick_dtype
 from nanosync.model_kind import schedule_description
 from nanosync.optim import build_optimizer, cosine_learning_rate, set_learning_rate
-from nanosync.parallelism import parallelism_of
-from nanosync.recompute import ACTIVATION_CHECKPOINTING
 from nanosync.run import Run
-from nanosync.training_setup import (
-    check_training_settings,
-    describe_start,
-    estimate_losses,
-    micro_steps_of,
-    prepare_training,
-)
 from reduced_sync_model import parse_stop_if
 
 # -----------------------------------------------------------------------------
@@ -124,8 +114,7 @@ config = configure(globals(), rank=env_rank())
 
 def check_settings(config: dict) -> None:
     """Raise UserError for settings that are wrong, as far as that is known before anything is built."""
-    check_training_settings(config)
-    check_choice(config, "activation_checkpointing", ACTIVATION_CHECKPOINTING)
+    setup.check_training_settings(config)
     parse_stop_if(config["stop_if"])
     strategy = config["sync_strategy"]
     if config.origin["layers_per_group"] and strategy != "grouped" and not config["resume"]:
@@ -134,14 +123,8 @@ def check_settings(config: dict) -> None:
 
 
 check_settings(config)
-exit_with_listing(config, models.KINDS)
-if deterministic:
-    make_deterministic()
-processes = start(device, backend, timeout, tp_processes)
-device = processes.device
-compute_dtype = pick_dtype(dtype, device)
-parallel = parallelism_of(config, processes, compute_dtype)
-micro_steps = micro_steps_of(config, processes)
+parallel, micro_steps = setup.start_processes(config, models.KINDS)
+processes, device = parallel.processes, parallel.processes.device
 
 # what is resumed decides the architecture, and with it which windows the data is cut into
 run = Run(config, processes, models.KINDS, own=("reduced_sync_gpt",))
@@ -152,32 +135,26 @@ evaluations = prepare_evaluations(run, data)
 # model and optimizer; the scaler does nothing unless the dtype is float16
 model = models.model_for_training(run, "reduced_sync_gpt", parallel, evaluations)
 optimizer = build_optimizer(model, config, parallel)
-scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
+scaler = torch.amp.GradScaler(device.type, enabled=parallel.dtype == torch.float16)
 run.restore(model, optimizer, scaler)
 run.line(model.announcement())
 run.open()
-describe_start(run, model, parallel)
+setup.describe_start(run, model, parallel)
 run.line(f"{model.syncs} of {2 * model.config.n_layer} synchronization points, {model.config.tp_size} ranks "
          f"on {tp_processes} process{'es' * (tp_processes > 1)}")
 run.log.event("schedule", **schedule_description(model))
 
-# speed
-torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
-autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
-trained, shared_generator = prepare_training(run, model, parallel, autocast)
+trained, autocast, shared_generator = setup.prepare_training(run, model, parallel)
 if eval_only:
-    losses = estimate_losses(run, model, autocast)
-    run.line(f"step {run.first_step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-    finish(processes)
-    raise SystemExit(0)
+    setup.evaluate_and_exit(run, model, autocast)
 
 # training loop
 stop_step, stop_loss = parse_stop_if(stop_if)
 tokens_per_iter = batch_size * block_size * gradient_accumulation_steps
 loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device,
                     processes.dp_rank, processes.dp_size, run.sample)
-run.begin("reduced_sync_gpt", loader, tokens_per_iter,
-          model.flops_per_token(block_size) * tokens_per_iter, compute_dtype, shared_generator)
+run.begin(loader, tokens_per_iter, model.flops_per_token(block_size) * tokens_per_iter, parallel.dtype,
+          shared_generator, kind="reduced_sync_gpt")
 for it in run.iterations():
     lr = learning_rate
     if decay_lr:
@@ -186,13 +163,13 @@ for it in run.iterations():
 
     # evaluate and save what is due before this update
     if run.due(eval_interval):
-        losses = estimate_losses(run, model, autocast)
+        losses = setup.estimate_losses(run, model, autocast)
         run.evaluated(losses, lr)
         if it >= stop_step and losses["val"] > stop_loss:
             run.stop(f"stopped: val loss {losses['val']:.4f} at step {it} is above {stop_loss} ({stop_if=})")
     if due := [evaluation for evaluation in evaluations if run.due(evaluation.interval)]:
         with autocast:
-            models.run_evaluations(due, model, "reduced_sync_gpt", compute_dtype, device)
+            models.run_evaluations(due, model, "reduced_sync_gpt", parallel.dtype, device)
     if not run.proceed():
         break
 

@@ -4,7 +4,7 @@
     run.check_data(data)
     run.restore(model, optimizer, scaler)         # exits if nothing is left to train
     run.open()                                    # files are written from here on
-    run.begin(kind, loader, ...)                  # random states, signals, saver
+    run.begin(loader, kind=...)                   # random states, signals, saver
     for it in run.iterations():
         if run.due(eval_interval):                # False while stopping; remembers what was skipped
             run.evaluated(losses, lr)
@@ -124,17 +124,17 @@ class Run:
         if source is not None:
             self.log.source(source)
 
-    def begin(self, kind: str, loader: DataLoader, tokens: int, flops: float = 0.0, dtype=None,
-              shared_generator: torch.Generator | None = None, random_states: bool = True,
+    def begin(self, loader: DataLoader, tokens: int, flops: float = 0.0, dtype=None,
+              shared_generator: torch.Generator | None = None, *, kind: str, random_states: bool = True,
               progress: bool = True, extra_state: Callable[[], dict] = dict,
               extra_status: Callable[[], dict] = dict) -> None:
         """Set the random states, and start the saver and the signals.
 
-        kind: of the model. tokens, flops: of an update, over all processes; dtype: of the products, for MFU.
-        shared_generator: draws what the processes of a model have in common. random_states: seed this
-        process, or give it the states that its rank had. progress: move a bar on a terminal. extra_state:
-        entries of a checkpoint's state.json; extra_status: entries of status.json and of the log's last
-        event.
+        tokens, flops: of an update, over all processes; dtype: of the products, for MFU.
+        shared_generator: draws what the processes of a model have in common. kind: of the model.
+        random_states: seed this process, or give it the states that its rank had. progress: move a bar on a
+        terminal. extra_state: entries of a checkpoint's state.json; extra_status: entries of status.json and
+        of the log's last event.
         """
         processes, config = self.processes, self.config
         if random_states:  # dropout differs between processes

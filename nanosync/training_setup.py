@@ -5,20 +5,24 @@ micro-steps, start-up lines, compiling and wrapping the model.
 import torch
 import torch.nn as nn
 
-from configurator import check_at_least, check_at_most, check_seed
+from configurator import check_at_least, check_at_most, check_choice, check_seed
 from kernels import usable
+from nanosync.checkpoint import exit_with_listing
 from nanosync.dataloader import evaluate, evaluation_batches
-from nanosync.distributed import Processes
+from nanosync.distributed import finish, start
 from nanosync.errors import UserError
-from nanosync.hardware import check_compile
+from nanosync.hardware import check_compile, make_deterministic, pick_dtype
+from nanosync.model_kind import ModelKind
 from nanosync.optim import check_optimizer
-from nanosync.parallelism import Parallelism, check_parallelism, settle_buckets
+from nanosync.parallelism import Parallelism, check_parallelism, parallelism_of, settle_buckets
+from nanosync.recompute import ACTIVATION_CHECKPOINTING
 from nanosync.run import Run
 from nanosync.sharding import reshard
 
 
 def check_training_settings(config: dict) -> None:
     """Raise UserError for settings that are wrong whatever the model is."""
+    check_choice(config, "activation_checkpointing", ACTIVATION_CHECKPOINTING)
     check_at_least(config, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval",
                    "log_interval", "eval_iters", "keep_checkpoints", "lr_decay_iters")
     check_at_least(config, 0, "max_iters", "warmup_iters", "grad_clip", "min_lr", "checkpoint_interval",
@@ -31,16 +35,23 @@ def check_training_settings(config: dict) -> None:
     check_optimizer(config)
 
 
-def micro_steps_of(config: dict, processes: Processes) -> int:
-    """Return the micro-batches of an update on each data-parallel process. Raises UserError."""
-    total, tp_processes = config["gradient_accumulation_steps"], config["tp_processes"]
+def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallelism, int]:
+    """Start processes, device and dtype; return how they divide a step, and the micro-batches of an update on
+    each data-parallel process. With list_checkpoints, print the checkpoints and exit. Raises UserError.
+    """
+    exit_with_listing(config, kinds)
+    if config["deterministic"]:
+        make_deterministic()
+    tp_processes, total = config["tp_processes"], config["gradient_accumulation_steps"]
+    processes = start(config["device"], config["backend"], config["timeout"], tp_processes)
+    parallel = parallelism_of(config, processes, pick_dtype(config["dtype"], processes.device))
     if config["compile"]:
         check_compile(processes.device)
     if total % processes.dp_size:
         what = "processes" if tp_processes == 1 else f"groups of {tp_processes} processes"
         raise UserError(f"gradient_accumulation_steps={total} is the total over all {what} and must be a "
                         f"multiple of their number, {processes.dp_size}")
-    return total // processes.dp_size
+    return parallel, total // processes.dp_size
 
 
 def describe_start(run: Run, model: nn.Module, parallel: Parallelism) -> None:
@@ -64,10 +75,13 @@ def describe_start(run: Run, model: nn.Module, parallel: Parallelism) -> None:
         run.line(f"{data.folder} has no meta.json: taking GPT-2's vocabulary of 50257")
 
 
-def prepare_training(run: Run, model: nn.Module, parallel: Parallelism, autocast) -> tuple:
-    """Compile and wrap the model; return what is called to train it, and the generator of the dropout
-    masks that all processes of a model have in common (None on simulated ranks)."""
+def prepare_training(run: Run, model: nn.Module, parallel: Parallelism) -> tuple:
+    """Compile and wrap the model. Return what is called to train it, the autocast context of its products,
+    and the generator of the dropout masks that all processes of a model have in common (None on simulated
+    ranks)."""
     config, processes = run.config, run.processes
+    torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
+    autocast = torch.autocast(processes.device.type, parallel.dtype, enabled=parallel.dtype != torch.float32)
     real_ranks = config["tp_processes"] > 1
     compiled = config["compile"] and not (real_ranks and model.config.dropout > 0)
     if compiled:
@@ -76,11 +90,11 @@ def prepare_training(run: Run, model: nn.Module, parallel: Parallelism, autocast
         run.line("not compiling: the dropout masks of real ranks come from a generator that they share")
     trained = parallel.prepare(model, compiled)
     if not run.writes:  # eval_only
-        return trained, None
+        return trained, autocast, None
     shared = model.share_dropout(config["seed"], processes.dp_rank, processes.device) if real_ranks else None
     with autocast:
         settle_buckets(trained, (config["batch_size"], config["block_size"]), processes.device, shared)
-    return trained, shared
+    return trained, autocast, shared
 
 
 def estimate_losses(run: Run, model: nn.Module, autocast) -> dict[str, float]:
@@ -97,3 +111,11 @@ def estimate_losses(run: Run, model: nn.Module, autocast) -> dict[str, float]:
     reshard(model)
     model.train()
     return losses
+
+
+def evaluate_and_exit(run: Run, model: nn.Module, autocast) -> None:
+    """Print the losses and exit, for eval_only."""
+    losses = estimate_losses(run, model, autocast)
+    run.line(f"step {run.first_step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    finish(run.processes)
+    raise SystemExit(0)
