@@ -45,7 +45,7 @@ def final_losses(study: dict, ranks: int) -> dict[int, list[float]]:
 
 
 def latencies(kind: str, C: int, B: int) -> tuple[dict[int, float], float]:
-    """Return the µs a token by the number of all-reduces, and those of one GPU, at width C and batch size B."""
+    """Return the µs a token by the number of all-reduces, and those of one GPU, at width C and batch B."""
     rows = [row for row in load(f"decode4_{kind}.json")["rows"]
             if (row["n_embd"], row["batch_size"]) == (C, B)]
     by_count = {int(row["name"].split()[0]): row["us"] for row in rows if "syncs" in row["name"]}
@@ -65,7 +65,8 @@ def draw_losses(ax) -> None:
         losses = final_losses(study, ranks)
         change = {n: [100 * (loss / zero - 1) for loss in losses[n]] for n in COUNTS}
         style = {"color": COLORS[ranks], "marker": MARKERS[ranks]}
-        ax.plot(COUNTS, [mean(change[n]) for n in COUNTS], label=f"{ranks} ranks, mean of seeds", markersize=6, **style)
+        ax.plot(COUNTS, [mean(change[n]) for n in COUNTS], label=f"{ranks} ranks, mean of seeds", markersize=6,
+                **style)
         aside = 2 ** (0.09 if ranks == 4 else -0.09)  # seeds of 2 and of 4 ranks would hide each other
         for n in COUNTS[:-1]:
             ax.plot([n * aside] * len(change[n]), change[n], linestyle="", markersize=3.5, alpha=0.6, **style)
