@@ -65,8 +65,8 @@ def draw_losses(ax) -> None:
         losses = final_losses(study, ranks)
         change = {n: [100 * (loss / zero - 1) for loss in losses[n]] for n in COUNTS}
         style = {"color": COLORS[ranks], "marker": MARKERS[ranks]}
-        ax.plot(COUNTS, [mean(change[n]) for n in COUNTS], label=f"{ranks} ranks, mean of seeds", markersize=6,
-                **style)
+        ax.plot(COUNTS, [mean(change[n]) for n in COUNTS], markersize=6, **style,
+                label=f"{ranks} ranks, mean of seeds")
         aside = 2 ** (0.09 if ranks == 4 else -0.09)  # seeds of 2 and of 4 ranks would hide each other
         for n in COUNTS[:-1]:
             ax.plot([n * aside] * len(change[n]), change[n], linestyle="", markersize=3.5, alpha=0.6, **style)
