@@ -1,1 +1,1 @@
-"""What bench.py runs beside training and generation."""
+"""The modes of bench.py besides training and generation, and the harness that all modes share."""

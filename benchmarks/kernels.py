@@ -1,20 +1,23 @@
-"""LayerNorm's kernels and the head's, linear layer and cross-entropy in one, beside PyTorch, its compiler and
-Liger-Kernel: time, and LayerNorm's share of what a copy reaches, the head's FLOP/s and memory.
+"""Mode kernels of bench.py: the kernels of LayerNorm and of the head, beside PyTorch, its compiler and
+Liger-Kernel. The head is a linear layer and cross-entropy in one.
 
-On a GPU one turn is a pass over so many sets of tensors that none is still in the L2 cache when it comes up
-again, several times in a row, from a CUDA graph: what is timed is the GPU, not the host that launches.
-Contenders take turns; one of them is a copy of as many bytes, which at small sizes does not reach what a
-large one does, either. (In Triton's interpreter it all runs, and no figure means anything.)
+The figures are time, LayerNorm's share of a large copy's bandwidth, the head's FLOP/s and its memory.
 
-What an operation must move, in N x C values: forward x and y; backward the gradient of y, x and its gradient;
-with the residual addition s = x + out, y = LayerNorm(s): x, out, s, y, and backward the gradients of s and y,
-s and its gradient. Weight, bias and statistics are left out.
+On a GPU one turn is a CUDA graph of several passes over sets of tensors, so the time is the GPU's, without
+the launching host. The sets are so many that none is still in the L2 cache when a pass reads it again. One of
+the contenders is a copy of as many bytes; at small sizes the copy does not reach the bandwidth of a large
+copy, either. In Triton's interpreter all of this runs, but no figure means anything.
 
-The head is timed forward and backward together, as ours makes its gradients on the way forward: N rows of x
-(N, C), a weight (V, C) in fp32 that is cast to the dtype of x as autocast casts it, three products of 2 N C V
-FLOPs.
+An operation must move so many N x C values: forward x and y; backward the gradient of y, x and its gradient.
+With the residual addition s = x + out, y = LayerNorm(s), it moves x, out, s and y, and backward the gradients
+of s and y, s and its gradient. Weight, bias and statistics are left out.
+
+The head is timed forward and backward together, because ours computes its gradients in the forward pass: N
+rows of x (N, C), a weight (V, C) in fp32 that is cast to the dtype of x as autocast casts it, three products
+of 2 N C V FLOPs.
 """
 
+import itertools
 import os
 import statistics
 import sys
@@ -23,26 +26,41 @@ import time
 import torch
 import torch.nn.functional as F
 
+from benchmarks.harness import Bench, in_unit, take_turns, with_range
 from kernels import layer_norm as ours
+from kernels import usable
 from kernels.cross_entropy import linear_cross_entropy
 from nanosync.errors import UserError
 
 OPERATIONS = {"forward": 2, "backward": 3, "add forward": 4, "add backward": 4}  # N x C values moved
 COPIED_BYTES = 1 << 30  # of the copy that sets the scale, on a GPU
-PIECE = 1 << 28  # bytes of one copy: in a graph, on H200, 512 MB and most larger ones go at 2.7 TB/s
+PIECE = 1 << 28  # bytes of one copy: in a graph, on H200, those of 512 MB and most larger ones reach 2.7 TB/s
 LAUNCHES = 16  # at least so many in a row are timed together
+WIDTHS = [768, 1024, 1600, 4096, 8192]  # by default
+
+
+def check_kernels(config: dict) -> None:
+    """Raise UserError for wrong settings of mode kernels, or for a plot in another mode."""
+    if config["mode"] != "kernels":
+        if config["plot"]:
+            raise UserError("plot draws what mode kernels measures")
+        return
+    widths, folder = config["widths"], config["peer"]
+    if not (widths and config["rows"]) or max(widths) > ours.MAX_WIDTH:
+        raise UserError(f"kernels need rows, and widths up to {ours.MAX_WIDTH}")
+    if folder and not os.path.isfile(os.path.join(folder, "src", "liger_kernel", "ops", "layer_norm.py")):
+        raise UserError(f"peer={folder!r} is no checkout of Liger-Kernel: it has no "
+                        f"src/liger_kernel/ops/layer_norm.py")
 
 
 def load_liger(folder: str) -> tuple:
-    """LayerNorm, and linear layer with cross-entropy, of a checkout of Liger-Kernel. Raises UserError."""
-    if not os.path.isfile(os.path.join(folder, "src", "liger_kernel", "ops", "layer_norm.py")):
-        raise UserError(f"peer={folder!r} is no checkout of Liger-Kernel: it has no "
-                        f"src/liger_kernel/ops/layer_norm.py")
+    """Import LayerNorm, and the linear layer with cross-entropy, from a checkout of Liger-Kernel. Raises
+    UserError."""
     sys.path.insert(0, os.path.abspath(os.path.join(folder, "src")))
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-    except Exception as e:  # it is the user's code
+    except Exception as e:  # the code is the user's
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
         raise UserError(f"peer {folder} cannot be imported: {reason}") from None
     return LigerLayerNormFunction, LigerFusedLinearCrossEntropyFunction
@@ -62,11 +80,12 @@ def _ours(x, out, weight, bias):
 
 
 def contenders(add: bool, liger, compiled: bool) -> dict:
-    """By name, functions of x, out, weight and bias. Liger's LayerNorm always has a bias, and no addition."""
+    """Return name -> function of x, out, weight and bias. Liger's LayerNorm always has a bias, and no
+    addition."""
     functions = {"ours": _ours, "eager": _plain}
     if compiled:
         torch.compiler.reset()
-        torch._functorch.config.donated_buffer = False  # a backward pass is run again and again
+        torch._functorch.config.donated_buffer = False  # a backward pass runs many times
         functions["inductor"] = torch.compile(_plain, fullgraph=True, dynamic=False)
     if liger is not None and not add:
         zeros = {}  # made once
@@ -80,7 +99,7 @@ def contenders(add: bool, liger, compiled: bool) -> dict:
 
 
 def _sets(rows: int, C: int, dtype: torch.dtype, add: bool, bias: bool, device) -> list[tuple]:
-    """(inputs, gradients of the results), as many times as fill four L2 caches."""
+    """Make sets of (inputs, gradients of the results), as many as fill four L2 caches."""
     n = 1
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -95,8 +114,8 @@ def _sets(rows: int, C: int, dtype: torch.dtype, add: bool, bias: bool, device) 
 
 
 def _pass(function, sets: list[tuple], backward: bool):
-    """A function that runs the operation once on every set and returns all results. Forward as in training:
-    what the backward pass needs is kept."""
+    """Return a function that runs the operation once on every set and returns all results. The forward pass
+    keeps what the backward pass needs, as in training."""
     if not backward:
         return lambda: [function(*inputs) for inputs, _ in sets]
     graphs = []
@@ -109,9 +128,12 @@ def _pass(function, sets: list[tuple], backward: bool):
 
 
 class _Timer:
-    """`seconds()` a pass. On a GPU the current stream must not be the default one: passes, as many as make
-    LAUNCHES launches, are captured there in a CUDA graph, so that the time is the GPU's, not the launching
-    host's. captured: False for what takes long and need not or cannot be captured."""
+    """The time of a pass: `seconds()`. On a GPU, as many passes as make LAUNCHES launches are captured in a
+    CUDA graph, so that the time is the GPU's, not the launching host's. The current stream must not be the
+    default one.
+
+    captured: False for an operation that takes long and needs no capture, or cannot be captured.
+    """
 
     def __init__(self, run, sets: int, device, captured: bool = True):
         self.run, self.device, self.passes, self.graph = run, device, 1, None
@@ -133,7 +155,7 @@ class _Timer:
             return time.perf_counter() - started
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        torch.cuda._sleep(1_000_000)  # cycles, in which the host queues what follows
+        torch.cuda._sleep(1_000_000)  # cycles, in which the host launches the pass
         begin.record()
         self.run() if self.graph is None else self.graph.replay()
         end.record()
@@ -142,12 +164,12 @@ class _Timer:
 
 
 def _own_stream(device):
-    """The context of a stream that can be captured."""
+    """Return the context of a stream that can be captured."""
     return torch.cuda.stream(torch.cuda.Stream() if device.type == "cuda" else None)
 
 
 def copy_bandwidth(device, rounds: int) -> float:
-    """Bytes a second, read and written, of a large copy: the median."""
+    """Measure a large copy: the median of bytes a second, read and written."""
     source = torch.empty(COPIED_BYTES if device.type == "cuda" else 1 << 20, dtype=torch.uint8, device=device)
     pair = (source.random_(), torch.empty_like(source))
     with _own_stream(device):
@@ -163,7 +185,8 @@ def _copy(source, target) -> None:
 
 
 def _wake(device, timers) -> None:
-    """One turn each, on a GPU until its clocks, which fall when nothing runs, have risen again."""
+    """Give each contender a turn; on a GPU several, until its clocks, which fall when nothing runs, have
+    risen again."""
     started = time.perf_counter()
     while True:
         for timer in timers:
@@ -173,7 +196,7 @@ def _wake(device, timers) -> None:
 
 
 def _copies(sets: list[tuple], values: int):
-    """A pass of copies that move as many bytes as the operation."""
+    """Return a pass of copies that move as many bytes as the operation."""
     x = sets[0][0][0]
     pairs = [(torch.randn(values * x.numel() // 2, dtype=x.dtype, device=x.device),
               x.new_empty(values * x.numel() // 2)) for _ in sets]
@@ -182,47 +205,44 @@ def _copies(sets: list[tuple], values: int):
 
 def measure(add: bool, rows: int, C: int, dtype: torch.dtype, bias: bool, liger, rounds: int, device,
             bandwidth: float) -> list[dict]:
-    """Forward, then backward: a row of figures for each contender and for a copy of as many bytes."""
+    """Measure LayerNorm forward, then backward: a row of figures for each contender and for a copy of as many
+    bytes.
+
+    add: with the residual addition before it. liger: what load_liger returned, or None. bandwidth: of a large
+    copy, bytes a second.
+    """
     functions, figures = contenders(add, liger, device.type == "cuda"), []
     with _own_stream(device):
         sets = _sets(rows, C, dtype, add, bias, device)
         for backward in (False, True):
             operation = "add " * add + ("backward" if backward else "forward")
             moved = OPERATIONS[operation] * rows * C * dtype.itemsize
-            for name, times in _take_turns(functions, sets, operation, rounds, device).items():
-                seconds = statistics.median(times)
+            passes = {name: _pass(f, sets, backward) for name, f in functions.items()}
+            passes["copy"] = _copies(sets, OPERATIONS[operation])
+            timers = {name: _Timer(run, len(sets), device) for name, run in passes.items()}
+            for name, times in _rounds(timers, rounds, len(sets), device).items():
+                per_second = moved / statistics.median(times)
                 figures.append({"operation": operation, "rows": rows, "width": C, "name": name,
-                                "us": 1e6 * seconds, "us_all": [1e6 * s for s in times],
-                                "gb_per_second": moved / seconds / 1e9,
-                                "of_copy": moved / seconds / bandwidth})
+                                **in_unit("us", 1e6, times), "gb_per_second": per_second / 1e9,
+                                "of_copy": per_second / bandwidth})
     return figures
 
 
-def _take_turns(functions: dict, sets: list[tuple], operation: str, rounds: int, device) -> dict:
-    """By contender, seconds of one operation in each round."""
-    passes = {name: _pass(f, sets, operation.endswith("backward")) for name, f in functions.items()}
-    passes["copy"] = _copies(sets, OPERATIONS[operation])
-    return _rounds({name: _Timer(run, len(sets), device) for name, run in passes.items()}, rounds, len(sets))
-
-
-def _rounds(timers: dict, rounds: int, sets: int) -> dict:
-    """By contender, seconds of one operation in each round, in which all take their turn."""
-    _wake(next(iter(timers.values())).device, timers.values())
-    times = {name: [] for name in timers}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            times[name].append(timer.seconds() / sets)
-    return times
+def _rounds(timers: dict, rounds: int, sets: int, device) -> dict[str, list[float]]:
+    """Let contenders take turns; return the seconds of one operation of each, in each round."""
+    _wake(device, timers.values())
+    turns = {name: lambda timer=timer: timer.seconds() / sets for name, timer in timers.items()}
+    return take_turns(turns, rounds, uncounted=0)
 
 
 def _plain_head(x, weight, targets):
-    """As autocast runs it: logits in x's dtype, the loss in fp32."""
+    """Compute the loss as autocast does: logits in x's dtype, the loss in fp32."""
     return F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), targets, ignore_index=-1)
 
 
 def head_contenders(liger, compiled: bool) -> dict:
-    """By name, functions of x, weight and targets. Liger sums the weight's gradient over its chunks in x's
-    dtype, as it does by default, the others in fp32 or in one product."""
+    """Return name -> function of x, weight and targets. Liger sums the weight's gradient over its chunks in
+    x's dtype, its default; the others sum it in fp32 or in one product."""
     functions = {"ours": linear_cross_entropy, "eager": _plain_head}
     if compiled:
         torch.compiler.reset()
@@ -234,8 +254,8 @@ def head_contenders(liger, compiled: bool) -> dict:
 
 
 def measure_head(rows: int, C: int, V: int, dtype: torch.dtype, liger, rounds: int, device) -> list[dict]:
-    """Loss and both gradients: a row of figures for each contender. peak_bytes: what a call needs beside its
-    arguments, gradients included; None where nobody counts."""
+    """Measure loss and both gradients of the head: a row of figures for each contender. peak_bytes is the
+    memory that a call needs beside its arguments, gradients included; None where PyTorch does not count."""
     x = torch.randn(rows, C, dtype=dtype, device=device, requires_grad=True)
     weight = (0.02 * torch.randn(V, C, device=device)).requires_grad_()
     targets = torch.randint(V, (rows,), device=device)
@@ -251,15 +271,16 @@ def measure_head(rows: int, C: int, V: int, dtype: torch.dtype, liger, rounds: i
                 torch.cuda.reset_peak_memory_stats()
                 run()
             peaks[name] = torch.cuda.max_memory_allocated() - before if cuda else None
-        times = _rounds(timers, rounds, 1)
+        times = _rounds(timers, rounds, 1, device)
     return [{"operation": "head", "rows": rows, "width": C, "vocabulary": V, "name": name,
-             "us": 1e6 * statistics.median(t), "us_all": [1e6 * s for s in t],
+             **in_unit("us", 1e6, t),
              "tflop_per_second": 6e-12 * rows * C * V / statistics.median(t), "peak_bytes": peaks[name]}
             for name, t in times.items()]
 
 
 def plot(figures: list[dict], path: str, title: str) -> None:
-    """Share of the copy's bandwidth over the width, a panel an operation, at the most rows there are."""
+    """Draw the share of the copy's bandwidth over the width, a panel an operation, at the highest number of
+    rows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -288,3 +309,41 @@ def plot(figures: list[dict], path: str, title: str) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def run(bench: Bench) -> None:
+    """Print a line for each operation, size and contender; draw the plot, write the JSON file. Raises
+    UserError."""
+    settings, device, folder = bench.config, bench.device, bench.config["peer"]
+    liger = load_liger(folder) if folder else None
+    if not usable(torch.empty(0, device=device, dtype=bench.dtype)):
+        raise UserError("kernels run on a CUDA GPU that Triton supports; TRITON_INTERPRET=1 only tries them, "
+                        "slowly, on a CPU")
+    if folder and device.type != "cuda":
+        raise UserError("Liger's kernels need a GPU: they do not run in Triton's interpreter. Leave peer out")
+    rounds, bandwidth = settings["rounds"], copy_bandwidth(device, settings["rounds"])
+    print(f"LayerNorm: {bench.machine}, bias={settings['bias']}; a copy moves {bandwidth / 1e9:.0f} GB/s; "
+          f"us, median of {rounds} rounds (range), share of the copy")
+    figures = []
+    for add, N, C in itertools.product((False, True), settings["rows"], settings["widths"]):
+        for f in measure(add, N, C, bench.dtype, settings["bias"], liger, rounds, device, bandwidth):
+            figures.append(f)
+            _print_row(f, f"{f['gb_per_second']:6.0f} GB/s  {100 * f['of_copy']:5.1f}%")
+    after = copy_bandwidth(device, rounds)
+    print(f"after that a copy moves {after / 1e9:.0f} GB/s")
+    C, V, layer_norm_figures = settings["n_embd"], settings["vocab_size"], list(figures)
+    print(f"head, loss and gradients, V={V}: us, median (range), TFLOP/s, memory it adds")
+    for N in settings["rows"]:
+        for f in measure_head(N, C, V, bench.dtype, liger, rounds, device):
+            figures.append(f)
+            memory = "n/a" if f["peak_bytes"] is None else f"{f['peak_bytes'] / 2**30:.2f} GB"
+            _print_row(f, f"{f['tflop_per_second']:6.0f} TFLOP/s  {memory}")
+    if settings["plot"]:
+        plot(layer_norm_figures, settings["plot"],
+             f"LayerNorm, {bench.environment['device']}, {bench.dtype_name}")
+    bench.write_json(copy_gb_per_second=bandwidth / 1e9, copy_gb_per_second_after=after / 1e9, rows=figures)
+
+
+def _print_row(f: dict, rest: str) -> None:
+    print(f"{f['operation']:>12} {f['rows']:6} x {f['width']:5} {f['name']:>8}  {with_range(f, 'us', 9, 1)}  "
+          f"{rest}", flush=True)

@@ -1,0 +1,132 @@
+"""Strategies of bench.py's setting `compare`: how a step is divided over processes and what it keeps."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+import models
+from benchmarks.harness import Bench
+from kernels import usable
+from model import initial_parameters, use_activation_checkpointing, use_triton_layer_norm
+from nanosync.distributed import Processes
+from nanosync.errors import UserError
+from nanosync.parallelism import Parallelism
+from nanosync.ranks import ranks_on
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A strategy by its name, words with + between. The defaults are those of a strategy without the word."""
+
+    name: str
+    zero1: bool = False  # these five: see Parallelism
+    fsdp: bool = False
+    min_num_params: float = 1e6
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    tp: bool = False  # tp_processes processes hold a model
+    recompute: str = "none"  # activation checkpointing
+    triton: bool = False  # LayerNorm as a Triton kernel
+    compiled: bool = True
+
+    def parallelism(self, processes: Processes, dtype: torch.dtype) -> Parallelism:
+        return Parallelism(processes, dtype, self.zero1, self.fsdp, self.min_num_params,
+                           self.reshard_after_forward, self.cpu_offload)
+
+
+WORDS = {  # word -> fields of Strategy; a word of digits and M is min_num_params in millions
+    "ddp": {},
+    "zero1": {"zero1": True},
+    "fsdp": {"fsdp": True},
+    "tp": {"tp": True},
+    "keep": {"reshard_after_forward": False},
+    "offload": {"cpu_offload": True},
+    "block": {"recompute": "block"},
+    "selective": {"recompute": "selective"},
+    "triton": {"triton": True},
+    "eager": {"compiled": False},
+}
+
+
+def parse(config: dict) -> list[Strategy]:
+    """Make the strategies that the settings name, none without `compare`; mode memory measures ddp by
+    default. Raises UserError."""
+    compare = config["compare"] or "ddp" * (config["mode"] == "memory")
+    strategies = [_parse_one(text, config) for text in compare.split(",")] if compare else []
+    if len({s.name for s in strategies}) < len(strategies):
+        raise UserError(f"compare={compare!r} names a strategy twice")
+    return strategies
+
+
+def _parse_one(text: str, config: dict) -> Strategy:
+    """Make a Strategy, such as 'fsdp+block'. Raises UserError."""
+    words = [word for word in text.split("+") if not re.fullmatch(r"\d+M", word)]
+    sizes = [1e6 * int(word[:-1]) for word in text.split("+") if word not in words]
+    for word in words:
+        if word not in WORDS:
+            raise UserError(f"compare: {text!r} has {word!r}, and known are {', '.join(WORDS)}, 100M")
+    if len({"ddp", "zero1", "fsdp"} & set(words)) > 1 or {"block", "selective"} <= set(words):
+        raise UserError(f"compare: {text!r} names two ways to do the same: take one of ddp, zero1 and fsdp, "
+                        f"and one of block and selective")
+    if len(sizes) > 1:
+        raise UserError(f"compare: {text!r} has several numbers: give one")
+    if ({"keep", "offload"} & set(words) or sizes) and "fsdp" not in words:
+        raise UserError(f"compare: keep, offload and a number are for fsdp, and {text!r} is without")
+    if {"offload", "tp"} <= set(words):
+        raise UserError(f"compare: {text!r}: offload and tp do not go together")
+    if "tp" in words and (config["tp_processes"] == 1 or config["dropout"] > 0):
+        raise UserError(f"compare: {text!r} needs --tp_processes, how many processes hold a model, and no "
+                        f"dropout")
+    fields = {"min_num_params": sizes[0]} if sizes else {}
+    for word in words:
+        fields |= WORDS[word]
+    return Strategy(text, **fields)
+
+
+def check_compare(config: dict) -> None:
+    """Raise UserError for wrong settings of strategies."""
+    mode = config["mode"]
+    others = config["peer"] or config["model_type"] != "gpt" or config["syncs"] or config["loss_steps"]
+    if config["compare"] and (mode not in ("train", "memory") or others):
+        raise UserError("compare is for mode train or memory, and for nothing else at a time: leave peer, "
+                        "model_type, syncs and loss_steps out")
+    if config["largest"] and mode != "memory":
+        raise UserError("largest is for --mode=memory")
+    parse(config)
+
+
+def check_processes(strategies: list[Strategy], processes: Processes) -> None:
+    """Raise UserError for a strategy that these processes and their device cannot run."""
+    device, size = processes.device, processes.world_size
+    for s in strategies:
+        if size == 1 and (s.zero1 or s.fsdp or s.tp):
+            raise UserError(f"compare: {s.name} divides a model over processes: start bench.py with torchrun")
+        if s.tp and (s.zero1 or s.fsdp) and processes.dp_size == 1:
+            raise UserError(f"compare: {s.name}: tp_processes={size} are all processes: nothing is left "
+                            f"to divide: start more")
+        if s.cpu_offload and device.type != "cuda":
+            raise UserError(f"compare: {s.name}: offload moves memory off a GPU, and the device is {device}")
+        if s.triton and not usable(torch.empty(0, device=device)):
+            raise UserError(f"compare: {s.name}: no Triton kernel runs on {device} here")
+
+
+def build_model(strategy: Strategy, parallel: Parallelism, bench: Bench, n_layer: int) -> nn.Module:
+    """Build a model by a strategy, with random weights drawn on the device."""
+    settings, device = bench.config, bench.device
+    torch.manual_seed(settings["seed"])
+    architecture, kind = bench.architecture | {"n_layer": n_layer}, "gpt"
+    if strategy.tp:
+        tp_processes, kind = settings["tp_processes"], "distributed_gpt"
+        architecture |= {"tp_size": tp_processes, "block_types": settings["block_types"]}
+    with torch.device("meta"):
+        model = models.build_model({"kind": kind, "config": architecture})
+    weights = initial_parameters(model, device)
+    if strategy.tp:
+        model.place(ranks_on(parallel.processes.tp_group, tp_processes))
+    use_activation_checkpointing(model, strategy.recompute)
+    if strategy.triton:
+        use_triton_layer_norm(model)
+    models.fill(model, weights, "bench.py", device, parallel)
+    return model
