@@ -9,11 +9,12 @@ import torch.nn as nn
 import models
 from benchmarks.harness import Bench
 from kernels import usable
-from model import initial_parameters, use_activation_checkpointing, use_triton_layer_norm
+from model import initial_parameters, use_triton_layer_norm
 from nanosync.distributed import Processes
 from nanosync.errors import UserError
 from nanosync.parallelism import Parallelism
 from nanosync.ranks import ranks_on
+from nanosync.recompute import use_activation_checkpointing
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.cross_entropy import linear_cross_entropy
-from model import GPT, MLP, GPTConfig, init_parameter, padded_vocab_size, use_activation_checkpointing
+from model import GPT, MLP, GPTConfig, init_parameter, padded_vocab_size
 from nanosync.errors import UserError
 from nanosync.huggingface import GPT2_SIZES
+from nanosync.recompute import use_activation_checkpointing
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 
