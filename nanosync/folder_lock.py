@@ -39,8 +39,8 @@ def lock_folder(folder: str, setting: str, make: bool = True, patience: float = 
         raise UserError(f"{folder} is in use by {holder}: wait for it or end it, or name another "
                         f"--{setting}=...") from None
     except OSError as e:
-        raise UserError(f"cannot lock {path} ({e.strerror}): {setting} needs a file system that has locks and "
-                        f"room") from None
+        raise UserError(f"cannot lock {path} ({e.strerror}): {setting} needs a file system that has locks "
+                        f"and room") from None
     return descriptor
 
 

@@ -400,13 +400,13 @@ def test_odd_output_is_a_failed_run(tmp_path, monkeypatch):
     (out / "status.json").write_text('{"status": "finished", "step": 20}')
     result, metrics = runner.result_of(runner.Job(log, 0), log.run_folder(0), report)
     assert "no validation loss captured" in result["error"] and "'10ms'" in result["error"]
-    monkeypatch.setattr(runner, "read_run", lambda *args: 1 / 0)
+    monkeypatch.setattr(runner, "judge_run", lambda *args: 1 / 0)
     result, metrics = runner.result_of(runner.Job(log, 0), log.run_folder(0), report)
     assert "cannot be read: ZeroDivisionError" in result["error"] and metrics == []
     log.record(result, metrics)
-    tail = runner.Tail(str(out))
-    tail.read()
-    assert tail.val_loss == 3.2 and tail.val_step == 20
+    progress = runner.RunProgress(str(out))
+    progress.update()
+    assert progress.val_loss == 3.2 and progress.val_step == 20
 
 
 def test_dry_run_prints_the_commands(tmp_path):
