@@ -290,7 +290,7 @@ elif logs:
     if run.done < run.max_iters or not ended:
         epoch = epoch_tokens(log.config)
         if ended or silent:
-            say("", "what is left, if it goes on now:")
+            say("", "what is left, if it is resumed now:")
         say_what_is_left(run, epoch, present if ended or silent else heard)
 else:
     if tokens_per_second is None:

@@ -57,7 +57,7 @@ def verdict(figures: dict) -> str:
     against = f"{target['val_loss']:g} at p < {target['alpha']:g}"
     if target["p_value"] is None:
         why = "one run has no spread" if figures["successful_runs"] == 1 else "the runs do not differ at all"
-        return f"Not to be tested whether the mean is at most {against}: {why}."
+        return f"Cannot test if the mean is at most {against}: {why}."
     shown = "" if target["reached"] else "not shown to be "
     text = f"The mean is {shown}at most {against}: one-sided t-test, p = {p_value(target['p_value'])}."
     if target["runs_needed"] is not None:
@@ -87,7 +87,7 @@ def report(experiment: Experiment, figures: dict) -> str:
     if experiment.failed:
         notes.append(f"{experiment.failed} of {len(experiment.results)} runs failed and are in no statistic.")
     if len(experiment.losses) > 1 and not differ(experiment.losses):
-        notes.append("All runs have the same loss: does the seed reach what is random?")
+        notes.append("All runs have the same loss: check that the seed changes the run.")
     if figures["baseline"] is not None:
         against = figures["baseline"]
         stds = against["in_baseline_stds"]

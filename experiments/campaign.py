@@ -373,9 +373,10 @@ class Costs:
         return any(name == stage for name, _ in self.measured)
 
     def expected(self, run: Run) -> float | None:
-        """Return the highest cost so far of runs of the variant in this stage, at least that of the stage's
-        probe; without such runs that of the stage, else that of other stages by their tokens; None without
-        any run.
+        """Return the highest cost so far of the variant's runs in this stage, at least that of the probe.
+
+        Without a run of the variant, return the highest cost in the stage; without a run of the stage, that
+        of other stages in proportion to their tokens; None without any run.
         """
         own = self.measured.get((run.stage, run.variant))
         if own:

@@ -66,7 +66,7 @@ def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str,
             file = os.path.join(os.path.dirname(path), stage["config"].replace("{variant}", arm))
             config = configs[stage["stage"], arm] = load_config(file, overrides, stage.get("n_gpus"))
             if config["stage"] != stage["stage"]:
-                raise UserError(f"{file} is of {config['stage']} and stands in the plan for {stage['stage']}")
+                raise UserError(f"{file} is of {config['stage']} and the plan names it for {stage['stage']}")
             check_comparable(file, config, configs[stage["stage"], plan["baseline"]])
             other = arm_of.setdefault((config["script"], repr(sorted(all_settings(config).items()))), arm)
             if other != arm:

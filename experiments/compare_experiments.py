@@ -101,9 +101,9 @@ def conclusion(one: dict, baseline: str, alpha: float) -> str:
     """Describe the result of a comparison in a sentence."""
     test, name = one["welch"], one["name"]
     if one["judged_otherwise"]:
-        return f"{name}: its losses are not {baseline}'s to compare with, whatever the tests say."
+        return f"{name}: its losses are not comparable with {baseline}'s, whatever the tests say."
     if test["p"] is None:
-        return f"{name}: not to be tested, {test['n'][0]} and {test['n'][1]} runs have no spread to judge by."
+        return f"{name}: cannot be tested: {test['n'][0]} and {test['n'][1]} runs have no spread."
     detectable = f"the minimum detectable effect is {one['minimum_detectable']:.4f}"
     if test["p_holm"] >= alpha:
         return f"{name}: no difference from {baseline} found (p = {p_value(test['p_holm'])}); {detectable}."
@@ -126,8 +126,8 @@ def warnings(a: Experiment, comparisons: list[dict]) -> list[str]:
             if keys:
                 found.append(f"{one['name']} differs from {a.name} in {', '.join(keys)}: {what}.")
         for what, (ours, its) in one["made_otherwise"].items():
-            found.append(f"{one['name']} was run with another {what} than {a.name} ({its}, not {ours}): what "
-                         f"differs may come from that.")
+            found.append(f"{one['name']} was run with another {what} than {a.name} ({its}, not {ours}): "
+                         f"differences may come from that.")
     for name, n, good in [(a.name, len(a.results), len(a.good)),
                           *((one["name"], one["n_runs"], one["successful_runs"]) for one in comparisons)]:
         if good < n:
@@ -190,13 +190,13 @@ def main() -> None:
     args = parser.parse_args()
     check_levels(args)
     if args.power <= args.alpha:
-        raise UserError(f"--power={args.power} must be above --alpha={args.alpha}: less than that is had for "
-                        f"nothing")
+        raise UserError(f"--power={args.power} must be above --alpha={args.alpha}: any test has at least the "
+                        f"power alpha")
     folders = list(dict.fromkeys(map(os.path.normpath, args.folders)))
     if len(folders) < 2:
         raise UserError("give two folders or more: the baseline's, then those to be compared with it")
     if args.out is not None and (not os.path.basename(args.out) or os.path.isdir(args.out)):
-        raise UserError(f"--out={args.out} names no file: give the name that its endings are put to")
+        raise UserError(f"--out={args.out} names no file: give a path without ending")
     stem = args.out or unused_path(os.path.join(os.path.dirname(folders[0]),
                                                 f"comparison_{time.strftime('%Y%m%d-%H%M%S')}"), ".md")
     stem = stem.removesuffix(".md")

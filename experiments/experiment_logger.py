@@ -107,8 +107,8 @@ class ExperimentLogger:
                                 f"base_seed={log.config['base_seed']} now: put that back")
         script = script_path(log.config)
         if digest(script) != described["script"]["sha256"]:
-            raise UserError(f"{script} is not what it was when {folder} began: its runs would not be "
-                            f"comparable; start a new experiment, or use the copy that is there")
+            raise UserError(f"{script} has changed since {folder} began: its runs would not be comparable; "
+                            f"start a new experiment, or use the copy in that folder")
         now = described | {"git_info": log._git, "gpu_info": log._gpus, "parallel": parallel}
         for name, (before, current) in differences(made_by(described), made_by(now)).items():
             log.line(f"warning: {name} is {current} and was {before}: its runs may not be comparable")
@@ -236,7 +236,7 @@ def read_folder(folder: str) -> tuple[dict, dict[int, dict], dict[int, list[dict
         raise UserError(f"{folder} is no experiment: it has no config.json (name one in experiment_logs/)")
     described = read_json(path)
     if not isinstance(described, dict) or not isinstance(described.get("script"), dict):
-        raise UserError(f"{path} is no experiment's: it has no config and script")
+        raise UserError(f"{path} is not of an experiment: it has no config and script")
     check_keys(described.get("config"), SCHEMA, path)
     described["config"] = DEFAULTS | described["config"]
     results, metrics = {}, {}

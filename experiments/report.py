@@ -65,7 +65,7 @@ def read_experiment(folder: str) -> Experiment:
         raise UserError(f"{folder} has no validation loss: {state}")
     if not len(on_common_steps(curves)[0]):
         raise UserError(f"{folder}/metrics.jsonl has no step at which all successful runs were evaluated: "
-                        f"it is not what was written with results.jsonl; put it back")
+                        f"it does not belong to results.jsonl; restore it")
     return experiment
 
 

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--out", default="results_summary", help="path of the files, without ending")
     args = parser.parse_args()
     if not os.path.basename(args.out) or os.path.isdir(args.out):
-        raise UserError(f"--out={args.out} names no file: give the name that its endings are put to")
+        raise UserError(f"--out={args.out} names no file: give a path without ending")
     check_can_write(os.path.dirname(args.out) or ".", "--out")
     runs = [summary_of(out_dir) for out_dir in args.out_dirs]
     compare(runs)

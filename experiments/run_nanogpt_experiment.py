@@ -49,7 +49,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dry_run", action="store_true", help="check, print the commands, and run nothing")
     args, overrides = parser.parse_known_args()
     if bool(args.config) == bool(args.resume):
-        raise UserError("give --config=FILE for a new experiment or --resume=DIR to go on with one")
+        raise UserError("give --config=FILE for a new experiment or --resume=DIR to resume one")
     if args.resume and (overrides or args.n_gpus is not None):
         raise UserError(f"{[*overrides, '--n_gpus'][0]} would change the experiment in {args.resume}: "
                         f"its runs would not be comparable")
@@ -97,7 +97,7 @@ def main() -> None:
         descriptor = lock(log.folder)
     log.lock = descriptor
     if config["target_val_loss"] is None:
-        log.line(f"{log.folder}: no target_val_loss, which a configuration has for its own data set")
+        log.line(f"{log.folder}: no target_val_loss: the configuration has it for its own data set only")
     n_runs = log.raise_n_runs(n_runs)
     recover(log, n_runs)
     execute(log, n_runs, args.retry_failed, places, 60 * (args.limit_minutes or 0.0))
@@ -119,7 +119,7 @@ def execute(log: ExperimentLogger, n_runs: int, retry_failed: bool, places: list
         others would fail as well. A run that fails before its neighbours end proves nothing about them."""
         if len(tried) < len(places) or any(result["final_step"] > 0 for result in tried):
             return True
-        log.line(f"{job.name}: not started, because nothing that was got to its first step")
+        log.line(f"{job.name}: not started, because no run reached its first step")
         return False
 
     try:
@@ -127,7 +127,7 @@ def execute(log: ExperimentLogger, n_runs: int, retry_failed: bool, places: list
                  lambda job, result: tried.append(result))
     except KeyboardInterrupt:
         log.say = print
-        log.line(f"interrupted: go on with --resume {log.folder}")
+        log.line(f"interrupted: resume with --resume {log.folder}")
         raise
     log.say = print
     good = [result for result in log.results.values() if result["success"]]

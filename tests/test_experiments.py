@@ -716,7 +716,7 @@ def test_other_machines_and_code_are_seen(tmp_path):
     a, b = (experiment_of(name, [3.28, 3.29], made_by=made_by(described) | {"--parallel": n})
             for name, n in (("a", 1), ("b", 4)))
     said = compare_experiments.warnings(a, [compare_experiments.compare(a, b, 0.05, 0.8)])
-    assert said == ["b was run with another --parallel than a (4, not 1): what differs may come from that."]
+    assert said == ["b was run with another --parallel than a (4, not 1): differences may come from that."]
 
 
 # train_gpt.py itself
