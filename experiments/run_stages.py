@@ -320,8 +320,9 @@ def extrapolated(events: list[dict], steps: int, all_steps: int, val_loss_every:
     last = max((i for i, event in enumerate(events) if event["event"] == "eval"), default=0)
     stamps = [event.get("time") for event in events[last - 1:last + 1]] if last else []
     if not times or len([stamp for stamp in stamps if finite(stamp) is not None]) < 2:
-        raise UserError("a probe's log has no times of its steps and its last evaluation, so the cost of runs "
-                        "is unknown: let the script write them as train_gpt.py does, or raise probe_steps")
+        raise UserError("a probe's log has no times of its steps and its last evaluation, so the cost of "
+                        "runs is unknown: let the script write them as train_gpt.py does, or raise "
+                        "probe_steps")
     step = statistics.median(times[len(times) // 2:])
     evaluation = max(stamps[1] - stamps[0], 0.0)
     evaluations = (all_steps // val_loss_every if val_loss_every else 1) - 1
