@@ -28,7 +28,7 @@ import typing
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from nanosync.errors import UserError, install_error_hook, install_interrupt_hook
+from nanosync.errors import UserError, install_error_hook
 from nanosync.files import is_utf8, nearest_file
 
 
@@ -288,7 +288,7 @@ def check_type(setting: Setting, value, where: str):
         value = float(value) if abs(value) < sys.float_info.max else math.inf
     if float in allowed and type(value) is float and not math.isfinite(value):
         raise UserError(f"{setting.name}={value!r} ({where}) must be a finite number")
-    if type(value) is str and not _is_unicode(value):
+    if type(value) is str and not is_utf8(value):
         raise UserError(f"{setting.name}={value!r} ({where}) is not UTF-8")
     if not allowed or type(value) in allowed:
         return value
@@ -296,15 +296,6 @@ def check_type(setting: Setting, value, where: str):
     expected = " or ".join(names.get(t, t.__name__) for t in allowed)
     raise UserError(f"{setting.name}={value!r} ({where}) is of type {type(value).__name__}; "
                     f"it must be {expected}")
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a string is text; bytes of the command line that are not UTF-8 become lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_at_least(config: dict, minimum: float, *names: str) -> None:
@@ -349,8 +340,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
-        install_error_hook()
-        install_interrupt_hook()
+        install_error_hook(forks=True)
 
     def parse_args(self, args=None, namespace=None):
         for arg in sys.argv[1:] if args is None else args:

@@ -1,13 +1,13 @@
-"""How long training takes, when it gets how far, what it costs: before it begins, or of a run from its log.
+"""Estimate time, cost and milestones of a training run: before it begins, or from its log.
 
 $ python estimate_training_time.py config/train_gpt2.py --tokens_per_second=1_900_000 --gpus=4 \\
       --price_per_hour=3.5
 $ python estimate_training_time.py out-gpt2    # or one of its run_*.jsonl
 
-Before it begins, a config file and --key=value may set what train.py and train_reduced_sync.py have. The
-tokens/s of all GPUs together are in a run's log lines, and bench.py measures them; starting, compiling and
-saving are not counted, and evaluations only with --seconds_per_evaluation. A log shows what evaluations and
-saving take, and they are counted.
+Before a run begins, a config file and --key=value may give any setting of train.py or train_reduced_sync.py.
+The tokens/s of all GPUs together are in the log lines of other runs, or measured by bench.py. Starting,
+compiling and saving are not counted, evaluations only with --seconds_per_evaluation. From a log, evaluations
+and saving are counted, because the log shows what they take.
 """
 
 import heapq
@@ -23,25 +23,25 @@ from datetime import datetime
 from configurator import check_at_least, configure
 from nanosync.dataloader import open_dataset
 from nanosync.errors import UserError
-from nanosync.run_log import read_log
+from nanosync.run_log import RunLog
 
 # -----------------------------------------------------------------------------
 tokens_per_second: float | None = None  # of all GPUs together; a log has its own
 seconds_per_evaluation: float | None = None  # with what is saved then; a log has its own
-tokens_per_epoch: int | None = None  # None: those of the data set, if it is here
-gpus = 1  # to be paid for; of a run, as many as it has processes
+tokens_per_epoch: int | None = None  # None: those of the data set, if it is on this machine
+gpus = 1  # to be paid for; for a log, the number of its processes
 price_per_hour: float | None = None  # of one GPU
 milestones = 3  # how many checkpoints and ends of epochs to list besides the last
-now = ""  # reckon from this time, as in '2027-01-31 18:00'; '' is the present
+now = ""  # count from this time, as in '2027-01-31 18:00'; '' is the present
 # -----------------------------------------------------------------------------
 config = configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith("-") or arg.endswith(".py")],
                    others=tuple(os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
                                 for script in ("train_reduced_sync.py", "train.py")))
 paths = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
 logs = [path for path in paths if not path.endswith(".py")]
-OF_A_LOG = ("tokens_per_epoch", "gpus", "price_per_hour", "milestones", "now")  # what can be set for one
-RECENT = 100  # log lines that the speed is the median of
-SILENCE = 60.0  # seconds without an event that are never suspicious
+LOG_SETTINGS = ("tokens_per_epoch", "gpus", "price_per_hour", "milestones", "now")  # allowed with a log
+RECENT = 100  # the speed is the median of so many log lines
+SILENCE = 60.0  # seconds; a shorter time without an event is never suspicious
 
 check_at_least(config, 1, "gpus")
 check_at_least(config, 0, "milestones")
@@ -56,33 +56,33 @@ except (ValueError, OverflowError):
 
 @dataclass
 class Run:
-    """How much there is to train, what that takes in seconds, how far it is. Defaults: before it begins."""
+    """The length of a run, the seconds of its parts, and its progress. Defaults: not begun yet."""
 
     max_iters: int
     eval_interval: int
     checkpoint_interval: int
-    saves: str  # what is at its multiples
-    saves_at_evaluations: bool  # and there
-    tokens: int  # of an iteration
-    iteration: float = 0.0
-    evaluation: float = 0.0  # with what is saved then
-    pauses: float = 0.0  # an iteration's share of those without an evaluation
+    saves: str  # label of the multiples of checkpoint_interval
+    saves_at_evaluations: bool
+    tokens: int  # an iteration
+    iteration: float = 0.0  # seconds
+    evaluation: float = 0.0  # seconds, with the saving then
+    pauses: float = 0.0  # seconds an iteration, of pauses without an evaluation
     done: int = 0  # iterations
-    seen: int = -1  # the last step in the log: if it has an evaluation, that is over
+    seen: int = -1  # last step in the log: its evaluation, if it has one, is over
 
     def seconds_to(self, step: int) -> float:
-        """From here to where the iterations before `step` are done, and its evaluation, if it has one."""
+        """Return the seconds left until the iterations before `step`, and its evaluation, are done."""
         evaluations = self.evaluations(step) - self.evaluations(self.seen)
         return (step - self.done) * (self.iteration + self.pauses) + evaluations * self.evaluation
 
     def evaluations(self, step: int) -> int:
-        """How many there are up to this step, the first at step 0."""
+        """Count the evaluations up to this step, of which the first is at step 0."""
         last = step == self.max_iters and step % self.eval_interval > 0
         return step // self.eval_interval + 1 + last
 
 
 def planned(settings: dict, where: str) -> Run:
-    """What a training script would do with its settings. Raises UserError."""
+    """Return the run that a training script would do with these settings. Raises UserError."""
     needed = ("max_iters", "eval_interval", "batch_size", "block_size", "gradient_accumulation_steps")
     for name in needed:
         if type(settings.get(name)) is not int or settings[name] < 1:
@@ -99,55 +99,50 @@ def planned(settings: dict, where: str) -> Run:
                bool(settings.get("always_save_checkpoint", True)), batch * block * accumulated)
 
 
-def from_log(path: str) -> tuple[Run, list[dict]]:
-    """A run that has begun, and its events. Raises UserError."""
-    events = read_log(path)
-    if not all(isinstance(event.get("time"), (int, float)) for event in events):
-        raise UserError(f"{path} is no log of a training run: it has events without a time")
-    if not recent_speeds(events):
-        raise UserError(f"{path} has no iteration yet: let the run get to its first log line")
-    run = planned(events[last_start(events)]["config"], path)
-    run.iteration = run.tokens / statistics.median(recent_speeds(events))
-    said = [event for event in events if "step" in event]
-    run.done = max(event["step"] + (event["event"] == "iter") for event in said)
-    run.seen = max(event["step"] for event in said)
-    between = [stretch for stretch in stretches(events) if not stretch.evaluations]
-    around = [stretch for stretch in stretches(events) if stretch.evaluations]
-    if between:
-        run.pauses = sum(s.paused for s in between) / sum(s.iterations for s in between)
+def begun(log: RunLog) -> Run:
+    """Return the run that wrote a log, with its progress. Raises UserError."""
+    if not all(isinstance(event.get("time"), (int, float)) for event in log.events):
+        raise UserError(f"{log.path} is no log of a training run: it has events without a time")
+    if not recent_speeds(log):
+        raise UserError(f"{log.path} has no iteration yet: let the run get to its first log line")
+    run = planned(log.config, log.path)
+    run.iteration = run.tokens / statistics.median(recent_speeds(log))
+    with_step = [event for event in log.events if "step" in event]
+    run.done = max(event["step"] + (event["event"] == "iter") for event in with_step)
+    run.seen = max(event["step"] for event in with_step)
+    without = [stretch for stretch in stretches(log) if not stretch.evaluations]
+    around = [stretch for stretch in stretches(log) if stretch.evaluations]
+    if without:
+        run.pauses = sum(s.paused for s in without) / sum(s.iterations for s in without)
     if around:
         run.evaluation = sum(s.paused for s in around) / sum(s.evaluations for s in around)
-    return run, events
+    return run
 
 
-def last_start(events: list[dict]) -> int:
-    return max((i for i, event in enumerate(events) if event["event"] == "start"), default=0)
-
-
-def recent_speeds(events: list[dict]) -> list[float]:
-    """Tokens/s in the newest log lines: those since the last start, if there are any yet."""
+def recent_speeds(log: RunLog) -> list[float]:
+    """Return the tokens/s of the newest log lines: since the newest start, if it has any yet."""
     speeds = []
-    for since in (last_start(events), 0):
+    for events in (log.since_start, log.events):
         if not speeds:
-            speeds = [event["tokens_per_second"] for event in events[since:] if event["event"] == "iter"]
+            speeds = [event["tokens_per_second"] for event in events if event["event"] == "iter"]
             speeds = [speed for speed in speeds if speed]
     return speeds[-RECENT:]
 
 
 @dataclass
 class Stretch:
-    """From one log line to the next."""
+    """The time from one log line to the next."""
 
     seconds: float
-    paused: float  # how many of these were not spent training
+    paused: float  # seconds of these not spent training
     iterations: int
     evaluations: int
 
 
-def stretches(events: list[dict]) -> list[Stretch]:
-    """All but those over which the run was started again."""
+def stretches(log: RunLog) -> list[Stretch]:
+    """Return all stretches but those over a restart."""
     result, previous, evaluations = [], None, 0
-    for event in events:
+    for event in log.events:
         if event["event"] == "start":
             previous, evaluations = None, 0
         elif event["event"] == "eval":
@@ -160,9 +155,9 @@ def stretches(events: list[dict]) -> list[Stretch]:
     return result
 
 
-def silence(events: list[dict]) -> str:
-    """What to say of a run that has said nothing for so long that it may have died; '' of any other."""
-    times = [event["time"] for event in events[last_start(events):]]
+def silence(log: RunLog) -> str:
+    """Describe a silence so long that the run may have died; '' for a shorter one."""
+    times = [event["time"] for event in log.since_start]
     longest = max((b - a for a, b in itertools.pairwise(times)), default=0.0)
     silent = present - times[-1]
     if silent <= max(SILENCE, 3 * longest):
@@ -171,7 +166,7 @@ def silence(events: list[dict]) -> str:
 
 
 def epoch_tokens(settings: dict) -> int | None:
-    """How many an epoch has; None if that is not known, which is said."""
+    """Return the tokens of an epoch. If they are unknown, print why and return None."""
     if tokens_per_epoch is not None:
         return tokens_per_epoch
     if not isinstance(settings.get("dataset"), str):
@@ -186,14 +181,14 @@ def epoch_tokens(settings: dict) -> int | None:
 
 
 def duration(seconds: float) -> str:
-    """Days d hours:minutes; below a day hours:minutes:seconds."""
+    """Format seconds as `days d hours:minutes`, below a day as hours:minutes:seconds."""
     days, rest = divmod(round(min(max(seconds, 0.0), 1e15)), 86400)
     text = f"{rest // 3600:02}:{rest // 60 % 60:02}"
     return f"{days:,} d {text}" if days else f"{text}:{rest % 60:02}"
 
 
 def date(seconds: float) -> str:
-    """Local time with its zone, from seconds since 1970."""
+    """Format seconds since 1970 as local time with its zone."""
     try:
         return datetime.fromtimestamp(seconds).astimezone().strftime("%a %Y-%m-%d %H:%M %Z")
     except (OverflowError, ValueError, OSError):
@@ -201,6 +196,7 @@ def date(seconds: float) -> str:
 
 
 def amount(tokens: int) -> str:
+    """Format a number of tokens."""
     for size, name in ((1e9, "billion"), (1e6, "million")):
         if tokens >= size:
             return f"{tokens / size:,.2f} {name} tokens"
@@ -208,11 +204,15 @@ def amount(tokens: int) -> str:
 
 
 def say(name: str, text: str) -> None:
+    """Print a line of the report."""
     print(f"{name:<12}{text}")
 
 
 def say_what_is_left(run: Run, epoch: int | None, begin: float) -> None:
-    """Time, cost and milestones. epoch: tokens of one; begin: the time that they are reckoned from."""
+    """Print time, cost and milestones.
+
+    epoch: tokens of an epoch, None if unknown; begin: the time that they count from, seconds since 1970.
+    """
     seconds = max(begin + run.seconds_to(run.max_iters) - present, 0.0)
     say("time left" if run.done else "time", f"{duration(seconds)}, until {date(present + seconds)}")
     if price_per_hour is not None:
@@ -227,7 +227,7 @@ def say_what_is_left(run: Run, epoch: int | None, begin: float) -> None:
 
 
 def milestones_of(run: Run, epoch: int | None) -> dict[int, list[str]]:
-    """What is at which steps from here on. An epoch ends in the iteration before its step."""
+    """Return the names of the milestones ahead by step. An epoch ends in the iteration before its step."""
     found = {}
 
     def add(name: str, steps: list[int]) -> None:
@@ -245,17 +245,18 @@ def milestones_of(run: Run, epoch: int | None) -> dict[int, list[str]]:
     saves = heapq.merge(multiples(run.checkpoint_interval), at_evaluations)
     add(run.saves, first_and_last(sorted({*itertools.islice(saves, 2 * milestones), run.max_iters})))
     if epoch is not None:
-        ended, in_all = run.done * run.tokens // epoch, run.max_iters * run.tokens // epoch
-        for n in first_and_last(range(ended, in_all)):
+        complete, total = run.done * run.tokens // epoch, run.max_iters * run.tokens // epoch
+        for n in first_and_last(range(complete, total)):
             add(f"end of epoch {n}", [-(-(n + 1) * epoch // run.tokens)])
     add("end of training", [run.max_iters])
     return found
 
 
-def say_what_took_how_long(run: Run, events: list[dict]) -> None:
+def say_what_took_how_long(run: Run, log: RunLog) -> None:
+    """Print the speed of iterations, and the time of pauses and evaluations."""
     say("speed", f"{run.tokens / run.iteration:,.0f} tok/s, {1e3 * run.iteration:,.1f} ms an iteration: the "
-                 f"median of the last {len(recent_speeds(events))} log lines")
-    seconds, paused, evaluations = (sum(getattr(stretch, name) for stretch in stretches(events))
+                 f"median of the last {len(recent_speeds(log))} log lines")
+    seconds, paused, evaluations = (sum(getattr(stretch, name) for stretch in stretches(log))
                                     for name in ("seconds", "paused", "evaluations"))
     if evaluations:
         text = f"{run.evaluation:,.1f} s an evaluation with what is saved then, mean of {evaluations}"
@@ -265,32 +266,31 @@ def say_what_took_how_long(run: Run, events: list[dict]) -> None:
 
 
 if hasattr(signal, "SIGPIPE"):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as `cat` does where `| head` has seen enough
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently when `| head` closes the pipe
 if logs and len(paths) > 1:
     raise UserError(f"{', '.join(paths)}: give one run, or else a config file")
 elif logs:
-    given = [name for name, origin in config.origin.items() if origin and name not in OF_A_LOG]
+    given = [name for name, origin in config.origin.items() if origin and name not in LOG_SETTINGS]
     if given:
         raise UserError(f"--{given[0]} is for a run that has not begun: what {logs[0]} does is in its log")
-    run, events = from_log(logs[0])
-    start = events[last_start(events)]
-    settings, last = start["config"], events[-1]
-    processes = start.get("environment", {}).get("world_size")
+    log = RunLog.read(logs[0])
+    run, last = begun(log), log.events[-1]
+    processes = log.last("start").get("environment", {}).get("world_size")
     if isinstance(processes, int) and not config.origin["gpus"]:
         gpus = processes
-    ended, silent, heard = last["event"] == "end", silence(events), last["time"]
-    say("run", f"{logs[0]}, begun {date(events[0]['time'])}")
+    ended, silent, heard = last["event"] == "end", silence(log), last["time"]
+    say("run", f"{logs[0]}, begun {date(log.events[0]['time'])}")
     if ended:
         say("status", f"{last.get('status', 'ended')} {date(heard)}")
     else:
         say("status", silent or f"last heard of {duration(present - heard)} ago")
     say("done", f"{run.done:,} of {run.max_iters:,} iterations ({run.done / run.max_iters:.1%}), "
                 f"{amount(run.done * run.tokens)}")
-    say_what_took_how_long(run, events)
+    say_what_took_how_long(run, log)
     if run.done < run.max_iters or not ended:
-        epoch = epoch_tokens(settings)
+        epoch = epoch_tokens(log.config)
         if ended or silent:
-            say("", "what is left, if it goes on now:")
+            say("", "what is left, if it is resumed now:")
         say_what_is_left(run, epoch, present if ended or silent else heard)
 else:
     if tokens_per_second is None:

@@ -1,12 +1,12 @@
-"""Draw how training goes, from the logs of one run or of several: losses, learning rate, norm, speed, and
-HellaSwag where it was measured.
+"""Draw the logs of one run or several: losses, learning rate, norm, speed, and HellaSwag where measured.
 
-    python visualize_training.py                                 # of out_dir `out`, which may train still
+    python visualize_training.py                                 # the run in `out`, also while it trains
     python visualize_training.py out-python-24sync out-python-6sync --out=compared.png
-    python visualize_training.py out/run_20261121-120257.jsonl   # one log alone, not what was resumed
+    python visualize_training.py out/run_20261121-120257.jsonl   # one log, without the others of its run
 
-Writes run_<timestamp>_analysis.png beside the newest log and prints its path and a line about each run. Faint
-is every logged iteration, opaque a running mean; ticks below the losses, a row a run, are checkpoints.
+Writes run_<timestamp>_analysis.png beside the newest log. Prints its path and a line about each run. Faint
+lines are all logged iterations, opaque lines running means. Ticks below the losses, a row a run, are
+checkpoints.
 """
 
 import contextlib
@@ -20,24 +20,24 @@ import numpy as np
 from configurator import Parser
 from nanosync.errors import UserError
 from nanosync.files import check_can_write, made_folder, os_error_as_user_error
-from nanosync.run_log import read_log
+from nanosync.run_log import RunLog
 
 ENDINGS = (".png", ".pdf", ".svg")
-SMOOTHED = 1 / 40  # share of a run's points that a running mean is over
+SMOOTHED = 1 / 40  # width of a running mean, as a share of the run's points
 MOST_SMOOTHED = 500  # points to either side
 BINS = 60
 LEGEND_WIDTH = 150  # characters that fit into the picture
-FEW = 40  # points of a curve that are marked
-SHOWN = 0.97  # share of a run's losses that is in the picture at least; the first ones can be far above
+FEW = 40  # up to so many points, a curve has markers
+SHOWN = 0.97  # least share of a run's losses in the picture; the first ones can be far above
 
 
 @dataclass
 class Run:
-    """What the logs of a run say; null is NaN in the arrays, each of which has an entry a logged event."""
+    """A run to draw: arrays with an entry a logged event, NaN for null."""
 
     name: str
-    log: str  # path of the newest
-    begun: float  # when that was, in seconds since 1970
+    log: str  # path of the newest log
+    begun: float  # time of its start, seconds since 1970
     iterations: dict[str, np.ndarray]  # step, loss, lr, norm, seconds, tokens_per_second, mfu
     evaluations: dict[str, np.ndarray]  # step, val_loss
     checkpoints: np.ndarray  # step
@@ -45,27 +45,23 @@ class Run:
 
 
 def read_run(path: str) -> Run:
-    """Of an out_dir or of a log. Raises UserError."""
-    events = read_log(path)
-
-    def columns(kind: str, *names: str) -> dict[str, np.ndarray]:
-        return {name: np.array([event[name] for event in events if event["event"] == kind], float)
-                for name in names}
-
-    iterations = columns("iter", "step", "loss", "lr", "norm", "seconds", "tokens_per_second", "mfu")
+    """Read an out_dir or one log. Raises UserError."""
+    log = RunLog.read(path)
+    iterations = log.columns("iter", "step", "loss", "lr", "norm", "seconds", "tokens_per_second", "mfu")
     if not len(iterations["step"]):
         raise UserError(f"{path} has no iteration yet: let the run get to its first log line")
-    newest = [event for event in events if event["event"] == "start"][-1]
+    newest = log.last("start")
     name = os.path.abspath(path)
     if not os.path.isdir(path):
         name = os.path.splitext(name)[0]
     name = os.sep.join(name.split(os.sep)[-1 if os.path.isdir(path) else -2:])
-    return Run(name, newest["path"], newest["time"], iterations, columns("eval", "step", "val_loss"),
-               columns("checkpoint", "step")["step"], columns("hellaswag", "step", "acc_norm"))
+    return Run(name, newest["path"], newest["time"], iterations,
+               log.columns("eval", "step", "val_loss"), log.columns("checkpoint", "step")["step"],
+               log.columns("hellaswag", "step", "acc_norm"))
 
 
 def summary(run: Run) -> str:
-    """A run in one line. An iteration is counted by the updates before it, so its own is one more."""
+    """Describe a run in one line. Its steps are updates done, one more than the last iteration's index."""
     steps = max(run.iterations["step"][-1] + 1, *run.evaluations["step"][-1:], 0)
     losses = run.evaluations["val_loss"]
     evaluated = "no val loss yet"
@@ -77,7 +73,7 @@ def summary(run: Run) -> str:
 
 
 def best(run: Run) -> str:
-    """The best val loss of a run, and at which step."""
+    """Name the best val loss of a run and its step."""
     losses = run.evaluations["val_loss"]
     if not len(finite(losses)):
         return "none"
@@ -86,20 +82,21 @@ def best(run: Run) -> str:
 
 
 def finite(values: np.ndarray) -> np.ndarray:
+    """Return the values that are numbers."""
     return values[np.isfinite(values)]
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over what is a number; what is none stays a gap."""
+    """Return a centred running mean of the finite values; a value that is not finite stays a gap."""
     window = np.ones(2 * min(int(len(values) * SMOOTHED / 2), MOST_SMOOTHED) + 1)  # odd: it has a centre
-    there = np.isfinite(values)
-    total = np.convolve(np.where(there, values, 0.0), window, "same")
-    count = np.convolve(there.astype(float), window, "same")
-    return np.where(there, total / np.maximum(count, 1.0), math.nan)
+    valid = np.isfinite(values)
+    total = np.convolve(np.where(valid, values, 0.0), window, "same")
+    count = np.convolve(valid.astype(float), window, "same")
+    return np.where(valid, total / np.maximum(count, 1.0), math.nan)
 
 
 def draw(runs: list[Run]):
-    """All runs in one matplotlib figure, a colour each."""
+    """Draw all runs into one matplotlib figure, a colour each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -116,11 +113,8 @@ def draw(runs: list[Run]):
     draw_losses(axes["L"], runs, colors)
     draw_curves(axes["R"], runs, colors, "lr", "learning rate", faint=False)
     draw_curves(axes["N"], runs, colors, "norm", "gradient norm, before clipping")
-    if any((run.iterations["norm"] > 0).any() for run in runs):
-        axes["N"].set_yscale("log")  # it spikes
-        axes["N"].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes["N"].yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        axes["N"].yaxis.set_minor_locator(ticker.NullLocator())
+    if any((run.iterations["norm"] > 0).any() for run in runs):  # norms spike
+        use_log_scale(axes["N"].yaxis)
     draw_curves(axes["S"], runs, colors, "tokens_per_second", "throughput (tok/s)")
     axes["S"].yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axes["S"].set_ylim(bottom=0)
@@ -130,21 +124,36 @@ def draw(runs: list[Run]):
     if "A" in axes:
         draw_hellaswag(axes["A"], runs, colors)
     draw_step_times(axes["H"], runs, colors)
-    for name, one in axes.items():
-        one.grid(alpha=0.25)
-        one.spines[["top", "right"]].set_visible(False)
+    for name, panel in axes.items():
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
         if name != "H":
-            one.set_xlabel("iteration")
-            most = 8 if name == "L" else 5
-            one.xaxis.set_major_locator(ticker.MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=True,
-                                                           min_n_ticks=1))
-            one.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+            label_iterations(panel.xaxis, most=8 if name == "L" else 5)
     draw_legend(figure, runs, colors)
     return figure
 
 
+def use_log_scale(axis) -> None:
+    """Make a y axis logarithmic, with plain numbers at 1, 2 and 5."""
+    from matplotlib import ticker
+
+    axis.axes.set_yscale("log")
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def label_iterations(axis, most: int) -> None:
+    """Label an x axis with at most so many whole iterations."""
+    from matplotlib import ticker
+
+    axis.set_label_text("iteration")
+    axis.set_major_locator(ticker.MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
+    axis.set_major_formatter(ticker.EngFormatter(sep=""))
+
+
 def draw_legend(figure, runs: list[Run], colors: list) -> None:
-    """Which colour is which run, above the picture, in as many columns as fit."""
+    """Name the run of each colour above the picture, in as many columns as fit."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=color, linewidth=3) for color in colors]
@@ -154,14 +163,15 @@ def draw_legend(figure, runs: list[Run], colors: list) -> None:
 
 
 def label(run: Run) -> str:
-    """For the legend, which takes what is between two $ for a formula and drops what begins with _."""
+    """Return a run's entry in the legend: matplotlib takes text between two $ for a formula and drops labels
+    that begin with _."""
     name = run.name.replace("$", r"\$")
     text = f"{name} (best val loss {best(run)})" if len(run.evaluations["step"]) else name
     return f" {text}"
 
 
 def draw_losses(axes, runs: list[Run], colors: list) -> None:
-    """Train loss of iterations, val loss of evaluations, and at which steps there is a checkpoint."""
+    """Draw the train loss of iterations, the val loss of evaluations, and a tick at each checkpoint."""
     from matplotlib.lines import Line2D
 
     draw_curves(axes, runs, colors, "loss", "loss")
@@ -169,10 +179,10 @@ def draw_losses(axes, runs: list[Run], colors: list) -> None:
         size = 4 if len(run.evaluations["step"]) <= FEW else 0
         axes.plot(run.evaluations["step"], run.evaluations["val_loss"], "o--", color=color, markersize=size,
                   linewidth=1, zorder=3)
-    least = [np.nanmin(line.get_ydata(), initial=math.inf) for line in axes.lines]
-    top = highest_loss(runs, min(least))
+    least = min(np.nanmin(line.get_ydata(), initial=math.inf) for line in axes.lines)
+    top = highest_loss(runs, least)
     if top < axes.get_ylim()[1]:
-        axes.set_ylim(min(least) - 0.05 * (top - min(least)), top)
+        axes.set_ylim(least - 0.05 * (top - least), top)
         axes.set_ylabel("loss (what is higher is cut off)")
     gray = {"color": "0.35"}
     meanings = {"train, each logged iteration": Line2D([], [], alpha=0.3, **gray),
@@ -190,14 +200,14 @@ def draw_losses(axes, runs: list[Run], colors: list) -> None:
 
 
 def highest_loss(runs: list[Run], least: float) -> float:
-    """Up to which loss to draw: without where a run diverges, and without its first few if these are so far
-    above the others that they would take half of the height.
+    """Return the loss up to which to draw: below where a run diverges, and below its first few losses if
+    these would take half of the height.
     """
     losses = [values for run in runs if len(values := finite(run.iterations["loss"]))]
     if not losses:
         return math.inf
     firsts = [finite(run.evaluations["val_loss"])[:1] for run in runs] + [values[:1] for values in losses]
-    # a model that knows nothing starts at log(vocabulary): far above that is a run that has diverged
+    # an untrained model starts at log(vocabulary): a loss far above that has diverged
     top = min(1.5 * max(np.concatenate(firsts)), max(values.max() for values in losses))
     most = max(np.quantile(values, SHOWN) for values in losses)
     most += 0.1 * (most - least)
@@ -206,7 +216,7 @@ def highest_loss(runs: list[Run], least: float) -> float:
 
 def draw_curves(axes, runs: list[Run], colors: list, name: str, title: str, scale: float = 1.0,
                 faint: bool = True) -> None:
-    """A value of iterations over their steps, each faintly and their running mean."""
+    """Draw a value of iterations over their steps: each value faintly, and the running mean."""
     for run, color in zip(runs, colors):
         steps, values = run.iterations["step"], scale * run.iterations[name]
         if faint:
@@ -217,7 +227,7 @@ def draw_curves(axes, runs: list[Run], colors: list, name: str, title: str, scal
 
 
 def draw_hellaswag(axes, runs: list[Run], colors: list) -> None:
-    """Accuracy by length-normalised likelihood; of four endings one is right."""
+    """Draw the accuracy by length-normalised likelihood; chance is one of four endings."""
     axes.axhline(25, color="0.35", linestyle=":", linewidth=1)
     axes.annotate("chance", (1, 25), xycoords=("axes fraction", "data"), ha="right", va="bottom",
                   color="0.35")
@@ -229,13 +239,13 @@ def draw_hellaswag(axes, runs: list[Run], colors: list) -> None:
 
 
 def draw_step_times(axes, runs: list[Run], colors: list) -> None:
-    """Histogram of milliseconds of an iteration; a log line has the mean since the one before."""
+    """Draw a histogram of milliseconds an iteration; a log line has the mean since the previous line."""
     times = [1e3 * finite(run.iterations["seconds"]) for run in runs]
     axes.set_xlabel("time of an iteration (ms)")
     axes.set_ylabel("share of log lines (%)")
     if not sum(map(len, times)):
         return
-    # the first, which compiles, can take a thousand times as long: what is beyond goes to the last bin
+    # the first iteration compiles and can take a thousand times as long: longer times go to the last bin
     longest = max(min(2 * np.median(values), np.quantile(values, 0.99)) for values in times if len(values))
     if longest < max(values.max() for values in times if len(values)):
         axes.set_xlabel("time of an iteration (ms;\nlonger ones in the last bin)")
@@ -248,7 +258,7 @@ def draw_step_times(axes, runs: list[Run], colors: list) -> None:
 
 
 def save(figure, path: str) -> None:
-    """Write the picture whole or not at all. Raises UserError."""
+    """Write the picture completely or not at all. Raises UserError."""
     folder = os.path.dirname(path) or "."
     with made_folder(folder), os_error_as_user_error(f"cannot write {path}"):
         try:

@@ -1,1 +1,1 @@
-"""Data sets, one folder each with a prepare.py, and what those share: file formats and tokenizers."""
+"""Data sets, a folder each with a prepare.py, and the writer of token files that they share."""

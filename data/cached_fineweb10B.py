@@ -2,8 +2,7 @@
 
     python data/cached_fineweb10B.py 9    # the first 9 train shards and the val shard, into data/fineweb10B
 
-Without a number all 103. What is there and whole is kept, so a download that was cut off goes on where it
-was.
+Without a number, all 103 train shards. Complete shards are kept, so the same command resumes a download.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ REPOSITORY, SHARDS, SHARD_MB = "kjj0/fineweb10B-gpt2", 103, 200
 
 
 def is_whole(path: str) -> bool:
-    """Whether a shard is there and as long as its header says."""
+    """Return True if a shard exists and is as long as its header says."""
     try:
         open_tokens(path, "shards")
     except UserError:
@@ -34,11 +33,11 @@ def is_whole(path: str) -> bool:
 
 
 def fetch(name: str, folder: str) -> None:
-    """Download one shard, under a temporary name until it is whole. Raises UserError."""
+    """Download one shard, under a temporary name until it is complete. Raises UserError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # what goes wrong is said below, once
+    logging.set_verbosity_error()  # a failure is reported below, once
     path = os.path.join(folder, name)
     try:
         hf_hub_download(repo_id=REPOSITORY, repo_type="dataset", filename=name, local_dir=folder,
@@ -52,16 +51,16 @@ def fetch(name: str, folder: str) -> None:
 
 @contextlib.contextmanager
 def no_traces(folder: str):
-    """Remove what huggingface_hub keeps beside its downloads, unless it was there before or has a part of a
-    file from which it can go on.
+    """Remove the cache that huggingface_hub makes beside its downloads, unless it is older or holds a part of
+    a file, from which a download resumes.
     """
     cache = os.path.join(folder, ".cache")
-    was_there = os.path.exists(cache)
+    existed = os.path.exists(cache)
     try:
         yield
     finally:
         parts = glob.glob(os.path.join(glob.escape(cache), "**", "*.incomplete"), recursive=True)
-        if not was_there and not any(map(os.path.getsize, parts)):
+        if not existed and not any(map(os.path.getsize, parts)):
             shutil.rmtree(cache, ignore_errors=True)
 
 

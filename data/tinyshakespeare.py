@@ -1,4 +1,4 @@
-"""Tiny Shakespeare (1.1 MB): what data/shakespeare_char and data/shakespeare have in common."""
+"""Tiny Shakespeare (1.1 MB): the common part of data/shakespeare_char and data/shakespeare."""
 
 import os
 
@@ -11,13 +11,13 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 
 
 def prepare(folder: str, description: str, tokenizer_name: str, make_tokenizer) -> None:
-    """The command line of both prepare.py: get the text, split it 90/10 as nanoGPT does, write train.bin and
+    """Run the command line of a prepare.py: get the text, split it 90/10 as nanoGPT does, write train.bin and
     val.bin.
 
-    make_tokenizer: the text -> a tokenizer.
+    make_tokenizer: a function from the text to a tokenizer. Raises UserError.
     """
     parser = Parser(description)
-    parser.add_argument("--input", help="a text file that is there already, instead of the download")
+    parser.add_argument("--input", help="a text file, instead of the download")
     parser.add_argument("--out", default=folder, help="folder of the data set (this one)")
     args = parser.parse_args()
     name = os.path.basename(folder)
@@ -39,7 +39,7 @@ def prepare(folder: str, description: str, tokenizer_name: str, make_tokenizer) 
 
 
 def read_text(path: str, download: bool) -> str:
-    """The text of a file, fetched first if it is not there and `download`. Raises UserError."""
+    """Return the text of a file; with `download`, fetch a missing file first. Raises UserError."""
     if download and not os.path.exists(path):
         content = fetch(URL, "give the file as --input=FILE, or use data/python_source, which needs none")
         with made_folder(os.path.dirname(path)):

@@ -1,4 +1,4 @@
-"""Write token files, under temporary names until all are complete, and the meta.json that counts them."""
+"""Write token files, under temporary names until all are complete, and their meta.json."""
 
 import contextlib
 import glob
@@ -22,24 +22,24 @@ from nanosync.token_files import (
 
 
 class TokenWriter:
-    """Writes the tokens of one split as a flat file or as shards, under temporary names until `publish`."""
+    """A writer of one split as a flat file or as shards, under temporary names until `publish`."""
 
     def __init__(self, folder: str, split: str, prefix: str | None = None, shard_tokens: int | None = None):
-        """A flat {split}.bin; with `shard_tokens`, files {prefix}_{split}_000000.bin of at most so many."""
+        """shard_tokens: most tokens a shard {prefix}_{split}_000000.bin; None for a flat {split}.bin."""
         self.folder, self.split, self.prefix, self.shard_tokens = folder, split, prefix, shard_tokens
-        self.total = 0  # tokens so far, in all files
+        self.total = 0  # tokens so far in all files
         self.finished = {}  # final path -> SHA-256 of the finished file
         self._file = self._path = None
 
     def write(self, tokens: np.ndarray) -> None:
-        """Raises UserError, here and in close, if the disk is full or will not have it."""
+        """Append tokens. Raises UserError, as `close` does, if the disk is full or not writable."""
         tokens = np.ascontiguousarray(tokens, TOKEN_DTYPE)
         with os_error_as_user_error(f"cannot write to {self.folder}"):
             while len(tokens):
                 if self._file is None:
                     self._open()
                 room = len(tokens) if self.shard_tokens is None else self.shard_tokens - self._in_file
-                self._file.write(tokens[:room])  # unlike tofile, it says why it fails
+                self._file.write(tokens[:room])  # unlike tofile, its error names the cause
                 self._in_file += len(tokens[:room])
                 self.total += len(tokens[:room])
                 tokens = tokens[room:]
@@ -47,7 +47,7 @@ class TokenWriter:
                     self._close()
 
     def close(self) -> None:
-        """Finish the last file, under its temporary name still."""
+        """Finish the last file; it keeps its temporary name."""
         if self._file is not None:
             with os_error_as_user_error(f"cannot write to {self.folder}"):
                 self._close()
@@ -58,9 +58,9 @@ class TokenWriter:
             os.replace(path + ".tmp", path)
 
     def discard(self) -> None:
-        """Delete what is there under temporary names still."""
+        """Delete all files that still have temporary names."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk, again
+            with contextlib.suppress(OSError):  # a full disk fails again
                 self._file.close()
             self._file = None
         for path in {*self.finished, self._path} - {None}:
@@ -68,7 +68,7 @@ class TokenWriter:
                 os.remove(path + ".tmp")
 
     def earlier_shards(self) -> set[str]:
-        """Names of the shards in the folder that this or an earlier run wrote, finished or not."""
+        """Return the names of the shards that this or an earlier run wrote in the folder, finished or not."""
         if self.shard_tokens is None:
             return set()
         stem = os.path.join(glob.escape(self.folder), f"{self.prefix}_{self.split}_" + "[0-9]" * 6)
@@ -96,8 +96,8 @@ class TokenWriter:
 
 @contextlib.contextmanager
 def dataset_writers(folder: str, prefix: str | None = None, shard_tokens: int | None = None):
-    """TokenWriters of train and val in a folder that is made for them. What they have not published by the
-    end, because it failed, was interrupted or is not wanted, is deleted.
+    """Make a folder and the TokenWriters of train and val. Unpublished files are deleted at the end, after a
+    failure or an interruption too.
     """
     with made_folder(folder):
         writers = [TokenWriter(folder, split, prefix, shard_tokens) for split in ("train", "val")]
@@ -110,7 +110,7 @@ def dataset_writers(folder: str, prefix: str | None = None, shard_tokens: int | 
 
 def check_out(folder: str, name: str, tokenizer: str, kind: str) -> None:
     """Raise UserError unless data set `name`, in this tokenizer's tokens and format `kind`, can be written to
-    --out=folder and would be what is read from there. To be called before any work.
+    --out=folder and no other data set in the folder would be read in its place. Call it before any work.
     """
     parent = existing_parent(folder)
     if not folder or not os.path.isdir(parent):
@@ -118,13 +118,13 @@ def check_out(folder: str, name: str, tokenizer: str, kind: str) -> None:
     with os_error_as_user_error(f"--out={folder}: cannot write to {parent}"):
         tempfile.TemporaryFile(dir=parent).close()
     advice = "choose another folder with --out, or delete what is there"
-    there = usable_meta(folder)
-    if there is not None:
-        holds = (there.get("name", name), there["tokenizer"], there.get("format"))
-        if holds != (name, tokenizer, kind):
-            raise UserError(f"{folder} holds another data set, {holds[0]} in {holds[1]} tokens (format "
-                            f"{holds[2]}): {advice}")
-    if kind == "shards":  # which are read with all other shards, and not at all beside a flat file
+    meta = usable_meta(folder)
+    if meta is not None:
+        found = (meta.get("name", name), meta["tokenizer"], meta.get("format"))
+        if found != (name, tokenizer, kind):
+            raise UserError(f"{folder} holds another data set, {found[0]} in {found[1]} tokens (format "
+                            f"{found[2]}): {advice}")
+    if kind == "shards":  # the reader takes all shards of a folder, and prefers a flat file to them
         for split in ("train", "val"):
             others = glob.glob(os.path.join(glob.escape(folder), f"*_{split}_*.bin"))
             others = [path for path in others if not os.path.basename(path).startswith(f"{name}_{split}_")]
@@ -142,11 +142,11 @@ def check_space(folder: str, needed: float, advice: str = "") -> None:
 
 
 def publish_dataset(folder: str, meta: dict, train: TokenWriter, val: TokenWriter) -> None:
-    """Name meta.json first, then the token files it counts: a folder cut off in between is seen to be
-    unfinished.
+    """Write meta.json first, then give the token files their names: after a kill in between, the folder is
+    recognised as unfinished.
 
-    Files of an earlier data set here that the new one has no use for are deleted, also those that a run
-    which was killed before it came to that has left.
+    Delete the files of an earlier data set that the new one does not replace, also those that a killed run
+    left.
     """
     train.close()
     val.close()
@@ -167,7 +167,7 @@ def publish_dataset(folder: str, meta: dict, train: TokenWriter, val: TokenWrite
 
 
 def is_published(folder: str, **expected) -> bool:
-    """Whether the folder holds a whole data set made with these values in its meta.json."""
+    """Return True if the folder holds a complete data set with these values in its meta.json."""
     meta = usable_meta(folder)
     if meta is None or any(meta.get(key) != value for key, value in expected.items()):
         return False

@@ -1,19 +1,19 @@
-"""What the runs of an experiment show: their spread, and whether the mean is below the target.
+"""Analyse the runs of an experiment: their spread, and a test that the mean is below the target.
 
     python experiments/analyze_results.py experiment_logs/baseline_20261121-120000 [DIR ...]
 
 For each folder prints a report and writes analysis.md, analysis.json and loss_curves.png into it. The test is
-Student's, one-sided: at p < 0.01 the mean over seeds is below the target, unless luck of one in a hundred
-made it look so. A target is for a data set: runs on another one than their configuration's have none, unless
---target names it. Failed runs are counted and in no statistic; if what made them fail depends on the loss, as
-a divergence does, the statistics are of the lucky ones.
+Student's, one-sided: if the mean over seeds were not below the target, p < 0.01 would occur in fewer than one
+of a hundred such experiments. A target belongs to a data set: runs on another data set than their
+configuration's have no target, unless --target names one. Failed runs are counted but are in no statistic. If
+the cause of a failure depends on the loss, as that of a divergence does, the statistics are too good.
 """
 
 import math
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == "__main__":
+    import root_path  # noqa: F401
 
 from configurator import Parser
 from experiments.experiment_statistics import describe, differ, p_at_most, runs_needed
@@ -33,7 +33,7 @@ from nanosync.files import check_can_write, json_text
 
 
 def analyze(experiment: Experiment, target: float | None, alpha: float, power: float) -> dict:
-    """All figures of the report."""
+    """Return all figures of the report."""
     loss, p = describe(experiment.losses), p_at_most(experiment.losses, target)
     baseline, std = experiment.config["baseline_val_loss"], experiment.config["baseline_std"]
     against = None
@@ -50,14 +50,14 @@ def analyze(experiment: Experiment, target: float | None, alpha: float, power: f
 
 
 def verdict(figures: dict) -> str:
-    """The test in a sentence."""
+    """Describe the test in a sentence."""
     target, loss = figures["target"], figures["val_loss"]
     if target["val_loss"] is None:
         return "No target to test against: the configuration has none for this data set; --target names one."
     against = f"{target['val_loss']:g} at p < {target['alpha']:g}"
     if target["p_value"] is None:
         why = "one run has no spread" if figures["successful_runs"] == 1 else "the runs do not differ at all"
-        return f"Not to be tested whether the mean is at most {against}: {why}."
+        return f"Cannot test if the mean is at most {against}: {why}."
     shown = "" if target["reached"] else "not shown to be "
     text = f"The mean is {shown}at most {against}: one-sided t-test, p = {p_value(target['p_value'])}."
     if target["runs_needed"] is not None:
@@ -70,7 +70,7 @@ def verdict(figures: dict) -> str:
 
 
 def report(experiment: Experiment, figures: dict) -> str:
-    """As Markdown."""
+    """Return the report as Markdown."""
     rows = []
     for result in experiment.results:
         state = "" if result["success"] else f"failed, not counted: {result.get('error', '')}"
@@ -87,7 +87,7 @@ def report(experiment: Experiment, figures: dict) -> str:
     if experiment.failed:
         notes.append(f"{experiment.failed} of {len(experiment.results)} runs failed and are in no statistic.")
     if len(experiment.losses) > 1 and not differ(experiment.losses):
-        notes.append("All runs have the same loss: does the seed reach what is random?")
+        notes.append("All runs have the same loss: check that the seed changes the run.")
     if figures["baseline"] is not None:
         against = figures["baseline"]
         stds = against["in_baseline_stds"]
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", metavar="DIR")
     parser.add_argument("--target", type=float, help="val loss (default: the experiment's target_val_loss)")
     parser.add_argument("--alpha", type=float, default=0.01, help="level of the test (default: 0.01)")
-    parser.add_argument("--power", type=float, default=0.8, help="that is wanted of it (default: 0.8)")
+    parser.add_argument("--power", type=float, default=0.8, help="power to reach (default: 0.8)")
     args = parser.parse_args()
     check_levels(args)
     if args.target is not None and not math.isfinite(args.target):

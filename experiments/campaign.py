@@ -1,15 +1,16 @@
-"""Which runs are worth what they cost: the decisions of a staged campaign, apart from how runs are done.
+"""Decide which runs of a staged campaign are worth their cost; run_stages.py does them.
 
-Screening does all variants and the baseline, cheaply; who is shown to be worse there is out. The best goes on
-to validation, and the second with it if the noise could have swapped them. If no interval of a difference
-from the baseline lies below zero there, the next of the ranking is validated (a pivot), and so is one that
-noise may have kept from being first. The best of validation is proved at full size against the baseline and
-the target, with the second if noise could have swapped them; who does not keep there what it promised, makes
-room for the next.
+Screening runs all variants and the baseline, cheaply. Variants shown to be worse than the baseline are
+dropped. The best variant advances to validation, and the second too if noise could have swapped the two. If
+in validation no interval of a difference from the baseline lies below zero, the next variant of the ranking
+is validated as well (a pivot). The same happens to a variant that noise may have kept from the first place.
+The best variant of validation is proved at full size against the baseline and the target, together with the
+second if noise could have swapped the two. If its mean there is not below the baseline's, the next variant is
+proved.
 
-Everything decided is a function of the plan and of the results so far: who asks again after an interruption
-gets the same decisions, and the runs that are missing. The noise of a stage is pooled over all that was run
-there, because two runs alone say little about it; the last word, about the proof, is Welch's.
+All decisions are a function of the plan and the results so far: after an interruption the decisions are the
+same, and only the missing runs are done. The noise of a stage is pooled over all its runs, because two runs
+say little about it. The final test, in the proof, is Welch's.
 """
 
 import math
@@ -21,15 +22,15 @@ from scipy import stats
 from experiments.experiment_statistics import CONFIDENCE, differ, p_at_most, pooled_std, welch
 
 YES, NO, OPEN = "yes", "no", "open"
-OF_SCREENING = 0.99  # its intervals: short runs mislead by more than their noise
-OF_NO = 0.8  # the interval that must lie above zero for a variant to end at validation: a miss costs more
+SCREENING_CONFIDENCE = 0.99  # of its intervals: short runs mislead by more than their noise
+REJECTION_CONFIDENCE = 0.8  # validation rejects if this interval lies above zero: a missed variant costs more
 NO_BASELINE = "no run of the baseline succeeded to compare with"
-OF_TARGET = 0.01  # level of the test that the proved mean is at most the target
+TARGET_LEVEL = 0.01  # level of the test that the proved mean is at most the target
 
 
 @dataclass(frozen=True)
 class Run:
-    """One of a stage's runs of a variant, or of the baseline."""
+    """A run of a variant, or of the baseline, in a stage."""
 
     stage: str
     variant: str
@@ -38,14 +39,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be decided. stages: names of screening, validation and proof, with runs each."""
+    """The subject of a campaign. stages: names of screening, validation and proof, with the runs of each."""
 
     baseline: str
     variants: tuple[str, ...]
     stages: dict[str, int]
     target: float | None
-    most_advanced: int = 2  # to validation at once
-    most_proved: int = 2
+    most_advanced: int = 2  # variants that enter validation together
+    most_proved: int = 2  # variants that enter the proof together
     until: str | None = None  # the stage after which to stop
 
     @property
@@ -56,29 +57,33 @@ class Plan:
 
 @dataclass
 class Results:
-    """Final val losses, None for runs that failed."""
+    """The final val losses, None for failed runs."""
 
     losses: dict[Run, float | None] = field(default_factory=dict)
 
     def good(self, stage: str, variant: str) -> list[float]:
+        """Return the losses of the successful runs, by run_id."""
         found = sorted((run.run_id, loss) for run, loss in self.losses.items()
                        if (run.stage, run.variant) == (stage, variant) and loss is not None)
         return [loss for _, loss in found]
 
     def mean(self, stage: str, variant: str) -> float:
+        """Return the mean loss, infinite without a successful run."""
         good = self.good(stage, variant)
         return math.fsum(good) / len(good) if good else math.inf
 
     def noise(self, stage: str, among: list[str] | None = None) -> tuple[float, int] | None:
-        """Standard deviation within variants, and its degrees of freedom; None if there is no spread. among:
-        the variants to pool, None for all."""
+        """Return the standard deviation within variants and its degrees of freedom; None without a spread.
+
+        among: the variants to pool, None for all.
+        """
         among = sorted({run.variant for run in self.losses if run.stage == stage}) if among is None else among
         samples = [self.good(stage, variant) for variant in among]
         return pooled_std(*samples) if any(map(differ, samples)) else None
 
     def difference(self, stage: str, a: str, b: str, confidence: float = CONFIDENCE,
                    among: list[str] | None = None) -> tuple[float, tuple[float, float] | None]:
-        """b's mean - a's, and its interval by the stage's noise among some variants, None for all."""
+        """Return b's mean minus a's, and its interval from the noise among some variants, None for all."""
         noise, n = self.noise(stage, among), [len(self.good(stage, variant)) for variant in (a, b)]
         mean = self.mean(stage, b) - self.mean(stage, a)
         if noise is None or not all(n):
@@ -88,24 +93,27 @@ class Results:
 
 
 class Pending(Exception):
-    """Nothing more can be decided before these runs are done."""
+    """A batch of runs that the next decision needs."""
 
     def __init__(self, batch: list[Run]):
         self.batch = batch
 
 
 class Story:
-    """The decisions so far, in order, each a dict with its numbers and a sentence."""
+    """The decisions so far, in order: dicts with a sentence and its numbers."""
 
     def __init__(self, plan: Plan, results: Results, affordable: Callable[[list[Run]], bool]):
         self.plan, self.results, self.affordable, self.decisions = plan, results, affordable, []
 
     def note(self, stage: str, decision: str, text: str, **numbers) -> None:
+        """Add a decision."""
         self.decisions.append({"stage": stage, "decision": decision, "text": text, **numbers})
 
     def need(self, stage: str, variants: list[str], also: list[Run] = ()) -> bool:
-        """Whether the stage's runs of these are done, or two of each at least and the budget does not pay for
-        the rest; raises Pending for what is missing if it does, and for `also`."""
+        """Return True if the stage's runs of these variants are done, or if at least two of each are and the
+        budget does not pay for the rest; else False. Raises Pending for missing runs that the budget pays for
+        together with the runs `also`.
+        """
         batch = self.missing(stage, variants)
         if batch and self.affordable([*batch, *also]):
             raise Pending(batch)
@@ -116,17 +124,18 @@ class Story:
         return not batch or enough
 
     def missing(self, stage: str, variants: list[str]) -> list[Run]:
+        """Return the stage's runs of these variants that have no result."""
         runs = [Run(stage, variant, i) for i in range(self.plan.stages[stage]) for variant in variants]
         return [run for run in runs if run not in self.results.losses]
 
     def outcome(self, stage: str, best: str | None, reason: str, **numbers) -> dict:
-        """The end: the best known, None if nothing is, at which stage, why it ends here."""
+        """Add and return the end: the best variant known, None if none is, the stage, and the reason."""
         found = {"best": best, "proved": False, "target_reached": None, **numbers}
         self.note(stage, "end", reason, **found)
         return {"stage": stage, "reason": reason, **found}
 
     def out_of_budget(self, stage: str, candidates: list[str], before: str | None) -> dict:
-        """The end for want of budget: what is known is what the stage before says."""
+        """Add and return the end at an exhausted budget: the best variant is that of the stage before."""
         known = [self.plan.baseline, *candidates]
         best = min(known, key=lambda name: self.results.mean(before, name)) if before else None
         return self.outcome(before or stage, best, f"what is left of the budget, or what it allows one "
@@ -136,9 +145,9 @@ class Story:
 
 def decide(plan: Plan, results: Results, affordable: Callable[[list[Run]], bool] = lambda batch: True
            ) -> tuple[list[dict], list[Run], dict | None]:
-    """(decisions so far, runs to do next, outcome); runs or outcome, never both.
+    """Return (decisions so far, runs to do next, outcome), either runs or an outcome.
 
-    affordable(runs): whether the budget pays for all of them.
+    affordable(runs): True if the budget pays for all of them.
     """
     story = Story(plan, results, affordable)
     try:
@@ -148,7 +157,7 @@ def decide(plan: Plan, results: Results, affordable: Callable[[list[Run]], bool]
 
 
 def _tell(story: Story) -> dict:
-    """From screening to proof."""
+    """Decide from screening to proof."""
     plan, (screening, validation, _) = story.plan, story.plan.stages
     if not story.need(screening, [plan.baseline, *plan.variants]):
         return story.out_of_budget(screening, [], None)
@@ -171,18 +180,18 @@ def _tell(story: Story) -> dict:
 
 
 def _screen(story: Story, stage: str) -> list[str]:
-    """The variants that go on, best first: all but those that failed or are shown to be worse."""
+    """Return the variants that are neither failed nor shown to be worse, best first."""
     results, kept = story.results, []
     for variant in sorted(story.plan.variants, key=lambda name: results.mean(stage, name)):
         good = results.good(stage, variant)
-        mean, interval = results.difference(stage, story.plan.baseline, variant, OF_SCREENING)
+        mean, interval = results.difference(stage, story.plan.baseline, variant, SCREENING_CONFIDENCE)
         numbers = dict(variant=variant, mean=results.mean(stage, variant) if good else None, difference=mean,
                        interval=interval, runs=len(good)) if good else dict(variant=variant, runs=0)
         if not good:
             story.note(stage, "drop", f"{variant}: no run succeeded", **numbers)
             continue
         worse = interval is not None and interval[0] > 0
-        against = _against(mean, interval, OF_SCREENING)
+        against = _against(mean, interval, SCREENING_CONFIDENCE)
         story.note(stage, "drop" if worse else "keep", f"{variant}: {against}{', worse' * worse}", **numbers)
         if not worse:
             kept.append(variant)
@@ -190,13 +199,13 @@ def _screen(story: Story, stage: str) -> list[str]:
 
 
 def _against(mean: float, interval: tuple[float, float] | None, confidence: float = CONFIDENCE) -> str:
-    """A difference from the baseline, for people."""
+    """Describe a difference from the baseline."""
     by = "" if interval is None else f" ({confidence:.0%} CI {interval[0]:+.4f} to {interval[1]:+.4f})"
     return f"{mean:+.4f}{by} against the baseline"
 
 
 def _first(story: Story, stage: str, ranked: list[str], most: int, confidence: float) -> list[str]:
-    """The best of a ranking, and those behind it that the stage's noise could have swapped with it."""
+    """Return the best of a ranking, and the variants that the stage's noise could have swapped with it."""
     chosen = ranked[:1]
     for variant in ranked[1:most]:
         behind, interval = story.results.difference(stage, ranked[0], variant, confidence)
@@ -209,12 +218,12 @@ def _first(story: Story, stage: str, ranked: list[str], most: int, confidence: f
 
 
 def _validate(story: Story, before: str, stage: str, candidates: list[str]) -> list[str] | dict:
-    """Those to be proved, best first; or the outcome, if the budget ends here."""
+    """Return the variants to prove, best first, or the outcome if the campaign ends here."""
     plan, verdicts, left = story.plan, {}, list(candidates)
-    group = _first(story, before, left, plan.most_advanced, OF_SCREENING)
+    group = _first(story, before, left, plan.most_advanced, SCREENING_CONFIDENCE)
     story.note(before, "advance", f"to validation: {', '.join(group)}", variants=group)
     while group:
-        # what is validated beyond the first must not spend what a proof would need
+        # variants after the first group must leave enough of the budget for a proof
         proof = [Run(plan.last, name, i) for name in (plan.baseline, group[0])
                  for i in range(plan.stages[plan.last])]
         if not story.need(stage, [plan.baseline, *group], proof if verdicts else []):
@@ -224,8 +233,8 @@ def _validate(story: Story, before: str, stage: str, candidates: list[str]) -> l
             break
         if not story.results.good(stage, plan.baseline):
             return story.outcome(stage, plan.baseline, NO_BASELINE)
-        there = [plan.baseline, *verdicts, *group]  # those that come later must not change this
-        verdicts |= {variant: _judge(story, stage, variant, there) for variant in group}
+        among = [plan.baseline, *verdicts, *group]  # later variants must not change this verdict
+        verdicts |= {variant: _judge(story, stage, variant, among) for variant in group}
         left = [variant for variant in left if variant not in group]
         group = _next(story, before, stage, verdicts, left)
     passed = [variant for variant, verdict in verdicts.items() if verdict != NO]
@@ -233,8 +242,8 @@ def _validate(story: Story, before: str, stage: str, candidates: list[str]) -> l
 
 
 def _next(story: Story, before: str, stage: str, verdicts: dict[str, str], left: list[str]) -> list[str]:
-    """Which of the ranking is to be validated as well: the next, unless one that is better than the baseline
-    was ahead of it in screening by more than noise."""
+    """Return the next variant of the ranking to validate, unless a variant better than the baseline was ahead
+    of it in screening by more than noise."""
     if not left:
         return []
     better = [variant for variant, verdict in verdicts.items() if verdict == YES]
@@ -242,7 +251,7 @@ def _next(story: Story, before: str, stage: str, verdicts: dict[str, str], left:
         story.note(stage, "pivot", f"no interval lies below zero: to {left[0]}", variants=left[:1])
         return left[:1]
     ahead = min(better, key=lambda name: story.results.mean(before, name))
-    behind, interval = story.results.difference(before, ahead, left[0], OF_SCREENING)
+    behind, interval = story.results.difference(before, ahead, left[0], SCREENING_CONFIDENCE)
     if interval is not None and interval[0] > 0:
         return []
     story.note(before, "advance", f"{left[0]} was behind {ahead} by {behind:.4f}, which noise can do: to "
@@ -251,13 +260,13 @@ def _next(story: Story, before: str, stage: str, verdicts: dict[str, str], left:
 
 
 def _judge(story: Story, stage: str, variant: str, among: list[str]) -> str:
-    """Whether a variant is better than the baseline, by the noise among these: yes, no, or open."""
+    """Judge by the noise among these if a variant is better than the baseline: yes, no, or open."""
     good = story.results.good(stage, variant)
     mean, interval = story.results.difference(stage, story.plan.baseline, variant, among=among)
     if not good or not math.isfinite(mean):
         story.note(stage, NO, f"{variant}: no successful runs to compare", variant=variant, runs=len(good))
         return NO
-    narrow = story.results.difference(stage, story.plan.baseline, variant, OF_NO, among)[1]
+    narrow = story.results.difference(stage, story.plan.baseline, variant, REJECTION_CONFIDENCE, among)[1]
     worse = mean >= 0 if narrow is None else narrow[0] > 0
     verdict = NO if worse else YES if interval is not None and interval[1] < 0 else OPEN
     meaning = {YES: "better", NO: "worse", OPEN: "cannot be told from it"}[verdict]
@@ -267,17 +276,17 @@ def _judge(story: Story, stage: str, variant: str, among: list[str]) -> str:
 
 
 def _against_target(mean: float, target: float | None, p: float | None) -> str:
-    """What the proof says of the target."""
+    """Describe the proved mean against the target."""
     if target is None:
         return f"mean is {mean:.4f}, and there is no target"
     if p is None:
         return f"mean is {mean:.4f}, which too few runs or no spread leave untested against {target:g}"
-    shown = "is" if p < OF_TARGET else "is not shown to be"
+    shown = "is" if p < TARGET_LEVEL else "is not shown to be"
     return f"mean of {mean:.4f} {shown} at most {target:g} (one-sided t-test, p = {p:.2g})"
 
 
 def _prove(story: Story, passed: list[str]) -> dict:
-    """The proof of the best, and of those the noise could have swapped with it; else of the next."""
+    """Prove the best variant with those that noise could have swapped with it, else the next variant."""
     plan, (_, validation, stage) = story.plan, story.plan.stages
     tried, left = [], list(passed)
     while left:
@@ -296,11 +305,17 @@ def _prove(story: Story, passed: list[str]) -> dict:
         return story.out_of_budget(stage, passed, validation)
     if not story.results.good(stage, plan.baseline):
         return story.outcome(stage, plan.baseline, NO_BASELINE)
+    return _proof(story, stage, tried)
+
+
+def _proof(story: Story, stage: str, tried: list[str]) -> dict:
+    """Return the outcome of a proof of some variants."""
+    plan = story.plan
     best = min((plan.baseline, *tried), key=lambda name: story.results.mean(stage, name))
     good, of_baseline = story.results.good(stage, best), story.results.good(stage, plan.baseline)
     p = p_at_most(good, plan.target)
     numbers = dict(mean=story.results.mean(stage, best), p_target=p,
-                   target_reached=None if p is None else p < OF_TARGET)
+                   target_reached=None if p is None else p < TARGET_LEVEL)
     against = _against_target(numbers["mean"], plan.target, p)
     if best == plan.baseline:
         return story.outcome(stage, best, f"no variant that was proved is better than the baseline, whose "
@@ -314,8 +329,10 @@ def _prove(story: Story, passed: list[str]) -> dict:
 
 
 class Budget:
-    """GPU-seconds: those spent, and those reserved for what runs. Nothing is started that is not reserved
-    for, and a run is ended at its reservation, so the total is never exceeded."""
+    """GPU-seconds spent, and reserved for running jobs.
+
+    No run starts without a reservation, and a run is ended at its reservation: the total is never exceeded.
+    """
 
     def __init__(self, total: float, per_run: float = math.inf):
         self.total, self.per_run, self.spent, self.reserved = total, per_run, 0.0, {}
@@ -325,38 +342,42 @@ class Budget:
         return self.total - self.spent - math.fsum(self.reserved.values())
 
     def reserve(self, key, cost: float) -> bool:
-        """Set aside what a run may take at most; False if that is not there."""
+        """Reserve the most that a run may take; return False if the budget has less."""
         if cost > min(self.left, self.per_run):
             return False
         self.reserved[key] = cost
         return True
 
     def settle(self, key, cost: float) -> None:
-        """It has ended, and took so much."""
+        """Replace the reservation of an ended run by its cost."""
         self.reserved.pop(key, None)
         self.spent += cost
 
 
 class Costs:
-    """What runs have cost so far, and with that what others will: GPU-seconds."""
+    """The measured costs of runs, and from them the expected costs of others: GPU-seconds."""
 
-    MARGIN = 1.5  # what a run may take, as a multiple of what it is expected to
+    MARGIN = 1.5  # a run may take this multiple of its expected cost
 
     def __init__(self, tokens: Callable[[str], float]):
-        """tokens(stage): what a run of the stage trains on, for stages of which nothing is measured yet."""
+        """tokens(stage): the tokens that a run of the stage trains on, for stages without a measured run."""
         self.measured, self.probed, self.tokens = {}, {}, tokens
 
     def add(self, stage: str, variant: str, cost: float) -> None:
-        """Of a run that succeeded or came to its limit; first of all of the stage's probe."""
+        """Add the cost of a run that succeeded or reached its limit; the first of a stage is its probe's."""
         self.probed.setdefault(stage, cost)
         self.measured.setdefault((stage, variant), []).append(cost)
 
     def knows(self, stage: str) -> bool:
+        """Return True if a run of the stage was measured."""
         return any(name == stage for name, _ in self.measured)
 
     def expected(self, run: Run) -> float | None:
-        """The most that such a run has taken: of its own kind, but no less than the stage's probe said; else
-        of its stage, or of another stage per token; None if nothing has run."""
+        """Return the highest cost so far of the variant's runs in this stage, at least that of the probe.
+
+        Without a run of the variant, return the highest cost in the stage; without a run of the stage, that
+        of other stages in proportion to their tokens; None without any run.
+        """
         own = self.measured.get((run.stage, run.variant))
         if own:
             return max(*own, self.probed[run.stage])
@@ -367,13 +388,13 @@ class Costs:
                     for (name, _), costs in self.measured.items()), default=None)
 
     def reserved(self, run: Run) -> float | None:
-        """What it may take; None if nothing has run."""
+        """Return the most that a run may take; None without any measured run."""
         expected = self.expected(run)
         return None if expected is None else self.MARGIN * expected
 
     def affordable(self, batch: list[Run], budget: Budget) -> bool:
-        """Whether all of these are to be expected to fit into the budget, and each may be reserved for; True
-        before anything was measured."""
+        """Return True if the budget has room for the expected cost of all runs and for the reservation of
+        each, or if nothing was measured yet."""
         expected = [self.expected(run) for run in batch]
         if None in expected:
             return True
@@ -383,13 +404,13 @@ class Costs:
 
 
 def run_campaign(plan: Plan, results: Results, budget: Budget, costs: Costs, probe, do, tell) -> dict:
-    """Decide and run in turns up to the outcome, which is returned.
+    """Alternate between deciding and running until there is an outcome, and return it.
 
-    probe(stage): measure what a run of it costs and tell `costs`; False if the budget does not pay for that.
-    do(batch): do these runs in order as long as the budget can reserve for the next; put losses into results
-    and costs into budget and costs. tell(decisions): all of them, each time there are more.
+    probe(stage): measure the cost of a run and add it to `costs`; returns False if the budget does not pay
+    for that. do(batch): do these runs in order while the budget can reserve for the next; adds losses to
+    results, and costs to budget and costs. tell(decisions): takes all decisions so far, after each change.
     """
-    without = set()  # stages that the budget does not even pay a probe for
+    without = set()  # stages whose probe or next run the budget does not pay for
 
     def affordable(batch: list[Run]) -> bool:
         return not without & {run.stage for run in batch} and costs.affordable(batch, budget)
@@ -405,5 +426,5 @@ def run_campaign(plan: Plan, results: Results, budget: Budget, costs: Costs, pro
                 without.add(stage)
             continue
         do(batch)
-        if len(results.losses) == done:  # what they may take is more than there is
+        if len(results.losses) == done:  # the budget is below the reservation of the first run
             without.add(stage)

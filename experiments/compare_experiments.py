@@ -1,20 +1,20 @@
-"""Which of several experiments is better, and whether so few runs can tell: A is the baseline.
+"""Compare experiments with the first one, the baseline A, and test if so few runs show a difference.
 
     python experiments/compare_experiments.py experiment_logs/baseline_* experiment_logs/palm_* [--out=STEM]
 
-Prints a report and writes it as STEM.md, STEM.json and, drawn, STEM.png; by default beside A's folder. The
-final val losses are compared by Welch's t-test and, over the seeds that both have, by the paired one. Several
-comparisons are adjusted by Holm's method, for each test alone. Conclusions are Welch's: which test to believe
-is not to be chosen after looking. The minimum detectable effect is what these runs would have found 4 times
-of 5 (--power) at p < 0.05 (--alpha), divided by the number of comparisons, as Holm's first step divides it:
-"no difference found" says nothing of smaller ones.
+Prints a report and writes STEM.md, STEM.json and the picture STEM.png, by default beside A's folder. Welch's
+t-test compares the final val losses, and the paired t-test those of the seeds that both have. Holm's method
+adjusts for several comparisons, for each test separately. Conclusions follow Welch's test, because the test
+must not be chosen by its result. The minimum detectable effect is the difference that these runs would have
+found 4 times of 5 (--power) at p < 0.05 (--alpha) divided by the number of comparisons, as in Holm's first
+step. "No difference found" says nothing about smaller differences.
 """
 
 import os
-import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == "__main__":
+    import root_path  # noqa: F401
 
 import numpy as np
 
@@ -46,19 +46,21 @@ from nanosync.files import check_can_write, json_text, unused_path
 
 
 def same_seeds(a: Experiment, b: Experiment) -> tuple[list[float], list[float]]:
-    """The val losses of the seeds that succeeded in both, in one order."""
+    """Return the val losses of the seeds that succeeded in both, in the same order."""
     of_a, of_b = ({result["seed"]: result["final_val_loss"] for result in x.good} for x in (a, b))
     seeds = sorted(of_a.keys() & of_b.keys())
     return [of_a[seed] for seed in seeds], [of_b[seed] for seed in seeds]
 
 
 def compare(a: Experiment, b: Experiment, alpha: float, power: float) -> dict:
-    """All figures of one comparison but for the adjusted p-values. alpha: of the minimum detectable effect.
+    """Return all figures of a comparison but the adjusted p-values.
+
+    alpha: level for the minimum detectable effect.
     """
     pairs = same_seeds(a, b)
     both = paired(*pairs) if len(pairs[0]) > 1 else None
     loss = float(np.mean(a.losses))
-    reached = [seconds for one in b.curves if (seconds := time_to(one, loss)) is not None]
+    reached = [seconds for curve in b.curves if (seconds := time_to(curve, loss)) is not None]
     reached = {"runs": len(reached), "mean": float(np.mean(reached)) if reached else None}
     settings = {key: [x.settings.get(key, x.defaults.get(key)) for x in (a, b)]
                 for key in sorted(a.settings.keys() | b.settings.keys())}
@@ -76,12 +78,12 @@ def compare(a: Experiment, b: Experiment, alpha: float, power: float) -> dict:
 
 
 def judged_otherwise(a: Experiment, b: Experiment) -> list[str]:
-    """The settings for which losses cannot be compared."""
+    """Return the settings in which the val tokens differ, so that losses are not comparable."""
     return sorted(differences(*(judged_by(x.defaults | x.settings) for x in (a, b))))
 
 
 def n_tests(a: Experiment, others: list[Experiment]) -> int:
-    """Over how many comparisons Holm's method spreads alpha."""
+    """Count the comparisons over which Holm's method spreads alpha."""
     comparable = [b for b in others if not judged_otherwise(a, b)]
     return max(1, sum(welch(a.losses, b.losses).p is not None for b in comparable))
 
@@ -89,19 +91,19 @@ def n_tests(a: Experiment, others: list[Experiment]) -> int:
 def adjust(comparisons: list[dict]) -> None:
     """Add p_holm to each test of each comparison; None where losses cannot be compared."""
     for test in ("welch", "paired"):
-        there = [c for c in comparisons if c[test] is not None]
-        adjusted = holm([None if c["judged_otherwise"] else c[test]["p"] for c in there])
-        for one, p in zip(there, adjusted):
+        tested = [c for c in comparisons if c[test] is not None]
+        adjusted = holm([None if c["judged_otherwise"] else c[test]["p"] for c in tested])
+        for one, p in zip(tested, adjusted):
             one[test]["p_holm"] = p
 
 
 def conclusion(one: dict, baseline: str, alpha: float) -> str:
-    """In a sentence."""
+    """Describe the result of a comparison in a sentence."""
     test, name = one["welch"], one["name"]
     if one["judged_otherwise"]:
-        return f"{name}: its losses are not {baseline}'s to compare with, whatever the tests say."
+        return f"{name}: its losses are not comparable with {baseline}'s, whatever the tests say."
     if test["p"] is None:
-        return f"{name}: not to be tested, {test['n'][0]} and {test['n'][1]} runs have no spread to judge by."
+        return f"{name}: cannot be tested: {test['n'][0]} and {test['n'][1]} runs have no spread."
     detectable = f"the minimum detectable effect is {one['minimum_detectable']:.4f}"
     if test["p_holm"] >= alpha:
         return f"{name}: no difference from {baseline} found (p = {p_value(test['p_holm'])}); {detectable}."
@@ -111,7 +113,7 @@ def conclusion(one: dict, baseline: str, alpha: float) -> str:
 
 
 def warnings(a: Experiment, comparisons: list[dict]) -> list[str]:
-    """What keeps the numbers from meaning what they seem to."""
+    """Return the reasons why the numbers may mislead."""
     found = []
     for one in comparisons:
         differs = one["differs_in"]
@@ -124,8 +126,8 @@ def warnings(a: Experiment, comparisons: list[dict]) -> list[str]:
             if keys:
                 found.append(f"{one['name']} differs from {a.name} in {', '.join(keys)}: {what}.")
         for what, (ours, its) in one["made_otherwise"].items():
-            found.append(f"{one['name']} was run with another {what} than {a.name} ({its}, not {ours}): what "
-                         f"differs may come from that.")
+            found.append(f"{one['name']} was run with another {what} than {a.name} ({its}, not {ours}): "
+                         f"differences may come from that.")
     for name, n, good in [(a.name, len(a.results), len(a.good)),
                           *((one["name"], one["n_runs"], one["successful_runs"]) for one in comparisons)]:
         if good < n:
@@ -134,7 +136,7 @@ def warnings(a: Experiment, comparisons: list[dict]) -> list[str]:
 
 
 def losses_table(a: Experiment, comparisons: list[dict]) -> str:
-    """A row an experiment, the baseline first."""
+    """Return the table of losses and times, the baseline first."""
     ours = {"name": a.name, "successful_runs": len(a.good), "val_loss": describe(a.losses),
             "time": describe(a.times), "time_ratio": 1.0}
     rows = []
@@ -151,6 +153,7 @@ def losses_table(a: Experiment, comparisons: list[dict]) -> str:
 
 
 def tests_table(comparisons: list[dict]) -> str:
+    """Return the table of tests."""
     rows = []
     for one in comparisons:
         welch_, both = one["welch"], one["paired"] or dict.fromkeys(("interval", "p", "p_holm"))
@@ -164,7 +167,7 @@ def tests_table(comparisons: list[dict]) -> str:
 
 def report(a: Experiment, comparisons: list[dict], alpha: float, alpha_each: float, power: float,
            picture: str) -> str:
-    """As Markdown."""
+    """Return the report as Markdown."""
     settings = [[one["name"], key, str(x), str(y)] for one in comparisons
                 for key, (x, y) in one["differs_in"].items()]
     notes = [*(conclusion(one, a.name, alpha) for one in comparisons), *warnings(a, comparisons)]
@@ -181,19 +184,19 @@ def report(a: Experiment, comparisons: list[dict], alpha: float, alpha_each: flo
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", metavar="DIR", help="A, the baseline, then the others")
-    parser.add_argument("--out", metavar="STEM", help="of the files, without ending")
+    parser.add_argument("--out", metavar="STEM", help="path of the files, without ending")
     parser.add_argument("--alpha", type=float, default=0.05, help="level of the tests (default: 0.05)")
-    parser.add_argument("--power", type=float, default=0.8, help="that is wanted of them (default: 0.8)")
+    parser.add_argument("--power", type=float, default=0.8, help="power to reach (default: 0.8)")
     args = parser.parse_args()
     check_levels(args)
     if args.power <= args.alpha:
-        raise UserError(f"--power={args.power} must be above --alpha={args.alpha}: less than that is had for "
-                        f"nothing")
+        raise UserError(f"--power={args.power} must be above --alpha={args.alpha}: any test has at least the "
+                        f"power alpha")
     folders = list(dict.fromkeys(map(os.path.normpath, args.folders)))
     if len(folders) < 2:
         raise UserError("give two folders or more: the baseline's, then those to be compared with it")
     if args.out is not None and (not os.path.basename(args.out) or os.path.isdir(args.out)):
-        raise UserError(f"--out={args.out} names no file: give the name that its endings are put to")
+        raise UserError(f"--out={args.out} names no file: give a path without ending")
     stem = args.out or unused_path(os.path.join(os.path.dirname(folders[0]),
                                                 f"comparison_{time.strftime('%Y%m%d-%H%M%S')}"), ".md")
     stem = stem.removesuffix(".md")
@@ -207,7 +210,7 @@ def main() -> None:
 
 
 def write_comparison(experiments: list[Experiment], stem: str, alpha: float, power: float) -> None:
-    """Print the report, and write it with its figures and its picture."""
+    """Print the report; write it with its figures and its picture."""
     baseline, *others = experiments
     alpha_each = alpha / n_tests(baseline, others)
     comparisons = [compare(baseline, other, alpha_each, power) for other in others]

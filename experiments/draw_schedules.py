@@ -1,12 +1,12 @@
-"""Draw what sync schedules are, from the schedules themselves.
+"""Draw sync schedules, from the schedules of the models.
 
     python experiments/draw_schedules.py --out=schedules.png [--n_layer=12]
 """
 
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == "__main__":
+    import root_path  # noqa: F401
 
 from configurator import Parser
 from nanosync.errors import UserError
@@ -16,7 +16,7 @@ from tensor_parallel_model import DistributedGPTConfig, SyncSchedule
 
 
 def schedules(n_layer: int) -> list[tuple[str, SyncSchedule]]:
-    """One of each kind, with a name."""
+    """Return a schedule of each kind, with its name."""
     size = dict(n_layer=n_layer, n_head=2, n_embd=2)
     half = list(range(n_layer // 4)) + list(range(n_layer - n_layer // 4, n_layer))
     thirds = ["tp"] * (n_layer // 3) + ["spd"] * (n_layer // 3)
@@ -35,7 +35,7 @@ def schedules(n_layer: int) -> list[tuple[str, SyncSchedule]]:
 
 
 def draw(n_layer: int, path: str) -> None:
-    """A row a schedule: boxes are sublayers, bars all-reduces; filled while the ranks differ."""
+    """Draw a row a schedule: boxes are sublayers, bars all-reduces; orange while the ranks differ."""
     import matplotlib
 
     matplotlib.use("Agg")

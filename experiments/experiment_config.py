@@ -1,4 +1,4 @@
-"""The JSON file of an experiment: what it may say, and the command of each of its runs.
+"""The JSON file of an experiment: its keys and their checks, and the command of each run.
 
     {"experiment_name": "palm_screening", "description": "...", "script": "train_gpt.py",
      "stage": "stage_a_screening", "n_gpus": 1, "base_seed": 42, "target_val_loss": 3.28,
@@ -6,10 +6,10 @@
      "stage_config": {"num_iterations": 1000, "batch_size": 128}, "hyperparameters": {"variant": "palm"},
      "baseline_val_loss": null, "baseline_std": null}
 
-`stage_config` (what all experiments of a stage have in common) and `hyperparameters` (what is this one's own)
-both become --key=value arguments of the script. Run i has the seed base_seed + i. baseline_val_loss and
-baseline_std are for a baseline that there are no logs of. They and target_val_loss are for the data set that
-the file names: they may be null, and are where --dataset names another.
+`stage_config` (common to all experiments of a stage) and `hyperparameters` (of this experiment) both become
+--key=value arguments of the script. Run i has the seed base_seed + i. baseline_val_loss and baseline_std
+describe a baseline without logs. These two and target_val_loss belong to the data set that the file names.
+They may be null, and become null if --dataset names another data set.
 """
 
 import ast
@@ -24,15 +24,14 @@ import sys
 
 from configurator import Setting, check_type, parse_argument, read_settings, script_defaults, unknown_key
 from nanosync.errors import UserError
-from nanosync.files import first_line, nearest_file
+from nanosync.files import ROOT, first_line, nearest_file
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-STAGES = {"stage_a_screening": 2, "stage_b_validation": 3, "stage_c_full": 5}  # with how many runs
+STAGES = {"stage_a_screening": 2, "stage_b_validation": 3, "stage_c_full": 5}  # with the number of runs
 MODIFICATIONS = ("none", "architecture", "schedule", "optimizer", "data", "hyperparameters", "other")
-LOSSES = "target_val_loss", "baseline_val_loss", "baseline_std"  # which are of a data set
-OF_THE_RUNNER = ("seed", "out_dir", "resume", "list_checkpoints")
+LOSSES = "target_val_loss", "baseline_val_loss", "baseline_std"  # each belongs to a data set
+RUNNER_SETTINGS = ("seed", "out_dir", "resume", "list_checkpoints")  # set by the runner
 NUMBER = (int, float)
-SCHEMA = {  # key: types, whether it must be there
+SCHEMA = {  # key: types, required
     "experiment_name": (str, True), "description": (str, False), "script": (str, True), "stage": (str, True),
     "n_gpus": (int, True), "base_seed": (int, True), "target_val_loss": ((*NUMBER, type(None)), True),
     "modification_type": (str, True), "modification_details": ((dict, str), False),
@@ -45,7 +44,7 @@ KINDS = {str: "a string", int: "an integer", float: "a number", dict: "an object
 
 
 def read_json(path: str):
-    """What is in a JSON file, in which no key is there twice and no number is NaN. Raises UserError."""
+    """Read a JSON file. Raises UserError, also for a key that an object has twice, and for NaN."""
 
     def pairs(items: list) -> dict:
         keys = [key for key, _ in items]
@@ -69,7 +68,7 @@ def read_json(path: str):
 
 
 def finite(value) -> float | int | None:
-    """The value if it is a number that floats have, else None."""
+    """Return a value that is a finite number; None for any other."""
     if isinstance(value, NUMBER) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
             return value if math.isfinite(value) else None
@@ -77,7 +76,7 @@ def finite(value) -> float | int | None:
 
 
 def check_keys(value, schema: dict, where: str) -> None:
-    """Raise UserError unless it is an object with the schema's keys, of their types, and no others."""
+    """Raise UserError unless a value is an object that matches a schema and has no other keys."""
     if not isinstance(value, dict):
         raise UserError(f"{where} must be a JSON object, not {KINDS.get(type(value), type(value).__name__)}")
     for key in value:
@@ -97,13 +96,13 @@ def check_keys(value, schema: dict, where: str) -> None:
 
 
 def check_name(name: str, key: str, where: str) -> None:
-    """Raise UserError unless it can be the name of a folder everywhere."""
+    """Raise UserError unless a name is portable as the name of a folder."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UserError(f"{where}: {key}={name!r} names a folder: use letters, digits, '.', '_' and '-'")
 
 
 def check_values(config: dict, where: str) -> None:
-    """Raise UserError for what no run could be made of."""
+    """Raise UserError for values outside their ranges."""
     check_name(config["experiment_name"], "experiment_name", where)
     if config["stage"] not in STAGES:
         raise UserError(f"{where}: stage={config['stage']!r} is unknown: use {', '.join(STAGES)}")
@@ -112,7 +111,7 @@ def check_values(config: dict, where: str) -> None:
                         f"{', '.join(MODIFICATIONS)}")
     if not 1 <= config["n_gpus"] <= 1024:
         raise UserError(f"{where}: n_gpus={config['n_gpus']} must be at least 1 (processes, on a CPU)")
-    if not 0 <= config["base_seed"] < 2**31:  # the order of the data takes 32 bits of base_seed + run_id
+    if not 0 <= config["base_seed"] < 2**31:  # the order of the data uses 32 bits of base_seed + run_id
         raise UserError(f"{where}: base_seed={config['base_seed']} must be at least 0 and below 2**31")
     for key in LOSSES:
         if config[key] is not None and (finite(config[key]) is None or config[key] < 0):
@@ -125,12 +124,12 @@ def check_values(config: dict, where: str) -> None:
     if both:
         raise UserError(f"{where} has {sorted(both)[0]!r} in stage_config and in hyperparameters: keep one")
     for key in (*config["stage_config"], *config["hyperparameters"]):
-        if key in OF_THE_RUNNER:
+        if key in RUNNER_SETTINGS:
             raise UserError(f"{where}: {key!r} is set by the runner, the seed as base_seed + run_id")
 
 
 def script_settings(config: dict, where: str) -> dict[str, Setting]:
-    """The settings that the script has, without running more of it than these. Raises UserError."""
+    """Return the settings of the script; only their assignments are executed. Raises UserError."""
     path = script_path(config)
     try:
         with open(path, encoding="utf-8") as f:
@@ -145,7 +144,7 @@ def script_settings(config: dict, where: str) -> dict[str, Setting]:
 
 
 def check_settings(config: dict, where: str) -> None:
-    """Raise UserError for a setting that the script does not have, or not of that type."""
+    """Raise UserError for a setting that the script lacks or that has another type there."""
     settings = script_settings(config, where)
     for key in ("seed", "out_dir"):
         if key not in settings:
@@ -162,9 +161,11 @@ def check_settings(config: dict, where: str) -> None:
 
 
 def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None) -> dict:
-    """An experiment's JSON, complete and checked. overrides: --key=value for the script; a key of
-    stage_config is replaced there, any other in hyperparameters; another dataset makes LOSSES null. Raises
-    UserError."""
+    """Load and check an experiment's JSON, and add defaults.
+
+    overrides: --key=value arguments for the script; a key of stage_config is replaced there, any other key is
+    set in hyperparameters, another dataset sets LOSSES to null. Raises UserError.
+    """
     config = read_json(path)
     check_keys(config, SCHEMA, path)
     config = DEFAULTS | config
@@ -187,25 +188,27 @@ def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None)
 
 
 def script_path(config: dict) -> str:
-    """Of a relative path: from the root of the repository."""
+    """Return the path of the script; a relative path starts at the root of the repository."""
     return os.path.join(ROOT, os.path.expanduser(config["script"]))
 
 
 def all_settings(config: dict) -> dict:
-    """Of the script: its defaults, and what the experiment says."""
+    """Return all settings of the script: its defaults, replaced by the experiment's values."""
     values = script_defaults(script_path(config))
     names = {setting.name for setting in read_settings(values)}
     return {name: values[name] for name in names} | config["stage_config"] | config["hyperparameters"]
 
 
 def dataset_of(config: dict) -> str | None:
-    """The folder that the runs read; None if none is set."""
+    """Return the data folder of the runs; None if none is set."""
     return judged_by(all_settings(config))["dataset"]
 
 
 def judged_by(settings: dict) -> dict:
-    """What a val loss depends on without being better or worse, None if not known: settings of a script, its
-    dataset as the folder that dataloader.open_dataset finds."""
+    """Return the settings that define the val tokens of a script, None for unknown ones.
+
+    Losses are comparable only if these are equal. The dataset is the folder that open_dataset would open.
+    """
     found = {key: settings.get(key) for key in ("dataset", "sequence_length")}
     found |= {key: settings[key] for key in settings if key.startswith("val_") and key != "val_loss_every"}
     name = found["dataset"]
@@ -217,11 +220,12 @@ def judged_by(settings: dict) -> dict:
 
 
 def num_iterations(config: dict) -> int:
+    """Return the updates of a run."""
     return (config["stage_config"] | config["hyperparameters"])["num_iterations"]
 
 
 def command(config: dict, run_id: int, out_dir: str, **changed) -> list[str]:
-    """What starts run `run_id`; changed: settings of the script that are other than the experiment's."""
+    """Return the command of run `run_id`; changed: settings that differ from the experiment's."""
     settings = config["stage_config"] | config["hyperparameters"] | {
         "seed": config["base_seed"] + run_id, "out_dir": out_dir} | changed
     return [sys.executable, "-m", "torch.distributed.run", "--standalone",  # torchrun, of this Python
@@ -230,8 +234,8 @@ def command(config: dict, run_id: int, out_dir: str, **changed) -> list[str]:
 
 
 def variables(config: dict, gpus: str | None = None) -> dict[str, str]:
-    """Of the environment, what a run needs beside what it finds: its GPUs, and, for a script that is not in
-    the root, where its imports are."""
+    """Return the environment variables that a run needs: its GPUs, and the path of its imports for a script
+    that is not in the root."""
     found = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
     if os.path.dirname(os.path.realpath(script_path(config))) != os.path.realpath(ROOT):
         paths = ROOT, os.environ.get("PYTHONPATH")
@@ -240,6 +244,6 @@ def variables(config: dict, gpus: str | None = None) -> dict[str, str]:
 
 
 def shown(arguments: list[str], environment: dict[str, str]) -> str:
-    """A command as one types it."""
+    """Return a command as a user types it."""
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()),
                      shlex.join(arguments)])

@@ -1,19 +1,22 @@
-"""The folder of an experiment: its configuration, every run's result and curve, and what they amount to.
+"""The folder of an experiment: its configuration, the result and curve of each run, and their statistics.
 
     experiment_logs/<name>_<timestamp>/
-        experiment.log    what the runner said, with times
+        experiment.log    the printed lines of the runner, with times
         config.json       the experiment as it was run, n_runs, parallel; environment: machine, versions;
                           script: its SHA-256; git_info, gpu_info
-        results.jsonl     a line a run: run_id, seed, final_val_loss, final_train_loss, time_seconds (training
-                          as the script's clock has it), wall_seconds, gpus, final_step, success; of a
-                          failed run also error, ended_by (see supervise.py), output_tail, its last lines
+        results.jsonl     a line a run: run_id, seed, final_val_loss, final_train_loss, time_seconds (of
+                          training, by the script's clock), wall_seconds, gpus, final_step, success; for a
+                          failed run also error, ended_by (see supervise.py), output_tail (its last lines)
         metrics.jsonl     run_id, step (updates done), val_loss or train_loss, train_time_ms, step_avg_ms
         summary.json      statistics of the successful runs, git_info, gpu_info
-        git_diff.patch    what differs from the commit; <script>: the script itself
-        runs/run_0_seed_42/{stdout.log, report.json, out/}, and in a campaign probe/, alike; LOCK
+        git_diff.patch    changes since the commit
+        <script>          a copy of the script
+        runs/run_0_seed_42/{stdout.log, report.json, out/}
+        probe/            the same for the probe of a campaign
+        LOCK              see nanosync/folder_lock.py
 
 `python experiment_logger.py` checks that an installation has all that experiments need. Files are replaced
-whole, so who reads them while runs go on never finds half of one.
+completely, so a program that reads them while runs train never finds an incomplete file.
 """
 
 import contextlib
@@ -25,17 +28,18 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == "__main__":
+    import root_path  # noqa: F401
 
 from configurator import Parser
-from experiments.experiment_config import DEFAULTS, ROOT, SCHEMA, check_keys, read_json, script_path
+from experiments.experiment_config import DEFAULTS, SCHEMA, check_keys, read_json, script_path
 from experiments.experiment_statistics import describe, p_at_most
 from nanosync.errors import UserError
 from nanosync.files import (
+    ROOT,
     first_line,
     json_text,
     made_folder,
@@ -51,21 +55,21 @@ GPU_FIELDS = ("name", "memory.total", "driver_version")
 
 
 class ExperimentLogger:
-    """Writes the folder of one experiment, and goes on in one that is there."""
+    """The folder of an experiment, new or resumed."""
 
     def __init__(self, folder: str, config: dict, results: dict[int, dict], metrics: dict[int, list[dict]],
                  say=print):
-        """For `create` and `reopen`. results, metrics: by run_id."""
+        """Called by `create` and `reopen`. results, metrics: by run_id; say: prints a line."""
         self.folder, self.config, self.results, self.metrics, self.say = folder, config, results, metrics, say
-        self.lock = None  # what runner.lock returned
+        self.lock = None  # the descriptor from runner.lock
         self._git = git_info()
         self._gpus = gpu_info()
 
     @classmethod
     def create(cls, config: dict, parent: str, n_runs: int, parallel: int = 1, say=print
                ) -> "ExperimentLogger":
-        """A new folder in `parent`, named after the experiment and the time: whole, or not there. Raises
-        UserError."""
+        """Make a folder in `parent`, named after the experiment and the time, completely or not at all.
+        Raises UserError."""
         stem = os.path.join(parent, f"{config['experiment_name']}_{time.strftime('%Y%m%d-%H%M%S')}")
         with made_folder(parent), os_error_as_user_error(f"cannot make {stem}"):
             log = cls(unused_path(os.path.join(parent, f".new-{os.getpid()}")), config, {}, {}, say)
@@ -80,7 +84,7 @@ class ExperimentLogger:
         return log
 
     def _begin(self, n_runs: int, parallel: int) -> None:
-        """What is in a folder before there are runs."""
+        """Write the files of a folder without runs."""
         os.makedirs(self.path("runs"))
         script = script_path(self.config)
         described = {"config": self.config, "n_runs": n_runs, "parallel": parallel,
@@ -93,8 +97,8 @@ class ExperimentLogger:
 
     @classmethod
     def reopen(cls, folder: str, parallel: int = 1, say=print) -> "ExperimentLogger":
-        """Go on in a folder; warns of what differs and may matter. Raises UserError, also if the script is
-        not what it was."""
+        """Resume an experiment; warn of a changed commit, GPU or --parallel. Raises UserError, also if the
+        script has changed."""
         described, results, metrics = read_folder(folder)
         log = cls(folder, described["config"], results, metrics, say)
         for run_id, result in results.items():
@@ -103,28 +107,30 @@ class ExperimentLogger:
                                 f"base_seed={log.config['base_seed']} now: put that back")
         script = script_path(log.config)
         if digest(script) != described["script"]["sha256"]:
-            raise UserError(f"{script} is not what it was when {folder} began: its runs would not be "
-                            f"comparable; start a new experiment, or use the copy that is there")
+            raise UserError(f"{script} has changed since {folder} began: its runs would not be comparable; "
+                            f"start a new experiment, or use the copy in that folder")
         now = described | {"git_info": log._git, "gpu_info": log._gpus, "parallel": parallel}
-        for what, (before, is_) in differences(made_by(described), made_by(now)).items():
-            log.line(f"warning: {what} is {is_} and was {before}: its runs may not be comparable")
+        for name, (before, current) in differences(made_by(described), made_by(now)).items():
+            log.line(f"warning: {name} is {current} and was {before}: its runs may not be comparable")
         return log
 
     def raise_n_runs(self, n_runs: int) -> int:
-        """Have config.json say so, if these are more than it says; what it says then. Raises UserError."""
+        """Raise n_runs in config.json if it is lower; return its value then. Raises UserError."""
         described = read_json(self.path("config.json"))
         if n_runs > described.get("n_runs", 0):
             self._write("config.json", json_text(described | {"n_runs": n_runs}))
         return max(n_runs, described.get("n_runs", 0))
 
     def path(self, *names: str) -> str:
+        """Return the path of a file in the folder."""
         return os.path.join(self.folder, *names)
 
     def run_folder(self, run_id: int) -> str:
+        """Return the folder of a run."""
         return self.path("runs", f"run_{run_id}_seed_{self.config['base_seed'] + run_id}")
 
     def fresh_run_folder(self, run_id: int) -> str:
-        """Made for a run; what an earlier attempt left is kept beside it."""
+        """Make the folder of a run; that of an earlier attempt is renamed and kept."""
         folder = self.run_folder(run_id)
         with os_error_as_user_error(f"cannot make {folder}"):
             if os.path.exists(folder):
@@ -133,24 +139,24 @@ class ExperimentLogger:
         return folder
 
     def missing(self, n_runs: int, retry_failed: bool = False) -> list[int]:
-        """The runs of the first n that have no result, or none that counts."""
+        """Return those of the first n runs that have no result; with retry_failed, failed runs as well."""
         return [i for i in range(n_runs) if i not in self.results
                 or (retry_failed and not self.results[i]["success"])]
 
     def line(self, text: str) -> None:
-        """For people: said, and into experiment.log with the time."""
+        """Print a line, and write it to experiment.log with the time."""
         self.say(text)
         self.note(text)
 
     def note(self, text: str) -> None:
-        """Into experiment.log only."""
+        """Write a line to experiment.log only."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
         with contextlib.suppress(OSError), open(self.path("experiment.log"), "a", encoding="utf-8",
                                                 errors="backslashreplace") as f:
             f.writelines(stamp + part + "\n" for part in text.splitlines())
 
     def record(self, result: dict, metrics: list[dict]) -> None:
-        """A run has ended: its result, and its curve."""
+        """Write the result and the curve of an ended run."""
         self.results[result["run_id"]] = result
         self.metrics[result["run_id"]] = [{"run_id": result["run_id"], **row} for row in metrics]
         self._write("metrics.jsonl", lines_of(row for i in sorted(self.metrics) for row in self.metrics[i]))
@@ -158,6 +164,7 @@ class ExperimentLogger:
         self.write_summary()
 
     def write_summary(self) -> None:
+        """Write summary.json. Raises UserError."""
         summary = {"experiment_name": self.config["experiment_name"],
                    "end_time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                    "statistics": statistics_of(list(self.results.values()), self.config["target_val_loss"]),
@@ -165,13 +172,16 @@ class ExperimentLogger:
         self._write("summary.json", json_text(summary))
 
     def _write(self, name: str, text: str) -> None:
-        """Raises UserError: results that cannot be written down must not be paid for."""
+        """Replace a file. Raises UserError: a runner that cannot record results must not start more runs."""
         with os_error_as_user_error(f"cannot write {self.path(name)}"):
             replace_file(self.path(name), text.encode(errors="backslashreplace"))
 
 
 def made_by(described: dict) -> dict:
-    """What beside its settings an experiment's losses and times depend on, from its config.json."""
+    """Return what the losses and times of an experiment depend on besides its settings.
+
+    described: its config.json.
+    """
     git, gpus = described.get("git_info") or {}, described.get("gpu_info") or {}
     names = sorted({gpu["name"] for gpu in gpus.get("gpus", [])})
     return {"commit": git.get("commit"), "git diff": git.get("diff_sha256"),
@@ -179,13 +189,13 @@ def made_by(described: dict) -> dict:
 
 
 def differences(before: dict, now: dict) -> dict[str, tuple]:
-    """(before, now) of each that is known of both and not the same."""
+    """Return (before, now) of each entry that is known in both and differs."""
     both = {key: (before[key], now.get(key)) for key in before}
     return {key: (ours, its) for key, (ours, its) in both.items() if ours != its and None not in (ours, its)}
 
 
 def statistics_of(results: list[dict], target: float | None) -> dict:
-    """Of the runs that succeeded; the others are counted."""
+    """Return statistics of the successful runs, and the number of failed ones."""
     good = [result for result in results if result["success"]]
     times = [result["time_seconds"] for result in good]
     time_ = describe(times)
@@ -199,11 +209,12 @@ def statistics_of(results: list[dict], target: float | None) -> dict:
 
 
 def lines_of(rows) -> str:
+    """Return rows as JSON Lines."""
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def read_lines(path: str) -> list[dict]:
-    """The objects of a JSON Lines file, none if it is not there. Raises UserError."""
+    """Return the objects of a JSON Lines file, none if the file does not exist. Raises UserError."""
     if not os.path.exists(path):
         return []
     try:
@@ -219,13 +230,13 @@ def read_lines(path: str) -> list[dict]:
 
 
 def read_folder(folder: str) -> tuple[dict, dict[int, dict], dict[int, list[dict]]]:
-    """What is in config.json, and results and metrics by run_id. Raises UserError."""
+    """Return config.json, and results and metrics by run_id. Raises UserError."""
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise UserError(f"{folder} is no experiment: it has no config.json (name one in experiment_logs/)")
     described = read_json(path)
     if not isinstance(described, dict) or not isinstance(described.get("script"), dict):
-        raise UserError(f"{path} is no experiment's: it has no config and script")
+        raise UserError(f"{path} is not of an experiment: it has no config and script")
     check_keys(described.get("config"), SCHEMA, path)
     described["config"] = DEFAULTS | described["config"]
     results, metrics = {}, {}
@@ -242,13 +253,13 @@ def read_folder(folder: str) -> tuple[dict, dict[int, dict], dict[int, list[dict
 
 
 def digest(path: str) -> str:
-    """SHA-256 of a file. Raises UserError."""
+    """Return the SHA-256 of a file. Raises UserError."""
     with os_error_as_user_error(f"cannot read {path}"):
         return sha256_of(path)
 
 
 def environment() -> dict:
-    """Versions and machine, without starting CUDA."""
+    """Return versions and machine, without starting CUDA."""
     from importlib import metadata
 
     versions = {}
@@ -260,7 +271,7 @@ def environment() -> dict:
 
 
 def _git(*args: str) -> str | None:
-    """What git says, None if it does not work here."""
+    """Return the output of git; None if git fails."""
     try:
         return subprocess.run(["git", *args], cwd=ROOT, timeout=30, capture_output=True, check=True,
                               text=True, errors="backslashreplace").stdout
@@ -269,8 +280,8 @@ def _git(*args: str) -> str | None:
 
 
 def git_info() -> dict:
-    """commit, branch, dirty (tracked files differ), diff_sha256 (of how they do); all None where there is no
-    git or no history."""
+    """Return commit, branch, dirty (tracked files differ from it) and diff_sha256; all None without git or
+    without history."""
     commit, branch = _git("rev-parse", "HEAD"), _git("rev-parse", "--abbrev-ref", "HEAD")
     diff, status = _git("diff", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return {"commit": commit and commit.strip(), "branch": branch and branch.strip(),
@@ -280,13 +291,13 @@ def git_info() -> dict:
 
 
 def git_diff() -> str:
-    """A patch from the commit to what is run; says so if that cannot be known."""
+    """Return the patch from the commit to the code that runs, or a comment without git."""
     diff = _git("diff", "HEAD")
     return "# not known: git or its history is not there\n" if diff is None else diff
 
 
 def gpu_info() -> dict:
-    """count, and gpus: name, memory and driver of each that nvidia-smi sees; no CUDA is started."""
+    """Return count and gpus: name, memory and driver of each GPU of nvidia-smi, without starting CUDA."""
     try:
         done = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"],
                               timeout=30, capture_output=True, text=True, check=True)
@@ -298,7 +309,7 @@ def gpu_info() -> dict:
 
 
 def check_installation() -> list[tuple[str, bool, str]]:
-    """(what, whether it is fine, what was found) of all that experiments need."""
+    """Return (name, usable, description) of each requirement of experiments."""
     found = []
     for package in ("torch", "numpy", "scipy", "matplotlib", "tqdm"):
         try:
@@ -321,7 +332,7 @@ def check_installation() -> list[tuple[str, bool, str]]:
 
 
 def _try_logging() -> str:
-    """An experiment of three runs, one of which failed, written and read again."""
+    """Write an experiment of three runs, one of them failed, and read it again."""
     with tempfile.TemporaryDirectory() as folder:
         config = DEFAULTS | {"experiment_name": "check", "script": os.path.abspath(__file__), "n_gpus": 1,
                              "stage": "stage_a_screening", "base_seed": 1, "target_val_loss": 3.28,

@@ -1,57 +1,53 @@
-"""Compare runs of different sync schedules: final val loss against all-reduces of a forward pass.
+"""Compare runs of different sync schedules: final val loss against all-reduces a forward pass.
 
     python experiments/results_summary.py out-python-24sync out-python-12sync out-python-6sync
     python experiments/results_summary.py out-*sync --out=records/my-study/results
 
-Reads the logs of each out_dir, prints a table and writes it as OUT.json, OUT.md and, drawn, OUT.png.
-The baseline is the run with the most syncs (of several, their mean). Runs that differ in more than schedule
-and seed are not comparable, which the table says.
+Reads the logs of each out_dir, prints a table, and writes OUT.json, OUT.md and the picture OUT.png. The
+baseline is the run with the most syncs, or the mean of all runs with so many. Runs that differ in more than
+schedule and seed are not comparable; the table names the settings in which they differ.
 """
 
 import json
 import math
 import os
 import statistics
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == "__main__":
+    import root_path  # noqa: F401
 
 from configurator import Parser
 from nanosync.errors import UserError
 from nanosync.files import check_can_write
-from nanosync.run_log import read_log
+from nanosync.run_log import RunLog
 
-CLOSE = 2.0  # percent above the baseline's val loss that still count as close
-OF_THE_SCHEDULE = {"tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points",
-                   "block_types", "model_type", "tp_processes", "out_dir", "seed", "wandb_log",
-                   "wandb_mode", "wandb_project", "wandb_run_name", "use_tensorboard", "log_interval",
-                   "device", "compile", "stop_if", "resume", "list_checkpoints", "checkpoint_interval",
-                   "sample_interval", "sample_prompt", "sample_tokens", "hellaswag_interval",
-                   "hellaswag_input", "timeout", "deterministic"}
+CLOSE = 2.0  # percent above the baseline's val loss
+SCHEDULE_SETTINGS = {"tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points",
+                     "block_types", "model_type", "tp_processes"}
+IGNORED_SETTINGS = SCHEDULE_SETTINGS | {
+    "out_dir", "seed", "wandb_log", "wandb_mode", "wandb_project", "wandb_run_name", "use_tensorboard",
+    "log_interval", "device", "compile", "stop_if", "resume", "list_checkpoints", "checkpoint_interval",
+    "sample_interval", "sample_prompt", "sample_tokens", "hellaswag_interval", "hellaswag_input", "timeout",
+    "deterministic"}
 
 
-def read_run(out_dir: str) -> dict:
-    """What the logs of a run say, from its start over every time it was resumed. Raises UserError."""
-    last, evaluations = {}, {}
-    for event in read_log(out_dir):
-        if event["event"] == "start" and not event["resumed"]:
-            last["begin"] = event
-        last[event["event"]] = event
-        if event["event"] == "eval":
-            evaluations[event["step"]] = math.nan if event["val_loss"] is None else event["val_loss"]
-    if "start" not in last or not evaluations:
+def summary_of(out_dir: str) -> dict:
+    """Summarise the run of an out_dir. Raises UserError."""
+    log = RunLog.read(out_dir)
+    losses = {event["step"]: math.nan if event["val_loss"] is None else event["val_loss"]
+              for event in log.of("eval")}
+    if not losses:
         raise UserError(f"{out_dir} has no evaluation in its logs: let the run get to its first")
-    config, step = last.get("begin", last["start"])["config"], max(evaluations)
-    dense = {"syncs": 2 * config["n_layer"]}  # a dense model, split over ranks, would synchronise everywhere
+    config = log.config if log.starts[0]["resumed"] else log.starts[0]["config"]
+    final, dense = max(losses), 2 * config["n_layer"]  # a dense model on ranks synchronises everywhere
     return {"run": os.path.basename(os.path.normpath(out_dir)), "config": config,
-            "syncs": last.get("schedule", dense)["syncs"], "step": step, "val_loss": evaluations[step],
-            "best_val_loss": min(evaluations.values(), key=lambda loss: (math.isnan(loss), loss)),
-            "status": "diverged" if math.isnan(evaluations[step])
-            else last.get("end", {}).get("status", "not ended")}
+            "syncs": log.last("schedule").get("syncs", dense), "step": final, "val_loss": losses[final],
+            "best_val_loss": min(losses.values(), key=lambda loss: (math.isnan(loss), loss)),
+            "status": "diverged" if math.isnan(losses[final]) else log.last("end").get("status", "not ended")}
 
 
 def compare(runs: list[dict]) -> None:
-    """Add to each run its distance from the baseline, in percent, and what else it differs in."""
+    """Add to each run its percent above the baseline, and the settings that make it not comparable."""
     most = max(run["syncs"] for run in runs)
     baseline = [run for run in runs if run["syncs"] == most]
     loss = statistics.mean(run["val_loss"] for run in baseline)
@@ -59,14 +55,14 @@ def compare(runs: list[dict]) -> None:
     for run in runs:
         run["percent"] = 100 * (run["val_loss"] / loss - 1)
         run["within"] = run["percent"] <= CLOSE
-        keys = (set(run["config"]) | set(reference)) - OF_THE_SCHEDULE
+        keys = (set(run["config"]) | set(reference)) - IGNORED_SETTINGS
         run["differs"] = sorted(k for k in keys if run["config"].get(k) != reference.get(k))
         if run["step"] != baseline[0]["step"]:
             run["differs"].append("step")
 
 
 def table(runs: list[dict]) -> str:
-    """The runs as a Markdown table, most syncs first."""
+    """Return the runs as a Markdown table."""
     lines = [f"| run | ranks | syncs | step | val loss | vs. baseline | within {CLOSE:g}% | status | not "
              "comparable in |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for run in runs:
@@ -77,7 +73,7 @@ def table(runs: list[dict]) -> str:
 
 
 def draw(runs: list[dict], path: str) -> None:
-    """Val loss against syncs, a colour for each number of ranks, a line through the means."""
+    """Draw val loss against syncs: a colour for each tp_size, a line through the means."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,12 +103,12 @@ def draw(runs: list[dict], path: str) -> None:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("out_dirs", nargs="+", metavar="OUT_DIR")
-    parser.add_argument("--out", default="results_summary", help="of the files, without ending")
+    parser.add_argument("--out", default="results_summary", help="path of the files, without ending")
     args = parser.parse_args()
     if not os.path.basename(args.out) or os.path.isdir(args.out):
-        raise UserError(f"--out={args.out} names no file: give the name that its endings are put to")
+        raise UserError(f"--out={args.out} names no file: give a path without ending")
     check_can_write(os.path.dirname(args.out) or ".", "--out")
-    runs = [read_run(out_dir) for out_dir in args.out_dirs]
+    runs = [summary_of(out_dir) for out_dir in args.out_dirs]
     compare(runs)
     runs.sort(key=lambda run: (-run["syncs"], run["config"].get("tp_size", 1), run["val_loss"]))
     print(table(runs), end="")

@@ -1,22 +1,22 @@
-"""Train the same thing several times with different seeds, and record what comes of it.
+"""Train the same configuration several times with different seeds, and record the results.
 
     cd experiments
     python run_nanogpt_experiment.py --config configs/stage_a_screening/palm_screening.json --n_runs 2
     python run_nanogpt_experiment.py --config configs/baseline.json --n_runs 5 --n_gpus 4 --dry_run
     python run_nanogpt_experiment.py --resume experiment_logs/palm_screening_20261121-120000
 
---key=value for any key of the script replaces what the JSON says, as in --dataset=python_source. What is
-written is described in experiment_logger.py. Runs are torchrun's, one after the other; --parallel=4 runs four
-at a time on GPUs of their own, whose timings then share the host. Ctrl-C or a kill ends what runs; --resume
-does the runs that are missing then, each from its beginning, so that no measured time has a gap.
+--key=value for any key of the script replaces the JSON's value, as in --dataset=python_source. The files that
+it writes are described in experiment_logger.py. torchrun does the runs one after the other; --parallel=4 does
+four at a time on separate GPUs, whose timings then share the host. Ctrl-C or a kill ends all running runs.
+--resume does the missing runs, each from its beginning, so that no measured time has a gap.
 """
 
 import argparse
 import math
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == "__main__":
+    import root_path  # noqa: F401
 
 from configurator import Parser
 from experiments.experiment_config import (
@@ -35,21 +35,21 @@ from nanosync.files import check_can_write, json_text
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
-    """The runner's options, and what is for the script. Raises UserError."""
+    """Return the runner's options, and the arguments for the script. Raises UserError."""
     parser = Parser(__doc__)
     parser.add_argument("--config", metavar="FILE", help="the experiment's JSON")
     parser.add_argument("--n_runs", type=int, help="default: 2 for stage A, 3 for B, 5 for C")
-    parser.add_argument("--n_gpus", type=int, help="of each run; on a CPU, processes (default: the JSON's)")
+    parser.add_argument("--n_gpus", type=int, help="GPUs a run; on a CPU, processes (default: the JSON's)")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--limit_minutes", type=float, help="after which a run is ended and has failed, for "
-                        "runs that may hang (default: none)")
-    parser.add_argument("--log_dir", default="experiment_logs", help="where its folder is made")
-    parser.add_argument("--resume", metavar="DIR", help="go on with the experiment in this folder")
-    parser.add_argument("--retry_failed", action="store_true", help="with --resume: failed runs again, too")
+    parser.add_argument("--limit_minutes", type=float, help="a run that takes longer is ended and has failed "
+                        "(default: no limit)")
+    parser.add_argument("--log_dir", default="experiment_logs", help="parent of the experiment's folder")
+    parser.add_argument("--resume", metavar="DIR", help="resume the experiment in this folder")
+    parser.add_argument("--retry_failed", action="store_true", help="with --resume: repeat failed runs, too")
     parser.add_argument("--dry_run", action="store_true", help="check, print the commands, and run nothing")
     args, overrides = parser.parse_known_args()
     if bool(args.config) == bool(args.resume):
-        raise UserError("give --config=FILE for a new experiment or --resume=DIR to go on with one")
+        raise UserError("give --config=FILE for a new experiment or --resume=DIR to resume one")
     if args.resume and (overrides or args.n_gpus is not None):
         raise UserError(f"{[*overrides, '--n_gpus'][0]} would change the experiment in {args.resume}: "
                         f"its runs would not be comparable")
@@ -61,7 +61,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def dry_run(config: dict, folder: str, run_ids: list[int], places: list) -> None:
-    """Print what would be done."""
+    """Print the configuration and the commands."""
     print(json_text(config), end="")
     print(f"# {len(run_ids)} runs by torchrun, {len(places)} at a time, into {folder}")
     for i, run_id in enumerate(run_ids):
@@ -90,34 +90,36 @@ def main() -> None:
         check_can_write(args.log_dir, "--log_dir")
     end_on_signals()
     if args.resume:
-        held = lock(args.resume)  # before its results are read, which another runner may be writing
+        descriptor = lock(args.resume)  # before its results are read, which another runner may be writing
         log = ExperimentLogger.reopen(args.resume, args.parallel)
     else:
         log = ExperimentLogger.create(config, args.log_dir, n_runs, args.parallel)
-        held = lock(log.folder)
-    log.lock = held
+        descriptor = lock(log.folder)
+    log.lock = descriptor
     if config["target_val_loss"] is None:
-        log.line(f"{log.folder}: no target_val_loss, which a configuration has for its own data set")
+        log.line(f"{log.folder}: no target_val_loss: the configuration has it for its own data set only")
     n_runs = log.raise_n_runs(n_runs)
     recover(log, n_runs)
     execute(log, n_runs, args.retry_failed, places, 60 * (args.limit_minutes or 0.0))
 
 
 def execute(log: ExperimentLogger, n_runs: int, retry_failed: bool, places: list, limit: float = 0.0) -> None:
-    """Do what is missing, and say what there is. limit: seconds of a run, 0 for none. Raises UserError if not
-    one run succeeded."""
+    """Do the missing runs, and print how many succeeded.
+
+    limit: seconds of a run, 0 for no limit. Raises UserError if no run succeeded.
+    """
     missing = log.missing(n_runs, retry_failed)
     log.line(f"{log.folder}: {len(missing)} of {n_runs} runs to do, {len(places)} at a time on "
              f"{log.config['n_gpus']} GPU(s) each")
 
-    tried = []  # results of this time: what an earlier attempt failed of may be mended
+    tried = []  # results of this call only: the cause of an earlier failure may be fixed
 
     def may_start(job: Job) -> bool:
-        """Not if the first runs, all that were started together, did not get to train at all: the others
-        would not either. One that ends before its neighbours says nothing of them."""
+        """Return False if all of the first runs, which started together, failed before their first step: the
+        others would fail as well. A run that fails before its neighbours end proves nothing about them."""
         if len(tried) < len(places) or any(result["final_step"] > 0 for result in tried):
             return True
-        log.line(f"{job.name}: not started, because nothing that was got to its first step")
+        log.line(f"{job.name}: not started, because no run reached its first step")
         return False
 
     try:
@@ -125,7 +127,7 @@ def execute(log: ExperimentLogger, n_runs: int, retry_failed: bool, places: list
                  lambda job, result: tried.append(result))
     except KeyboardInterrupt:
         log.say = print
-        log.line(f"interrupted: go on with --resume {log.folder}")
+        log.line(f"interrupted: resume with --resume {log.folder}")
         raise
     log.say = print
     good = [result for result in log.results.values() if result["success"]]

@@ -4,15 +4,16 @@
     cd experiments
     python run_stages.py --plan configs/plan.json --until stage_a_screening --dataset=python_source
 
-What is run next is decided by what came out so far (campaign.py says how); --key=value goes to the script in
-all experiments. Before each launch the budget must have what the run may take, 1.5 times what a short probe
-or earlier runs lead to expect and a minute, and at that the run is ended: the total is never exceeded. The
-budget is in GPU-hours, processes being GPUs on a CPU; price_per_gpu_hour, if given, turns them into money.
+The results so far decide what runs next; campaign.py has the rules. --key=value goes to the script in all
+experiments. A run is launched only if the budget has room for the most that it may take: 1.5 times the cost
+that a short probe or earlier runs lead to expect, and a minute. At that limit the run is ended, so the budget
+is never exceeded. The budget is in GPU-hours; on a CPU a process counts as a GPU. price_per_gpu_hour, if
+given, turns GPU-hours into money.
 
-Written into experiment_logs/<campaign_name>/: decisions.jsonl and report.md (all decisions with their
-numbers; superseded.jsonl: those that a raised budget changed), outcome.json, ledger.jsonl (all that was
-reserved and spent), a folder for each experiment, and for each stage a comparison. The same command goes on
-where it was, however it ended.
+Writes into experiment_logs/<campaign_name>/: decisions.jsonl and report.md (all decisions with numbers),
+superseded.jsonl (decisions that a raised budget changed), outcome.json, ledger.jsonl (all reservations and
+costs), a folder for each experiment, and a comparison for each stage. After an interruption of any kind the
+same command resumes the campaign.
 """
 
 import json
@@ -22,129 +23,42 @@ import subprocess
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == "__main__":
+    import root_path  # noqa: F401
 
 from configurator import Parser
 from experiments.campaign import Budget, Costs, Plan, Results, Run, run_campaign
+from experiments.campaign_plan import (
+    HOUR,
+    STARTING,
+    check_cap,
+    read_configs,
+    read_plan,
+    stages_until,
+    target_of,
+    with_ends,
+)
 from experiments.experiment_config import (
-    NUMBER,
     STAGES,
     all_settings,
-    check_keys,
-    check_name,
     command,
     finite,
-    judged_by,
-    load_config,
     num_iterations,
     read_json,
     shown,
     variables,
 )
-from experiments.experiment_logger import ExperimentLogger, differences, lines_of, read_lines
+from experiments.experiment_logger import ExperimentLogger, lines_of, read_lines
 from experiments.report import table, write
-from experiments.runner import ENDING, Job, end_on_signals, lock, recover, run_jobs, slots, visible_gpus
+from experiments.runner import Job, end_on_signals, lock, recover, run_jobs, slots, visible_gpus
 from nanosync.errors import UserError
 from nanosync.files import check_can_write, json_text, os_error_as_user_error, replace_file, unused_path
-from nanosync.run_log import read_log
-
-PLAN = {"campaign_name": (str, True), "description": (str, False), "baseline": (str, True),
-        "variants": (list, True), "target_val_loss": ((*NUMBER, type(None)), True), "stages": (list, True),
-        "most_advanced": (int, True), "most_proved": (int, True), "probe_steps": (int, True),
-        "budget": (dict, True)}
-STAGE = {"stage": (str, True), "config": (str, True), "n_runs": (int, True), "n_gpus": (int, False)}
-BUDGET = {"gpu_hours": (NUMBER, True), "gpu_hours_per_run": (NUMBER, True), "probe_gpu_hours": (NUMBER, True),
-          "price_per_gpu_hour": ((*NUMBER, type(None)), False)}
-HOUR = 3600.0
-STARTING = 60.0  # seconds that a run may take longer than MARGIN allows, because compiling varies
-
-
-def read_plan(path: str) -> dict:
-    """Checked. Raises UserError."""
-    plan = read_json(path)
-    check_keys(plan, PLAN, path)
-    check_keys(plan["budget"], BUDGET, f"budget of {path}")
-    check_name(plan["campaign_name"], "campaign_name", path)
-    for stage in plan["stages"]:
-        check_keys(stage, STAGE, f"a stage of {path}")
-        if stage["n_runs"] < 1:
-            raise UserError(f"{path}: n_runs={stage['n_runs']} of {stage['stage']} must be at least 1")
-    names = [stage["stage"] for stage in plan["stages"]]
-    if names != list(STAGES):
-        raise UserError(f"{path}: the stages must be {', '.join(STAGES)}, and are {', '.join(names)}")
-    arms = [plan["baseline"], *plan["variants"]]
-    if not plan["variants"] or not all(isinstance(arm, str) for arm in arms) or len(set(arms)) < len(arms):
-        raise UserError(f"{path}: variants must be names, each once, without {plan['baseline']!r}")
-    for key in ("most_advanced", "most_proved", "probe_steps"):
-        if plan[key] < 1:
-            raise UserError(f"{path}: {key}={plan[key]} must be at least 1")
-    for key, value in plan["budget"].items():
-        if value is not None and (finite(value) is None or value <= 0):
-            raise UserError(f"{path}: budget's {key}={str(value)[:20]} must be finite and above 0")
-    target = plan["target_val_loss"]
-    if target is not None and (finite(target) is None or target < 0):
-        raise UserError(f"{path}: target_val_loss={str(target)[:20]} must be finite and not below 0")
-    return plan
-
-
-def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str, str], dict]:
-    """The experiment of each stage and arm; those of a stage must be comparable. Raises UserError."""
-    configs = {}
-    for stage in plan["stages"]:
-        told_apart = {}
-        for arm in (plan["baseline"], *plan["variants"]):
-            file = os.path.join(os.path.dirname(path), stage["config"].replace("{variant}", arm))
-            config = configs[stage["stage"], arm] = load_config(file, overrides, stage.get("n_gpus"))
-            first = configs[stage["stage"], plan["baseline"]]
-            if config["stage"] != stage["stage"]:
-                raise UserError(f"{file} is of {config['stage']} and stands in the plan for {stage['stage']}")
-            for key in ("stage_config", "n_gpus", "base_seed"):
-                if config[key] != first[key]:
-                    raise UserError(f"{file} has another {key} than the stage's baseline: they would not be "
-                                    f"comparable")
-            judged = [judged_by(settings) | {"val_loss_every": settings.get("val_loss_every")}
-                      for settings in map(all_settings, (first, config))]
-            for key, (ours, its) in differences(*judged).items():
-                raise UserError(f"{file} has {key}={its} and the stage's baseline {ours}: they would not be "
-                                f"comparable")
-            other = told_apart.setdefault((config["script"], repr(sorted(all_settings(config).items()))), arm)
-            if other != arm:
-                raise UserError(f"{file} has the settings of {other}: there is nothing to compare "
-                                f"(--key=value sets a key in all experiments)")
-    return configs
-
-
-def with_ends(cost: float, n_gpus: int) -> float:
-    """GPU-seconds to reserve for a cost: with what starting may take longer and ending at the limit takes."""
-    return cost + (STARTING + ENDING) * n_gpus
-
-
-def stages_until(plan: dict, until: str | None) -> list[dict]:
-    """The plan's stages, up to that one if one is named."""
-    names = [stage["stage"] for stage in plan["stages"]]
-    return plan["stages"][:names.index(until) + 1] if until else plan["stages"]
-
-
-def target_of(plan: dict, configs: dict) -> float | None:
-    """The plan's; None where the proof's configuration has none, as when --dataset names another data set."""
-    proof = configs[plan["stages"][-1]["stage"], plan["baseline"]]
-    return None if proof["target_val_loss"] is None else plan["target_val_loss"]
-
-
-def check_cap(plan: dict, stages: list[dict], configs: dict, path: str) -> None:
-    """Raise UserError if gpu_hours_per_run does not even let probes start."""
-    n_gpus = max(configs[stage["stage"], plan["baseline"]]["n_gpus"] for stage in stages)
-    budget = plan["budget"]
-    needed = with_ends(HOUR * budget["probe_gpu_hours"], n_gpus) / HOUR
-    if budget["gpu_hours_per_run"] < needed:
-        raise UserError(f"{path}: gpu_hours_per_run={budget['gpu_hours_per_run']} is below the {needed:.3f} "
-                        f"that a probe on {n_gpus} GPU(s) may take (probe_gpu_hours and "
-                        f"{STARTING + ENDING:.0f} s of each): raise it, or lower probe_gpu_hours")
+from nanosync.run_log import RunLog
 
 
 def check_unchanged(folder: str, before: dict, now: dict) -> None:
-    """Raise UserError if an experiment that is gone on with was edited: its runs would not be comparable."""
-    now = json.loads(json.dumps(now))  # as config.json gives it back
+    """Raise UserError if a resumed experiment was edited: its runs would not be comparable."""
+    now = json.loads(json.dumps(now))  # as it would be read from config.json
     for key in sorted(before.keys() | now.keys()):
         if key != "description" and before.get(key) != now.get(key):
             raise UserError(f"{folder} was begun with {key}={json.dumps(before.get(key))} and not "
@@ -153,7 +67,7 @@ def check_unchanged(folder: str, before: dict, now: dict) -> None:
 
 
 class Campaign:
-    """The folder of a campaign, its experiments and its ledger; does what campaign.py decides."""
+    """The folder of a campaign, its experiments and its ledger. Does the runs that campaign.py decides on."""
 
     def __init__(self, folder: str, plan: dict, overrides: list[str], configs: dict, parallel: int):
         self.folder, self.plan, self.configs, self.parallel = folder, plan, configs, parallel
@@ -165,12 +79,12 @@ class Campaign:
         self.budget = Budget(HOUR * hours["gpu_hours"], HOUR * hours["gpu_hours_per_run"])
         self.costs, self.results, self.logs = Costs(self._sequences), Results(), {}
         for stage, arm in configs:
-            there = experiments_in(os.path.join(folder, stage, arm))
-            if there:
-                held = lock(there[0])  # before its results are read
-                log = ExperimentLogger.reopen(there[0], len(self.places(stage)))
+            existing = experiments_in(os.path.join(folder, stage, arm))
+            if existing:
+                descriptor = lock(existing[0])  # before its results are read
+                log = ExperimentLogger.reopen(existing[0], len(self.places(stage)))
                 check_unchanged(log.folder, log.config, configs[stage, arm])
-                self._open(stage, arm, log, held)
+                self._open(stage, arm, log, descriptor)
         self._told = read_lines(self.path("decisions.jsonl"))
         self._read_ledger()
 
@@ -178,7 +92,7 @@ class Campaign:
         return os.path.join(self.folder, name)
 
     def _check_plan(self, plan: dict) -> None:
-        """Only the budget may be another than the last time. Raises UserError."""
+        """Raise UserError if more than the budget differs from the plan that the campaign began with."""
         path = self.path("plan.json")
         if os.path.exists(path):
             before = read_json(path)
@@ -190,17 +104,17 @@ class Campaign:
         write(path, json_text(plan))
 
     def _sequences(self, stage: str) -> float:
-        """That a run trains on, but for a constant."""
+        """Return the sequences that a run of the stage trains on."""
         config = self.configs[stage, self.plan["baseline"]]
         return num_iterations(config) * float(all_settings(config).get("batch_size", 1))
 
-    def _open(self, stage: str, arm: str, log: ExperimentLogger, held) -> None:
+    def _open(self, stage: str, arm: str, log: ExperimentLogger, lock_descriptor: int) -> None:
         n_runs = next(s["n_runs"] for s in self.plan["stages"] if s["stage"] == stage)
-        log.lock = held
+        log.lock = lock_descriptor
         recover(log, n_runs)
         self.logs[stage, arm] = log
         for run_id, result in log.results.items():
-            if run_id < n_runs:  # others are not the campaign's
+            if run_id < n_runs:  # the user may have added runs
                 self._take(Run(stage, arm, run_id), result)
 
     def _take(self, run: Run, result: dict) -> None:
@@ -215,7 +129,7 @@ class Campaign:
         return self.logs[stage, arm]
 
     def _enter(self, **entry) -> None:
-        """A line of the ledger, on the disk before anything else happens."""
+        """Append a line to the ledger, and flush it to the disk before anything else happens."""
         path = self.path("ledger.jsonl")
         with os_error_as_user_error(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"time": time.time(), **entry}) + "\n")
@@ -223,19 +137,19 @@ class Campaign:
             os.fsync(f.fileno())
 
     def _read_ledger(self) -> None:
-        """What was spent so far. Who reserved and did not come to say what it took is charged what its
-        supervisor has written down, or else all that was reserved."""
-        open_, path = {}, self.path("ledger.jsonl")
+        """Add up what was spent so far. A reservation that was never settled costs what the run's supervisor
+        reported, without a report all that was reserved."""
+        unsettled, path = {}, self.path("ledger.jsonl")
         cut_torn_line(path)
         for entry in read_lines(path):
             if entry["what"] == "reserve":
-                open_[entry["key"]] = entry
+                unsettled[entry["key"]] = entry
             else:
-                open_.pop(entry["key"], None)
+                unsettled.pop(entry["key"], None)
                 self.budget.spent += entry["spent"]
                 if entry["measured"] is not None:
                     self.costs.add(entry["stage"], entry["variant"], entry["measured"])
-        for key, entry in open_.items():
+        for key, entry in unsettled.items():
             try:
                 seconds = read_json(self.path(os.path.join(entry["folder"], "report.json")))["seconds"]
                 spent = min(seconds * entry["n_gpus"], entry["reserved"])
@@ -246,8 +160,8 @@ class Campaign:
                         measured=None)
 
     def _start(self, job: Job, run: Run, cost: float) -> bool:
-        """Reserve for a job, with what starting it may take longer and ending it at its limit takes; False if
-        the budget has not that much."""
+        """Reserve GPU-seconds for a job: its cost, a slow start, and the ending at its limit. Return False if
+        the budget has less."""
         n_gpus = job.log.config["n_gpus"]
         job.key = f"{run.stage}/{run.variant}/{run.run_id}/{time.time():.3f}"
         job.limit = cost / n_gpus + STARTING
@@ -268,13 +182,14 @@ class Campaign:
             self.costs.add(run.stage, run.variant, measured)
 
     def probe(self, stage: str) -> bool:
-        """A few steps of the baseline, to know what a run costs. Raises UserError if they fail."""
+        """Train a few steps of the baseline to learn the cost of a run. Return False if the budget does not
+        pay for that. Raises UserError if the probe fails."""
         run = Run(stage, self.plan["baseline"], 0)
         log = self.log_of(stage, run.variant)
         settings = all_settings(log.config)
         steps = min(self.plan["probe_steps"], num_iterations(log.config))
         shorter = {"num_iterations": steps, "val_loss_every": steps, "warmdown_iters": 0, "warmup_iters": 0,
-                   "log_interval": 1}  # of which the time of a step is known
+                   "log_interval": 1}  # each step is logged with its time
         changed = {key: value for key, value in shorter.items() if key in settings}
         job = Job(log, 0, changed=changed, recorded=False)
         if not self._start(job, run, HOUR * self.plan["budget"]["probe_gpu_hours"]):
@@ -289,7 +204,7 @@ class Campaign:
                             f"{job.folder}/stdout.log)")
         try:
             expected = result["wall_seconds"] + extrapolated(
-                read_log(os.path.join(job.folder, "out")), steps, num_iterations(log.config),
+                RunLog.read(os.path.join(job.folder, "out")).events, steps, num_iterations(log.config),
                 settings.get("val_loss_every", 0))
         except UserError:
             self._settle(job, run, result, None)
@@ -300,7 +215,7 @@ class Campaign:
         return True
 
     def do(self, batch: list[Run]) -> None:
-        """Run these as far as the budget pays for them."""
+        """Do these runs as long as the budget pays for the next."""
         runs = {}
         for run in batch:
             job = Job(self.log_of(run.stage, run.variant), run.run_id)
@@ -318,19 +233,19 @@ class Campaign:
         run_jobs([job for job, _ in runs.values()], self.places(batch[0].stage), may_start, ended)
 
     def places(self, stage: str) -> list[str | None]:
-        """As many runs at a time as were asked for and have GPUs of their own."""
+        """Return the GPUs of each parallel run: --parallel runs, or as many as have GPUs of their own."""
         config = self.configs[stage, self.plan["baseline"]]
         most = len(visible_gpus()) // config["n_gpus"]
         return slots(config, max(1, min(self.parallel, most or self.parallel)))
 
     def tell(self, decisions: list[dict]) -> None:
-        """Say and write what was decided. What was decided before and is not any more, as when the budget was
-        raised, is kept in superseded.jsonl."""
-        now = json.loads(json.dumps(decisions))  # as decisions.jsonl gives it back
+        """Print and write new decisions. Earlier decisions that are no longer valid, as when the budget was
+        raised, move to superseded.jsonl."""
+        now = json.loads(json.dumps(decisions))  # as they would be read from decisions.jsonl
         same = next((i for i, pair in enumerate(zip(self._told, now)) if pair[0] != pair[1]),
                     min(len(self._told), len(now)))
         if len(now) == same < len(self._told):
-            return  # on the way to where it was, or to other decisions
+            return  # the earlier decisions are being repeated, so far without a change
         if self._told[same:]:
             path = self.path("superseded.jsonl")
             with os_error_as_user_error(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
@@ -342,12 +257,13 @@ class Campaign:
         write(self.path("report.md"), self.report(decisions))
 
     def money(self, gpu_seconds: float) -> str:
+        """Format GPU-seconds as GPU-hours, with their price if the plan has one."""
         price = self.plan["budget"].get("price_per_gpu_hour")
         hours = gpu_seconds / HOUR
         return f"{hours:.3f} GPU-hours" + (f" ({price * hours:.2f})" if price else "")
 
     def report(self, decisions: list[dict]) -> str:
-        """As Markdown."""
+        """Return the decisions and costs as Markdown."""
         spent = {}
         for entry in read_lines(self.path("ledger.jsonl")):
             if entry["what"] == "settle":
@@ -360,7 +276,7 @@ class Campaign:
             + "\n" + table(["stage", "runs and probes", "spent"], rows)
 
     def compare(self) -> None:
-        """A comparison of each stage that has one, beside the report."""
+        """Write a comparison beside the report for each stage with results of the baseline and a variant."""
         here = os.path.dirname(os.path.abspath(__file__))
         for stage in STAGES:
             arms = [arm for arm in (self.plan["baseline"], *self.plan["variants"])
@@ -376,34 +292,37 @@ class Campaign:
 
 
 def experiments_in(parent: str) -> list[str]:
-    """The folders of experiments there; others may lie beside them."""
+    """Return the folders in `parent` that are experiments."""
     names = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
     folders = [os.path.join(parent, name) for name in names if not name.startswith(".")]
     return [folder for folder in folders if os.path.isfile(os.path.join(folder, "config.json"))]
 
 
 def cut_torn_line(path: str) -> None:
-    """Take from a file that one appends to what was not written to its end. Raises UserError."""
+    """Remove an incomplete last line from a file that is appended to. Raises UserError."""
     if os.path.exists(path):
         with os_error_as_user_error(f"cannot write {path}"), open(path, "r+b") as f:
             f.truncate(f.read().rfind(b"\n") + 1)
 
 
 def cost_shown(result: dict) -> float | None:
-    """GPU-seconds that a run says of others like it; None if it failed by itself, however early that was."""
+    """Return the GPU-seconds to expect of similar runs; None if this run failed by itself, perhaps early."""
     whole = result["success"] or result.get("ended_by") == "limit"
     return result["wall_seconds"] * result["gpus"] if whole else None
 
 
 def extrapolated(events: list[dict], steps: int, all_steps: int, val_loss_every: int) -> float:
-    """Seconds that a run takes beyond its probe: by the median step, and by the last evaluation. Raises
-    UserError if the probe does not say how long those took."""
+    """Estimate the seconds of a run beyond those of its probe, from the median step and the last evaluation.
+
+    events: the probe's log; steps: of the probe. Raises UserError if the log lacks these times.
+    """
     times = [event["seconds"] for event in events if event["event"] == "iter" and event["seconds"]]
     last = max((i for i, event in enumerate(events) if event["event"] == "eval"), default=0)
     stamps = [event.get("time") for event in events[last - 1:last + 1]] if last else []
     if not times or len([stamp for stamp in stamps if finite(stamp) is not None]) < 2:
-        raise UserError("a probe's log has no times of its steps and its last evaluation, so what runs cost "
-                        "is not known: let the script write them as train_gpt.py does, or raise probe_steps")
+        raise UserError("a probe's log has no times of its steps and its last evaluation, so the cost of "
+                        "runs is unknown: let the script write them as train_gpt.py does, or raise "
+                        "probe_steps")
     step = statistics.median(times[len(times) // 2:])
     evaluation = max(stamps[1] - stamps[0], 0.0)
     evaluations = (all_steps // val_loss_every if val_loss_every else 1) - 1
@@ -411,7 +330,7 @@ def extrapolated(events: list[dict], steps: int, all_steps: int, val_loss_every:
 
 
 def dry_run(plan: dict, stages: list[dict], configs: dict) -> None:
-    """What would be run: all of the first stage, and of the others what may be."""
+    """Print the commands of all runs of the first stage, and of those that later stages may do."""
     for stage in stages:
         whose = "each" if stage is plan["stages"][0] else "the baseline and of those that get there"
         print(f"# {stage['stage']}: {stage['n_runs']} runs of {whose}")
@@ -425,8 +344,8 @@ def dry_run(plan: dict, stages: list[dict], configs: dict) -> None:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--plan", metavar="FILE", required=True)
-    parser.add_argument("--log_dir", default="experiment_logs", help="where its folder is, or is made")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, as far as there are GPUs")
+    parser.add_argument("--log_dir", default="experiment_logs", help="parent of the campaign's folder")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, if there are GPUs for them")
     parser.add_argument("--until", choices=list(STAGES), help="the stage to stop after")
     parser.add_argument("--dry_run", action="store_true", help="check, print the commands, and run nothing")
     args, overrides = parser.parse_known_args()
@@ -452,7 +371,7 @@ def main() -> None:
                  target, plan["most_advanced"], plan["most_proved"], args.until),
             campaign.results, campaign.budget, campaign.costs, campaign.probe, campaign.do, campaign.tell)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on", flush=True)
+        print("interrupted: the same command resumes the campaign", flush=True)
         raise
     write(campaign.path("outcome.json"), json_text(outcome | {"gpu_seconds_spent": campaign.budget.spent,
                                                               "gpu_seconds_budget": campaign.budget.total}))

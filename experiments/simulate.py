@@ -1,24 +1,23 @@
-"""Check by simulation that the statistics hold what they promise, and what the planner's savings cost.
+"""Check by simulation the coverage of the statistics, and what the planner's savings cost.
 
     python experiments/simulate.py                      # a minute
     python experiments/simulate.py --experiments=2000 --campaigns=200 --json=simulated.json
 
-1. Experiments of 2, 3 and 5 runs whose true mean is known: how often the 95% interval has it, and how often
-   the test at p < 0.01 claims a mean below the target where it is exactly the target.
-2. Campaigns of three and of eight variants, whose true effects are drawn anew each time: how often
-   run_stages.py's planner ends with the truly best (the baseline may be it), beside running everything in
-   full; what both cost; and how often the budget was exceeded. Runs fail, take longer than expected and are
-   ended then.
+1. Experiments of 2, 3 and 5 runs with a known true mean: how often the 95% interval contains it, and how
+   often the test at p < 0.01 claims a mean below the target although it is exactly the target.
+2. Campaigns of three and of eight variants with random true effects: how often the planner of run_stages.py
+   finds the truly best variant or baseline, compared with running everything in full; what both cost; and how
+   often the budget was exceeded. Some runs fail, and some take longer than expected and are ended.
 
-Losses are in units of the standard deviation between full runs of different seeds; costs in full runs.
+Losses are in units of the standard deviation between full runs of different seeds, costs in full runs.
 """
 
 import math
-import os
 import sys
 from dataclasses import dataclass
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == "__main__":
+    import root_path  # noqa: F401
 
 import numpy as np
 
@@ -31,14 +30,15 @@ from nanosync.errors import UserError
 from nanosync.files import check_output_file, json_text
 
 A, B, C = STAGES
-TOKENS = {A: 1000 * 128, B: 3000 * 512, C: 5100 * 512}  # sequences of a run
+TOKENS = {A: 1000 * 128, B: 3000 * 512, C: 5100 * 512}  # sequences a run
 NOISE = {A: 2.0, B: 1.2, C: 1.0}  # assumed: shorter runs vary more
-TRANSFER = {A: 0.25, B: 0.1, C: 0.0}  # assumed: how far effects are others there, as a share of their spread
-FAILS, SLOW = 0.02, 0.02  # share of runs that fail, and that take three times as long
+TRANSFER = {A: 0.25, B: 0.1, C: 0.0}  # assumed: change of an effect in the stage, as a share of the spread
+FAILS, SLOW = 0.02, 0.02  # share of runs that fail, and of runs that take three times as long
 
 
 def intervals_and_tests(experiments: int, rng: np.random.Generator) -> list[dict]:
-    """For each number of runs: coverage of the 95% interval, and false positives of the test at 0.01."""
+    """Measure for each number of runs the coverage of the 95% interval, and the false positives of the test.
+    """
     rows = []
     for n in (2, 3, 5):
         samples = 3.28 + 0.0015 * rng.standard_normal((experiments, n))
@@ -52,20 +52,21 @@ def intervals_and_tests(experiments: int, rng: np.random.Generator) -> list[dict
     return rows
 
 
-# variants, spread of their effects, budget: with enough of it, and with too little
+# variants, spread of their effects, budget: sufficient in the first four, too small in the last two
 KINDS = ((3, 5.0, 50.0), (3, 2.0, 50.0), (8, 5.0, 60.0), (8, 2.0, 60.0), (3, 5.0, 12.0), (8, 5.0, 20.0))
 
 
 @dataclass
 class World:
-    """What is true in one simulated campaign."""
+    """The true effects of one simulated campaign."""
 
-    effects: dict[str, dict[str, float]]  # stage -> variant -> true loss, the baseline's being 0
+    effects: dict[str, dict[str, float]]  # stage -> variant -> true loss; the baseline's is 0
     best: str  # at full size
     rng: np.random.Generator
 
     @classmethod
     def draw(cls, variants: list[str], spread: float, rng: np.random.Generator) -> "World":
+        """Draw random effects."""
         true = {name: spread * rng.standard_normal() for name in variants} | {"baseline": 0.0}
         off = {stage: {name: TRANSFER[stage] * spread * rng.standard_normal() for name in variants}
                for stage in STAGES}
@@ -74,17 +75,19 @@ class World:
         return cls(effects, min(true, key=true.get), rng)
 
     def loss(self, stage: str, variant: str) -> float | None:
+        """Draw the loss of a run, None for a failed run."""
         if self.rng.random() < FAILS:
             return None
         return self.effects[stage][variant] + NOISE[stage] * self.rng.standard_normal()
 
     def cost(self, stage: str) -> float:
+        """Draw the cost of a run."""
         usual = TOKENS[stage] / TOKENS[C] * math.exp(0.05 * self.rng.standard_normal())
         return usual * (3.0 if self.rng.random() < SLOW else 1.0)
 
 
 def staged(world: World, variants: list[str], budget: Budget) -> str:
-    """What run_stages.py's planner ends with."""
+    """Return the best variant by the planner of run_stages.py."""
     plan, results = Plan("baseline", tuple(variants), STAGES, target=-math.inf), Results()
     costs = Costs(TOKENS.__getitem__)
 
@@ -110,7 +113,7 @@ def staged(world: World, variants: list[str], budget: Budget) -> str:
 
 
 def in_full(world: World, variants: list[str]) -> tuple[str, float]:
-    """The lowest mean where everything is run in full, and what that costs."""
+    """Run everything in full; return the variant of the lowest mean, and the cost."""
     stage, means, cost = C, {}, 0.0
     for name in ("baseline", *variants):
         losses = [world.loss(stage, name) for _ in range(STAGES[stage])]
@@ -121,7 +124,7 @@ def in_full(world: World, variants: list[str]) -> tuple[str, float]:
 
 
 def campaigns(n: int, n_variants: int, spread: float, total: float, seed: int) -> dict:
-    """Both ways through n drawn worlds."""
+    """Do n random campaigns by the planner and in full; return the figures of both."""
     variants = [f"variant {i}" for i in range(n_variants)]
     found = {"staged": 0, "full": 0}
     spent, full_cost, exceeded, lost, lost_full = [], [], 0, [], []
@@ -133,7 +136,7 @@ def campaigns(n: int, n_variants: int, spread: float, total: float, seed: int) -
         true = world.effects[C]
         found["staged"] += best == world.best
         found["full"] += best_full == world.best
-        lost.append(true[best or "baseline"] - true[world.best])  # who knows nothing keeps what there is
+        lost.append(true[best or "baseline"] - true[world.best])  # without a result the baseline is kept
         lost_full.append(true[best_full] - true[world.best])
         spent.append(budget.spent)
         full_cost.append(cost)
@@ -147,6 +150,7 @@ def campaigns(n: int, n_variants: int, spread: float, total: float, seed: int) -
 
 
 def campaigns_table(kinds: list[dict]) -> str:
+    """Return the table of all kinds of campaigns."""
     return table(
         ["variants", "spread of effects", "best found: staged", "in full", "difference ± SE",
          "loss above the best: staged", "in full", "cost: staged", "in full", "saved", "budget", "most spent",
@@ -161,9 +165,9 @@ def campaigns_table(kinds: list[dict]) -> str:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--experiments", type=int, default=10_000)
-    parser.add_argument("--campaigns", type=int, default=1000, help="of each kind")
+    parser.add_argument("--campaigns", type=int, default=1000, help="campaigns of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="all figures")
+    parser.add_argument("--json", metavar="FILE", help="file for all figures")
     args = parser.parse_args()
     if min(args.experiments, args.campaigns) < 10:
         raise UserError("--experiments and --campaigns must be at least 10")

@@ -1,14 +1,14 @@
-"""Run a command so that nothing it started outlives who started it; for experiments/runner.py.
+"""Run a command and end all its processes with the process that started this one; for experiments/runner.py.
 
     python supervise.py REPORT SECONDS COMMAND...    # stdin: a pipe whose other end only the starter has
 
-torchrun's workers run in sessions of their own, and a torchrun that is killed leaves them behind. So between
-the runner and each torchrun there is this process. It ends the command and all its descendants when the
-command ends, when it has run for SECONDS (0: no limit), when it gets SIGTERM, or when the pipe closes, which
-the kernel does for a starter that was killed, too. Then it writes REPORT: {"code", "seconds", "ended_by"},
-ended_by being 'itself', 'limit', 'signal' or 'starter'. Only the standard library: it starts in a moment.
+torchrun's workers run in separate sessions, and outlive a killed torchrun. So each torchrun is a child of
+this process, and this process a child of the runner. It ends the command and all descendants when the command
+ends, after SECONDS (0: no limit), on SIGTERM, or when the pipe closes, as it also does when the starter is
+killed. Then it writes REPORT: {"code", "seconds", "ended_by"}, where ended_by is 'itself', 'limit', 'signal'
+or 'starter'. It imports only the standard library, to start quickly.
 
-On Linux it is the subreaper of its descendants, so those that lost their parent are still found.
+On Linux it is the subreaper of its descendants, so it also finds those whose parents have ended.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def prctl(option: int, value: int) -> None:
-    """Linux's prctl; elsewhere nothing."""
+    """Call prctl on Linux; do nothing elsewhere."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def parents() -> dict[int, int]:
-    """The parent of every process that is not a zombie."""
+    """Return the parent of each process that is not a zombie."""
     if sys.platform != "linux":
         lines = subprocess.run(["ps", "-Ao", "pid=,ppid=,stat="], capture_output=True, text=True).stdout
         rows = map(str.split, lines.splitlines())
@@ -40,7 +40,7 @@ def parents() -> dict[int, int]:
     found = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{pid}/stat", "rb") as f:  # pid (name, in which all may be) state parent ...
+            with open(f"/proc/{pid}/stat", "rb") as f:  # pid (name, of any characters) state parent ...
                 state, parent = f.read().rpartition(b")")[2].split()[:2]
         except OSError:
             continue
@@ -50,7 +50,7 @@ def parents() -> dict[int, int]:
 
 
 def descendants() -> list[int]:
-    """All that live of this process's children, their children and so on."""
+    """Return all living descendants of this process."""
     parent_of, found = parents(), {os.getpid()}
     while more := {pid for pid, parent in parent_of.items() if parent in found} - found:
         found |= more
@@ -58,7 +58,7 @@ def descendants() -> list[int]:
 
 
 def reap() -> dict[int, int]:
-    """Exit codes of the children that have ended, orphans that came to this process among them."""
+    """Return the exit codes of ended children, including adopted orphans."""
     ended = {}
     with contextlib.suppress(ChildProcessError):
         while (result := os.waitpid(-1, os.WNOHANG))[0]:
@@ -67,13 +67,13 @@ def reap() -> dict[int, int]:
 
 
 def end_all() -> dict[int, int]:
-    """Ask all descendants to end, kill them after GRACE; what `reap` found meanwhile."""
+    """Send SIGTERM to all descendants, after GRACE SIGKILL; return the exit codes found meanwhile."""
     ended, number, until = reap(), signal.SIGTERM, time.monotonic() + GRACE
     asked = set()
     while left := descendants():
         if time.monotonic() > until:
             number, asked = signal.SIGKILL, set()
-        for pid in set(left) - asked:  # asked once, killed until they are gone
+        for pid in set(left) - asked:  # SIGTERM once, SIGKILL until all have ended
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         asked |= set(left)
@@ -83,13 +83,13 @@ def end_all() -> dict[int, int]:
 
 
 def supervise(command: list[str], limit: float) -> dict:
-    """Run the command to its end, or to another; the report."""
+    """Run the command until it ends or must end; return the report."""
     asked = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     started, ended_by, ended = time.monotonic(), "itself", {}
-    # should even this process be killed, torchrun goes with it, and with torchrun nanoSync's workers
+    # if this process itself is killed, the kernel kills torchrun, and nanoSync's workers end after torchrun
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL,
                              preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
     while child.pid not in ended:
@@ -112,7 +112,7 @@ def main() -> None:
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(report, f)
     os.replace(path + ".tmp", path)
-    os._exit(0)  # without the Popen that does not know that its process was reaped
+    os._exit(0)  # skips Popen's clean-up, which does not know that the child was reaped
 
 
 if __name__ == "__main__":

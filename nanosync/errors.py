@@ -16,21 +16,30 @@ class UserError(ValueError):
     """An error that the user can mend. Scripts print it as one line and exit with code 2."""
 
 
-def install_error_hook(rank: int = 0, settings: Collection[str] = ()) -> None:
+def install_error_hook(rank: int = 0, settings: Collection[str] = (), forks: bool = False) -> None:
     """End the process on a UserError, or when memory runs out, with one line on stderr and exit code 2, on
-    Ctrl-C with 130, without a word where `| head` has seen enough; other errors keep their traceback.
+    Ctrl-C with one line and 130, silently where `| head` has closed the pipe; other errors keep their
+    traceback.
 
-    Most such errors meet every rank. Rank 0 speaks at once; the others wait, are ended meanwhile by the
-    launcher that sees rank 0 go, and speak only if the error was theirs alone. settings: the names of those
-    that the script has, for what it can be told to change.
+    Most of these errors meet every rank. Rank 0 prints at once. The other ranks wait; the launcher, which
+    sees rank 0 end, ends them meanwhile, unless the error was theirs alone.
+
+    settings: names of the script's settings, to say which ones to change; forks: the script has arguments in
+    place of settings, and forks workers itself or in a library, all of which get Ctrl-C as well.
     """
     previous = sys.excepthook
     atexit.register(_flush_stdout)
+    if forks:
+        _interrupt_main_process_only()
 
     def hook(kind, error, traceback):
         for function in before_exit:
             with contextlib.suppress(Exception):
                 function()
+        if forks and _follows_interrupt(error):
+            _flush_stdout()
+            os.write(2, b"interrupted\n")
+            os._exit(130)  # threads of libraries must not delay the exit
         if issubclass(kind, BrokenPipeError) and _stdout_is_closed():
             os._exit(128 + 13)  # as SIGPIPE would have it
         text = _for_users(kind, error, settings)
@@ -42,10 +51,31 @@ def install_error_hook(rank: int = 0, settings: Collection[str] = ()) -> None:
         _flush_stdout()
         # torch.distributed's own hook holds sys.stderr back; a file name need not be UTF-8
         os.write(2, f"{who}: {text}\n".encode(errors="backslashreplace"))
-        # threads and process groups that are still up must not hold the exit back
+        # threads and process groups that still run must not delay the exit
         os._exit(130 if issubclass(kind, KeyboardInterrupt) else 2)
 
     sys.excepthook = hook
+
+
+def _interrupt_main_process_only() -> None:
+    """Ignore Ctrl-C in workers forked from here on: their parent ends them, and each would print a
+    traceback."""
+    process = os.getpid()
+
+    def on_interrupt(signum, frame):
+        if os.getpid() == process:
+            raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in a background job
+        signal.signal(signal.SIGINT, on_interrupt)
+
+
+def _follows_interrupt(error: BaseException | None) -> bool:
+    """Return True for Ctrl-C, and for an error that a library raised while it handled Ctrl-C, as `datasets`
+    does with a time-out."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _flush_stdout() -> None:
@@ -80,26 +110,3 @@ def _for_users(kind: type, error: BaseException, settings: Collection[str]) -> s
         others = f", or {' or '.join(switches)}" if switches else ""
         return f"out of memory: use a smaller {smaller}{others} ({str(error).splitlines()[0]})"
     return None
-
-
-def install_interrupt_hook() -> None:
-    """End the process on Ctrl-C with one line and exit code 130, once all that was to be tidied up is."""
-    previous, process = sys.excepthook, os.getpid()
-
-    def hook(kind, error, traceback):
-        cause = error
-        while cause is not None and not isinstance(cause, KeyboardInterrupt):
-            cause = cause.__context__  # `datasets` fails with a timeout while it handles the interruption
-        if cause is None:
-            return previous(kind, error, traceback)
-        sys.stdout.flush()
-        os.write(2, b"interrupted\n")
-        os._exit(130)  # as a shell says of Ctrl-C; threads of libraries must not hold the exit back
-
-    def on_interrupt(signum, frame):
-        if os.getpid() == process:  # forked workers get the signal as well and would each print a traceback;
-            raise KeyboardInterrupt  # the process that forked them ends them
-
-    sys.excepthook = hook
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in a background job
-        signal.signal(signal.SIGINT, on_interrupt)

@@ -3,13 +3,13 @@
 import contextlib
 import glob
 import os
-import platform
 import re
 import time
 
 from nanosync.checkpoint import Checkpoint, repair_best, step_name, steps_in, write_latest
 from nanosync.errors import UserError
 from nanosync.files import check_can_write, unused_path
+from nanosync.folder_lock import lock_folder
 
 # what a new run would overwrite, prune or mix with its own
 RUN_FILES = ("ckpt", "tensorboard", "latest", "best.json", "log.txt", "status.json")
@@ -34,38 +34,15 @@ def check_out_dir(out_dir: str) -> None:
 
 
 def lock(out_dir: str, make: bool) -> int | None:
-    """Take out_dir for this process as long as it lives; a process that dies lets go of it, however it does.
+    """Lock out_dir for this process, and restore a checkpoint that a killed run was about to replace.
 
-    make: whether to make the folder and its LOCK; else only one that is there is taken. Returns what keeps
-    it, None if there was nothing to take. Raises UserError if another process has it.
+    make: whether to make the folder and its LOCK; else only an existing LOCK is taken. Returns the file
+    descriptor that holds the lock, None if there was nothing to take. Raises UserError if another process
+    holds it.
     """
-    import fcntl
-
-    path = os.path.join(out_dir, "LOCK")
-    try:
-        if make:
-            os.makedirs(out_dir, exist_ok=True)
-        flags = os.O_NOFOLLOW | (os.O_CREAT if make else 0)
-        try:
-            descriptor, writable = os.open(path, os.O_RDWR | flags, 0o666), True
-        except PermissionError:  # another user's, who may have left long ago
-            descriptor, writable = os.open(path, os.O_RDONLY | os.O_NOFOLLOW), False
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        raise UserError(f"cannot open {path}: {e.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if writable:
-            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode().ljust(80), 0)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 80, 0).decode(errors="replace").strip() or "another process"
-        raise UserError(f"{out_dir} is in use by {holder}: wait for it or end it, or name another "
-                        f"--out_dir=...") from None
-    except OSError as e:
-        raise UserError(f"cannot lock {path} ({e.strerror}): name an out_dir on a file system that has locks "
-                        f"and room") from None
-    _restore(out_dir)
+    descriptor = lock_folder(out_dir, "out_dir", make)
+    if descriptor is not None:
+        _restore(out_dir)
     return descriptor
 
 

@@ -25,7 +25,7 @@ from nanosync.errors import UserError
 from nanosync.files import made_folder, replace_file, unused_path
 from nanosync.log_fields import EVALUATION_EVENTS
 from nanosync.log_sinks import _Console, _File, _finite, _line_of, _TensorBoard, _Wandb, check_installed
-from nanosync.run_log import _joined, _logs_in, _read_events, _until
+from nanosync.run_log import events_until, join_starts, log_paths, read_events
 
 
 class TrainingLogger:
@@ -56,7 +56,7 @@ class TrainingLogger:
             reached = max((event["step"] if event["event"] in ("iter", *EVALUATION_EVENTS)
                            else event.get("reached", -1) for event in events), default=-1)
             start |= {"resumed_step": resumed_step, "evaluated": evaluated, "reached": reached}
-            kept = _until(_joined(events), resumed_step, evaluated)
+            kept = events_until(join_starts(events), resumed_step, evaluated)
             if self._wandb is not None:
                 self._wandb.skip_to(reached + 1)
         if path is None:
@@ -84,9 +84,9 @@ class TrainingLogger:
     def _newest_log(self, out_dir: str) -> tuple[str | None, list[dict]]:
         """Its path and events; None if there is none."""
         logs = []
-        for path in _logs_in(out_dir):
+        for path in log_paths(out_dir):
             try:
-                events = _read_events(path)
+                events = read_events(path)
             except UserError as e:
                 self.line(f"warning: {e}: leaving it as it is")
                 continue

@@ -79,7 +79,7 @@ def _run_as_main(script: str, args: list[str], cwd: str, env: dict, out: str, er
     _print_to(out, err)
     os.chdir(cwd)
     os.environ.update(env)
-    sys.argv = [script, *args]
+    sys.argv, sys.path[:0] = [script, *args], [os.path.dirname(script)]
     code = 0
     try:
         runpy.run_path(script, run_name="__main__")

@@ -166,7 +166,7 @@ def test_a_run_that_may_have_died(run_script, tmp_path, after, silent):
     if silent:
         said = "silent for 00:05:10, and before for 00:01:40 at most: it may have died"
         assert parts(done.out)["status"] == said
-        assert parts(done.out)["time left"].startswith("00:29:56,") and "if it goes on now" in done.out
+        assert parts(done.out)["time left"].startswith("00:29:56,") and "if it is resumed now" in done.out
     else:
         assert parts(done.out)["status"] == "last heard of 00:04:50 ago"
         assert parts(done.out)["time left"].startswith("00:25:06,")
@@ -176,7 +176,7 @@ def test_a_run_that_has_ended(run_script, tmp_path):
     end = {"event": "end", "time": NOW, "step": 250, "status": "stopped"}
     write(tmp_path / "out" / "run_1.jsonl", *going(NOW - 10), end)
     done = run_script(SCRIPT, "out", AT)
-    assert parts(done.out)["status"] == f"stopped {local(NOW)}" and "if it goes on now" in done.out
+    assert parts(done.out)["status"] == f"stopped {local(NOW)}" and "if it is resumed now" in done.out
     write(tmp_path / "out" / "run_1.jsonl", *going(NOW - 10, max_iters=250), end | {"status": "finished"})
     done = run_script(SCRIPT, "out", AT)
     assert parts(done.out)["status"] == f"finished {local(NOW)}" and "left" not in done.out

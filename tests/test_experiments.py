@@ -400,13 +400,13 @@ def test_odd_output_is_a_failed_run(tmp_path, monkeypatch):
     (out / "status.json").write_text('{"status": "finished", "step": 20}')
     result, metrics = runner.result_of(runner.Job(log, 0), log.run_folder(0), report)
     assert "no validation loss captured" in result["error"] and "'10ms'" in result["error"]
-    monkeypatch.setattr(runner, "read_run", lambda *args: 1 / 0)
+    monkeypatch.setattr(runner, "judge_run", lambda *args: 1 / 0)
     result, metrics = runner.result_of(runner.Job(log, 0), log.run_folder(0), report)
     assert "cannot be read: ZeroDivisionError" in result["error"] and metrics == []
     log.record(result, metrics)
-    tail = runner.Tail(str(out))
-    tail.read()
-    assert tail.val_loss == 3.2 and tail.val_step == 20
+    progress = runner.RunProgress(str(out))
+    progress.update()
+    assert progress.val_loss == 3.2 and progress.val_step == 20
 
 
 def test_dry_run_prints_the_commands(tmp_path):
@@ -716,7 +716,7 @@ def test_other_machines_and_code_are_seen(tmp_path):
     a, b = (experiment_of(name, [3.28, 3.29], made_by=made_by(described) | {"--parallel": n})
             for name, n in (("a", 1), ("b", 4)))
     said = compare_experiments.warnings(a, [compare_experiments.compare(a, b, 0.05, 0.8)])
-    assert said == ["b was run with another --parallel than a (4, not 1): what differs may come from that."]
+    assert said == ["b was run with another --parallel than a (4, not 1): differences may come from that."]
 
 
 # train_gpt.py itself

@@ -3,9 +3,9 @@
     python data/openwebtext/prepare.py                     # downloads parquet files from the Hugging Face hub
     python data/openwebtext/prepare.py --parquet=FOLDER    # or takes them from a folder
 
-`datasets` keeps downloads, text and tokenised parts in its cache (24 + 40 + 18 GB; HF_HOME says where), so a
-run that was cut off resumes. Val is 0.05% of the documents with the seed of nanoGPT. A document ends with
-<|endoftext|>, as nanoGPT's do. Needs tiktoken's GPT-2 files: downloaded at first use, or in the folder that
+`datasets` keeps downloads, text and tokenised parts in its cache (24 + 40 + 18 GB, below HF_HOME), so an
+interrupted run resumes. Val is 0.05% of the documents, with nanoGPT's seed. A document ends with
+<|endoftext|>, as in nanoGPT. Needs tiktoken's GPT-2 files: downloaded at first use, or in the folder that
 TIKTOKEN_CACHE_DIR names.
 """
 
@@ -34,24 +34,25 @@ from nanosync.tokenizers import GPT2Tokenizer
 
 NAME = "openwebtext"
 REPOSITORY, REVISION = "Skylion007/openwebtext", "refs/convert/parquet"  # the hub's own parquet export
-DOCUMENTS, TEXT_BYTES, DOWNLOAD_BYTES = 8_013_769, 39_769_491_688, 24_193_092_408  # as its card says
-TOKENS_PER_BYTE = 0.23  # of this text, for the estimate
+DOCUMENTS, TEXT_BYTES, DOWNLOAD_BYTES = 8_013_769, 39_769_491_688, 24_193_092_408  # from its card
+TOKENS_PER_BYTE = 0.23  # for the estimate
 
 
 def find_parquet(folder: str) -> list[str]:
-    """The parquet files below a folder. Raises UserError if there is none."""
+    """Return the parquet files below a folder. Raises UserError if there is none."""
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.parquet"), recursive=True))
     if not files:
         raise UserError(f"--parquet: no *.parquet files below {folder!r}")
-    odd = [path for path in files if not is_utf8(path)]
-    if odd:
-        raise UserError(f"--parquet: the name of {odd[0]!r} is not valid UTF-8: rename it")
+    unusable = [path for path in files if not is_utf8(path)]
+    if unusable:
+        raise UserError(f"--parquet: the name of {unusable[0]!r} is not valid UTF-8: rename it")
     return files
 
 
 def survey(files: list[str], folder: str) -> tuple[int, int, dict]:
-    """Documents and bytes of text that the footers of parquet files count, and what tells whether these are
-    the files of an earlier run: names, sizes, and the last 64 KB, where the footers are. Raises UserError.
+    """Return the documents and bytes of text that the footers of parquet files count, and a fingerprint by
+    which a later run recognises the same files: a hash of names, sizes, and the last 64 KB with the footer.
+    Raises UserError.
     """
     from pyarrow import ArrowException, parquet, types
 
@@ -77,12 +78,12 @@ def survey(files: list[str], folder: str) -> tuple[int, int, dict]:
 
 
 def load(files: list[str] | None, workers: int):
-    """The documents as a `datasets` data set with a column `text`. Raises UserError."""
+    """Return the documents as a `datasets` data set with a column `text`. Raises UserError."""
     import datasets
     import huggingface_hub
 
     for logging in (datasets.logging, huggingface_hub.logging):
-        logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, once
+        logging.set_verbosity(logging.CRITICAL)  # a failure is reported below, once
     try:
         if files is None:
             documents = datasets.load_dataset(REPOSITORY, revision=REVISION, split="train", num_proc=workers)
@@ -101,15 +102,15 @@ def load(files: list[str] | None, workers: int):
 
 
 def encode(example: dict) -> dict:
-    """Ids of one document, closed by <|endoftext|>."""
+    """Return the ids of one document, with <|endoftext|> at the end."""
     global _tokenizer
     _tokenizer = globals().get("_tokenizer") or GPT2Tokenizer()
-    ids = _tokenizer.encode_ordinary(example["text"] or "")  # a null is no text
+    ids = _tokenizer.encode_ordinary(example["text"] or "")  # null is an empty text
     return {"ids": np.append(ids, np.uint16(_tokenizer.eot_token))}
 
 
 def write(writer: TokenWriter, documents, rows: int = 4096) -> None:
-    """Append the ids of all documents, some thousand at a time."""
+    """Append the ids of all documents, `rows` at a time."""
     from tqdm import tqdm
 
     documents = documents.with_format("numpy")
@@ -119,7 +120,7 @@ def write(writer: TokenWriter, documents, rows: int = 4096) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--parquet", help="a folder of parquet files with a column 'text', not the download")
+    parser.add_argument("--parquet", help="a folder of parquet files with a column 'text', for no download")
     parser.add_argument("--out", default=HERE, help="folder of the data set (this one)")
     parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() // 2),
                         help="processes (half the cores)")

@@ -1,12 +1,12 @@
-"""Python source code that is already on this machine, as a data set: nothing is downloaded.
+"""Python source code of this machine as a data set: nothing is downloaded.
 
     python data/python_source/prepare.py    # the standard library, by characters
     python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards
 
-Files are taken once by content, put in an order and split into train and val by a hash of their path inside
-their root: no file is in both, and the split is the same on every machine with the same files. Tokens by
-character are printable ASCII, tab and newline; what else occurs becomes one unknown character. GPT-2 tokens
-need tiktoken's files (TIKTOKEN_CACHE_DIR); a document then begins with <|endoftext|>.
+Of files with equal content one is taken. A hash of the path inside the root orders the files and splits them
+into train and val. So no file is in both, and the split is the same on every machine with the same files. The
+characters are printable ASCII, tab and newline; all others become one unknown character. GPT-2's tokens need
+tiktoken's files (TIKTOKEN_CACHE_DIR); a document then begins with <|endoftext|>.
 """
 
 import hashlib
@@ -40,29 +40,34 @@ NAME = "python_source"
 CHARS = "\t\n" + "".join(sorted(c for c in string.printable if c >= " ")) + UNKNOWN  # 98 of them
 TOKENS_PER_BYTE = {"char": 1.0, "gpt2": 0.49}  # of Python source, for the estimate
 VAL_SHARE = 0.05
-BATCH = 32  # documents a worker encodes at a time
+BATCH = 32  # documents that a worker encodes at a time
 
 
 @dataclass(frozen=True)
 class Document:
+    """A Python file."""
+
     path: str
-    name: str  # root's name and the path inside the root: where it goes is a function of this
-    size: int
-    digest: str
+    name: str  # name of the root and path inside it: the place is a function of the name
+    size: int  # bytes
+    digest: str  # SHA-256 of the content
 
     @property
     def place(self) -> float:
-        """A number in [0, 1) that orders and splits the documents."""
+        """A number in [0, 1) by which documents are ordered and split."""
         return int.from_bytes(hashlib.sha256(file_name_bytes(self.name)).digest()[:8], "big") / 2**64
 
 
 def file_name_bytes(name: str) -> bytes:
-    """As the name is on disk, where it need not be valid UTF-8."""
+    """Return the bytes of a file name, which need not be valid UTF-8."""
     return name.encode("utf-8", "surrogateescape")
 
 
 def find_roots(roots: str) -> dict[str, str]:
-    """'stdlib', 'site-packages' and folders, comma-separated -> folder by name. Raises UserError."""
+    """Return the folder of each root by its name. Raises UserError.
+
+    roots: 'stdlib', 'site-packages' and folders, comma-separated.
+    """
     paths = sysconfig.get_paths()
     known = {"stdlib": paths["stdlib"], "site-packages": paths["purelib"]}
     found, folders = {}, {}
@@ -81,7 +86,7 @@ def find_roots(roots: str) -> dict[str, str]:
 
 
 def root_name(path: str, others: list[str], taken: Collection[str]) -> str:
-    """The last part of a path, or, where another path ends in the same, as many parts as tell them apart."""
+    """Return the last part of a path, with as many parts before it as distinguish it from other paths."""
     parts = path.split("/")
     for n in range(1, len(parts) + 1):
         name = "/".join(parts[-n:])
@@ -91,7 +96,7 @@ def root_name(path: str, others: list[str], taken: Collection[str]) -> str:
 
 
 def find_documents(roots: dict[str, str]) -> list[Document]:
-    """All *.py files in UTF-8 below the roots, each content once, in the order of their hashed names."""
+    """Return all *.py files in UTF-8 below the roots, each content once, in the order of their places."""
     documents, seen = [], set()
     for root, folder in roots.items():
         for parent, folders, files in os.walk(folder):
@@ -109,7 +114,7 @@ def find_documents(roots: dict[str, str]) -> list[Document]:
 
 
 def read_source(path: str) -> str:
-    """The text of a file, empty if it cannot be read as UTF-8."""
+    """Return the text of a file; '' if it cannot be read as UTF-8."""
     try:
         with open(path, encoding="utf-8") as f:
             return f.read()
@@ -118,18 +123,19 @@ def read_source(path: str) -> str:
 
 
 def make_tokenizer(name: str):
+    """Return the tokenizer of --tokenizer."""
     return CharTokenizer(CHARS) if name == "char" else GPT2Tokenizer()
 
 
 def _start_worker(name: str):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's, which ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the main process ends the workers
     global _tokenizer
     _tokenizer = make_tokenizer(name)
 
 
 def _encode(paths: list[str]) -> np.ndarray:
-    """The tokens of some documents: <|endoftext|> before each, or, where there is none, blank lines after
-    each."""
+    """Return the tokens of some documents: <|endoftext|> before each, or, if the tokenizer has none, blank
+    lines after each."""
     parts = []
     for path in paths:
         text = read_source(path)
@@ -157,7 +163,7 @@ def main() -> None:
     parser.add_argument("--roots", default="stdlib", help="stdlib, site-packages, folders; comma-separated")
     parser.add_argument("--tokenizer", default="char", choices=["char", "gpt2"])
     parser.add_argument("--format", default="bin", choices=["bin", "shards"])
-    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="of a full shard (100,000,000)")
+    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens a shard (100,000,000)")
     parser.add_argument("--out", default=HERE, help="folder of the data set (this one)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
     args = parser.parse_args()

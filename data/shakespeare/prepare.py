@@ -1,4 +1,4 @@
-"""Tiny Shakespeare in GPT-2's tokens: 301,966 for train and 36,059 for val, as nanoGPT's.
+"""Tiny Shakespeare in GPT-2's tokens: 301,966 for train and 36,059 for val, as in nanoGPT.
 
     python data/shakespeare/prepare.py [--input=FILE]
 

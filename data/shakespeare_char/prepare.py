@@ -1,5 +1,4 @@
-"""Tiny Shakespeare by characters: 1,003,854 train and 111,540 val tokens, 65 symbols, the same ids as
-nanoGPT's.
+"""Tiny Shakespeare by characters: 1,003,854 train and 111,540 val tokens, 65 symbols, nanoGPT's ids.
 
     python data/shakespeare_char/prepare.py [--input=FILE]
 """

@@ -1,0 +1,116 @@
+"""Read the plan of a campaign and the experiments of its stages, and check all before anything runs."""
+
+import os
+
+from experiments.experiment_config import (
+    NUMBER,
+    STAGES,
+    all_settings,
+    check_keys,
+    check_name,
+    finite,
+    judged_by,
+    load_config,
+    read_json,
+)
+from experiments.experiment_logger import differences
+from experiments.runner import ENDING
+from nanosync.errors import UserError
+
+PLAN = {"campaign_name": (str, True), "description": (str, False), "baseline": (str, True),
+        "variants": (list, True), "target_val_loss": ((*NUMBER, type(None)), True), "stages": (list, True),
+        "most_advanced": (int, True), "most_proved": (int, True), "probe_steps": (int, True),
+        "budget": (dict, True)}
+STAGE = {"stage": (str, True), "config": (str, True), "n_runs": (int, True), "n_gpus": (int, False)}
+BUDGET = {"gpu_hours": (NUMBER, True), "gpu_hours_per_run": (NUMBER, True), "probe_gpu_hours": (NUMBER, True),
+          "price_per_gpu_hour": ((*NUMBER, type(None)), False)}
+HOUR = 3600.0
+STARTING = 60.0  # seconds added to a run's limit, because the time to compile varies
+
+
+def read_plan(path: str) -> dict:
+    """Read and check a plan. Raises UserError."""
+    plan = read_json(path)
+    check_keys(plan, PLAN, path)
+    check_keys(plan["budget"], BUDGET, f"budget of {path}")
+    check_name(plan["campaign_name"], "campaign_name", path)
+    for stage in plan["stages"]:
+        check_keys(stage, STAGE, f"a stage of {path}")
+        if stage["n_runs"] < 1:
+            raise UserError(f"{path}: n_runs={stage['n_runs']} of {stage['stage']} must be at least 1")
+    names = [stage["stage"] for stage in plan["stages"]]
+    if names != list(STAGES):
+        raise UserError(f"{path}: the stages must be {', '.join(STAGES)}, and are {', '.join(names)}")
+    arms = [plan["baseline"], *plan["variants"]]
+    if not plan["variants"] or not all(isinstance(arm, str) for arm in arms) or len(set(arms)) < len(arms):
+        raise UserError(f"{path}: variants must be names, each once, without {plan['baseline']!r}")
+    for key in ("most_advanced", "most_proved", "probe_steps"):
+        if plan[key] < 1:
+            raise UserError(f"{path}: {key}={plan[key]} must be at least 1")
+    for key, value in plan["budget"].items():
+        if value is not None and (finite(value) is None or value <= 0):
+            raise UserError(f"{path}: budget's {key}={str(value)[:20]} must be finite and above 0")
+    target = plan["target_val_loss"]
+    if target is not None and (finite(target) is None or target < 0):
+        raise UserError(f"{path}: target_val_loss={str(target)[:20]} must be finite and not below 0")
+    return plan
+
+
+def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str, str], dict]:
+    """Load the experiment of each stage and arm (the baseline or a variant). Raises UserError if those of a
+    stage are not comparable."""
+    configs = {}
+    for stage in plan["stages"]:
+        arm_of = {}  # script and settings -> arm
+        for arm in (plan["baseline"], *plan["variants"]):
+            file = os.path.join(os.path.dirname(path), stage["config"].replace("{variant}", arm))
+            config = configs[stage["stage"], arm] = load_config(file, overrides, stage.get("n_gpus"))
+            if config["stage"] != stage["stage"]:
+                raise UserError(f"{file} is of {config['stage']} and the plan names it for {stage['stage']}")
+            check_comparable(file, config, configs[stage["stage"], plan["baseline"]])
+            other = arm_of.setdefault((config["script"], repr(sorted(all_settings(config).items()))), arm)
+            if other != arm:
+                raise UserError(f"{file} has the settings of {other}: there is nothing to compare "
+                                f"(--key=value sets a key in all experiments)")
+    return configs
+
+
+def check_comparable(file: str, config: dict, baseline: dict) -> None:
+    """Raise UserError unless an experiment has the work, the seeds and the val tokens of its baseline."""
+    for key in ("stage_config", "n_gpus", "base_seed"):
+        if config[key] != baseline[key]:
+            raise UserError(f"{file} has another {key} than the stage's baseline: they would not be "
+                            f"comparable")
+    judged = [judged_by(settings) | {"val_loss_every": settings.get("val_loss_every")}
+              for settings in map(all_settings, (baseline, config))]
+    for key, (ours, its) in differences(*judged).items():
+        raise UserError(f"{file} has {key}={its} and the stage's baseline {ours}: they would not be "
+                        f"comparable")
+
+
+def with_ends(cost: float, n_gpus: int) -> float:
+    """Return the GPU-seconds to reserve for a cost: with a slow start, and the ending at the limit."""
+    return cost + (STARTING + ENDING) * n_gpus
+
+
+def stages_until(plan: dict, until: str | None) -> list[dict]:
+    """Return the plan's stages up to `until`, all for None."""
+    names = [stage["stage"] for stage in plan["stages"]]
+    return plan["stages"][:names.index(until) + 1] if until else plan["stages"]
+
+
+def target_of(plan: dict, configs: dict) -> float | None:
+    """Return the plan's target; None if the last stage has none, as when --dataset names another data set."""
+    proof = configs[plan["stages"][-1]["stage"], plan["baseline"]]
+    return None if proof["target_val_loss"] is None else plan["target_val_loss"]
+
+
+def check_cap(plan: dict, stages: list[dict], configs: dict, path: str) -> None:
+    """Raise UserError if gpu_hours_per_run is below the cost of a probe."""
+    n_gpus = max(configs[stage["stage"], plan["baseline"]]["n_gpus"] for stage in stages)
+    budget = plan["budget"]
+    needed = with_ends(HOUR * budget["probe_gpu_hours"], n_gpus) / HOUR
+    if budget["gpu_hours_per_run"] < needed:
+        raise UserError(f"{path}: gpu_hours_per_run={budget['gpu_hours_per_run']} is below the {needed:.3f} "
+                        f"that a probe on {n_gpus} GPU(s) may take (probe_gpu_hours and "
+                        f"{STARTING + ENDING:.0f} s of each): raise it, or lower probe_gpu_hours")

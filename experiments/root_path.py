@@ -1,0 +1,9 @@
+"""Put the repository's root on Python's path; for the scripts of this folder, which import it first.
+
+Python itself puts only a script's own folder there.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
