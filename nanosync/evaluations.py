@@ -66,4 +66,4 @@ EVALUATIONS = {"sample": _samples, "hellaswag": _hellaswag}  # <name>_interval i
 def prepare_evaluations(run: Run, data: DataSet) -> list[Evaluation]:
     """Prepare the evaluations that the settings ask for, and check their inputs. Raises UserError."""
     return [prepare(run, data) for name, prepare in EVALUATIONS.items()
-            if run.config[f"{name}_interval"] and run.writes]
+            if run.config.get(f"{name}_interval") and run.writes]
