@@ -120,7 +120,7 @@ TRAIN = [  # arguments after TINY and the good data set, words of the line
     (["--init_from=resume", "--out_dir=run", "--dataset=shorter"],
      "not the data set that run/ckpt/step-00000003 was trained on (400 train tokens then, 300 now)"),
     (["--init_from=run", "--resume=latest"], "init_from='run' starts a new run and resume='latest' goes on"),
-    (["--init_from=run", "--block_size=32"], "block_size=32 is not among the model's 1 to 16 positions"),
+    (["--init_from=run", "--block_size=32"], "block_size=32 must be between 1 and the model's 16 positions"),
     (["--init_from=run", "--n_head=4"], "n_head=4 (command line), but run has n_head=2: leave n_head out"),
     (["--init_from=damaged/ckpt/step-00000003"], "model.safetensors does not match its SHA-256"),
     (["--use_fsdp", "--use_zero1"], "use_fsdp shards the optimizer's state already, with all else"),
