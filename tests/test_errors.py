@@ -189,7 +189,7 @@ SAMPLE = [
 HELLASWAG = [  # with --init_from=run_50257 --input=good.jsonl
     (["--n_examples=0"], "n_examples=0 must be at least 1"),
     (["--batch_size=0"], "batch_size=0 must be at least 1"),
-    (["--json=nodir/x.json"], "json='nodir/x.json' names no file in a folder that is there"),
+    (["--json=nodir/x.json"], "json='nodir/x.json' is not the path of a file in an existing folder"),
     (["--init_from=resume"], "no checkpoint in out: train with --out_dir=out first"),
     (["--checkpoint_step=9"], "run_50257 has no checkpoint '9'; it has the steps 3"),
     (["--init_from=damaged"], "none of the 1 checkpoints in damaged can be used"),
@@ -235,7 +235,7 @@ BENCH = [
     (["--mode=generate", "--prompt_tokens=1000"], "together exceed block_size=1024"),
     (["--rounds=0"], "rounds=0 must be at least 1"),
     (["--seed=99999999999999999999"], "does not fit into 64 bits"),
-    (["--json=nodir/x.json"], "json='nodir/x.json' names no file in a folder that is there"),
+    (["--json=nodir/x.json"], "json='nodir/x.json' is not the path of a file in an existing folder"),
     (["--json=peers"], "json='peers' names no file"),
     (["--n_embd=100000000", "--n_head=1"], "GB of memory: choose a smaller model"),
     (["--mode=generate", "--temperature=0", "--peer=hf"], "temperature=0 (always the most likely token) is"),
