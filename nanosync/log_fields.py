@@ -1,4 +1,4 @@
-"""The fields of a run's events: what readers of a log rely on, and what TensorBoard and wandb show.
+"""The fields of a run's events, for readers of logs and for the curves of TensorBoard and wandb.
 
 A new field of an iteration is one entry here and one argument of `run.iteration`.
 """
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LogField:
-    """A number of an event; null in the log stands for one that is NaN or infinite."""
+    """A number in an event. A log has null for a number that is NaN or infinite."""
 
-    event: str
+    event: str  # kind of event
     name: str
     unit: str = ""
-    curve: str = ""  # in TensorBoard and wandb; each curve has one kind of event, so that it has a step once
-    factor: float = 1.0  # from the event's value to the curve's
-    required: bool = True  # every event of the kind has it
-    unknown: bool = False  # null means unknown, and is no point of the curve; elsewhere it is drawn as NaN
+    curve: str = ""  # in TensorBoard and wandb; a curve has one kind of event, so it has each step once
+    factor: float = 1.0  # value of the curve / value in the event
+    required: bool = True  # every event of the kind has the field
+    unknown: bool = False  # True: null means unknown and is not drawn; False: null is drawn as NaN
 
 
 FIELDS = (
@@ -41,16 +41,16 @@ FIELDS = (
     LogField("sample", "step"),
     LogField("end", "best_val_loss", "nats/token", "best_val_loss", required=False, unknown=True),
 )
-EVALUATION_EVENTS = ("eval", "hellaswag", "sample")  # belong to a step's evaluation, before its update
+EVALUATION_EVENTS = ("eval", "hellaswag", "sample")  # parts of a step's evaluation, before its update
 
 
 def required_fields(event: str) -> tuple[str, ...]:
-    """Return the names that every event of a kind has, with a number or null."""
+    """Return the names of the fields that every event of a kind has, with a number or null."""
     return tuple(field.name for field in FIELDS if field.event == event and field.required)
 
 
 def curves_of(event: dict) -> dict[str, float]:
-    """Return what of an event is drawn, by the curve's name. A field that the event lacks is drawn as NaN."""
+    """Return the points of an event, curve -> value. The value is NaN if the event lacks a field."""
     values = {}
     for field in FIELDS:
         if field.event == event["event"] and field.curve:

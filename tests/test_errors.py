@@ -130,7 +130,7 @@ TRAIN = [  # arguments after TINY and the good data set, words of the line
     (["--fsdp_min_num_params=-1"], "fsdp_min_num_params=-1.0 must be at least 0"),
     (["--activation_checkpointing=layers"], "activation_checkpointing='layers' is unknown: use none"),
     (["--init_from=gpt5"], "'gpt5' is neither a folder nor one of gpt2"),
-    (["--init_from=model"], "model/config.json is no configuration of a GPT-2"),
+    (["--init_from=model"], "model/config.json is not the configuration of a GPT-2"),
     (["--hellaswag_interval=5", "--hellaswag_input=none.jsonl"],
      "cannot read none.jsonl: No such file or directory; or train without HellaSwag, --hellaswag_interval=0"),
 ]
@@ -193,11 +193,11 @@ HELLASWAG = [  # with --init_from=run_50257 --input=good.jsonl
     (["--init_from=resume"], "no checkpoint in out: train with --out_dir=out first"),
     (["--checkpoint_step=9"], "run_50257 has no checkpoint '9'; it has the steps 3"),
     (["--init_from=damaged"], "none of the 1 checkpoints in damaged can be used"),
-    (["--init_from=run"], "has the tokens of the tokenizer 'char', and HellaSwag is read in GPT-2's"),
-    (["--init_from=run_gpt2"], "has a vocabulary of 61 tokens, and HellaSwag is read in GPT-2's 50257"),
+    (["--init_from=run"], "has the tokens of the tokenizer 'char', and HellaSwag needs GPT-2's"),
+    (["--init_from=run_gpt2"], "has a vocabulary of 61 tokens, and HellaSwag needs GPT-2's 50257"),
     (["--input=none.jsonl"], "cannot read none.jsonl: No such file"),
     (["--input=data"], "cannot read data: Is a directory"),
-    (["--input=bad.jsonl"], "bad.jsonl, line 2: label=4 is no whole number from 0 to 3"),
+    (["--input=bad.jsonl"], "bad.jsonl, line 2: label=4 is not a whole number from 0 to 3"),
     ([], "block_size=16 is too short for HellaSwag: an ending has 41 tokens"),
     (["--tp_processes=2"], "tp_processes=2 does not divide the 1 processes"),
 ]
