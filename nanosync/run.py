@@ -223,7 +223,7 @@ class Run:
             self._save(True, improved)
         if self.val_loss is not None or interval_due or self.step == self.first_step:
             self.write_status("running")
-        self.stopwatch.go_on()
+        self.stopwatch.resume()
         if self._stop_reason is not None:
             self.line(self._stop_reason)
             self.status = "stopped"
