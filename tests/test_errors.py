@@ -123,7 +123,7 @@ TRAIN = [  # arguments after TINY and the good data set, words of the line
     (["--init_from=run", "--block_size=32"], "block_size=32 must be between 1 and the model's 16 positions"),
     (["--init_from=run", "--n_head=4"], "n_head=4 (command line), but run has n_head=2: leave n_head out"),
     (["--init_from=damaged/ckpt/step-00000003"], "model.safetensors does not match its SHA-256"),
-    (["--use_fsdp", "--use_zero1"], "use_fsdp shards the optimizer's state already, with all else"),
+    (["--use_fsdp", "--use_zero1"], "use_fsdp already shards the optimizer's state: leave use_zero1 out"),
     (["--use_fsdp", "--dtype=float16"], "with use_fsdp or tp_processes use --dtype=bfloat16"),
     (["--use_fsdp", "--fsdp_cpu_offload"], "it needs CUDA, several processes, and tp_processes=1"),
     (["--fsdp_reshard_after_forward=False"], "fsdp_reshard_after_forward is for --use_fsdp"),
