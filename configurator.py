@@ -6,11 +6,11 @@ A script lists its settings at the top, one assignment a line with a comment, an
 
     config = configure(globals())
 
-A setting is every name assigned at the top level before that call. Config files are Python, run with the
-settings as they are so far in their namespace; they are the user's own code and trusted. Values on the
-command line are literals. Whatever the script does not define is an error, in a file as on the command line:
-a misspelt key must not train another model than the one meant. After nanoGPT's configurator.py, with which
-config files are interchangeable.
+Every name assigned at the top level before that call is a setting. Config files are Python code of the user
+and trusted. They run in a namespace that holds the values so far. Values on the command line are literals. A
+key that the script does not define is an error, in a config file as on the command line, because a misspelt
+key would silently train another model. The design follows nanoGPT's configurator.py; config files work with
+both.
 """
 
 import argparse
@@ -37,20 +37,19 @@ class Setting:
     """A line of a script's settings."""
 
     name: str
-    type: object  # the annotated type or union of types, else the default's; None, for any, if that is None
+    type: object  # annotated type or union; else the type of the default; None (any type) if that is None
     comment: str
-    heading: str  # the comment lines above it
+    heading: str  # comment lines above the setting
 
 
 class Config(dict):
-    """The resolved settings, name to value; `origin` has for each where its value came from.
+    """Resolved settings, name -> value. `origin`: name -> source of the value, '' for the script's default.
 
-    A value that is set later, such as one that a checkpoint decides, is written through to the script's
-    globals.
+    Assigning to a setting also assigns to the script's global of the same name.
     """
 
     def __init__(self, values: dict, origin: dict[str, str], namespace: dict | None = None):
-        """namespace: the script's globals()."""
+        """Store values and origins. namespace: globals() of the script."""
         super().__init__(values)
         self.origin, self._namespace = origin, {} if namespace is None else namespace
 
@@ -59,7 +58,7 @@ class Config(dict):
         self._namespace[name] = value
 
     def table(self) -> str:
-        """One line a setting: name, value and, where it is not the script's default, its origin."""
+        """Return one line per setting: name, value, and the origin unless it is the script's default."""
         width = max(map(len, self), default=0)
         lines = (f"  {name:{width}} = {value!r}" + (f"  ({origin})" if (origin := self.origin[name]) else "")
                  for name, value in self.items())
@@ -68,20 +67,25 @@ class Config(dict):
 
 def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, others: tuple[str, ...] = (),
               environment: str = "") -> Config:
-    """Apply config files and --key=value to the settings in `namespace`, a script's globals(); return them.
+    """Apply config files and --key=value to the settings in `namespace`; return the resolved settings.
 
-    argv defaults to the command line. `--help` prints the settings and exits. `others` are paths of scripts
-    whose settings may be given as well; they are only in what is returned, and the last script that has a
-    setting says its default. `environment`, if given, is a prefix: variables <prefix><KEY> count, after the
-    files and before the command line. Raises UserError; installs the hook that ends the script on one with a
-    line on stderr and exit code 2 (`rank` is who says it first, see there).
+    Print the settings and exit on `--help`. Install the hook that ends the script on a UserError with one
+    line on stderr and exit code 2. Raises UserError.
+
+    namespace: globals() of the script.
+    argv: arguments, by default those of the command line.
+    rank: global rank of this process, for install_error_hook.
+    others: paths of further scripts whose settings are accepted. Their values are only in the returned
+        Config. If several scripts define a setting, the last script decides its default.
+    environment: prefix of environment variables. <prefix><KEY> overrides config files, and the command line
+        overrides <prefix><KEY>. '' ignores the environment.
     """
     argv = sys.argv[1:] if argv is None else argv
     settings = {setting.name: setting for setting in read_settings(namespace)}
     install_error_hook(rank, settings)
     if "--help" in argv or "-h" in argv:
         if hasattr(signal, "SIGPIPE"):
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as `cat` does where `| head` has seen enough
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit silently when `| head` closes the pipe
         if rank == 0:
             print(help_text(namespace, settings))
         sys.exit(0)
@@ -106,7 +110,7 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
 
 
 def read_settings(namespace: dict) -> list[Setting]:
-    """The settings of a script, in order: its top-level assignments before the call of `configure`."""
+    """Return the settings of a script, in order: its top-level assignments before the call of `configure`."""
     source, assignments = _read_assignments(namespace["__file__"])
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
@@ -124,21 +128,23 @@ def read_settings(namespace: dict) -> list[Setting]:
 
 
 def script_defaults(path: str) -> dict:
-    """What `read_settings` needs of a script's globals, without running more of it than its settings. Raises
-    UserError for one that needs more."""
+    """Return the globals of a script that `read_settings` needs, by running only its settings.
+
+    Raises UserError if a setting needs an import or another statement.
+    """
     namespace = {"__file__": path}
     for node in _read_assignments(path)[1]:
         try:
             exec(compile(ast.Module([node], []), path, "exec"), namespace)
         except Exception as e:
-            raise UserError(f"{path}, line {node.lineno}: {type(e).__name__}: {e}: assignments above the "
-                            f"call of configure are settings, which are read without the imports: move this "
-                            f"below that call") from None
+            raise UserError(f"{path}, line {node.lineno}: {type(e).__name__}: {e}. Assignments above the "
+                            f"call of configure are settings and are read without the imports. Move this "
+                            f"assignment below that call") from None
     return namespace
 
 
 def literal_defaults(path: str) -> dict:
-    """Of a script's settings, the defaults that are literals; nothing of it is executed."""
+    """Return the literal defaults of a script's settings, without executing the script."""
     found = {}
     for node in _read_assignments(path)[1]:
         target = node.targets[0] if isinstance(node, ast.Assign) else node.target
@@ -149,7 +155,7 @@ def literal_defaults(path: str) -> dict:
 
 
 def _read_assignments(path: str) -> tuple[str, list]:
-    """The source of a script, and its top-level assignments before the call of `configure`."""
+    """Return the source of a script, and its top-level assignments before the call of `configure`."""
     with open(path, encoding="utf-8") as f:
         source = f.read()
     nodes = []
@@ -162,7 +168,7 @@ def _read_assignments(path: str) -> tuple[str, list]:
 
 
 def _heading(comments: dict[int, str], lines: list[str], lineno: int) -> str:
-    """The whole-line comments right above a line, rulers left out."""
+    """Return the whole-line comments directly above a line, without rulers."""
     above = []
     while lineno > 1 and lines[lineno - 2].lstrip().startswith("#"):
         lineno -= 1
@@ -172,7 +178,7 @@ def _heading(comments: dict[int, str], lines: list[str], lineno: int) -> str:
 
 
 def help_text(namespace: dict, settings: dict[str, Setting]) -> str:
-    """The script's docstring and its settings, with headings, defaults and comments."""
+    """Return the script's docstring and its settings, with headings, defaults and comments."""
     script = os.path.basename(namespace["__file__"])
     lines = [(namespace.get("__doc__") or "").strip(), "",
              f"usage: python {script} [CONFIG_FILE.py ...] [--key=value ...]", ""]
@@ -216,7 +222,7 @@ def run_config_file(path: str, values: dict, settings: dict[str, Setting]) -> di
 
 
 def _line_in(error: Exception, path: str) -> int | str:
-    """The line of the config file that an error passed through last."""
+    """Return the number of the innermost line of the config file in an error's traceback, '?' if none."""
     line, tb = "?", error.__traceback__
     while tb is not None:
         if tb.tb_frame.f_code.co_filename == path:
@@ -226,7 +232,7 @@ def _line_in(error: Exception, path: str) -> int | str:
 
 
 def parse_argument(arg: str, settings: dict[str, Setting]) -> tuple[str, object]:
-    """`--key=value`, or `--key` alone for a setting that is True or False. Raises UserError."""
+    """Parse `--key=value`, or `--key` alone for a setting of type bool. Raises UserError."""
     key, equals, text = arg.partition("=")
     name = key[2:]
     if not key.startswith("--") or not name:
@@ -242,7 +248,10 @@ def parse_argument(arg: str, settings: dict[str, Setting]) -> tuple[str, object]
 
 
 def read_value(setting: Setting, text: str, where: str):
-    """The value that a text stands for: a literal, or itself where that is meant. Raises UserError."""
+    """Return the value of a text: a literal, or the text itself if the setting takes text. Raises UserError.
+
+    where: source of the text, for the error message.
+    """
     allowed = _allowed(setting)
     try:
         value = evaluate(text)
@@ -254,7 +263,7 @@ def read_value(setting: Setting, text: str, where: str):
 
 
 def evaluate(text: str):
-    """The value of a literal, in which + - * / // may stand too: "['spd']*6", "5*8"."""
+    """Return the value of a literal that may contain + - * / //, such as "['spd']*6" or "5*8"."""
     return _evaluate(ast.parse(text.strip(), mode="eval").body)
 
 
@@ -269,7 +278,7 @@ def _evaluate(node):
 
 
 def _allowed(setting: Setting) -> tuple[type, ...]:
-    """The types a setting may have, () for any."""
+    """Return the types that a setting may have, () for any type."""
     if setting.type is None:
         return ()
     types_ = typing.get_args(setting.type) or (setting.type,)
@@ -277,9 +286,10 @@ def _allowed(setting: Setting) -> tuple[type, ...]:
 
 
 def check_type(setting: Setting, value, where: str):
-    """`value`, as a float where that is meant and an int given.
+    """Return `value`, converted from int to float if the setting is a float.
 
-    Raises UserError for another type, for a float that is infinite or no number, for what is not Unicode.
+    where: source of the value, for the error message. Raises UserError for a wrong type, a float that is not
+    finite, or text that is not Unicode.
     """
     allowed = _allowed(setting)
     if isinstance(value, tuple) and list in allowed:
@@ -299,21 +309,21 @@ def check_type(setting: Setting, value, where: str):
 
 
 def check_at_least(config: dict, minimum: float, *names: str) -> None:
-    """Raise UserError if one of these settings is below the minimum."""
+    """Raise UserError if a named setting is below the minimum."""
     for name in names:
         if config[name] < minimum:
             raise UserError(f"{name}={config[name]} must be at least {minimum}")
 
 
 def check_at_most(config: dict, maximum: float, *names: str) -> None:
-    """Raise UserError if one of these settings is above the maximum."""
+    """Raise UserError if a named setting is above the maximum."""
     for name in names:
         if config[name] > maximum:
             raise UserError(f"{name}={config[name]} must be at most {maximum:g}")
 
 
 def check_choice(config: dict, name: str, choices: Collection[str]) -> None:
-    """Raise UserError if a setting is none of the choices."""
+    """Raise UserError if a setting has none of the allowed values."""
     if config[name] not in choices:
         *most, last = choices
         known = f"{', '.join(most)} or {last}" if len(choices) == 2 else ", ".join(choices)
@@ -327,14 +337,16 @@ def check_seed(config: dict) -> None:
 
 
 def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserError:
+    """Make the error for a key that is no setting; it names the nearest setting."""
     near = difflib.get_close_matches(name, settings, 1)
     hint = f": did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown key {name!r} in {where}{hint} (--help lists all)")
 
 
 class Parser(argparse.ArgumentParser):
-    """Arguments of a prepare.py: `--help` as usual, an error as one line with exit code 2, and Ctrl-C as one
-    with 130.
+    """Argument parser of the prepare.py scripts.
+
+    An error prints one line and exits with code 2. Ctrl-C exits with code 130.
     """
 
     def __init__(self, description: str):
@@ -344,7 +356,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         for arg in sys.argv[1:] if args is None else args:
-            if not is_utf8(arg):  # it could be neither printed nor written to meta.json
+            if not is_utf8(arg):  # cannot be printed or written to meta.json
                 self.error(f"argument {arg!r} is not valid UTF-8")
         return super().parse_args(args, namespace)
 

@@ -1,8 +1,9 @@
-"""GPT-2 as a dense model: configuration, blocks, initialisation, loss, generation, Hugging Face in and out.
+"""GPT-2 as a dense model: configuration, blocks, initialisation, loss, generation, Hugging Face import and
+export.
 
-The parameters have the names and shapes of nanoGPT's model.py, so every variant of this repository shares one
-set of weights. Follows the GPT-2 paper and code (pre-LayerNorm, GELU in its tanh form, learned positions,
-tied head).
+The parameters have the names and shapes of nanoGPT's model.py. All variants of this repository share this one
+set of weights. The architecture follows the GPT-2 paper and code: pre-LayerNorm, GELU in its tanh form,
+learned positions, tied head.
 
 Shapes: B batch, T tokens of a sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
 """
@@ -24,16 +25,16 @@ from nanosync.sharding import Replicated
 
 @dataclass
 class GPTConfig:
-    """The architecture. Raises UserError for values that no model can be built from."""
+    """Architecture of the dense GPT. Raises UserError for values from which no model can be built."""
 
-    block_size: int = 1024  # T, the longest context
+    block_size: int = 1024  # longest context, tokens
     vocab_size: int = 50304  # V, rows of the embedding: GPT-2's 50257 rounded up to a multiple of 64
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2; without is a little faster
-    used_vocab_size: int | None = None  # tokens that exist; the rows after them are padding and never sampled
+    bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2; False is a little faster
+    used_vocab_size: int | None = None  # number of tokens; later rows of the embedding are never sampled
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -52,9 +53,10 @@ class GPTConfig:
 
 
 def padded_vocab_size(meta: dict | None) -> tuple[int, int]:
-    """(tokens that exist, rows of the embedding) for a data set's meta.json, GPT-2's 50257 if there is none.
+    """Return (number of tokens, rows of the embedding) for a data set.
 
-    Large vocabularies are padded to a multiple of 64, which the matrix units like: 50257 -> 50304.
+    meta: contents of its meta.json, None for GPT-2's 50257 tokens. Vocabularies of 4096 tokens and more are
+    padded to a multiple of 64, for which matrix products are faster: 50257 -> 50304.
     """
     used = 50257 if meta is None else meta["vocab_size"]
     return used, -(-used // 64) * 64 if used >= 4096 else used
@@ -63,7 +65,7 @@ def padded_vocab_size(meta: dict | None) -> tuple[int, int]:
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension with an optional bias."""
 
-    triton = False  # whether it runs as a Triton kernel, see use_triton_layer_norm
+    triton = False  # True: run as a Triton kernel, see use_triton_layer_norm
 
     def __init__(self, n_embd: int, bias: bool):
         super().__init__()
@@ -79,8 +81,8 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
     def add(self, x, out):
-        """x + out, or x if out is None, and its LayerNorm: (..., C) each."""
-        if out is None:  # x is the embedding: the compiler makes both their gradients in one kernel
+        """Return x + out, and its LayerNorm; out=None stands for zero. All are (..., C)."""
+        if out is None:  # x is the embedding: the compiler fuses the gradients of embedding and LayerNorm
             return x, self.plain(x) if torch.compiler.is_compiling() else self(x)
         if self.triton:
             return add_layer_norm(x, out, self.weight, self.bias)
@@ -89,8 +91,9 @@ class LayerNorm(nn.Module):
 
 
 def use_triton_layer_norm(model: nn.Module) -> None:
-    """Make every LayerNorm of a model, of any kind, run as a Triton kernel where one can (kernels.usable says
-    where that is for a parameter), alone or with the residual addition before it. Elsewhere nothing changes.
+    """Run every LayerNorm of a model, and the residual addition before it, as a Triton kernel.
+
+    The kernel runs only if kernels.usable is True for the parameter; otherwise PyTorch's code runs.
     """
     for module in model.modules():
         if isinstance(module, LayerNorm):
@@ -107,14 +110,17 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, cache=None):
-        """x: (B, T, C) -> (B, T, C). `cache` (2, B, H, block_size, D) receives this prompt's k and v."""
+        """Attend causally: x (B, T, C) -> (B, T, C).
+
+        cache: tensor (2, B, H, block_size, D) into which k and v are written; None in training.
+        """
         B, T, C = x.size()
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
                    for part in self.c_attn(x).split(C, dim=2))
         if cache is not None:
             cache[0, :, :, :T] = k
             cache[1, :, :, :T] = v
-        # PyTorch takes the fastest kernel it has: cuDNN's on Hopper, flash on other GPUs
+        # PyTorch chooses the kernel: cuDNN's on Hopper, FlashAttention on other GPUs
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0,
                                            is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -122,7 +128,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def gelu(x):
-    """GELU in GPT-2's tanh form; compiled, as x * sigmoid(2u), the same function without a slow tanh."""
+    """Return GELU in GPT-2's tanh form. Compiled code uses the equal x * sigmoid(2u), as tanh is slow."""
     if torch.compiler.is_compiling():
         return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     return F.gelu(x, approximate="tanh")
@@ -140,8 +146,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    recompute = "none"  # what the backward pass computes again, see nanosync.recompute
-    generator = None  # of dropout masks, where it is not PyTorch's own
+    recompute = "none"  # activations that the backward pass recomputes, see nanosync.recompute
+    generator = None  # generator of dropout masks, None: PyTorch's default generator
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -151,12 +157,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, *args):
-        """Return compute(*args); keep of it what `recompute` says."""
+        """Return compute(*args); keep the activations that `recompute` does not name."""
         return recompute.run(self.compute, args, self.recompute, self.generator)
 
     def compute(self, x, out=None, cache=None):
-        """The residual stream x and the last MLP's `out`, None before the first block, both (B, T, C) -> the
-        same after this block. They come apart so that a LayerNorm's kernel can add them (LayerNorm.add)."""
+        """Return (residual stream, output of the MLP) after this block, both (B, T, C).
+
+        x: residual stream without `out`, (B, T, C).
+        out: output of the previous block's MLP, (B, T, C), None before the first block. It is separate so
+            that the LayerNorm kernel can add it (LayerNorm.add).
+        cache: see CausalSelfAttention.forward.
+        """
         x, y = self.ln_1.add(x, out)
         x, y = self.ln_2.add(x, self.attn(y, cache))
         return x, self.mlp(y)
@@ -166,10 +177,13 @@ class GPT(Replicated):
     block_class = Block
 
     def __init__(self, config: GPTConfig):
-        """On PyTorch's default device; on 'meta' it is a model without values, see initial_parameters."""
+        """Build and initialise the model on PyTorch's default device.
+
+        On the meta device the model has no values; see initial_parameters.
+        """
         super().__init__()
         self.config = config
-        with torch.device("meta"):  # PyTorch would draw values, which are drawn below
+        with torch.device("meta"):  # skips PyTorch's own initialisation
             self.transformer = nn.ModuleDict(dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -184,29 +198,37 @@ class GPT(Replicated):
             init_parameter(name, p, config.n_layer)
 
     def hidden(self, idx, cache=None):
-        """Token ids (B, T) -> the hidden states after ln_f (B, T, C). cache: (L, 2, B, H, block_size, D)."""
+        """Map token ids (B, T) to the hidden states after ln_f (B, T, C).
+
+        cache: tensor (L, 2, B, H, block_size, D) into which k and v are written, or None.
+        """
         x, out = self.transformer.drop(self.embed(idx)), None
         for i, block in enumerate(self.transformer.h):
             x, out = block(x, out, None if cache is None else cache[i])
         return self.transformer.ln_f.add(x, out)[1]
 
     def embed(self, idx):
-        """Token ids (B, T) -> their embeddings with that of their position (B, T, C)."""
+        """Map token ids (B, T) to the sum of token and position embeddings (B, T, C).
+
+        Raises UserError if T exceeds block_size.
+        """
         T = idx.size(1)
         if T > self.config.block_size:
             raise UserError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            # the residual stream is in the compute dtype throughout
+            # keep the residual stream in the compute dtype
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
     def forward(self, idx, targets=None, all_logits: bool = False):
-        """Token ids (B, T) -> (logits, loss).
+        """Map token ids (B, T) to (logits, loss).
 
-        With `targets` (B, T), -1 where a position does not count: (None, mean loss). The logits of a whole
-        batch are never held. Without: (logits, None), of the last position (B, 1, V), or of all with
-        `all_logits`.
+        With targets, return (None, mean loss); the logits of the whole batch are never in memory. Without
+        targets, return (logits, None).
+
+        targets: token ids (B, T), -1 at positions that the loss ignores.
+        all_logits: True for the logits of all positions (B, T, V), False for the last position (B, 1, V).
         """
         x = self.hidden(idx)
         if targets is not None:
@@ -214,21 +236,20 @@ class GPT(Replicated):
         return self.lm_head(x if all_logits else x[:, -1:]), None
 
     def generate(self, idx, max_new_tokens: int, stop_token: int | None = None, **sampling):
-        """Token ids (B, T) -> (B, T + new). `sampling` is what Decoder takes."""
+        """Continue token ids (B, T) to (B, T + new). sampling: keyword arguments of Decoder."""
         return self.decoder(idx.shape[0], **sampling).generate(idx, max_new_tokens, stop_token)
 
     def decoder(self, batch_size: int, **sampling) -> "Decoder":
-        """What generates from this model, to be kept for more prompts; see Decoder."""
+        """Make a Decoder for prompts of batch_size sequences. The caller can reuse it for more prompts."""
         return Decoder(self, batch_size, **sampling)
 
     def flops_per_token(self, T: int) -> int:
-        """Floating-point operations of a training step (forward, and backward as twice that) per token, at
-        length T.
+        """Return the floating-point operations of a training step per token, in sequences of T tokens.
 
-        Every matrix product of the model: 6 per weight in one, head included, plus attention's two products
-        over the whole T x T square, as PaLM (arXiv 2204.02311, appendix B) and nanoGPT count them, so that
-        MFU compares. Causal kernels skip up to half of that square; embedding look-ups, LayerNorm and biases
-        are not counted.
+        Each weight of a matrix product, head included, costs 2 in the forward and 4 in the backward pass.
+        Attention's two products count over the whole T x T square, although causal kernels skip up to half of
+        it. Embedding look-ups, LayerNorm and biases do not count. PaLM (arXiv 2204.02311, appendix B) and
+        nanoGPT count the same way, so MFU is comparable.
         """
         c = self.config
         weights = c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd
@@ -236,19 +257,20 @@ class GPT(Replicated):
 
     @torch.no_grad()
     def crop_block_size(self, block_size: int) -> None:
-        """Keep only the first block_size positions. Raises UserError for more than there are."""
+        """Keep only the first block_size positions. Raises UserError if the model has fewer."""
         if not 1 <= block_size <= self.config.block_size:
-            raise UserError(f"block_size={block_size} is not among the model's 1 to {self.config.block_size} "
-                            f"positions")
+            raise UserError(f"block_size={block_size} must be between 1 and the model's "
+                            f"{self.config.block_size} positions")
         self.config.block_size = block_size
         self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].clone(),
                                                             freeze=False)
 
     @classmethod
     def from_pretrained(cls, name: str, dropout: float = 0.0) -> "GPT":
-        """GPT-2 weights in Hugging Face's format: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' from the hub
-        (or its cache on this machine), or a local folder with config.json and model.safetensors. Raises
-        UserError.
+        """Load GPT-2 weights in Hugging Face's format. Raises UserError.
+
+        name: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', from the hub or its local cache, or a local
+            folder with config.json and model.safetensors.
         """
         folder = huggingface.find_folder(name)
         model = cls(GPTConfig(**huggingface.read_config(folder), dropout=dropout))
@@ -256,16 +278,16 @@ class GPT(Replicated):
         return model
 
     def save_pretrained(self, folder: str) -> None:
-        """Write a folder that transformers loads as GPT2LMHeadModel, with equal logits."""
+        """Write a folder that transformers loads as a GPT2LMHeadModel with the same logits."""
         huggingface.save(self, folder)
 
 
 @torch.no_grad()
 def init_parameter(name: str, p: torch.Tensor, n_layer: int) -> None:
-    """GPT-2's initialisation, by parameter name: a name that no rule covers is an error, not left to chance.
+    """Initialise a parameter as GPT-2 does, by a rule for its name. A name without a rule is an error.
 
     Matrices and embeddings are normal with std 0.02, the two projections back into the residual stream with
-    0.02 / sqrt(2L); LayerNorm weights are one, biases zero.
+    std 0.02 / sqrt(2L). LayerNorm weights are 1, biases 0.
     """
     if name.endswith("bias"):
         p.zero_()
@@ -280,8 +302,14 @@ def init_parameter(name: str, p: torch.Tensor, n_layer: int) -> None:
 
 
 def initial_parameters(model: nn.Module, device="cpu"):
-    """(name, value) of each parameter of a model, a dense one or with all ranks here, drawn in the order and,
-    on the same device, to the bits in which a new model has them. Each is gone when the next is asked for."""
+    """Return an iterator over (name, initial value) of each parameter of a model, which may be on meta.
+
+    The values have the order and, on the same device, the bits of a newly built model's. The iterator keeps
+    no value, so the caller decides how many are in memory.
+
+    model: a dense model, or a model whose process holds all tensor-parallel ranks.
+    device: device of the values.
+    """
     shapes, n_layer = {name: p.shape for name, p in model.named_parameters()}, model.config.n_layer
 
     def drawn(name):

@@ -1,2 +1,1 @@
-"""The machinery behind the scripts: a run from its lock to its end, processes, data, logs. Knows no model
-class."""
+"""Machinery of the scripts: the life of a run, processes, data, logs. It knows no model class."""

@@ -1,16 +1,16 @@
-"""Checkpoints: nothing executable, independent of how the run was parallelised, never half-written.
+"""Checkpoints: without executable content, independent of how the run was parallelised, never half-written.
 
     out_dir/ckpt/step-00001000/model.safetensors    parameters by name, fp32, whole
                                optim.safetensors    optimizer state as {parameter}.{entry}
                                rng.safetensors      random states as {rank}.{generator}
                                state.json           step, data cursor, configuration, versions, ...
-                               MANIFEST.json        size and SHA-256 of each of the above
-    out_dir/latest                                  name of the newest, for people; loading does not trust it
+                               MANIFEST.json        size and SHA-256 of each file above
+    out_dir/latest                                  name of the newest, for users; loading does not read it
     out_dir/best.json                               step and val loss of the best
 
-Written under .tmp-step-..., synced, the manifest last, then renamed: what bears its final name is whole.
-Loading takes the newest step whose files match its manifest. Tensors are safetensors and the rest is JSON, so
-nothing is unpickled.
+A checkpoint is written to a folder .tmp-step-..., its files are synced, the manifest comes last, and then the
+folder is renamed. So a folder with its final name is complete. Loading takes the newest step whose files
+match its manifest. Tensors are safetensors and the rest is JSON: loading never unpickles.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.jso
 STEP_NAME = re.compile(r"step-(\d{8,})")
 MAX_JSON = 64 * 2**20  # bytes
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-# what a run depends on in state.json, and its types
+# entries of state.json that a resumed run needs, and their types
 STATE = {"step": int, "sample": int, "epoch": int, "seed": int, "world_size": int, "evaluated": bool,
          "val_loss": (float, type(None)), "best_val_loss": (float, type(None)), "scaler": dict, "model": dict,
          "data": dict, "meta": (dict, type(None)), "config": dict}
@@ -45,23 +45,25 @@ class Checkpoint:
 
     path: str
     step: int
-    state: dict  # of state.json
+    state: dict  # contents of state.json
 
     def described(self) -> str:
-        """Step and val loss, for people."""
+        """Return a text with step and val loss."""
         val_loss = self.state["val_loss"]
         return f"step {self.step}, val loss {'not measured' if val_loss is None else f'{val_loss:.4f}'}"
 
     def tensors(self, which: str) -> dict[str, torch.Tensor]:
-        """'model', 'optim' or 'rng' -> tensors by name, on the CPU, read when they are used. Raises
-        UserError."""
+        """Load tensors by name on the CPU; a tensor is read from disk when it is used. Raises UserError.
+
+        which: 'model', 'optim' or 'rng'.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = os.path.join(self.path, f"{which}.safetensors")
         try:
             return load_file(path)
-        except (OSError, SafetensorError) as e:  # another machine of the run may not see the folder
+        except (OSError, SafetensorError) as e:  # the folder may be missing on another machine of the run
             raise UserError(f"cannot read {path}: {e}") from None
 
 
@@ -70,7 +72,7 @@ def step_name(step: int) -> str:
 
 
 def step_folder(out_dir: str, step: int) -> str:
-    """Where the checkpoint of a step is."""
+    """Return the path of a step's checkpoint."""
     return os.path.join(out_dir, "ckpt", step_name(step))
 
 
@@ -79,15 +81,18 @@ def write_latest(out_dir: str, step: int) -> None:
 
 
 def _read_json(path: str):
-    """A JSON file of a checkpoint. Raises ValueError or OSError; no device, pipe or giant is read."""
+    """Read a JSON file of a checkpoint. Raises ValueError or OSError.
+
+    Links, devices, pipes and files above MAX_JSON bytes are not read.
+    """
     if os.path.islink(path) or not os.path.isfile(path) or os.path.getsize(path) > MAX_JSON:
-        raise ValueError(f"{path} is no file, or too large")
+        raise ValueError(f"{path} is not a regular file, or too large")
     with open(path, encoding="utf-8") as f:
         return json.load(f)
 
 
 def steps_in(out_dir: str) -> list[int]:
-    """The steps that have a checkpoint folder, in order; whether they verify is another question."""
+    """Return the steps that have a checkpoint folder, valid or not, in ascending order."""
     folder = os.path.join(out_dir, "ckpt")
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(int(m[1]) for m in map(STEP_NAME.fullmatch, names) if m)
@@ -99,7 +104,7 @@ def write_best(out_dir: str, step: int, val_loss: float) -> None:
 
 
 def best_step(out_dir: str) -> int | None:
-    """The step of the best val loss, None if none is known."""
+    """Return the step that best.json names, None if best.json cannot be read."""
     try:
         return int(_read_json(os.path.join(out_dir, "best.json"))["step"])
     except UNREADABLE:
@@ -107,7 +112,10 @@ def best_step(out_dir: str) -> int | None:
 
 
 def repair_best(out_dir: str) -> None:
-    """Let best.json name the best checkpoint there is; a run cut off while saving can leave it behind."""
+    """Make best.json name the valid checkpoint with the lowest val loss.
+
+    A run that was killed while it saved can leave best.json out of date.
+    """
     losses = {}
     for step in steps_in(out_dir):
         try:
@@ -121,11 +129,11 @@ def repair_best(out_dir: str) -> None:
         if verify(step_folder(out_dir, step)) is None:
             return write_best(out_dir, step, losses[step])
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(out_dir, "best.json"))  # none is known
+        os.unlink(os.path.join(out_dir, "best.json"))  # no valid checkpoint has a val loss
 
 
 def verify(path: str) -> str | None:
-    """What is wrong with a checkpoint folder, None if its files are those of its manifest."""
+    """Return the problem of a checkpoint folder, None if its files match its manifest."""
     if os.path.islink(path) or not os.path.isdir(path):
         return "it is not a folder"
     try:
@@ -133,7 +141,7 @@ def verify(path: str) -> str | None:
         with open(os.path.join(path, "MANIFEST.json"), encoding="utf-8") as f:
             text = f.read()
         entries = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
-        if text != json_text(manifest):  # nothing else in the folder vouches for the manifest
+        if text != json_text(manifest):  # the manifest has no checksum, so its text must be canonical
             raise ValueError
     except UNREADABLE:
         return "its MANIFEST.json is missing or unreadable"
@@ -151,9 +159,10 @@ def verify(path: str) -> str | None:
 
 
 def open_checkpoint(path: str, kinds: dict[str, ModelKind] | None = None) -> Checkpoint:
-    """Verify and open one folder. Raises UserError.
+    """Verify and open a checkpoint folder. Raises UserError.
 
-    kinds: the model kinds that can be used; None: any, without a check of the model's configuration.
+    kinds: the model kinds that the caller accepts. None accepts all, without a check of the model's
+        configuration.
     """
     problem = verify(path)
     if problem is not None:
@@ -163,7 +172,7 @@ def open_checkpoint(path: str, kinds: dict[str, ModelKind] | None = None) -> Che
         if state.get("format") != FORMAT:
             raise UserError(f"checkpoint {path} has format {state.get('format')!r}; this program reads "
                             f"{FORMAT}")
-        state.setdefault("evaluated", True)  # written since saving does not wait for an evaluation
+        state.setdefault("evaluated", True)  # older checkpoints lack it, and were saved after evaluations
         for name, kind in STATE.items():
             if not isinstance(state[name], kind):
                 raise ValueError(f"{name} is {state[name]!r}")
@@ -177,29 +186,30 @@ def open_checkpoint(path: str, kinds: dict[str, ModelKind] | None = None) -> Che
     except UserError as e:
         raise UserError(f"checkpoint {path} cannot be used: {e}") from None
     except UNREADABLE as e:
-        raise UserError(f"checkpoint {path} cannot be used: its state.json is not what a run writes "
+        raise UserError(f"checkpoint {path} cannot be used: its state.json is malformed "
                         f"({type(e).__name__}: {e})") from None
     return Checkpoint(path, state["step"], state)
 
 
 def find_resumed(resume: str, out_dir: str, warn=print, group=None,
                  kinds: dict[str, ModelKind] | None = None) -> Checkpoint:
-    """Find the checkpoint that --resume=... names: 'latest', 'best' or a step of out_dir, or the path of a
-    checkpoint or of another out_dir. Raises UserError. kinds: see open_checkpoint.
+    """Find the checkpoint that --resume=... names. Raises UserError.
+
+    resume: 'latest', 'best' or a step of out_dir, or the path of a checkpoint or of another out_dir.
+    warn, group: see find. kinds: see open_checkpoint.
     """
     if resume in ("latest", "best") or resume.isdecimal():
         return find(out_dir, resume, warn, group, kinds)
     found = find_weights(resume, warn=warn, group=group, kinds=kinds)
     if found is None:
-        raise UserError(f"resume={resume!r} is no checkpoint: use latest, best, a step, or the path of a "
+        raise UserError(f"resume={resume!r} is not a checkpoint: use latest, best, a step, or the path of a "
                         f"checkpoint or an out_dir (steps in {out_dir}: "
                         f"{', '.join(map(str, steps_in(out_dir))) or 'none'})")
     return found
 
 
 def listing(out_dir: str, kinds: dict[str, ModelKind] | None = None) -> str:
-    """Make a table of the checkpoints in out_dir: step, epoch, val loss, size, date, and whether they
-    verify."""
+    """Return a table of the checkpoints in out_dir: step, epoch, val loss, size, date, validity."""
     if not steps_in(out_dir):
         return f"no checkpoint in {out_dir}"
     best = best_step(out_dir)
@@ -224,20 +234,24 @@ def listing(out_dir: str, kinds: dict[str, ModelKind] | None = None) -> str:
 
 def find(out_dir: str, which: str | int = "latest", warn=print, group=None,
          kinds: dict[str, ModelKind] | None = None) -> Checkpoint:
-    """Find the checkpoint 'latest' (the newest that verifies; one warning for each newer that does not),
-    'best' or a step.
+    """Find a checkpoint of out_dir. Raises UserError if out_dir has no checkpoint that can be used.
 
-    With a group, rank 0 decides for all. kinds: see open_checkpoint. Raises UserError if there is none.
+    which: 'latest', 'best' or a step. 'latest' is the newest checkpoint that verifies.
+    warn: function that prints a line, called for each newer checkpoint that does not verify.
+    group: the group's first process decides for all processes.
+    kinds: see open_checkpoint.
     """
     return on_main(lambda: _find(out_dir, which, warn, kinds), group)
 
 
 def find_weights(name: str, which: str | int = "latest", warn=print, group=None,
                  kinds: dict[str, ModelKind] | None = None) -> Checkpoint | None:
-    """Open the checkpoint folder step-XXXXXXXX that `name` is, or find one in the out_dir that it is.
+    """Return the checkpoint of a path, None if the path has none. Raises UserError.
 
-    None if `name` is neither, but something that GPT.from_pretrained takes. kinds: see open_checkpoint.
-    Raises UserError.
+    None means that `name` is for GPT.from_pretrained.
+
+    name: path of a checkpoint folder step-XXXXXXXX, or of an out_dir.
+    which, warn, group: see find, for an out_dir. kinds: see open_checkpoint.
     """
     if STEP_NAME.fullmatch(os.path.basename(os.path.normpath(name))):
         return on_main(lambda: open_checkpoint(name, kinds), group)
@@ -247,9 +261,10 @@ def find_weights(name: str, which: str | int = "latest", warn=print, group=None,
 def _find(out_dir: str, which: str | int, warn, kinds) -> Checkpoint:
     steps = steps_in(out_dir)
     if not steps:
-        raise UserError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first, or name another")
+        raise UserError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first, or name another "
+                        f"out_dir")
     if which == "best" and best_step(out_dir) is None:
-        warn(f"{out_dir} has no best.json, so no checkpoint of it is known to be the best: taking the latest")
+        warn(f"{out_dir} has no readable best.json, so its best checkpoint is unknown: using the latest")
         which = "latest"
     if which != "latest":
         step = best_step(out_dir) if which == "best" else int(which) if str(which).isdecimal() else None
@@ -263,7 +278,7 @@ def _find(out_dir: str, which: str | int, warn, kinds) -> Checkpoint:
             return open_checkpoint(step_folder(out_dir, step), kinds)
         except UserError as e:
             reason = reason or e
-            warn(f"warning: {e}; trying the one before")
+            warn(f"warning: {e}; trying the previous checkpoint")
     raise UserError(f"none of the {len(steps)} checkpoints in {out_dir} can be used; the newest: {reason}")
 
 

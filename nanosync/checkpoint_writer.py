@@ -1,4 +1,4 @@
-"""Save checkpoints: copied to the CPU, written in the background, never half-written."""
+"""Saving checkpoints: copied to the CPU, written in the background, never half-written."""
 
 import math
 import os
@@ -32,20 +32,24 @@ POINTS = ("begun", "model", "optim", "rng", "state", "synced", "manifest", "fold
 
 
 def _reach(point: str, step: int) -> None:
-    """Kill this process if the environment's NANOSYNC_KILL_AT is this point, alone or as `point@step`."""
+    """Kill this process if NANOSYNC_KILL_AT in the environment is `point` or `point@step`, for tests."""
     if os.environ.get("NANOSYNC_KILL_AT") in (point, f"{point}@{step}"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def save(out_dir: str, step: int, tensors: dict[str, dict], state: dict, keep: int,
          protect: tuple[int, ...] = (), best: bool = False, verified: dict | None = None) -> str:
-    """Write the checkpoint of a step, then drop all but the last `keep` that verify, the best and the steps
-    in `protect`.
+    """Write the checkpoint of a step, then prune the older checkpoints; return the new folder.
 
-    tensors: {"model": ..., "optim": ..., "rng": ...}, each tensors by name, on the CPU; state: JSON values;
-    best: whether its state["val_loss"] is the lowest so far; verified: what is known of other steps, see
-    _prune. Returns the folder. For one process, rank 0. Raises OSError or SafetensorError, and then leaves
-    what was there before.
+    Only global rank 0 calls this function. Raises OSError or SafetensorError, and then leaves the earlier
+    checkpoints as they were.
+
+    tensors: {"model": ..., "optim": ..., "rng": ...}, each a dict of tensors by name, on the CPU.
+    state: JSON values for state.json.
+    keep: number of valid checkpoints to keep, the newest.
+    protect: steps to keep besides them and the best.
+    best: True if state["val_loss"] is the lowest so far.
+    verified: see _prune.
     """
     from safetensors.torch import save_file
 
@@ -59,7 +63,7 @@ def save(out_dir: str, step: int, tensors: dict[str, dict], state: dict, keep: i
             save_file(tensors[which], os.path.join(temporary, f"{which}.safetensors"))
             _reach(which, step)
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for name, value in state.items()}  # JSON has no others
+                  for name, value in state.items()}  # JSON has no NaN and no infinity
         write_json(os.path.join(temporary, "state.json"), {"format": FORMAT, "step": step, **finite})
         _reach("state", step)
         manifest = {}
@@ -75,7 +79,7 @@ def save(out_dir: str, step: int, tensors: dict[str, dict], state: dict, keep: i
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if os.path.lexists(final):  # a step that was saved before and is saved again, or did not verify
+    if os.path.lexists(final):  # the step was saved before, or its checkpoint did not verify
         os.rename(final, os.path.join(folder, f".old-{step_name(step)}-{time.time_ns()}"))
         _reach("moved aside", step)
     os.rename(temporary, final)
@@ -83,7 +87,7 @@ def save(out_dir: str, step: int, tensors: dict[str, dict], state: dict, keep: i
     _reach("published", step)
     write_latest(out_dir, step)
     _reach("latest", step)
-    if best:  # before pruning, which must know what to spare
+    if best:  # before pruning, which keeps the best
         write_best(out_dir, step, state["val_loss"])
     _reach("best", step)
     verified = {} if verified is None else verified
@@ -102,7 +106,11 @@ def _sync(path: str) -> None:
 
 
 def _prune(out_dir: str, keep: int, protect: tuple[int, ...], verified: dict[int, bool]) -> None:
-    """verified: of steps, whether they do, as far as that is known; the others are verified here, once."""
+    """Delete old checkpoints and what interrupted saves left.
+
+    keep, protect: see save.
+    verified: step -> True if its checkpoint is valid. Steps that are missing here are verified and added.
+    """
     spared, best = 0, best_step(out_dir)
     for step in reversed(steps_in(out_dir)):
         path = step_folder(out_dir, step)
@@ -119,10 +127,12 @@ def _prune(out_dir: str, keep: int, protect: tuple[int, ...], verified: dict[int
 
 def snapshot(model: nn.Module, optimizer, device: torch.device, shared: torch.Generator | None,
              group) -> dict:
-    """What `save` takes as tensors, copied to the CPU, so that training can go on while they are written.
-    One tensor at a time: what is on other GPUs never needs more room here than that.
+    """Copy all tensors of a checkpoint to the CPU, so that training can continue while they are written.
 
-    shared: see random_states. All processes take part; all but the first get an empty dict.
+    Return the `tensors` of `save` on global rank 0, {} on the other processes. All processes must call this
+    function. Sharded tensors are gathered one at a time, so GPU memory holds at most one whole tensor more.
+
+    shared: generator that the processes of one model share, see random_states.
     """
     rng = gather_to_main(random_states(device, shared), group)
     main = rng is not None
@@ -135,16 +145,19 @@ def snapshot(model: nn.Module, optimizer, device: torch.device, shared: torch.Ge
 
 
 class Saver:
-    """Writes the checkpoints of a run in the background, one at a time; for rank 0."""
+    """Background writer of a run's checkpoints, one at a time, for global rank 0."""
 
     def __init__(self, out_dir: str, keep: int, protect: tuple[int, ...], log):
-        """keep, protect: as of `save`; log: a TrainingLogger, told of every checkpoint."""
+        """Store what every save needs. keep, protect: see `save`; log: TrainingLogger of the run."""
         self.out_dir, self.keep, self.protect, self.log = out_dir, keep, protect, log
         self._verified, self._thread = dict.fromkeys(protect, True), None
 
     def save(self, step: int, tensors: dict, state: dict, best: bool, since: float) -> None:
-        """Begin to write, once the one before is written; since: time.perf_counter() when training began to
-        stand still for it."""
+        """Wait for the previous checkpoint, then start to write this checkpoint in the background.
+
+        step, tensors, state, best: see the function `save`.
+        since: time.perf_counter() when training stopped for this checkpoint.
+        """
         self.wait()
         self._state = {"step": step, "val_loss": state["val_loss"], "seconds": time.perf_counter() - since}
         self._bytes = sum(t.nbytes for named in tensors.values() for t in named.values())
@@ -160,17 +173,18 @@ class Saver:
                     raise ValueError(f"{name} is not finite")
             self._path = save(self.out_dir, step, tensors, state, self.keep, self.protect, best,
                               self._verified)
-        except Exception as e:  # whatever it is, training goes on, and the main thread says so
+        except Exception as e:  # training continues after any error, and `wait` logs the error
             self._problem = getattr(e, "strerror", None) or str(e) or type(e).__name__
 
     def poll(self) -> None:
-        """Say what became of a checkpoint as soon as that is known."""
+        """Log the result of a checkpoint if it is complete."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self, final: bool = False) -> None:
-        """Wait until nothing is being written. A checkpoint that could not be written is warned of, or, if
-        final, raises UserError.
+        """Wait until no checkpoint is pending, and log the result.
+
+        final: raise UserError if the checkpoint could not be written, instead of a warning.
         """
         if self._thread is None:
             return
@@ -186,5 +200,5 @@ class Saver:
             free = "an unknown number"
         what = f"cannot save checkpoint {where}: {self._problem} ({self._bytes:,} bytes, {free} are free)"
         if final:
-            raise UserError(f"{what}: mend that, and go on with --resume=latest")
-        self.log.line(f"warning: {what}; the run goes on")
+            raise UserError(f"{what}: fix this, then resume with --resume=latest")
+        self.log.line(f"warning: {what}; training continues")

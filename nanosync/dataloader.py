@@ -1,16 +1,16 @@
-"""Token files -> batches, in an order that is a pure function of (seed, epoch, global sample number).
+"""Batches from token files, in an order that is a pure function of (seed, epoch, global sample number).
 
-A sample is a window of block_size + 1 tokens: inputs and, one further, targets. Samples are numbered from the
-start of the run, over all data-parallel ranks, and a rank takes its slice of each global batch. So the
-sequence of global batches is the same for any number of ranks, the state of the loader is one integer, and
-resuming is exact.
+A sample is a window of block_size + 1 tokens. The inputs are all tokens but the last, the targets all but the
+first. Samples are numbered from the start of the run, over all DDP ranks. Each DDP rank takes its slice of a
+global batch. So the sequence of global batches is the same for any number of DDP ranks, the state of the
+loader is one integer, and resuming is exact.
 
-An epoch is a grid of windows side by side, each served once. Of a flat file (`bin`) every epoch has its own
-grid offset and a random order, as nanoGPT's random windows have on average. Shards are read as they were
-written in epoch 0, and in every later epoch in a new order of shards and of the windows inside. Evaluation
-has one grid, which begins at the first token of each file.
+An epoch is a grid of adjacent windows, each served once. In a flat file (`bin`) every epoch has its own grid
+offset and its own random order. Shards are read in the order of the files in epoch 0. In every later epoch
+the shards, and the windows inside each shard, have a new order. Evaluation has one grid, which begins at the
+first token of each file.
 
-B sequences in a micro-batch, T = block_size.
+B = sequences of a micro-batch, T = block_size.
 """
 
 import os
@@ -27,20 +27,25 @@ from nanosync.errors import UserError
 from nanosync.files import ROOT
 from nanosync.token_files import FORMATS, check_counts, open_tokens, read_meta, split_files
 
-CHECK_TOKENS = 500_000_000  # so many tokens of a split, evenly spread, are compared with the vocabulary
+CHECK_TOKENS = 500_000_000  # tokens of a split, evenly spread, that are compared with the vocabulary
 
 
 class Split:
-    """One split of a data set: its token files and the windows in them."""
+    """A split of a data set: its token files and the windows in them."""
 
     def __init__(self, folder: str, split: str, block_size: int, length_key: str = "block_size"):
-        """Open and check the files. length_key: what the script's setting is called. Raises UserError."""
+        """Open and check the files. Raises UserError.
+
+        split: 'train' or 'val'.
+        block_size: T, tokens.
+        length_key: name of the script's setting for block_size, for error messages.
+        """
         self.name, self.block_size = split, block_size
         self.kind, self.paths = split_files(folder, split)
         self.files = [open_tokens(path, self.kind) for path in self.paths]
         T = block_size
-        # to evaluate: as many as fit; to train: leave room for any grid offset below T, except where that
-        # would leave no window
+        # evaluation uses all windows that fit; training leaves room for any grid offset below T, but uses at
+        # least one window of a file that has one
         self.eval_windows = [(len(f) - 1) // T for f in self.files]
         self.windows = [max((len(f) - T) // T, min(fit, 1)) for f, fit in zip(self.files, self.eval_windows)]
         if sum(self.windows) == 0:
@@ -49,7 +54,7 @@ class Split:
 
     @property
     def n_windows(self) -> int:
-        """Windows of an epoch of training."""
+        """Number of windows in an epoch of training."""
         return sum(self.windows)
 
     @property
@@ -57,7 +62,7 @@ class Split:
         return sum(map(len, self.files))
 
     def check_tokens(self, vocab_size: int) -> None:
-        """Raise UserError if a token is not below vocab_size; up to CHECK_TOKENS of them are looked at."""
+        """Raise UserError if one of up to CHECK_TOKENS tokens is not below vocab_size."""
         share = min(1.0, CHECK_TOKENS / self.n_tokens)
         for path, tokens in zip(self.paths, self.files):
             piece = 1 << 20
@@ -69,7 +74,7 @@ class Split:
                                     f"{vocab_size}: the file was prepared with another tokenizer")
 
     def gather(self, places: np.ndarray) -> np.ndarray:
-        """Windows at places (n, 2) of (file, start) -> (n, T + 1) uint16."""
+        """Read windows: places (n, 2) of (file, start) -> tokens (n, T + 1) uint16."""
         out = np.empty((len(places), self.block_size + 1), np.uint16)
         for row, (file, start) in zip(out, places):
             row[:] = self.files[file][start:start + self.block_size + 1]
@@ -77,14 +82,14 @@ class Split:
 
 
 class WindowOrder:
-    """Which window a sample is: a pure function of (seed, epoch, number in the epoch)."""
+    """Order of the windows: a pure function of (seed, epoch, number in the epoch)."""
 
     def __init__(self, split: Split, seed: int):
         self.split, self.seed = split, seed
         self._epoch = -1
 
     def places(self, first: int, count: int) -> np.ndarray:
-        """Samples first, ..., first + count - 1 of the run -> (count, 2) of (file, start)."""
+        """Return (file, start) of the windows of the run's samples first to first + count - 1: (count, 2)."""
         samples = np.arange(first, first + count)
         epochs, numbers = np.divmod(samples, self.split.n_windows)
         places = np.empty((count, 2), np.int64)
@@ -94,7 +99,7 @@ class WindowOrder:
         return places
 
     def shard_order(self, epoch: int) -> np.ndarray:
-        """The files in the order in which an epoch reads them."""
+        """Return the numbers of the files in the order in which an epoch reads them."""
         files = np.arange(len(self.split.files))
         return files if epoch == 0 else self._random(epoch).permutation(files)
 
@@ -112,7 +117,7 @@ class WindowOrder:
         return places
 
     def _file_starts(self, epoch: int, file: int) -> np.ndarray:
-        """The starts of a file's windows in the order in which an epoch reads them."""
+        """Return the starts of a file's windows in the order in which an epoch reads them."""
         if file not in self._starts:
             T, n = self.split.block_size, self.split.windows[file]
             starts = np.arange(n, dtype=np.int64) * T
@@ -120,20 +125,20 @@ class WindowOrder:
                 random = self._random(epoch, 1 + file)
                 slack = min(T, len(self.split.files[file]) - n * T)
                 starts = random.permutation(starts) + random.randint(slack)
-            self._starts = {file: starts}  # the one in use
+            self._starts = {file: starts}  # keep only the file in use
         return self._starts[file]
 
     def _random(self, *key: int) -> np.random.RandomState:
-        """RandomState, because its numbers never change with numpy's version."""
+        """Make a generator. The numbers of a RandomState are the same in all versions of numpy."""
         return np.random.RandomState([self.seed % 2**32, *key])
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A folder of tokens: what meta.json says, and the two splits."""
+    """A data set: its folder, the contents of its meta.json, and its two splits."""
 
     folder: str
-    meta: dict | None
+    meta: dict | None  # None if the folder has no meta.json
     train: Split
     val: Split
 
@@ -144,13 +149,16 @@ class DataSet:
 
     @property
     def fingerprint(self) -> dict:
-        """What a checkpoint keeps to tell whether it is resumed on the same data."""
+        """Token counts and digests, from which a resumed run sees that the data set is the same."""
         digests = (self.meta or {}).get("sha256")
         return {"train_tokens": self.train.n_tokens, "val_tokens": self.val.n_tokens, "sha256": digests}
 
 
 def open_dataset(name: str, block_size: int, length_key: str = "block_size") -> DataSet:
-    """Open data/<name>, or the folder <name> if it is a path. length_key: see Split. Raises UserError."""
+    """Open the data set data/<name>, or the folder `name` if it is a path. Raises UserError.
+
+    block_size, length_key: see Split.
+    """
     folder = name if os.sep in name else os.path.join("data", name)
     if not os.path.isdir(folder):
         if os.sep in name or not os.path.isdir(os.path.join(ROOT, folder)):
@@ -169,7 +177,7 @@ def open_dataset(name: str, block_size: int, length_key: str = "block_size") -> 
 
 
 def epoch_messages(split: Split, before: int, now: int) -> list[str]:
-    """What is to say when the epoch is `now` and was `before`."""
+    """Return the lines to print when the epoch changes from `before` to `now`."""
     messages = []
     for epoch in range(before, now):
         messages.append(f"Completed epoch {epoch}")
@@ -179,21 +187,27 @@ def epoch_messages(split: Split, before: int, now: int) -> list[str]:
 
 
 class DataLoader:
-    """Micro-batches of the train split, gathered ahead by a background thread."""
+    """Loader of the train split's micro-batches, which a background thread reads ahead."""
 
     def __init__(self, split: Split, batch_size: int, accumulation_steps: int, vocab_size: int, seed: int,
                  device: torch.device, rank: int = 0, world_size: int = 1, sample: int = 0,
                  prefetch: int = 4):
-        """accumulation_steps: micro-batches of B = batch_size of this rank in a global batch, so that one has
-        batch_size * accumulation_steps * world_size samples; sample: the first one, where a checkpoint left
-        off.
+        """Start the background thread.
+
+        A global batch has batch_size * accumulation_steps * world_size samples.
+
+        batch_size: B, sequences.
+        accumulation_steps: micro-batches of a DDP rank in a global batch.
+        rank, world_size: DDP rank of this process, and number of DDP ranks.
+        sample: number of the first sample, the `sample` of a checkpoint for a resumed run.
+        prefetch: micro-batches that are read ahead.
         """
         self.split, self.device, self.batch_size, self.vocab_size = split, device, batch_size, vocab_size
         self.order = WindowOrder(split, seed)
         self.rank_samples = batch_size * accumulation_steps
         self.global_samples = self.rank_samples * world_size
         self.rank = rank
-        self.sample = sample  # how many were handed out so far, over all ranks, in whole global batches
+        self.sample = sample  # samples served so far, over all DDP ranks, in whole global batches
         self._steps, self._step = accumulation_steps, 0
         self._ready = queue.Queue(prefetch)
         self._stop = threading.Event()
@@ -205,7 +219,7 @@ class DataLoader:
         return self.sample // self.split.n_windows
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next micro-batch of this rank, inputs and targets (B, T) int64 on the device."""
+        """Return the next micro-batch of this DDP rank: inputs and targets, (B, T) int64, on the device."""
         batch = self._ready.get()
         if isinstance(batch, Exception):
             raise batch
@@ -220,7 +234,7 @@ class DataLoader:
         self._stop.set()
         while self._thread.is_alive():
             try:
-                self._ready.get_nowait()  # it may wait for room
+                self._ready.get_nowait()  # the thread may wait for room in the queue
             except queue.Empty:
                 pass
             self._thread.join(timeout=0.05)
@@ -229,13 +243,13 @@ class DataLoader:
         sample = self.sample
         try:
             if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # a thread starts on GPU 0
+                torch.cuda.set_device(self.device)  # a new thread's current device is GPU 0
             while not self._stop.is_set():
                 first = sample + self.rank * self.rank_samples
                 for start in range(first, first + self.rank_samples, self.batch_size):
                     self._put(self._batch(start))
                 sample += self.global_samples
-        except Exception as e:  # to be raised where it is waited for
+        except Exception as e:  # `next` raises it
             self._put(e)
 
     def _put(self, item) -> None:
@@ -258,7 +272,7 @@ class DataLoader:
 
 
 def to_tensors(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows (n, T + 1) -> inputs and targets (n, T) int64, in pinned memory if they are to go to a GPU."""
+    """Split windows (n, T + 1) into inputs and targets (n, T) int64, in pinned memory if device is a GPU."""
     x, y = (torch.from_numpy(part.astype(np.int64)) for part in (windows[:, :-1], windows[:, 1:]))
     return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
 
@@ -266,11 +280,15 @@ def to_tensors(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor,
 def evaluation_batches(split: Split, n_windows: int, batch_size: int, device: torch.device, rank: int = 0,
                        world_size: int = 1, spread: bool = True
                        ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Fixed windows spread evenly over the split, or else its first ones, the same for any number of ranks,
-    each rank its share.
+    """Yield this DDP rank's share of fixed windows as batches of inputs and targets, (B, T) int64 each.
 
-    All that fit side by side in its files, once, if they are no more than n_windows. Every rank gets the same
-    number of batches, all of (B, T): rows that fill up a batch have targets -1.
+    The windows are the same for any number of DDP ranks. Every DDP rank gets the same number of batches. Rows
+    that only fill up a batch have targets -1.
+
+    n_windows: number of windows over all DDP ranks, at most those that the split has.
+    batch_size: B, sequences.
+    rank, world_size: DDP rank of this process, and number of DDP ranks.
+    spread: True for windows spread evenly over the split, False for the first windows.
     """
     total = sum(split.eval_windows)
     n = min(n_windows, total)
@@ -291,7 +309,10 @@ def evaluation_batches(split: Split, n_windows: int, batch_size: int, device: to
 
 @torch.no_grad()
 def evaluate(model, batches, group=None) -> float:
-    """Mean loss over all targets of all batches of all ranks. `model(x, y)` returns (anything, mean loss)."""
+    """Return the mean loss over all targets of all batches of all processes of the group.
+
+    model: function (x, y) -> (anything, mean loss). batches: this process's share, see evaluation_batches.
+    """
     total = 0.0
     for x, y in batches:
         exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no fp64

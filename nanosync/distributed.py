@@ -1,7 +1,7 @@
-"""Processes and collectives: which rank this process has, in which groups; sums, gathers, leaving together.
+"""Processes and collectives: the ranks and groups of this process, sums, gathers, a common exit.
 
-The only module that reads torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. All other modules
-take a `Processes`, a device or a group as an argument; `group=None` means one process and no communication.
+No other module reads torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Other modules take a
+`Processes`, a device or a group as an argument. `group=None` means one process and no communication.
 """
 
 import os
@@ -23,29 +23,32 @@ BACKENDS = ("nccl", "gloo", "mpi", "ucc")
 
 
 def env_rank() -> int:
-    """This process's rank by torchrun's environment, 0 outside it; known before any group exists."""
+    """Return this process's global rank from torchrun's environment, 0 without torchrun.
+
+    It is known before a process group exists.
+    """
     rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isdecimal() else 0  # `start` says what is wrong with another
+    return int(rank) if rank.isdecimal() else 0  # `start` raises the error for a malformed RANK
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run as one of them sees them."""
+    """The processes of a run, from the view of one process: ranks, sizes, groups and the device."""
 
-    rank: int
+    rank: int  # global
     world_size: int
-    local_rank: int
+    local_rank: int  # on this machine
     device: torch.device
-    group: dist.ProcessGroup | None  # None: alone
-    # a (dp, tp) mesh: tp_processes neighbours hold the ranks of one model, each a part of it
-    dp_rank: int = 0  # which of the dp_size models this process belongs to: it has that share of the data
-    dp_size: int = 1
-    dp_group: dist.ProcessGroup | None = None  # the processes with the same part of their model
-    tp_group: dist.ProcessGroup | None = None  # the processes of one model
+    group: dist.ProcessGroup | None  # all processes; None for a single process
+    # a (dp, tp) mesh: each model is on tp_processes neighbouring processes
+    dp_rank: int = 0  # number of this process's model, and of its share of the data
+    dp_size: int = 1  # number of models
+    dp_group: dist.ProcessGroup | None = None  # processes that hold the same part of their models
+    tp_group: dist.ProcessGroup | None = None  # processes of one model
 
     @property
     def main(self) -> bool:
-        """Whether this process prints and writes files."""
+        """True for the process that prints and writes files, global rank 0."""
         return self.rank == 0
 
 
@@ -53,10 +56,13 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
           tp_processes: int = 1) -> Processes:
     """Choose the device and, under torchrun, join the process group and the two groups of the mesh.
 
-    tp_processes: how many processes hold one model; the others hold more models, on other data.
-    device: 'auto' (cuda, else mps, else cpu), or as torch.device takes it; under torchrun a process takes the
-    GPU of its local rank. backend: 'auto' (nccl on CUDA, else gloo), or as init_process_group takes it.
     Raises UserError.
+
+    device: 'auto' (cuda, else mps, else cpu), or a name for torch.device. Under torchrun a process takes the
+        GPU of its local rank.
+    backend: 'auto' (nccl on CUDA, else gloo), or a name for init_process_group.
+    timeout_seconds: longest time that a collective waits for other processes, s.
+    tp_processes: number of processes that hold one model. There are world_size / tp_processes models.
     """
     if backend not in ("auto", *BACKENDS):
         raise UserError(f"backend={backend!r} is unknown: use auto, nccl or gloo")
@@ -80,7 +86,7 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds),
                                 device_id=chosen if backend == "nccl" else None)
-    except (dist.DistError, ValueError) as e:  # of the network, or of what the environment says about it
+    except (dist.DistError, ValueError) as e:  # a network error, or a malformed address in the environment
         raise UserError(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:"
                         f"{os.environ['MASTER_PORT']}: {str(e).splitlines()[0]}") from None
     threading.Thread(target=_end_with, args=(os.getppid(),), name="parent watch", daemon=True).start()
@@ -88,7 +94,7 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
 
 
 def _end_with(parent: int) -> None:
-    """Ask this process to end as soon as its parent is gone: a launcher that was killed cannot ask."""
+    """Ask this process to stop when its parent process is gone, as a killed launcher sends no signal."""
     while os.getppid() == parent:
         time.sleep(0.5)
     if StopSignal.installed is None:
@@ -98,7 +104,7 @@ def _end_with(parent: int) -> None:
 
 
 def _mesh(rank: int, world_size: int, tp_processes: int):
-    """(dp_rank, dp_size, dp_group, tp_group); a group of one process is None."""
+    """Make the groups; return (dp_rank, dp_size, dp_group, tp_group). A group of one process is None."""
     dp_rank, dp_size = rank // tp_processes, world_size // tp_processes
     if tp_processes == 1:
         return dp_rank, dp_size, dist.group.WORLD, None
@@ -108,13 +114,13 @@ def _mesh(rank: int, world_size: int, tp_processes: int):
 
 
 def all_data_parallel(processes: Processes) -> Processes:
-    """The same processes, each with a model of its own."""
+    """Return the same processes as dp_size = world_size models of one process each."""
     return replace(processes, dp_rank=processes.rank, dp_size=processes.world_size, dp_group=processes.group,
                    tp_group=None)
 
 
 def _torchrun_ranks() -> tuple[int, int, int] | None:
-    """(rank, world size, local rank) by torchrun's environment, None outside it. Raises UserError."""
+    """Return (global rank, world size, local rank), None without torchrun. Raises UserError."""
     if "RANK" not in os.environ:
         return None
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -122,7 +128,7 @@ def _torchrun_ranks() -> tuple[int, int, int] | None:
             raise UserError(f"the environment has RANK but no {name}: start with torchrun, or unset RANK")
     texts = os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ.get("LOCAL_RANK", "0")
     if not all(text.isdecimal() for text in texts) or int(texts[0]) >= int(texts[1]):
-        raise UserError("the environment's RANK={}, WORLD_SIZE={}, LOCAL_RANK={} are no ranks: start with "
+        raise UserError("the environment's RANK={}, WORLD_SIZE={}, LOCAL_RANK={} are not valid: start with "
                         "torchrun, or unset RANK".format(*texts))
     return tuple(map(int, texts))
 
@@ -134,30 +140,37 @@ def print0(text: str, processes: Processes) -> None:
 
 
 def begin_all_gather(x: torch.Tensor, group) -> torch.Tensor:
-    """x of every process, one after the other, (processes * x.shape[0], ...): valid after finish_tensor, what
-    is computed until then goes on at the same time. Sends (processes - 1) times the bytes of x."""
+    """Start to concatenate x over the processes of the group; return the result, valid after finish_tensor.
+
+    Computation continues meanwhile. Sends (processes - 1) times the bytes of x. The result has the shape
+    (processes * x.shape[0], ...).
+    """
     return torch.ops._c10d_functional.all_gather_into_tensor(x, group.size(), group.group_name)
 
 
 def begin_reduce_scatter(x: torch.Tensor, group) -> torch.Tensor:
-    """This process's part of the sum over the group, (x.shape[0] / processes, ...), likewise. Sends
-    (processes - 1) times the bytes of that part."""
+    """Start to sum x over the group; return this process's part of the sum, valid after finish_tensor.
+
+    Sends (processes - 1) times the bytes of the result. The result has the shape
+    (x.shape[0] / processes, ...).
+    """
     return torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", group.size(), group.group_name)
 
 
 def finish_tensor(x: torch.Tensor) -> torch.Tensor:
+    """Wait for the collective that fills x; return x."""
     return torch.ops._c10d_functional.wait_tensor(x)
 
 
 def all_reduce_sum(tensor: torch.Tensor, group) -> torch.Tensor:
-    """Sum in place over the group, and return it."""
+    """Sum a tensor over the group in place; return it."""
     if group is not None:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
 def from_main(value, group):
-    """The value that the group's first process has of any picklable object, on every process."""
+    """Return the value of the group's first process on every process. value: any picklable object."""
     if group is None:
         return value
     box = [value]
@@ -166,9 +179,9 @@ def from_main(value, group):
 
 
 def on_main(function, group):
-    """What function() returns on rank 0, on every rank; a UserError that it raises there, likewise.
+    """Call function() on the group's first process; return its result on all processes of the group.
 
-    For what only one process may do or should decide; the others wait.
+    The other processes wait. A UserError of function() is raised on all processes.
     """
     if group is None:
         return function()
@@ -185,7 +198,7 @@ def on_main(function, group):
 
 
 def gather_to_main(value, group) -> list | None:
-    """Every rank's value in a list on rank 0, None elsewhere."""
+    """Return a list of all processes' values on the group's first process, None on the other processes."""
     if group is None:
         return [value]
     box = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
@@ -194,7 +207,7 @@ def gather_to_main(value, group) -> list | None:
 
 
 def all_values(value, group) -> list:
-    """Every process's value of any picklable object, in a list, on all of them."""
+    """Return a list of all processes' values, on every process. value: any picklable object."""
     if group is None:
         return [value]
     box = [None] * dist.get_world_size(group)
@@ -204,16 +217,20 @@ def all_values(value, group) -> list:
 
 def agree(loss_sum: torch.Tensor, norm: torch.Tensor, stop: bool, processes: Processes
           ) -> tuple[float, float, bool]:
-    """What all processes have to know of a step, in one reduction, which waits for the device: the sum of
-    loss_sum over the data-parallel ranks; norm, the same on all of them, but NaN or infinite if it is so
-    anywhere; whether stop is true anywhere.
+    """All-reduce loss, norm and stop flag together; return (sum of loss_sum, norm, stop).
+
+    Waits for the device.
+
+    loss_sum: scalar of a process, summed over the models.
+    norm: scalar, the same on all processes. The result is not finite if it is not finite on any process.
+    stop: the result is True if it is True on any process.
     """
     exact = torch.float32 if loss_sum.device.type == "mps" else torch.float64  # MPS has no fp64
     asked = torch.full_like(loss_sum, float(stop), dtype=exact)
     report = all_reduce_sum(torch.stack((loss_sum.to(exact), norm.to(exact), asked)), processes.group)
     loss, norms, stops = report.tolist()
-    of_a_model = processes.world_size // processes.dp_size  # processes that each have its whole loss
-    return loss / of_a_model, norms / processes.world_size, stops > 0
+    processes_per_model = processes.world_size // processes.dp_size  # each has the whole loss of its model
+    return loss / processes_per_model, norms / processes.world_size, stops > 0
 
 
 def barrier(group) -> None:
@@ -222,10 +239,10 @@ def barrier(group) -> None:
 
 
 def finish(processes: Processes) -> None:
-    """End a distributed process cleanly: together, flushed, and without the interpreter's teardown.
+    """Wait for all processes, flush the output, and exit without the interpreter's teardown.
 
-    Some finished gloo jobs abort in teardown, so the process leaves by os._exit; NCCL's own teardown waits
-    for ever where a CUDA graph that communicates is still there. A single process just returns.
+    Some finished gloo jobs abort in teardown, so the process exits with os._exit. NCCL's own teardown blocks
+    for ever if a CUDA graph with a collective still exists. A single process returns from this function.
     """
     if processes.group is None:
         return

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and the hook that ends a script on one with a line and exit code 2."""
+"""Errors that a user can fix, and the hooks that end a script on them with one line and an exit code."""
 
 import atexit
 import contextlib
@@ -13,19 +13,23 @@ before_exit = []  # functions to call when an error ends the process
 
 
 class UserError(ValueError):
-    """An error that the user can mend. Scripts print it as one line and exit with code 2."""
+    """An error that the user can fix. Scripts print it as one line and exit with code 2."""
 
 
 def install_error_hook(rank: int = 0, settings: Collection[str] = (), forks: bool = False) -> None:
-    """End the process on a UserError, or when memory runs out, with one line on stderr and exit code 2, on
-    Ctrl-C with one line and 130, silently where `| head` has closed the pipe; other errors keep their
-    traceback.
+    """Install the hook that ends the process on an error that the user can fix.
 
-    Most of these errors meet every rank. Rank 0 prints at once. The other ranks wait; the launcher, which
-    sees rank 0 end, ends them meanwhile, unless the error was theirs alone.
+    On a UserError, and when memory runs out, the process prints one line on stderr and exits with code 2. On
+    Ctrl-C it prints one line and exits with 130. If `| head` closed stdout it exits silently. Other errors
+    keep their traceback.
 
-    settings: names of the script's settings, to say which ones to change; forks: the script has arguments in
-    place of settings, and forks workers itself or in a library, all of which get Ctrl-C as well.
+    Most errors occur on every process. Rank 0 prints at once. The other processes wait, and the launcher ends
+    them when rank 0 has exited. So they print only an error that rank 0 does not have.
+
+    rank: global rank of this process.
+    settings: names of the script's settings, for hints.
+    forks: True for a script that has arguments in place of settings. It forks workers, or a library does, and
+    all of them get Ctrl-C as well.
     """
     previous = sys.excepthook
     atexit.register(_flush_stdout)
@@ -41,17 +45,17 @@ def install_error_hook(rank: int = 0, settings: Collection[str] = (), forks: boo
             os.write(2, b"interrupted\n")
             os._exit(130)  # threads of libraries must not delay the exit
         if issubclass(kind, BrokenPipeError) and _stdout_is_closed():
-            os._exit(128 + 13)  # as SIGPIPE would have it
-        text = _for_users(kind, error, settings)
+            os._exit(128 + 13)  # the exit code of SIGPIPE
+        text = _message_for_user(kind, error, settings)
         if text is None:
             return previous(kind, error, traceback)
         if rank != 0:
             time.sleep(3)
-        who = "error" if rank == 0 else f"error on rank {rank}"
+        label = "error" if rank == 0 else f"error on rank {rank}"
         _flush_stdout()
-        # torch.distributed's own hook holds sys.stderr back; a file name need not be UTF-8
-        os.write(2, f"{who}: {text}\n".encode(errors="backslashreplace"))
-        # threads and process groups that still run must not delay the exit
+        # not sys.stderr, which torch.distributed's hook delays; a file name need not be UTF-8
+        os.write(2, f"{label}: {text}\n".encode(errors="backslashreplace"))
+        # running threads and process groups must not delay the exit
         os._exit(130 if issubclass(kind, KeyboardInterrupt) else 2)
 
     sys.excepthook = hook
@@ -79,7 +83,7 @@ def _follows_interrupt(error: BaseException | None) -> bool:
 
 
 def _flush_stdout() -> None:
-    """What is still to be printed; where nobody reads it, nothing more is said."""
+    """Flush stdout. If its reader is gone, discard all later output."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -87,21 +91,21 @@ def _flush_stdout() -> None:
 
 
 def _stdout_is_closed() -> bool:
-    """Whether nobody reads any more what is printed."""
+    """Return True if the reader of stdout is gone."""
     poll = select.poll()
     poll.register(1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _for_users(kind: type, error: BaseException, settings: Collection[str]) -> str | None:
-    """What to say of an error that the user can mend, None for any other."""
+def _message_for_user(kind: type, error: BaseException, settings: Collection[str]) -> str | None:
+    """Return the message of an error that the user can fix, None for any other error."""
     if issubclass(kind, UserError):
         return str(error)
     if issubclass(kind, KeyboardInterrupt):
         return "interrupted"
-    # PyTorch's, known by name because it is not imported here: on a GPU, and on the CPU a RuntimeError
+    # by name, because PyTorch is not imported here; on a CPU PyTorch raises a RuntimeError
     if kind.__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
-        # of a step's sequences, device_batch_size are held at a time where there is such a setting
+        # a script with device_batch_size has only so many sequences in memory at a time
         sizes = ("device_batch_size", "sequence_length") if "device_batch_size" in settings else \
             ("batch_size", "block_size")
         smaller = " or ".join([*(name for name in sizes if name in settings), "model"])

@@ -1,7 +1,6 @@
-"""What a run does now and then beside the val loss: samples of text, HellaSwag.
+"""Periodic evaluations of a run besides the losses: samples of text, HellaSwag.
 
-A new periodic evaluation is a function here, an entry of EVALUATIONS, and a setting <name>_interval in the
-script.
+A new evaluation is a function here, an entry of EVALUATIONS, and a setting <name>_interval in the script.
 """
 
 from collections.abc import Callable
@@ -16,15 +15,15 @@ from nanosync.run import Run
 
 @dataclass
 class Evaluation:
-    """A periodic evaluation of a run, ready to be run."""
+    """A periodic evaluation with its inputs loaded."""
 
     interval: int  # updates
-    check: Callable  # (model) -> None; raises UserError for a model that cannot be evaluated
-    run: Callable  # (model) -> None; all processes call it, under autocast, with the whole model
+    check: Callable  # (model) -> None; raises UserError if the model cannot be evaluated
+    run: Callable  # (model) -> None; all processes call it, under autocast, with the unsharded model
 
 
 def _samples(run: Run, data: DataSet) -> Evaluation:
-    """Print what the model writes after sample_prompt. The processes of the first model generate."""
+    """Prepare to print text that the model generates after sample_prompt. DDP rank 0 generates."""
     config, tokenizer = run.config, tokenizers.from_meta(data.meta)
     if len(tokenizer.encode(config["sample_prompt"])) == 0:
         raise UserError("sample_prompt is empty: give at least one character")
@@ -39,7 +38,7 @@ def _samples(run: Run, data: DataSet) -> Evaluation:
 
 
 def _hellaswag(run: Run, data: DataSet) -> Evaluation:
-    """Evaluate HellaSwag. A request to end is answered between batches."""
+    """Prepare to evaluate HellaSwag. A stop request takes effect between batches."""
     config, processes = run.config, run.processes
     with hellaswag_eval.in_training():
         examples = run.on_main(
@@ -64,6 +63,6 @@ EVALUATIONS = {"sample": _samples, "hellaswag": _hellaswag}  # <name>_interval i
 
 
 def prepare_evaluations(run: Run, data: DataSet) -> list[Evaluation]:
-    """Prepare the evaluations that the settings ask for, and check their inputs. Raises UserError."""
+    """Prepare the evaluations that the settings enable, and check their inputs. Raises UserError."""
     return [prepare(run, data) for name, prepare in EVALUATIONS.items()
             if run.config.get(f"{name}_interval") and run.writes]

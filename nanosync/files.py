@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, checked before use, read within bounds."""
+"""Files and folders: atomic writing, checks of paths, downloads."""
 
 import contextlib
 import difflib
@@ -15,7 +15,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the rep
 
 @contextlib.contextmanager
 def os_error_as_user_error(what: str):
-    """Of files the user chose: an OSError becomes a UserError "what: reason"."""
+    """Turn an OSError of the body into a UserError "what: reason"."""
     try:
         yield
     except OSError as e:
@@ -23,13 +23,13 @@ def os_error_as_user_error(what: str):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as far as it fits a message of one line."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
 def made_folder(folder: str):
-    """Make a folder and its parents; if the body fails, remove those again that are new and still empty."""
+    """Make a folder and its parents. If the body fails, remove the new folders that are still empty."""
     new, path = [], os.path.abspath(folder)
     while path != existing_parent(folder):
         new.append(path)
@@ -46,7 +46,7 @@ def made_folder(folder: str):
 
 
 def existing_parent(folder: str) -> str:
-    """The folder, or what is the nearest of its parents that exists."""
+    """Return the folder if it exists, else its nearest parent that exists."""
     path = os.path.abspath(folder)
     while not os.path.lexists(path):
         path = os.path.dirname(path)
@@ -62,7 +62,7 @@ def sha256_of(path: str) -> str:
 
 
 def unused_path(stem: str, ending: str = "") -> str:
-    """stem + ending, or, if that exists, stem_1 + ending and so on."""
+    """Return the first path that does not exist of stem + ending, stem_1 + ending, stem_2 + ending, ..."""
     path, n = stem + ending, 0
     while os.path.exists(path):
         n += 1
@@ -71,7 +71,7 @@ def unused_path(stem: str, ending: str = "") -> str:
 
 
 def json_text(value) -> str:
-    """A value as write_json writes it, to the byte."""
+    """Return the exact text that write_json writes."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -80,10 +80,10 @@ def write_json(path: str, value) -> None:
 
 
 def replace_file(path: str, content: bytes) -> None:
-    """Write a file anew, whole or not at all. Raises OSError."""
+    """Replace a file atomically. Raises OSError, and then leaves the old file."""
     temporary = path + ".tmp"
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)  # which may be a link to elsewhere
+        os.unlink(temporary)  # never write through a link of that name
     try:
         with open(temporary, "xb") as f:
             f.write(content)
@@ -97,7 +97,7 @@ def replace_file(path: str, content: bytes) -> None:
 
 
 def fetch(url: str, otherwise: str) -> bytes:
-    """What is at a URL. Raises UserError; otherwise: what to do without a network."""
+    """Download a URL. Raises UserError. otherwise: what to do without a network, for the error message."""
     import requests
 
     try:
@@ -110,7 +110,10 @@ def fetch(url: str, otherwise: str) -> bytes:
 
 
 def is_utf8(text: str) -> bool:
-    """False for a file name or argument with bytes that are not, which Python keeps as lone surrogates."""
+    """Return True if a file name or argument is valid UTF-8.
+
+    Python keeps bytes that are not valid as lone surrogates.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -119,7 +122,12 @@ def is_utf8(text: str) -> bool:
 
 
 def nearest_file(path: str, ending: str, *folders: str) -> str:
-    """A hint, if there is one, at the file of a similar name in the same folder or in others."""
+    """Return a hint that names a file with a similar name, '' if none exists.
+
+    path: file that was not found; its folder is searched.
+    ending: of the names that count.
+    folders: further folders to search.
+    """
     there = {os.path.basename(found): found for folder in (os.path.dirname(path), *folders)
              for found in sorted(glob.glob(os.path.join(glob.escape(folder), "*" + ending)))}
     near = difflib.get_close_matches(os.path.basename(path), there, 1)
@@ -127,19 +135,19 @@ def nearest_file(path: str, ending: str, *folders: str) -> str:
 
 
 def check_can_write(path: str, setting: str) -> None:
-    """Raise UserError, naming the setting, unless files can be made in a folder, which need not exist yet."""
+    """Raise UserError, naming the setting, if no file can be made in a folder. It need not exist yet."""
     try:
         os.stat(path)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or "it is no path"
+        reason = getattr(e, "strerror", None) or "it is not a path"
         raise UserError(f"{setting}={path!r} cannot be a folder: {reason}") from None
     folder = path
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder) or os.curdir
     try:
-        with tempfile.TemporaryFile(dir=folder):  # permission bits alone do not tell
+        with tempfile.TemporaryFile(dir=folder):  # permission bits alone are not conclusive
             pass
     except OSError as e:
         raise UserError(f"{setting}={path!r}: cannot write in {folder}: {e.strerror}; name another "
@@ -147,8 +155,9 @@ def check_can_write(path: str, setting: str) -> None:
 
 
 def check_output_file(path: str, setting: str) -> None:
-    """Raise UserError, naming the setting, unless a file can be written there; its folder must exist."""
+    """Raise UserError, naming the setting, if a file cannot be written. Its folder must exist."""
     folder = os.path.dirname(path) or os.curdir
     if os.path.isdir(path) or not os.path.isdir(folder):
-        raise UserError(f"{setting}={path!r} names no file in a folder that is there: make the folder first")
+        raise UserError(f"{setting}={path!r} is not the path of a file in an existing folder: make the "
+                        f"folder first")
     check_can_write(folder, setting)

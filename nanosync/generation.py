@@ -1,4 +1,4 @@
-"""Generate text from a model: sampling, and decoding with a static KV cache.
+"""Text generation: sampling, and decoding with a static KV cache.
 
 Shapes: B batch, T tokens of a sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
 """
@@ -16,14 +16,14 @@ from nanosync.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from its logits. A new option is a field here, its check and its effect."""
+    """Options for drawing the next token. A new option is a field, its check and its effect in `draw`."""
 
     temperature: float = 1.0  # 0 takes the most likely token
     top_k: int | None = None  # keep the k most likely tokens; None: all
-    top_p: float | None = None  # of those, keep the fewest whose probabilities reach p (arXiv 1904.09751)
+    top_p: float | None = None  # then keep the fewest tokens whose probabilities reach p (arXiv 1904.09751)
 
     def check(self) -> None:
-        """Raise UserError for a value that no token can be drawn with."""
+        """Raise UserError for a value outside its range."""
         if self.temperature < 0:
             raise UserError(f"temperature={self.temperature} must be at least 0 (0 takes the most likely "
                             f"token)")
@@ -33,10 +33,10 @@ class Sampling:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1, or None for all tokens")
 
     def draw(self, logits):
-        """Draw one token a row: logits (B, V) -> ids (B,).
+        """Draw one token per row: logits (B, V) -> ids (B,).
 
-        Uses the Gumbel-max trick: argmax(logits - log E), E exponential, is a draw from softmax(logits) and
-        needs no synchronisation with the host.
+        The Gumbel-max trick needs no synchronisation with the host: argmax(logits - log E) with exponential E
+        is a draw from softmax(logits).
         """
         if self.temperature == 0:
             return logits.argmax(dim=-1)
@@ -57,8 +57,10 @@ class Sampling:
 
 @torch.no_grad()
 def sample_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int) -> str:
-    """The prompt and what a model that is being trained makes of it; leaves all random states and the model's
-    mode as they are. Under the caller's autocast."""
+    """Return the prompt and the text that a model generates after it during training.
+
+    Keeps all random states and the model's mode. The caller chooses the autocast.
+    """
     device, training = model.lm_head.weight.device, model.training
     idx = torch.tensor(tokenizer.encode(prompt).astype("int64"), device=device)[None]
     devices = [device.index] if device.type == "cuda" else []
@@ -72,19 +74,22 @@ def sample_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int) -
 
 
 class Decoder:
-    """Generates from a model with a static KV cache: prefill, then one token a step; on CUDA a step is one
-    graph.
+    """Generator of tokens with a static KV cache: a prefill, then one token per step.
 
-    Built once for a batch size and sampling settings, used for any number of prompts. Runs in the dtype of
-    the weights, or, built under autocast, on a copy of them in autocast's dtype.
+    On CUDA a step is one CUDA graph. A Decoder has a fixed batch size and fixed sampling options, and can be
+    used for many prompts. It runs in the dtype of the weights. If it is built under autocast it runs on a
+    copy of the weights in autocast's dtype.
 
-    Past `block_size` the window slides. GPT-2's positions are absolute, so every key and value changes when
-    it does: each slide is a new prefill. `slide=1` (nanoGPT's rule) lets every token see the block_size
-    before it; a larger one drops that many at once and is that much cheaper.
+    Past `block_size` tokens the window slides. GPT-2's positions are absolute, so a slide changes every key
+    and value and needs a new prefill. With `slide=1`, nanoGPT's rule, every token sees the block_size tokens
+    before it. With a larger `slide` the window drops so many tokens at once and slides less often.
     """
 
     def __init__(self, model, batch_size: int, slide: int = 1, **sampling):
-        """sampling: fields of Sampling. Raises UserError."""
+        """Allocate cache and buffers. Raises UserError.
+
+        batch_size: B, sequences. slide: tokens to drop at once. sampling: fields of Sampling.
+        """
         config, weight = model.config, model.lm_head.weight
         self.sampling = Sampling(**sampling)
         self.sampling.check()
@@ -101,13 +106,13 @@ class Decoder:
         make = partial(torch.zeros, device=self.device, dtype=dtype)
         self.residual_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.allocate(B, make)
-        self.token = make(B, dtype=torch.int64)  # the newest token, not yet in the cache
-        self.position = make(1, dtype=torch.int64)  # how many tokens the cache holds
+        self.token = make(B, dtype=torch.int64)  # newest token, not yet in the cache
+        self.position = make(1, dtype=torch.int64)  # number of tokens in the cache
         self.window = make(B, self.keep, dtype=torch.int64)
         self.graphs = {}
 
     def allocate(self, B: int, make):
-        """Cache and buffers of a step; `make` makes a tensor of zeros in the weights' dtype."""
+        """Allocate cache and buffers of a step. make: function (*shape) -> zeros in the weights' dtype."""
         config = self.model.config
         C, H = config.n_embd, config.n_head
         self.cache = make(config.n_layer, 2, B, H, self.block_size, C // H)
@@ -117,14 +122,17 @@ class Decoder:
         self.logits = make(B, config.vocab_size, dtype=self.residual_dtype)
 
     def prefill(self, idx):
-        """Fill the cache with idx (B, T), T <= block_size; compute and draw the token after it."""
+        """Fill the cache with idx (B, T), T <= block_size; draw the next token."""
         x = self.model.hidden(idx, self.cache)
         self.logits.copy_(self.model.lm_head(x[:, -1]))
         self.position.fill_(idx.shape[1])
         self._draw()
 
     def step(self):
-        """Feed `token` at `position`, likewise. Static shapes and addresses, no wait for the host."""
+        """Append `token` to the cache; draw the next token.
+
+        Shapes and addresses are static, and nothing waits for the host.
+        """
         transformer = self.model.transformer
         decode.embed(self.token, self.position, transformer.wte.weight, transformer.wpe.weight, self.x)
         for block, cache in zip(transformer.h, self.cache):
@@ -139,14 +147,14 @@ class Decoder:
         self._draw()
 
     def slide(self):
-        """Start again from the last tokens, which the caller has put into `window`. Static shapes, too."""
+        """Fill the cache from `window`, where the caller has put the last tokens. Shapes are static."""
         self.prefill(self.window)
 
     def _draw(self):
         self.token.copy_(self.sampling.draw(self.logits[:, :self.used_vocab_size]))
 
     def _run(self, method):
-        """Call `step` or `slide`; on CUDA capture it as a graph the first time, and replay that."""
+        """Call `step` or `slide`. On CUDA, capture the first call as a graph, and replay the graph."""
         if self.device.type != "cuda":
             return method()
         name = method.__name__
@@ -156,10 +164,11 @@ class Decoder:
 
     @torch.no_grad()
     def run(self, idx, max_new_tokens: int):
-        """Yield after each new token all there is, (B, T + max_new_tokens), and the column just written.
+        """Yield (all tokens (B, T + max_new_tokens), column of the new token) after each new token.
 
-        idx: the prompt (B, T), T >= 1, of which the last block_size tokens count. Nothing waits for the
-        device.
+        Nothing waits for the device.
+
+        idx: the prompt, (B, T), T >= 1. The model sees its last block_size tokens.
         """
         T = idx.shape[1]
         if T < 1:
@@ -181,16 +190,15 @@ class Decoder:
             yield tokens, n
 
     def generate(self, idx, max_new_tokens: int, stop_token: int | None = None):
-        """(B, T) -> (B, T + new): the prompt and up to max_new_tokens more.
+        """Continue a prompt idx (B, T) by up to max_new_tokens tokens; return (B, T + new).
 
-        Rows end at their first `stop_token` and are filled up with it; the result ends where the longest row
-        does.
+        stop_token: id that ends a row. Shorter rows are filled up with it. None: no row ends early.
         """
         tokens, T = idx, idx.shape[1]
         for tokens, n in self.run(idx, max_new_tokens):
             new = tokens[:, T:n + 1]
             if stop_token is not None and (n - T) % 16 == 15 and (new == stop_token).any(dim=1).all():
-                break  # looked at every 16 steps: each look waits for the device
+                break  # checked every 16 steps only, because the check waits for the device
         if stop_token is None or max_new_tokens == 0:
             return tokens
         new = tokens[:, T:n + 1]
@@ -200,7 +208,7 @@ class Decoder:
         return torch.cat((idx, new[:, :length]), dim=1)
 
     def stream(self, idx, max_new_tokens: int):
-        """Yield each step's tokens as a list of B ints, as they come; the device works one step ahead."""
+        """Yield each step's tokens as a list of B ints. The device computes one step ahead."""
         ahead = None
         for tokens, n in self.run(idx, max_new_tokens):
             fetched = tokens[:, n].to("cpu", non_blocking=True)
@@ -219,7 +227,10 @@ def _wait(fetched, event) -> list[int]:
 
 
 def capture_graph(function, restore=()) -> torch.cuda.CUDAGraph:
-    """Capture what `function` launches, after a warm-up run that changes neither `restore` nor the RNG."""
+    """Capture the kernels of `function` as a CUDA graph, after a warm-up call.
+
+    restore: tensors whose values the warm-up does not change. It does not change the random state either.
+    """
     before, rng = [t.clone() for t in restore], torch.cuda.get_rng_state()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -230,6 +241,6 @@ def capture_graph(function, restore=()) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.set_rng_state(rng)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog has a thread, too
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog is another thread
         function()
     return graph

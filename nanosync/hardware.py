@@ -12,7 +12,7 @@ import torch
 from nanosync.errors import UserError
 from nanosync.files import ROOT
 
-PEAK_TFLOPS = {  # dense, by what named_peak_flops leaves of a name: (bf16 and fp16, tf32); the data sheets
+PEAK_TFLOPS = {  # dense, from the data sheets; shortened name, see named_peak_flops -> (bf16 and fp16, tf32)
     "H200": (989.5, 494.7), "H100": (989.5, 494.7), "H100 PCIE": (756.0, 378.0), "GH200": (989.5, 494.7),
     "B200": (2250.0, 1125.0), "A100": (312.0, 156.0), "A100 PCIE": (312.0, 156.0), "A800": (312.0, 156.0),
     "A800 PCIE": (312.0, 156.0), "A10G": (70.0, 35.0), "L40S": (362.0, 183.0), "L4": (121.0, 60.0),
@@ -20,21 +20,23 @@ PEAK_TFLOPS = {  # dense, by what named_peak_flops leaves of a name: (bf16 and f
     "T4": (65.0, None),
 }
 NO_BF16 = ("V100", "V100 PCIE", "T4")
-# words of a name that change no peak: maker and family, memory, and the module of the fastest version
-BESIDE_THE_POINT = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB?|HBM3E?|SXM\d")
+# words of a name that do not change the peak: maker and family, memory, module of the fastest version
+IGNORED_NAME_WORDS = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB?|HBM3E?|SXM\d")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that the device reaches at most with matrices of this dtype, None if that is not known."""
+    """Return the peak FLOP/s of a device for matrix products of a dtype, None if unknown."""
     return None if device.type != "cuda" else named_peak_flops(torch.cuda.get_device_name(device), dtype)
 
 
 def named_peak_flops(name: str, dtype: torch.dtype) -> float | None:
-    """The same for a device's name. Every word counts: an H100 NVL, a MIG slice or a laptop's RTX 4090 is
-    another device than the one that its name begins with.
+    """Return peak_flops of a device's name.
+
+    The whole name must match, apart from IGNORED_NAME_WORDS: an H100 NVL, a MIG slice and a laptop's RTX 4090
+    have other peaks than an H100 and an RTX 4090.
     """
     words = re.split(r"[ -]+", name.strip().upper())
-    bare = " ".join(word for word in words if not BESIDE_THE_POINT.fullmatch(word))
+    bare = " ".join(word for word in words if not IGNORED_NAME_WORDS.fullmatch(word))
     half, tf32 = PEAK_TFLOPS.get(bare, (None, None))
     tflops = half if dtype in (torch.bfloat16, torch.float16) else tf32
     if tflops is None or (dtype == torch.bfloat16 and bare in NO_BF16):
@@ -43,7 +45,7 @@ def named_peak_flops(name: str, dtype: torch.dtype) -> float | None:
 
 
 def environment(device: torch.device) -> dict:
-    """Versions, machine and git commit, for the log and the checkpoint."""
+    """Return versions, machine and git commit, for the log and the checkpoint."""
     try:
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT,
                                 timeout=10, capture_output=True, text=True, check=True).stdout.strip()
@@ -60,7 +62,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(device: str, local_rank: int | None = None) -> torch.device:
-    """The device a name stands for, known to be there. With a local rank, 'cuda' is that rank's GPU."""
+    """Return the device of a name, after a check that it exists. Raises UserError.
+
+    local_rank: of this process, whose GPU 'cuda' names; None without torchrun.
+    """
     if device == "auto":
         mps_or_cpu = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else mps_or_cpu
@@ -82,13 +87,17 @@ def pick_device(device: str, local_rank: int | None = None) -> torch.device:
                                 f"at most {count} processes on this machine (--nproc_per_node={count})")
             return torch.device("cuda", local_rank)
         if chosen.index is not None and chosen.index >= count:
-            raise UserError(f"device={device!r}, but the GPUs here are cuda:0 to cuda:{count - 1}")
+            raise UserError(f"device={device!r}, but the GPUs here are cuda:0 to cuda:{count - 1}: use one "
+                            f"of them")
         return torch.device("cuda", chosen.index or 0)
     return chosen
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The compute dtype of a name; 'auto': bfloat16 on CUDA (float16 on older GPUs), else float32."""
+    """Return the compute dtype of a name. Raises UserError.
+
+    'auto' is bfloat16 on CUDA (float16 on older GPUs), else float32.
+    """
     if dtype == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -103,17 +112,17 @@ def check_compile(device: torch.device) -> None:
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("compile=True needs Triton on a GPU and it is not installed: use --compile=False")
     if not any(map(shutil.which, [os.environ.get("CXX") or "c++", "g++", "clang++", "gcc", "cc"])):
-        raise UserError("compile=True needs a C++ compiler and there is none: install g++, or use "
+        raise UserError("compile=True needs a C++ compiler and none was found: install g++, or use "
                         "--compile=False")
 
 
 def make_deterministic() -> None:
-    """The same bits in every run on the same machine; before anything is computed on a GPU. Costs speed."""
+    """Make every run on one machine compute the same bits; slower. Call it before any work on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes of a GPU that tensors took so far, None elsewhere."""
+    """Return the peak bytes of a GPU's memory that tensors took so far, None on other devices."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

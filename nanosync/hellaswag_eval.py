@@ -1,12 +1,12 @@
-"""HellaSwag: which of four endings a model finds the most likely, in the completion style of build-nanogpt.
+"""HellaSwag: which of four endings a model finds most likely, in the completion style of build-nanogpt.
 
-An example is a context and four endings, of which one is right (Zellers et al., arXiv 1905.07830). A row is
-the tokens of the context, then those of " " + ending, each tokenised by itself, and the losses of the
-ending's tokens count. `acc` is the share of examples whose right ending has the least sum of them, `acc_norm`
-of those where it has the least mean. Nothing else is in the prompt, so the figures compare with those of
-build-nanogpt (https://github.com/karpathy/build-nanogpt), not with those of the EleutherAI harness.
+An example is a context and four endings, one of them right (Zellers et al., arXiv 1905.07830). A row is the
+tokens of the context and then those of " " + ending; both texts are tokenised separately. Only the losses of
+the ending's tokens count. `acc` is the share of examples whose right ending has the lowest sum of losses,
+`acc_norm` the share whose right ending has the lowest mean. The prompt has no other text, so the figures
+compare with build-nanogpt's (https://github.com/karpathy/build-nanogpt), not with the EleutherAI harness's.
 
-Shapes: N rows of a batch, 4 an example; T tokens of a row, C = n_embd, V = vocab_size, P tokens that count.
+Shapes: N rows of a batch, 4 per example, T tokens of a row, C = n_embd, V = vocab_size, P tokens that count.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from nanosync.tokenizers import GPT2Tokenizer
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 N_VAL = 10042  # examples in that file
 FOLDER = os.path.join(ROOT, "data", "hellaswag")
-VOCAB_SIZES = range(GPT2Tokenizer.vocab_size, 50304 + 1)  # GPT-2's; up to nanoGPT's, which counts padding
-LENGTH_STEP = 32  # T is a multiple of it, or block_size: few shapes, for what PyTorch keeps of each
-HEAD_ROWS = 1024  # so many positions at a time have logits
-STOP_EVERY = 8  # batches between two questions whether to stop
+VOCAB_SIZES = range(GPT2Tokenizer.vocab_size, 50304 + 1)  # from GPT-2's to nanoGPT's, which has padding rows
+LENGTH_STEP = 32  # T is a multiple of LENGTH_STEP, or block_size, as PyTorch caches kernels for each shape
+HEAD_ROWS = 1024  # positions whose logits are in memory at a time
+STOP_EVERY = 8  # batches between two checks for a stop request
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,17 +38,17 @@ class Example:
 
     context: np.ndarray  # at least one token
     endings: tuple[np.ndarray, ...]  # 4, at least one token each
-    label: int  # which of them is right
+    label: int  # index of the right ending
 
     @property
     def length(self) -> int:
-        """Tokens of its longest row."""
+        """Number of tokens of the longest row."""
         return len(self.context) + max(map(len, self.endings))
 
 
 @contextlib.contextmanager
 def in_training():
-    """Let a UserError also say how to train without HellaSwag."""
+    """Add to a UserError of the body how to train without HellaSwag."""
     try:
         yield
     except UserError as e:
@@ -56,10 +56,11 @@ def in_training():
 
 
 def load(path: str = "", n_examples: int | None = None, setting: str = "input") -> list[Example]:
-    """The first n_examples (None: all) of a file such as hellaswag_val.jsonl, tokenised.
+    """Load and tokenise examples. All lines of the file are checked. Raises UserError.
 
-    Without a path of that file itself, which is downloaded if it is not there. All lines are checked.
-    setting: by which the user gives the path. Raises UserError.
+    path: JSON Lines file in the format of hellaswag_val.jsonl. '' downloads that file if it is missing.
+    n_examples: number of examples, the first of the file; None for all.
+    setting: name of the setting for the path, for error messages.
     """
     if not path:
         path = os.path.join(FOLDER, "hellaswag_val.jsonl")
@@ -74,7 +75,7 @@ def load(path: str = "", n_examples: int | None = None, setting: str = "input") 
 
 
 def download(path: str, setting: str) -> None:
-    """Fetch hellaswag_val.jsonl. Raises UserError."""
+    """Download hellaswag_val.jsonl to path. Raises UserError. setting: see load."""
     print(f"downloading {URL} to {path}", flush=True)
     content = fetch(URL, f"give the file as --{setting}=FILE.jsonl")
     n = len(parse_lines(content, URL))
@@ -86,7 +87,10 @@ def download(path: str, setting: str) -> None:
 
 
 def parse_lines(content: bytes, where: str) -> list[dict]:
-    """JSON Lines -> a dict with ctx, endings and label of each. Raises UserError with the line's number."""
+    """Parse JSON Lines into dicts with ctx, endings and label. Raises UserError with the line's number.
+
+    where: path or URL of the content, for error messages.
+    """
     if not content:
         raise UserError(f"{where} is empty: HellaSwag has an example, a JSON object, on each line")
     records = []
@@ -97,51 +101,53 @@ def parse_lines(content: bytes, where: str) -> list[dict]:
         except UnicodeDecodeError as e:
             problem = f"byte {e.start} is not UTF-8"
         except (ValueError, RecursionError) as e:
-            problem = f"it is no JSON ({first_line(e)})"
+            problem = f"it is not JSON ({first_line(e)})"
         if problem is not None:
             raise UserError(f"{where}, line {number}: {problem}")
     return records
 
 
 def problem_of(record) -> str | None:
-    """What keeps a value from being an example, None if nothing does."""
+    """Return the problem of a value that is not an example, None if the value is an example."""
     if not isinstance(record, dict):
         return f"it is a {type(record).__name__}, not an object with ctx, endings and label"
     missing = [key for key in ("ctx", "endings", "label") if key not in record]
     if missing:
-        hint = "; HellaSwag's test split has none: take val" if missing == ["label"] else ""
+        hint = "; HellaSwag's test split has no labels: use val" if missing == ["label"] else ""
         return f"it has no {' and no '.join(missing)}{hint}"
     context, endings, label = record["ctx"], record["endings"], record["label"]
     if not isinstance(context, str) or not context:
-        return f"ctx={context!r:.40} is no text with at least one character"
+        return f"ctx={context!r:.40} is not a text with at least one character"
     if not isinstance(endings, list) or len(endings) != 4:
         kind = f"list of {len(endings)}" if isinstance(endings, list) else type(endings).__name__
         return f"endings is a {kind}, not a list of 4 texts"
     for i, ending in enumerate(endings):
         if not isinstance(ending, str):
-            return f"endings[{i}]={ending!r:.40} is no text"
+            return f"endings[{i}]={ending!r:.40} is not a text"
     if type(label) is not int or not 0 <= label <= 3:
-        return f"label={label!r:.40} is no whole number from 0 to 3"
+        return f"label={label!r:.40} is not a whole number from 0 to 3"
     return None
 
 
 def check_vocabulary(used_vocab_size: int, meta: dict | None, where: str) -> None:
-    """Raise UserError unless a model reads GPT-2's tokens.
+    """Raise UserError unless a model uses GPT-2's tokens.
 
-    used_vocab_size: of its configuration; meta: what a checkpoint or a data set says of its tokens, None
-    being GPT-2's; where: the weights or the data set.
+    used_vocab_size: of the model's configuration.
+    meta: meta.json of the checkpoint or the data set, None for GPT-2's tokens.
+    where: name of the weights or the data set, for error messages.
     """
     tokenizer = "gpt2" if meta is None else meta.get("tokenizer")
     if tokenizer != "gpt2":
-        raise UserError(f"{where} has the tokens of the tokenizer {tokenizer!r}, and HellaSwag is read in "
-                        f"GPT-2's: evaluate a model that was trained on those")
+        raise UserError(f"{where} has the tokens of the tokenizer {tokenizer!r}, and HellaSwag needs "
+                        f"GPT-2's: evaluate a model that was trained on GPT-2's tokens")
     if used_vocab_size not in VOCAB_SIZES:
-        raise UserError(f"{where} has a vocabulary of {used_vocab_size} tokens, and HellaSwag is read in "
-                        f"GPT-2's {GPT2Tokenizer.vocab_size}: evaluate a model that was trained on those")
+        raise UserError(f"{where} has a vocabulary of {used_vocab_size} tokens, and HellaSwag needs "
+                        f"GPT-2's {GPT2Tokenizer.vocab_size}: evaluate a model that was trained on GPT-2's "
+                        f"tokens")
 
 
 def check_lengths(examples: list[Example], block_size: int) -> None:
-    """Raise UserError if a model's context cannot hold an ending; of contexts it may see only the end."""
+    """Raise UserError if an ending is longer than block_size. Contexts may be longer: they are cropped."""
     longest = max(len(ending) for example in examples for ending in example.endings)
     if longest > block_size:
         raise UserError(f"block_size={block_size} is too short for HellaSwag: an ending has {longest} tokens")
@@ -150,30 +156,30 @@ def check_lengths(examples: list[Example], block_size: int) -> None:
 @torch.no_grad()
 def accuracy(model, examples: list[Example], batch_size: int, device: torch.device, rank: int = 0,
              world_size: int = 1, group=None, stop=None, progress=None) -> dict | None:
-    """{"acc": ..., "acc_norm": ..., "n": ...} over all examples, batch_size of them (4 rows each) at a time.
+    """Return {"acc": ..., "acc_norm": ..., "n": ...} over all examples, None if stop() returned True.
 
-    model: any kind, the module itself rather than its DDP wrapper; it is left in the mode it was in. It runs
-        under the caller's autocast, and uncompiled: `model.hidden` is what `model.compile()` and
-        `torch.compile(model)` leave alone, so these shapes neither cost compilations nor make those of
-        training dynamic.
-    rank, world_size, group: this process's share of the examples, and the processes that have the others. Of
-        a model on several processes, which must all see the same batch: dp_rank, dp_size and dp_group.
-    stop: a function that every rank calls after every STOP_EVERY batches, equally often whatever its share;
-        where it gives True, which must be on all, the result is None.
-    progress: a function of (examples done, examples), called after every batch.
+    Rows longer than block_size lose tokens on the left. Uses no random numbers, and keeps the model's mode.
+    Raises UserError if an ending is longer than block_size.
 
-    Rows longer than block_size lose tokens from the left. Uses no random numbers. Raises UserError if an
-    ending is longer than block_size.
+    model: a model of any kind, without its DDP wrapper. The caller chooses the autocast. The function calls
+        `model.hidden`, which `model.compile()` does not compile. So the shapes here cause no compilation, and
+        do not make the shapes of training dynamic.
+    batch_size: examples of a batch, 4 rows each.
+    rank, world_size, group: DDP rank of this process, number of DDP ranks, and their group. The processes of
+        one model evaluate the same examples.
+    stop: function that all processes call after every STOP_EVERY batches, with the same result.
+    progress: function of (examples done, examples), called after every batch.
     """
     check_lengths(examples, model.config.block_size)
     n = len(examples)
-    # rows of a batch are about equally long; the longest come first, so memory runs out at once if it does
+    # sorted, so that the rows of a batch are about equally long; the longest first, so that a lack of memory
+    # shows at once
     mine = sorted(examples, key=lambda example: -example.length)[rank::world_size]
     correct = torch.zeros(2, dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
     try:
-        for i in range(-(-n // (world_size * batch_size))):  # of the rank with the most
+        for i in range(-(-n // (world_size * batch_size))):  # batches of the DDP rank with the most examples
             if batch := mine[i * batch_size:(i + 1) * batch_size]:
                 correct += count_correct(model, batch, device)
             if progress is not None:
@@ -187,9 +193,9 @@ def accuracy(model, examples: list[Example], batch_size: int, device: torch.devi
 
 
 def count_correct(model, batch: list[Example], device: torch.device) -> torch.Tensor:
-    """How many examples have the least sum of losses, and how many the least mean, at the right ending: (2,).
+    """Count the examples whose right ending has the lowest sum, and the lowest mean, of losses: (2,) int64.
 
-    An example with a loss that is infinite or no number counts as wrong.
+    An example with a loss that is not finite counts as wrong.
     """
     idx, targets = make_rows(batch, model.config.block_size)
     losses = ending_losses(model, idx, targets, device)
@@ -201,9 +207,9 @@ def count_correct(model, batch: list[Example], device: torch.device) -> torch.Te
 
 
 def make_rows(batch: list[Example], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (N, T) int64 of a batch, on the CPU; targets are -1 outside the endings.
+    """Make inputs and targets (N, T) int64 of a batch, on the CPU. Targets are -1 outside the endings.
 
-    Of a row that is longer than block_size + 1, the last of which is only a target, the end is taken.
+    A row has at most block_size + 1 tokens, the last only as a target. Longer rows are cropped on the left.
     """
     rows = [(np.concatenate((example.context, ending))[-block_size - 1:], len(ending))
             for example in batch for ending in example.endings]
@@ -218,10 +224,10 @@ def make_rows(batch: list[Example], block_size: int) -> tuple[torch.Tensor, torc
 
 
 def ending_losses(model, idx: torch.Tensor, targets: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The loss of each target, 0 where it is -1: (N, T), in fp32 (fp64 for an fp64 model).
+    """Return the loss of each target, 0 if the target is -1: (N, T), in fp32 (fp64 for an fp64 model).
 
-    Only positions that count get logits, at most HEAD_ROWS at a time, and these in fp32, also under autocast:
-    bf16 would round a logit of -100 to a multiple of 0.5.
+    Logits are computed only for targets that count, at most HEAD_ROWS at a time. They are in fp32 even under
+    autocast, because bf16 would round a logit of -100 to a multiple of 0.5.
     """
     N, T = idx.shape
     places = (targets.flatten() != -1).nonzero()[:, 0].to(device)  # (P,)

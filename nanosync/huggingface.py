@@ -1,4 +1,4 @@
-"""GPT-2 weights in Hugging Face's format: read from the hub or a folder, and written."""
+"""GPT-2 weights in Hugging Face's format: reading from the hub or a folder, and writing."""
 
 import json
 import os
@@ -14,13 +14,15 @@ GPT2_SIZES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
-# Hugging Face keeps these as Conv1D, transposed.
+# Hugging Face stores these weights as Conv1D, transposed
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 def find_folder(name: str) -> str:
-    """Return a local folder, or that of a GPT-2 of the hub, downloaded if it is not in the cache. Raises
-    UserError."""
+    """Return the folder of GPT-2 weights, downloaded if they are not in the local cache. Raises UserError.
+
+    name: a local folder, or a key of GPT2_SIZES.
+    """
     if os.path.isdir(name):
         return name
     if name not in GPT2_SIZES:
@@ -28,18 +30,20 @@ def find_folder(name: str) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # what goes wrong is said below, once
+    logging.set_verbosity_error()  # the error below replaces its warnings
     try:
         files = ["config.json", "model.safetensors"]
         return snapshot_download(f"openai-community/{name}", allow_patterns=files)
-    except Exception as e:  # of huggingface_hub or its HTTP library
+    except Exception as e:  # any type, from huggingface_hub or its HTTP library
         raise UserError(f"could not download {name} ({type(e).__name__}): without a network, give a folder "
                         f"with its config.json and model.safetensors instead of the name") from None
 
 
 def read_config(folder: str) -> dict:
-    """Read the fields of model.GPTConfig that a config.json determines. Raises UserError unless it is a
-    GPT-2's."""
+    """Read the fields of model.GPTConfig from a folder's config.json.
+
+    Raises UserError if the file does not describe a GPT-2.
+    """
     path = os.path.join(folder, "config.json")
     try:
         with open(path, encoding="utf-8") as f:
@@ -47,20 +51,21 @@ def read_config(folder: str) -> dict:
         fields = dict(block_size=int(c["n_positions"]), vocab_size=int(c["vocab_size"]),
                       n_layer=int(c["n_layer"]), n_head=int(c["n_head"]), n_embd=int(c["n_embd"]))
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is no configuration of a GPT-2 ({type(e).__name__}: {e})") from None
+        raise UserError(f"{path} is not the configuration of a GPT-2 ({type(e).__name__}: {e})") from None
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
               "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
               "tie_word_embeddings": True, "n_inner": None}
     for key, value in wanted.items():
         if c.get(key, value) != value and not (key == "n_inner" and c[key] == 4 * fields["n_embd"]):
-            raise UserError(f"{path} has {key}={c[key]!r}; this model has {value!r}")
+            raise UserError(f"{path} has {key}={c[key]!r}; this model supports only {value!r}")
     return fields
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str) -> None:
-    """Copy model.safetensors into a model. Raises UserError for a weight that is missing, of another shape,
-    or of a layer that the model does not have.
+    """Copy a folder's model.safetensors into a model.
+
+    Raises UserError if a weight is missing, has another shape, or belongs to a layer that the model lacks.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -70,7 +75,7 @@ def load_weights(model: nn.Module, folder: str) -> None:
         tensors = load_file(path)
     except (OSError, SafetensorError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
-    # the hub's own GPT-2 files name the parameters without "transformer." and carry the causal masks
+    # the hub's GPT-2 files have names without "transformer.", and contain the causal masks
     tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
     for name, p in model.named_parameters():
         tensor = tensors.get(name.removeprefix("transformer."))
@@ -91,9 +96,9 @@ def load_weights(model: nn.Module, folder: str) -> None:
 
 @torch.no_grad()
 def save(model: nn.Module, folder: str) -> None:
-    """Write a folder that transformers loads as GPT2LMHeadModel, with equal logits.
+    """Write a folder that transformers loads as a GPT2LMHeadModel with the same logits.
 
-    Padding rows of the vocabulary are left out; biases that the model does not have are written as zeros.
+    Padding rows of the vocabulary are not written. Biases that the model lacks are written as zeros.
     """
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""The fields of a run's events that readers of a log rely on, and their curves in TensorBoard and wandb.
+"""The fields of a run's events, for readers of logs and for the curves of TensorBoard and wandb.
 
 A new field of an iteration is one entry here and one argument of `run.iteration`.
 """
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LogField:
-    """A number of an event; null in the log stands for NaN and infinity."""
+    """A number in an event. A log has null for a number that is NaN or infinite."""
 
-    event: str
+    event: str  # kind of event
     name: str
     unit: str = ""
-    curve: str = ""  # its name in TensorBoard and wandb; a curve has one kind of event, so each step once
-    factor: float = 1.0  # the curve's value divided by the event's
+    curve: str = ""  # in TensorBoard and wandb; a curve has one kind of event, so it has each step once
+    factor: float = 1.0  # value of the curve / value in the event
     required: bool = True  # every event of the kind has the field
-    unknown: bool = False  # null means unknown and is not drawn; in other fields null is drawn as NaN
+    unknown: bool = False  # True: null means unknown and is not drawn; False: null is drawn as NaN
 
 
 FIELDS = (
@@ -45,12 +45,12 @@ EVALUATION_EVENTS = ("eval", "hellaswag", "sample")  # parts of a step's evaluat
 
 
 def required_fields(event: str) -> tuple[str, ...]:
-    """Return the fields that every event of a kind has, each a number or null."""
+    """Return the names of the fields that every event of a kind has, with a number or null."""
     return tuple(field.name for field in FIELDS if field.event == event and field.required)
 
 
 def curves_of(event: dict) -> dict[str, float]:
-    """Return the values of an event's curves by their names. A field that the event lacks is drawn as NaN."""
+    """Return the points of an event, curve -> value. The value is NaN if the event lacks a field."""
     values = {}
     for field in FIELDS:
         if field.event == event["event"] and field.curve:

@@ -1,7 +1,7 @@
-"""Where a run's log goes: console, files, TensorBoard, Weights & Biases.
+"""Destinations of a run's log: console, files, TensorBoard, Weights & Biases.
 
-None of them stops a run: if the console breaks, training continues; a full disk is tried again; wandb is
-switched off if it fails.
+None of them stops a run. If stdout breaks, training continues. If a disk is full, lines wait and are written
+later. If wandb fails, it is switched off.
 """
 
 import collections
@@ -21,12 +21,12 @@ from nanosync.errors import UserError
 from nanosync.files import first_line, replace_file
 from nanosync.log_fields import curves_of
 
-BACKLOG = 20_000  # lines, or records, that wait for a disk that is full
-WANDB_SECONDS = 60.0  # to reach wandb at the start, and to send what is left at the end
+BACKLOG = 20_000  # pending lines or records of a file on a full disk
+WANDB_SECONDS = 60.0  # limit for reaching wandb at the start, and for sending the rest at the end
 
 
 def check_installed(tensorboard: bool = False, wandb: bool = False) -> None:
-    """Raise UserError if a package is missing that is wanted; for before anything takes long."""
+    """Raise UserError if a wanted package is not installed. Scripts call it before any slow work."""
     for wanted, package, setting in ((tensorboard, "tensorboard", "use_tensorboard"),
                                      (wandb, "wandb", "wandb_log")):
         try:
@@ -38,7 +38,7 @@ def check_installed(tensorboard: bool = False, wandb: bool = False) -> None:
 
 
 def _size(terminal) -> dict:
-    """How large tqdm's bar may be: as the terminal is at each moment, or, if it does not tell, 120 wide."""
+    """Return tqdm's arguments for the size of its bar: the terminal's, or 120 columns if it is unknown."""
     try:
         known = all(os.get_terminal_size(terminal.fileno()))
     except OSError:
@@ -47,7 +47,7 @@ def _size(terminal) -> dict:
 
 
 class _Console:
-    """Standard output: lines and, on a terminal, a bar. When it goes away the run goes on without."""
+    """Standard output: lines and, on a terminal, a bar. If stdout breaks, training continues."""
 
     def __init__(self):
         self._bar, self._gone = None, False
@@ -64,7 +64,7 @@ class _Console:
                 self._bar = tqdm(initial=first, total=last, file=sys.stdout, miniters=1, **_size(sys.stdout))
 
     def move(self, done: int, text: str) -> None:
-        """To `done` iterations, with a text behind."""
+        """Move the bar to `done` iterations, followed by a text."""
         with self._surviving():
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
@@ -72,7 +72,7 @@ class _Console:
     def line(self, text: str) -> None:
         if self._gone:
             return
-        if not text.isascii():  # the console may know fewer characters
+        if not text.isascii():  # escape characters that the console's encoding lacks
             encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
             text = text.encode(encoding, "backslashreplace").decode(encoding)
         with self._surviving():
@@ -84,7 +84,7 @@ class _Console:
 
     @contextlib.contextmanager
     def _surviving(self):
-        """Give the console up at an error, but wait for one whose disk is full."""
+        """Give up the console if the body fails, but not if a disk is full, which may pass."""
         try:
             yield
         except (OSError, ValueError) as e:  # ValueError: closed
@@ -92,7 +92,7 @@ class _Console:
                 self._give_up()
 
     def _give_up(self) -> None:
-        """What others print, and what is flushed at exit, goes nowhere from now on."""
+        """Discard everything that the process prints from now on, and what is flushed at exit."""
         self._gone = True
         if self._bar is not None:
             self._bar.disable, self._bar = True, None
@@ -107,20 +107,23 @@ class _Console:
                 self._bar.close()
             print(end="", flush=True)
         except (OSError, ValueError):
-            self._give_up()  # it must not fail at exit either
+            self._give_up()  # the flush at exit must not fail
         self._bar = None
 
 
 class _File:
-    """A file that grows by whole lines or records. What a full disk does not take waits and is tried again
-    with what comes next; only opening raises OSError."""
+    """A file that grows by whole lines or records.
+
+    On a full disk the data waits and is written with the next data. Only opening the file raises OSError.
+    """
 
     def __init__(self, path: str, warn):
         self.path, self._warn = path, warn
         self._waiting = collections.deque(maxlen=BACKLOG)
         self._file = open(path, "ab+", buffering=0)
         self._end = self._size()
-        if self._end and os.pread(self._file.fileno(), 1, self._end - 1) != b"\n":  # a run was killed there
+        # the last line is cut off if an earlier run was killed
+        if self._end and os.pread(self._file.fileno(), 1, self._end - 1) != b"\n":
             self.write(b"\n")
 
     def _size(self) -> int:
@@ -131,7 +134,7 @@ class _File:
         self._waiting.append(data)
         try:
             if again:
-                self._file.truncate(self._end)  # half a line may be there
+                self._file.truncate(self._end)  # remove a line that was written in part
             else:
                 self._end = self._size()
             data = memoryview(b"".join(self._waiting))
@@ -140,7 +143,8 @@ class _File:
                 written += self._file.write(data[written:])
         except OSError as e:
             if self._warn is not None:
-                self._warn(f"warning: cannot write {self.path}: {e.strerror}; going on, and trying again")
+                self._warn(f"warning: cannot write {self.path}: {e.strerror}; training continues, and the "
+                           f"next line tries again")
             self._warn = None  # once
         else:
             self._waiting.clear()
@@ -148,19 +152,23 @@ class _File:
     def close(self) -> None:
         if self._waiting:
             self.write(b"")
-        with contextlib.suppress(OSError):  # network file systems say only now that they are full
+        with contextlib.suppress(OSError):  # a full network file system may fail only on close
             self._file.close()
 
 
 class _TensorBoard:
-    """Curves, samples and hyperparameters in out_dir/tensorboard, a file for each start.
+    """Curves, samples and hyperparameters in out_dir/tensorboard, in a new file for each start.
 
-    One record has all curves of an event. torch's SummaryWriter makes one for each, at 13 times the cost, and
-    hands them to a thread that dies of a full disk in the middle of a record.
+    One record has all curves of an event. torch's SummaryWriter makes one record per curve, at 13 times the
+    cost, and writes them in a thread that a full disk ends in the middle of a record.
     """
 
     def __init__(self, out_dir: str, warn, config: dict, kept: list[dict], resumed_step: int | None):
-        """kept: the events so far of a run that is resumed."""
+        """Open a new file. Raises OSError.
+
+        warn: function that prints a line. config: settings. kept: earlier events of a resumed run.
+        resumed_step: step of the checkpoint, None for a new run.
+        """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
@@ -170,13 +178,13 @@ class _TensorBoard:
                         for name, value in config.items() if value is not None}
         folder = os.path.join(out_dir, "tensorboard")
         os.makedirs(folder, exist_ok=True)
-        # files are read in the order of their names, which a clock that was set back must not change
+        # TensorBoard reads files in the order of their names, so a clock that was set back must not matter
         earlier = re.findall(r"events\.out\.tfevents\.(\d{10})\.", "\n".join(sorted(os.listdir(folder))))
         stamp = max(int(time.time()), *(int(stamp) + 1 for stamp in earlier), 0)
         name = f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0"
         self._file = _File(os.path.join(folder, name), warn)
         self._record(file_version="brain.Event:2")
-        # hides what earlier files have of this step and later ones, provided that the first has a START, too
+        # START hides this step and later steps of earlier files, provided that the first file has a START
         since = resumed_step if earlier and resumed_step is not None else 0
         self._record(step=since, session_log=SessionLog(status=SessionLog.START))
         if since == 0:
@@ -193,7 +201,10 @@ class _TensorBoard:
         self._file.write(length + next(crc) + data + next(crc))
 
     def _hyperparameters(self, ended_at: int | None = None) -> None:
-        """For the HParams page, whose metrics are the last values of these curves."""
+        """Write the records of the HParams page. ended_at: last step of the run, None at its start.
+
+        The page's metrics are the last values of the curves named here.
+        """
         from torch.utils.tensorboard.summary import hparams
 
         metrics = dict.fromkeys(("train/loss", "val/loss", "best_val_loss"))
@@ -210,19 +221,22 @@ class _TensorBoard:
             from torch.utils.tensorboard.summary import text
 
             lines = event["text"].encode(errors="backslashreplace").decode().replace("\n", "\n    ")
-            self._record(event["time"], step=step, summary=text("sample", "    " + lines))  # Markdown: as is
+            self._record(event["time"], step=step, summary=text("sample", "    " + lines))  # Markdown's code
         if kind == "end" and event.get("status", "finished") in ("finished", "stopped"):
-            self._hyperparameters(step)  # another may go on yet
+            self._hyperparameters(step)  # not after other ends, as the run may be resumed
 
     def close(self) -> None:
         self._file.close()
 
 
 class _Wandb:
-    """A run of Weights & Biases. It takes no step again, so those that it has are not sent."""
+    """A run of Weights & Biases. wandb rejects a step that it has already, so such steps are not sent."""
 
     def __init__(self, warn, project: str, name: str, config: dict, out_dir: str, mode: str, resumed: bool):
-        """Raises UserError."""
+        """Start the run, or resume the run of out_dir/wandb_id if `resumed`. Raises UserError.
+
+        warn: function that prints a line. mode: 'online' or 'offline'.
+        """
         import wandb
 
         id_path = os.path.join(out_dir, "wandb_id")
@@ -230,34 +244,34 @@ class _Wandb:
 
         def init(mode: str):
             settings = wandb.Settings(init_timeout=WANDB_SECONDS)
-            if hasattr(settings, "finish_timeout"):  # of newer versions
+            if hasattr(settings, "finish_timeout"):  # newer versions of wandb only
                 settings.finish_timeout = WANDB_SECONDS
-            resume = {} if run_id is None or mode == "offline" else {"resume": "allow"}  # offline cannot tell
+            resume = {} if run_id is None or mode == "offline" else {"resume": "allow"}  # needs the network
             return wandb.init(project=project, name=name, config=dict(config), dir=out_dir, mode=mode,
                               id=run_id, settings=settings, allow_val_change=resumed, **resume)
 
         try:
             try:
                 self._run = init(mode)
-            except Exception as e:  # of wandb or of its HTTP library
-                if mode == "offline" or _is_the_users(e):
+            except Exception as e:  # any type, from wandb or its HTTP library
+                if mode == "offline" or _user_can_fix(e):
                     raise
                 warn(f"warning: wandb is not reachable ({first_line(e)}): logging offline, into "
                      f"{out_dir}/wandb")
-                wandb.teardown()  # or the id is still in use
+                wandb.teardown()  # frees the id
                 self._run = init("offline")
         except Exception as e:
-            raise UserError(f"wandb does not start ({first_line(e)}): run wandb login, or use "
+            raise UserError(f"wandb cannot start ({first_line(e)}): run wandb login, or use "
                             f"--wandb_mode=offline or --wandb_log=False") from None
         self._next = self._run.step if run_id is not None else 0
         self._continues = run_id is not None
         try:
             replace_file(id_path, f"{self._run.id}\n".encode())
         except OSError as e:
-            warn(f"warning: cannot write {id_path} ({e.strerror}): if resumed, this will be a new run there")
+            warn(f"warning: cannot write {id_path} ({e.strerror}): a resumed run will be a new wandb run")
 
     def skip_to(self, step: int) -> None:
-        """The log has steps before this one, and so has the run that is continued."""
+        """Send no step before this step, as the resumed wandb run has those steps."""
         if self._continues:
             self._next = max(self._next, step)
 
@@ -272,27 +286,29 @@ class _Wandb:
             self._try(lambda: self._run.log({"iter": step, **values}, step=step))
 
     def _try(self, function) -> None:
-        """Switch off at an error; nothing that a run is watched with may stop it."""
+        """Call function(). Switch wandb off if it fails, because logging must not stop a run."""
         try:
             if self._run is not None:
                 function()
         except Exception as e:
-            self._warn(f"warning: wandb fails ({first_line(e)}): going on without")
+            self._warn(f"warning: wandb fails ({first_line(e)}): training continues without wandb")
             self._run = None
 
     def close(self) -> None:
         self._try(lambda: self._run.finish())
 
 
-def _is_the_users(error: Exception) -> bool:
-    """Whether the user can mend what wandb.init raised; otherwise it is the network's. By name, since where
-    wandb has these classes changes."""
+def _user_can_fix(error: Exception) -> bool:
+    """Return True if the user can fix an error of wandb.init, False for an error of the network.
+
+    Types are compared by name, because wandb moves these classes between modules.
+    """
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return bool(kinds & {"UsageError", "AuthenticationError", "ValueError", "TypeError"})
 
 
 def _read_id(path: str) -> str | None:
-    """The wandb run that an earlier process wrote down."""
+    """Read the id of a wandb run from a file, None if it has no valid id."""
     try:
         with open(path, encoding="utf-8") as f:
             found = re.fullmatch(r"[\w-]{1,64}", f.read(100).strip())
@@ -302,8 +318,8 @@ def _read_id(path: str) -> str | None:
 
 
 def _finite(value):
-    """A value in Python's own types, without the numbers that JSON does not have."""
-    if hasattr(value, "item"):  # of numpy or torch
+    """Convert a value to Python's own types, with None for numbers that are NaN or infinite."""
+    if hasattr(value, "item"):  # a scalar of numpy or torch
         value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -313,4 +329,5 @@ def _finite(value):
 
 
 def _line_of(value: dict) -> bytes:
+    """Make a line of JSON Lines."""
     return (json.dumps(value, allow_nan=False, default=str) + "\n").encode()

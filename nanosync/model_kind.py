@@ -1,7 +1,7 @@
-"""A kind of model as checkpoints know it: a name, a configuration, and the settings that it decides.
+"""Kinds of model as checkpoints know them: a name, a configuration, and the settings that it decides.
 
-A `model` entry of state.json is {"kind": name, "config": fields of the configuration}. Which kinds can be
-used is an argument everywhere, `kinds`, name -> ModelKind: models.KINDS, or those of one script.
+A `model` entry of state.json is {"kind": name, "config": fields of the configuration}. The kinds that a
+caller accepts are the argument `kinds`, name -> ModelKind: models.KINDS, or the kinds of one script.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ class ModelKind:
     config: type | None = None  # dataclass of the architecture; None: only the script can use the kind
     build: Callable | None = None  # configuration -> model
     settings: tuple[str, ...] = ()  # settings of the script that a checkpoint decides, besides the kind
-    variant: tuple[str, ...] = ()  # those of them that the dense GPT does not have
-    settings_entry: str = "model"  # entry of state.json that has their values: "model" or "config"
+    variant: tuple[str, ...] = ()  # the subset of `settings` that the dense GPT lacks
+    settings_entry: str = "model"  # entry of state.json with their values: "model" or "config"
 
 
 def model_config(description: dict, kinds: dict[str, ModelKind], **overrides):
@@ -31,7 +31,8 @@ def model_config(description: dict, kinds: dict[str, ModelKind], **overrides):
     kind = description.get("kind")
     if kind not in kinds or kinds[kind].config is None:
         known = [name for name in kinds if kinds[name].config is not None]
-        hint = f"only {kinds[kind].script} can use it" if kind in kinds else f"known are {', '.join(known)}"
+        hint = f"only {kinds[kind].script} can use it" if kind in kinds else \
+            f"known kinds are {', '.join(known)}"
         raise UserError(f"the checkpoint holds a model of kind {kind!r}: {hint}")
     config_class = kinds[kind].config
     try:
@@ -64,7 +65,7 @@ def check_size(config) -> None:
     n_bytes = 4 * (12 * shape["n_layer"] * shape["n_embd"]**2 + rows * shape["n_embd"])
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not every system tells
+    except (AttributeError, OSError, ValueError):  # the system does not report its memory
         return
     if n_bytes > memory:
         named = ", ".join(f"{name}={value}" for name, value in shape.items())

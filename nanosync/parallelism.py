@@ -1,7 +1,7 @@
-"""How a training step is divided over processes: DDP, ZeRO-1, FSDP2, real tensor-parallel ranks.
+"""Division of a training step over processes: DDP, ZeRO-1, FSDP2, real tensor-parallel ranks.
 
-A script makes one Parallelism. It shards the model while it is filled, wraps it for training, and says when
-gradients are averaged and how their norm is clipped.
+A script makes one Parallelism. It shards the model while the weights are loaded, wraps the model for
+training, and decides when gradients are averaged and how they are clipped.
 """
 
 import warnings
@@ -27,29 +27,29 @@ from nanosync.optim import clip_gradients
 
 @dataclass(frozen=True)
 class Parallelism:
-    """Which processes train a model, and what each of them keeps."""
+    """The processes that train a model, and the part of its state that each process keeps."""
 
     processes: Processes
     dtype: torch.dtype  # of products; parameters are kept and gradients averaged in fp32
     zero1: bool = False  # shard the optimizer's state (ZeRO-1, arXiv 1910.02054)
     fsdp: bool = False  # shard parameters, gradients and the optimizer's state (FSDP2: ZeRO-3, same source)
-    min_num_params: float = 1e6  # FSDP fetches consecutive layers together until they hold so many parameters
-    reshard_after_forward: bool = True  # drop what was fetched and fetch it again for the backward pass
+    min_num_params: float = 1e6  # FSDP gathers consecutive layers as one unit of at least so many parameters
+    reshard_after_forward: bool = True  # free gathered parameters; gather them again for the backward pass
     cpu_offload: bool = False  # keep parameters, gradients and optimizer state in the CPU's memory
-    accumulate_sharded: bool = False  # average gradients after every micro-step; they are never held whole
+    accumulate_sharded: bool = False  # average gradients after every micro-step, so that none stay whole
 
     @property
     def sharded(self) -> bool:
-        """True if FSDP divides the model; one data-parallel process keeps all of it."""
+        """True if FSDP divides the model. With a single data-parallel process FSDP divides nothing."""
         return self.fsdp and self.processes.dp_size > 1
 
     @property
     def optimizer_group(self):
-        """The processes over which the optimizer's state is sharded, None for no sharding."""
+        """Group over which the optimizer's state is sharded, None for no sharding."""
         return self.processes.dp_group if self.zero1 else None
 
     def describe(self, model: nn.Module) -> list[str]:
-        """Make the lines that a run prints about it."""
+        """Return the lines that a run prints about its parallelism."""
         alone = ": one data-parallel process keeps it all" if self.processes.dp_size == 1 else ""
         lines = ["Using ZeRO-1 optimizer state sharding" + alone] if self.zero1 else []
         if self.fsdp:
@@ -58,10 +58,12 @@ class Parallelism:
         return lines
 
     def shard_as_filled(self, model: nn.Module, names) -> None:
-        """Shard each unit as soon as its parameters have values, and then the rest. If the names come in the
-        model's order, at most one unit is whole at a time, beside embedding and head.
+        """Shard each unit as soon as its parameters have values, and then the rest of the model.
 
-        names: iterator that fills a parameter of the model and then yields its name.
+        If the names come in the model's order, at most one unit, the embedding and the head are whole at a
+        time.
+
+        names: iterator that loads a parameter of the model and then yields its name.
         """
         if not self.sharded:
             deque(names, maxlen=0)  # fill all
@@ -79,11 +81,11 @@ class Parallelism:
         self._shard(model, False)  # embedding and head: last in the forward pass, first in the backward
 
     def units(self, blocks) -> list[list[int]]:
-        """Group the numbers of consecutive blocks that are fetched together.
+        """Group the numbers of consecutive blocks into units that FSDP gathers together.
 
-        Blocks at the end that hold too few parameters join the last unit. If all blocks together hold too
-        few, there is no unit: the blocks stay with embedding, head and final LayerNorm, which are whole
-        throughout a step.
+        Blocks at the end with too few parameters for a unit join the last unit. If all blocks together have
+        too few, no unit is made. The blocks are then whole throughout a step, as embedding, head and final
+        LayerNorm are.
         """
         units, unit, size = [], [], 0
         for i, block in enumerate(blocks):
@@ -97,8 +99,8 @@ class Parallelism:
         return units
 
     def _shard(self, modules, reshard_after_forward: bool) -> None:
-        """Keep this process's part of the parameters of a module, or of the modules of a unit."""
-        # raised for tensor-parallel blocks, whose results are not written into
+        """Shard the parameters of a module, or of the modules of a unit."""
+        # the warning concerns in-place writes to results, which tensor-parallel blocks do not make
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         low = self.dtype != torch.float32
         precision = MixedPrecisionPolicy(param_dtype=self.dtype if low else None,
@@ -111,11 +113,13 @@ class Parallelism:
                     offload_policy=offload)
 
     def prepare(self, model: nn.Module, compiled: bool) -> nn.Module:
-        """Compile a filled model, if asked to, and return what is called to train it: the model in DDP, or
-        the model itself if one process has all of its data or FSDP averages its gradients.
+        """Compile a loaded model if `compiled`, and return the module that the training loop calls.
 
-        A compiled backward pass hands over all gradients at its end. Several buckets have nothing to overlap
-        with, and one large bucket costs the least (see records/).
+        The result is the model in DDP. It is the model itself if a single data-parallel process trains it, or
+        if FSDP averages its gradients.
+
+        A compiled backward pass yields all gradients at its end. Then buckets cannot overlap with it, and one
+        large bucket costs the least (see records/).
         """
         if compiled:
             compile_blocks(model) if self.sharded else model.compile()
@@ -128,11 +132,10 @@ class Parallelism:
             gradient_as_bucket_view=True)
 
     def sync(self, trained: nn.Module, now: bool) -> None:
-        """Let the next backward pass average gradients over the data-parallel processes, or leave that, and
-        all communication, to a later one.
+        """Decide if the next backward pass averages gradients over the data-parallel processes.
 
-        Until then every process holds whole gradients in fp32, unless FSDP is to accumulate_sharded. FSDP
-        still fetches parameters that it does not keep.
+        now: False leaves the average to a later backward pass. Until then every process keeps whole gradients
+            in fp32, unless accumulate_sharded is set. FSDP still gathers parameters.
         """
         if isinstance(trained, DistributedDataParallel):
             trained.require_backward_grad_sync = now
@@ -142,8 +145,10 @@ class Parallelism:
                 trained.set_reshard_after_backward(now)
 
     def clip(self, model: nn.Module, max_norm: float) -> torch.Tensor:
-        """Scale the gradient to a norm of at most max_norm (0: leave it) and return the norm before, a
-        scalar on the device."""
+        """Scale the gradient to a norm of at most max_norm, 0 for no limit.
+
+        Return the norm before, a scalar on the device.
+        """
         return clip_gradients(model.parameters(), max_norm, model.split_parameters(), self.processes.tp_group)
 
 
@@ -151,9 +156,9 @@ def check_parallelism(config: dict) -> None:
     """Raise UserError for settings of a training script that contradict each other."""
     for name in config:
         if name.startswith("fsdp_") and config.origin[name] and not config["use_fsdp"]:
-            raise UserError(f"{name} is for --use_fsdp")
+            raise UserError(f"{name} is for --use_fsdp: add --use_fsdp, or leave {name} out")
     if config["use_fsdp"] and config["use_zero1"]:
-        raise UserError("use_fsdp shards the optimizer's state already, with all else: leave use_zero1 out")
+        raise UserError("use_fsdp already shards the optimizer's state: leave use_zero1 out")
 
 
 def parallelism_of(config: dict, processes: Processes, dtype: torch.dtype) -> Parallelism:
@@ -163,17 +168,20 @@ def parallelism_of(config: dict, processes: Processes, dtype: torch.dtype) -> Pa
                         "--dtype=bfloat16")
     if config["fsdp_cpu_offload"] and (config["tp_processes"] > 1 or processes.device.type != "cuda"
                                        or processes.dp_size == 1):
-        raise UserError("fsdp_cpu_offload moves what use_fsdp shards out of a GPU's memory: it needs CUDA, "
-                        "several processes, and tp_processes=1")
+        raise UserError("fsdp_cpu_offload moves sharded state from a GPU's to the CPU's memory: it needs "
+                        "CUDA, several processes, and tp_processes=1; otherwise leave it out")
     return Parallelism(processes, dtype, config["use_zero1"], config["use_fsdp"],
                        config["fsdp_min_num_params"], config["fsdp_reshard_after_forward"],
                        config["fsdp_cpu_offload"], config["fsdp_accumulate_sharded"])
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Apply torch.compile to each block of a model, for FSDP, which communicates between blocks. Blocks of
-    one kind share a compilation; the limit leaves room for one a block, in training and evaluation."""
+    """Apply torch.compile to each block of a model, because FSDP communicates between blocks.
+
+    Blocks of one kind share a compilation.
+    """
     config = torch._dynamo.config
+    # room for a compilation per block, with and without gradients, in training and in evaluation
     config.recompile_limit = max(config.recompile_limit, 4 * len(model.transformer.h))
     for block in model.transformer.h:
         block.forward = torch.compile(block.forward)
@@ -181,15 +189,16 @@ def compile_blocks(model: nn.Module) -> None:
 
 def settle_buckets(trained: nn.Module, shape: tuple[int, int], device: torch.device,
                    shared: torch.Generator | None) -> None:
-    """Let DDP see three backward passes before the first that counts, when there are no moments yet but both
-    its first buckets and its final ones.
+    """Run three backward passes before training, so that DDP's buckets have their final order.
 
-    DDP reorders its buckets after its first pass, and the order in which an all-reduce adds up the ranks
-    depends on where a gradient lies. Without this, a resumed run would add up its first step in another order
-    than the run that was not interrupted. Leaves all random states, and that of the generator `shared`, as
+    DDP reorders its buckets after its first pass. The place of a gradient in a bucket decides the order in
+    which an all-reduce adds up the processes' gradients. Without the extra passes a resumed run would add up
+    its first step in another order than the run that was not interrupted. The passes also run before the
+    optimizer has moments, when memory has room for DDP's first and final buckets. All random states stay as
     they are.
 
     shape: (B, T) of the tokens.
+    shared: generator that the processes of one model share, None without.
     """
     if not isinstance(trained, DistributedDataParallel):
         return

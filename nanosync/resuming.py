@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint, and what must agree with it: settings, data, loss scale."""
+"""Resuming: what a run takes from its checkpoint, and checks that settings and data agree with it."""
 
 import torch
 
@@ -9,11 +9,11 @@ from nanosync.model_kind import ModelKind, model_config
 
 
 def resume_of(config: Config) -> str:
-    """Return what a training script resumes, '' for nothing: its `resume`, or 'latest' for nanoGPT's
-    init_from='resume'.
+    """Return the checkpoint that a training script resumes, as find_resumed takes it, '' for a new run.
 
-    An init_from in a config file applies to the first start only, so that the same command can resume the
-    run. An init_from beside `resume` on the command line is a contradiction: raises UserError.
+    It is the setting `resume`, or 'latest' for nanoGPT's init_from='resume'. An init_from in a config file
+    applies to the first start only, so that the same command can resume the run. Raises UserError if
+    init_from and `resume` are both on the command line, because they contradict each other.
     """
     resume, init_from = config["resume"], config.get("init_from", "scratch")
     if init_from == "resume":
@@ -40,9 +40,9 @@ def check_kind(resumed: Checkpoint, kinds: dict[str, ModelKind], own: tuple[str,
 
 
 def take_settings(config: Config, resumed: Checkpoint, kinds: dict[str, ModelKind]) -> None:
-    """Give the settings that a checkpoint decides its values: the kind of model, its architecture, and the
-    seed, which decides the order of the data. Raises UserError for a setting that the user gave and that
-    differs.
+    """Set the settings that a checkpoint decides: kind of model, architecture, and seed.
+
+    The seed decides the order of the data. Raises UserError if the user gave another value.
     """
     kind = resumed.state["model"]["kind"]
     if kinds[kind].settings_entry == "config":
@@ -55,11 +55,13 @@ def take_settings(config: Config, resumed: Checkpoint, kinds: dict[str, ModelKin
 
 
 def take_values(config: Config, values: dict, path: str, names: tuple[str, ...]) -> None:
-    """Give settings the values of weights that exist already, so that the values that are used, printed and
-    recorded are the same.
+    """Set settings to the values of existing weights, so that the log shows the values that are used.
 
-    values: of those weights, by the name of the setting; path: of the weights; names: the settings. Raises
-    UserError for a setting that the user gave and that differs.
+    Raises UserError if the user gave another value.
+
+    values: values of the weights, by name of the setting.
+    path: path of the weights, for error messages.
+    names: names of the settings.
     """
     for name in names:
         if name not in values:
@@ -78,9 +80,11 @@ def take_values(config: Config, values: dict, path: str, names: tuple[str, ...])
 
 def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict,
                     kinds: dict[str, ModelKind]) -> None:
-    """Raise UserError if a data set is not the one that the checkpoint's data cursor points into.
+    """Raise UserError if a data set is not the data set of a checkpoint, into which its cursor points.
 
-    Digests are compared only if both are known: a meta.json may have been written later.
+    Digests are compared only if both are known, because a meta.json may have been written later.
+
+    folder, fingerprint: of the data set.
     """
     then, tokens = checkpoint.state["data"], ("train_tokens", "val_tokens")
     weights = "" if _scripts_own(checkpoint.state.get("model", {}).get("kind"), kinds) else \
@@ -100,7 +104,7 @@ def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict,
 
 
 def load_scaler(scaler: torch.amp.GradScaler | None, resumed: Checkpoint) -> None:
-    """Load a GradScaler's state, which exists only if the dtype was float16. Raises UserError."""
+    """Load a GradScaler's state, if the checkpoint has a state, as with float16. Raises UserError."""
     if scaler is None or not resumed.state["scaler"]:
         return
     try:

@@ -1,4 +1,4 @@
-"""The life of a run: lock and resume, open its files, evaluate, save, stop, end.
+"""The life of a run: lock, resume, open files, evaluate, save, stop, end.
 
     run = Run(config, processes, kinds, own)      # lock out_dir; find the checkpoint to resume
     run.check_data(data)
@@ -14,8 +14,8 @@
         run.iteration(loss, lr, norm)             # after the update
     run.end()
 
-A script owns settings, model, data and update. A Run never calls the model's forward pass and touches no
-gradient.
+A script owns settings, model, data and update. A Run never calls the model's forward pass, and never reads or
+writes a gradient.
 """
 
 import math
@@ -41,15 +41,17 @@ from nanosync.training_logger import Stopwatch, TrainingLogger
 
 
 class Run:
-    """One run of a training script; all processes of the run make the same calls."""
+    """A run of a training script. All processes of the run make the same calls."""
 
     def __init__(self, config: dict, processes: Processes, kinds: dict[str, ModelKind], own: tuple[str, ...],
                  steps: str = "max_iters"):
-        """Lock out_dir, find the checkpoint that a resumed run continues, and take the settings that it
-        decides.
+        """Lock out_dir, find the checkpoint that a resumed run continues, and take its settings.
 
-        kinds: all kinds of model; own: the kinds that the script trains; steps: the setting with the number
-        of updates. With eval_only nothing is locked or written. Raises UserError.
+        With eval_only nothing is locked or written. Raises UserError.
+
+        kinds: all kinds of model.
+        own: names of the kinds that the script trains.
+        steps: name of the setting with the number of updates.
         """
         self.config, self.processes, self.kinds, self.steps = config, processes, kinds, steps
         self.log = TrainingLogger(active=processes.main)
@@ -75,7 +77,7 @@ class Run:
         self.sample, self._evaluated, self._skipped, self._stop_reason = 0, False, False, None
 
     def on_main(self, function):
-        """Return what function() returns on rank 0, on all ranks; raise its UserError on all ranks."""
+        """Call function() on the main process; return its result or raise its UserError on all processes."""
         return on_main(function, self.processes.group)
 
     def check_data(self, data: DataSet) -> None:
@@ -85,8 +87,10 @@ class Run:
             check_same_data(self.resumed, data.folder, data.fingerprint, self.kinds)
 
     def restore(self, model, optimizer, scaler=None) -> None:
-        """Load the optimizer's and the scaler's state of a resumed run, and where it stands. Exits if no
-        step is left. The model has its weights already. Raises UserError."""
+        """Load optimizer state, scaler state and counters of a resumed run, whose model has its weights.
+
+        Exit if no step is left. Raises UserError.
+        """
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         if self.resumed is None:
             return
@@ -104,9 +108,9 @@ class Run:
             raise SystemExit(0)
 
     def open(self, source: str | None = None) -> None:
-        """Write files from here on, and print the settings. source: path of a script that the log keeps."""
+        """Write files from here on, and print the settings. source: path of a script to copy into the log."""
         if self.writes:
-            barrier(self.processes.group)  # wait until all ranks have read their weights
+            barrier(self.processes.group)  # wait until all processes have read their weights
             self.on_main(lambda: self._open(source))
         self.line("settings, with where they differ from the script's:\n" + self.config.table())
 
@@ -128,13 +132,16 @@ class Run:
               shared_generator: torch.Generator | None = None, *, kind: str, random_states: bool = True,
               progress: bool = True, extra_state: Callable[[], dict] = dict,
               extra_status: Callable[[], dict] = dict) -> None:
-        """Set the random states, and start the saver and the signals.
+        """Set the random states, and start the saver and the signal handlers.
 
-        tokens, flops: of an update, over all processes; dtype: of the products, for MFU.
-        shared_generator: draws what the processes of a model have in common. kind: of the model.
-        random_states: seed this process, or give it the states that its rank had. progress: move a bar on a
-        terminal. extra_state: entries of a checkpoint's state.json; extra_status: entries of status.json and
-        of the log's last event.
+        kind: kind of the model.
+        tokens, flops: of an update, over all processes.
+        dtype: dtype of matrix products, for MFU; None for a script that does not report MFU here.
+        shared_generator: generator that the processes of one model share.
+        random_states: True to seed this process, or to restore its random states.
+        progress: True to show a bar on a terminal.
+        extra_state: function that returns further entries of state.json.
+        extra_status: function that returns further entries of status.json and of the end event.
         """
         processes, config = self.processes, self.config
         if random_states:  # dropout differs between processes
@@ -154,7 +161,7 @@ class Run:
         self.write_status("running")
 
     def iterations(self) -> Iterator[int]:
-        """Yield the number of each update, and at last that of the step after the last update."""
+        """Yield the number of each update, and then the number of the step after the last update."""
         epoch = self.loader.epoch
         for step in range(self.first_step, self.last_step + 1):
             self.step = step
@@ -166,9 +173,9 @@ class Run:
             self.saver.poll()
 
     def due(self, interval: int) -> bool:
-        """True if what happens every `interval` steps, and at the end, is to be done before this update. It
-        was done already if the checkpoint says so. While the run is stopping, the resumed run does what is
-        skipped here.
+        """Return True if the caller must do now what it does every `interval` steps and at the end.
+
+        Return False while the run is stopping. The resumed run then does what is skipped here.
         """
         due = self.is_due(interval)
         self.stopwatch.pause()  # until `proceed`
@@ -176,13 +183,18 @@ class Run:
         return due and not self.stopping
 
     def is_due(self, interval: int) -> bool:
-        """As `due`, for what the resumed run need not make up for."""
+        """Return True every `interval` steps and at the end, even while the run is stopping.
+
+        Return False at the first step of a resumed run if the checkpoint was saved after its evaluation.
+        """
         done = self.step == self.first_step and self._evaluated
         return interval > 0 and not done and (self.step % interval == 0 or self.step == self.last_step)
 
     def evaluated(self, losses: dict[str, float], lr: float) -> None:
-        """Log the losses of an evaluation, {"train": ..., "val": ...}. Raises UserError if one is not
-        finite."""
+        """Log the losses of an evaluation. Raises UserError if a loss is not finite.
+
+        losses: {"train": ..., "val": ...}.
+        """
         self.log.evaluation(self.step, losses["train"], losses["val"], lr)
         self.val_loss = losses["val"]
         if not math.isfinite(losses["train"] + losses["val"]):
@@ -190,21 +202,25 @@ class Run:
                       f"iteration {self.step}")
 
     def stop_anywhere(self) -> bool:
-        """Ask between the batches of an evaluation: True if any process was asked to end. All of them take
-        part. The evaluation is then left to the resumed run."""
+        """Return True if any process was asked to stop; for use between the batches of an evaluation.
+
+        All processes must call this method. If it returns True, the resumed run repeats the evaluation.
+        """
         if any(all_values(self.signals.received, self.processes.group)):
             self.stopping = self._skipped = True
         return self.stopping
 
     def stop(self, reason: str) -> None:
-        """Let `proceed` end the run, after it has saved what is due. reason: a line for the log."""
+        """Make the next `proceed` end the run after it has saved what is due. reason: line for the log."""
         self._stop_reason = reason
 
     def proceed(self, save: bool | None = None) -> bool:
-        """Save what is due; return False after the last update, or if the run is to stop.
+        """Save what is due; return False after the last update, or if the run stops here.
 
-        save: whether a checkpoint is due; None: as checkpoint_interval and always_save_checkpoint say, and if
-        the val loss improved. An interrupted run is saved in any case, unless save_checkpoint is False.
+        An interrupted run is always saved, unless save_checkpoint is False.
+
+        save: True if a checkpoint is due. None: a checkpoint is due if the val loss improved, or by
+            checkpoint_interval or always_save_checkpoint.
         """
         config, saved_here = self.config, self.step == self.first_step and self.continues
         if self.stopping:
@@ -223,21 +239,21 @@ class Run:
             self._save(True, improved)
         if self.val_loss is not None or interval_due or self.step == self.first_step:
             self.write_status("running")
-        self.stopwatch.go_on()
+        self.stopwatch.resume()
         if self._stop_reason is not None:
             self.line(self._stop_reason)
             self.status = "stopped"
         return self._stop_reason is None and self.step < self.last_step
 
     def _save(self, evaluated: bool, best: bool) -> None:
-        """Copy everything that the run depends on and begin to write it; all processes take part.
+        """Copy the state of the run and start to write it; all processes must call this method.
 
-        evaluated: False if the evaluation due at this step was skipped; best: True if val_loss is the lowest
-        so far.
+        evaluated: False if the evaluation due at this step was skipped.
+        best: True if val_loss is the lowest so far.
         """
         started = time.perf_counter()
         if self.processes.main:
-            self.saver.wait()  # before there is a second copy in memory
+            self.saver.wait()  # so that memory holds one copy at a time
         self.model.align_replicas(self.optimizer)
         tensors = snapshot(self.model, self.optimizer, self.processes.device, self._shared_generator,
                            self.processes.group)
@@ -253,12 +269,14 @@ class Run:
             self.saver.save(self.step, tensors, state, best, started)
 
     def agree(self, loss_sum: torch.Tensor, norm: torch.Tensor, micro_batches: int) -> tuple[float, float]:
-        """All-reduce loss, norm and stop request together, which waits for the device; return mean loss and
-        norm.
+        """All-reduce loss, norm and stop request together; return mean loss and norm.
 
-        loss_sum: of this process's micro-batches; micro_batches: their number over all processes. Raises
-        UserError, and so ends the run, if a value is not finite anywhere; a loss scaler skips gradients that
-        overflow.
+        Waits for the device. Raises UserError, which ends the run, if loss or norm is not finite on any
+        process. With a loss scaler the norm may overflow, as the scaler then skips the update.
+
+        loss_sum: sum over this process's micro-batches, a scalar.
+        norm: norm of the gradient, a scalar.
+        micro_batches: number of micro-batches over all models.
         """
         loss_sum, norm, self.stopping = agree(loss_sum, norm, self.signals.received > 0, self.processes)
         loss = loss_sum / micro_batches
@@ -266,14 +284,17 @@ class Run:
             self.fail(f"the loss is {loss} and the gradient's norm {norm} at iteration {self.step}")
         return loss, norm
 
-    def fail(self, problem: str, kept: str = "no update was made with that and no checkpoint has it") -> None:
-        """End the run because a value is not finite. Raises UserError."""
+    def fail(self, problem: str, kept: str = "the update was skipped and no checkpoint has it") -> None:
+        """End the run because a value is not finite. Raises UserError.
+
+        problem: values that are not finite. kept: state of update and checkpoints, for the message.
+        """
         self.status = "non_finite"
         raise UserError(f"{problem}: {kept}; resume an earlier one (--list_checkpoints shows them) with "
                         f"--resume=STEP and a lower learning_rate")
 
     def iteration(self, loss: float, lr: float, norm: float, **fields: float) -> None:
-        """Log an update. fields: further ones of log_fields.FIELDS."""
+        """Log an update. fields: further fields of log_fields.FIELDS."""
         seconds = self.stopwatch.lap()
         mfu = None if self._mfu_per_second is None else self._mfu_per_second / seconds
         self.log.iteration(self.step, loss, lr, norm, seconds, self.tokens, mfu, self.loader.epoch,
@@ -285,8 +306,7 @@ class Run:
                         **self._extra_status())
 
     def _close(self, status: str) -> None:
-        """Wait for the checkpoint that is being written, and close the logs; also if an error ends the
-        run."""
+        """Wait for the pending checkpoint, and close the logs; also called if an error ends the run."""
         self.loader.close()
         self.saver.wait()
         self.write_status(status)
@@ -294,8 +314,10 @@ class Run:
                        tokens=self.step * self.tokens, **self._extra_status())
 
     def end(self, *notes: str) -> None:
-        """End the run and this process. notes: lines for the log. Raises UserError if the last checkpoint
-        cannot be saved."""
+        """End the run and this process. Raises UserError if the last checkpoint cannot be saved.
+
+        notes: lines for the log.
+        """
         self.on_main(lambda: self.saver.wait(final=True))
         if self.status == "interrupted":
             saved = self.config.get("save_checkpoint", True)

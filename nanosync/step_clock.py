@@ -1,7 +1,7 @@
-"""The clock of a speedrun: training time without evaluations, saving, compiling and the first steps; its
-lines and events.
+"""The clock of a speedrun, its lines and its events.
 
-The report of a step is read while the next step runs: a loop that waits for every loss leaves the GPU idle.
+The clock measures training time without evaluations, saving, compiling and the first steps. The CPU reads the
+report of a step while the next step runs, because a loop that waits for every loss leaves the GPU idle.
 """
 
 import math
@@ -15,11 +15,16 @@ from nanosync.run import Run
 
 
 class LateReport:
-    """Mean loss and stop request of a step, over all processes, on their way to the CPU."""
+    """Mean loss and stop request of a step, over all processes, during their copy to the CPU."""
 
     def __init__(self, step: int, loss: torch.Tensor, stop: bool, group, flops: float, fields: dict):
-        """loss: this process's share of the mean, a scalar; stop: True if the process was asked to end;
-        flops: of the step, over all processes; fields: of its event."""
+        """Start the reduction and the copy.
+
+        loss: this process's share of the mean, a scalar.
+        stop: True if this process was asked to stop.
+        flops: of the step, over all processes.
+        fields: further fields of the step's event.
+        """
         self.step, self.flops, self.fields = step, flops, fields
         values = all_reduce_sum(torch.stack((loss, torch.full_like(loss, float(stop)))), group)
         self._event, self._values = None, values
@@ -28,7 +33,7 @@ class LateReport:
             self._event.record()
 
     def read(self) -> tuple[float, bool]:
-        """Wait until the step is done; return the mean loss, and True if any process was asked to end."""
+        """Wait until the step is done; return the mean loss, and True if any process was asked to stop."""
         if self._event is not None:
             self._event.synchronize()
         loss, stops = self._values.tolist()
@@ -36,55 +41,65 @@ class LateReport:
 
 
 class StepClock:
-    """Training seconds so far, and the reports of steps as they come in."""
+    """Training seconds so far, and the pending report of the newest step."""
 
-    skipped = 10  # steps before the clock starts, as the record's clock does
+    skipped = 10  # steps before the clock starts, as in modded-nanogpt's record
 
     def __init__(self, run: Run, tokens: int, dtype: torch.dtype, observe: Callable[[int, float], None]):
-        """tokens: of a step, over all processes; dtype: of the products, for MFU; observe: called with
-        (step, mean train loss), the same on all processes."""
+        """Start the clock at 0 seconds.
+
+        tokens: of a step, over all processes.
+        dtype: dtype of matrix products, for MFU.
+        observe: function of (step, mean train loss), called on all processes with the same values.
+        """
         self.run, self.tokens, self.observe = run, tokens, observe
         self.peak = peak_flops(run.processes.device, dtype)
         self.train_seconds, self.train_loss, self.stop_asked, self.problem = 0.0, None, False, None
         self._late = None
 
     def state(self) -> dict:
+        """Return the entries of a checkpoint's state.json."""
         return {"train_seconds": self.train_seconds, "train_loss": self.train_loss}
 
     def load(self, state: dict) -> None:
+        """Load the entries that `state` returned."""
         self.train_seconds, self.train_loss = state["train_seconds"], state["train_loss"]
 
     def start(self) -> None:
-        """Leave out what has passed so far, such as compiling."""
+        """Start to measure; the time so far, such as for compiling, does not count."""
         self.run.stopwatch.lap()
 
     def timing(self, done: int) -> dict:
-        """Return the clock after `done` steps, in ms."""
+        """Return the fields of an event after `done` steps: training time and its mean per step, ms."""
         timed = done - self.skipped
         return {"train_time_ms": 1e3 * self.train_seconds,
                 "step_avg_ms": 1e3 * self.train_seconds / timed if timed > 0 else math.nan}
 
     def report(self, what: str, done: int) -> None:
+        """Print the clock after `done` steps, with a loss as text."""
         clock = self.timing(done)
         self.run.line(f"step:{done}/{self.run.last_step} {what} train_time:{clock['train_time_ms']:.0f}ms "
                       f"step_avg:{clock['step_avg_ms']:.2f}ms")
 
     def step_done(self, step: int, loss: torch.Tensor, flops: float, **fields) -> None:
-        """Settle the step before, and start the report of this one; see LateReport."""
+        """Settle the previous step, and start the report of this step.
+
+        loss, flops, fields: see LateReport.
+        """
         self.settle()
         processes = self.run.processes
         self._late = LateReport(step, loss, self.run.signals.received > 0, processes.group, flops, fields)
-        if processes.device.type != "cuda":  # the loss is there already
+        if processes.device.type != "cuda":  # the loss is in the CPU's memory already
             self.settle()
 
     def settle(self) -> None:
-        """Read the report of the newest step, take the time, and log it."""
+        """Read the report of the newest step, add its time, and log the step."""
         late, self._late = self._late, None
         if late is None:
             return
         self.train_loss, self.stop_asked = late.read()
         seconds = self.run.stopwatch.lap()
-        if late.step >= self.skipped:  # a run resumed later than that pays for starting again
+        if late.step >= self.skipped:  # includes the start-up of a run that is resumed after these steps
             self.train_seconds += seconds
         self.observe(late.step, self.train_loss)
         if not math.isfinite(self.train_loss):

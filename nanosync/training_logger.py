@@ -1,20 +1,20 @@
-"""What a run says, and reading it again: console and log.txt, JSON Lines, TensorBoard, wandb; MFU.
+"""The log of a run: console, log.txt, JSON Lines, TensorBoard, wandb.
 
-    out_dir/log.txt                  every printed line, also those from before the files are opened
-    out_dir/run_<timestamp>.jsonl    one JSON object an event: start, source, schedule, iter, eval,
-                                     checkpoint, hellaswag, sample, end; null stands for a number that is NaN
-                                     or infinite, which JSON does not have
-    out_dir/tensorboard/             curves, samples and hyperparameters, if asked for
-    out_dir/wandb/, wandb_id         likewise
-    out_dir/status.json              how the run is, for other programs
+    out_dir/log.txt                  every printed line, including those from before the files are open
+    out_dir/run_<timestamp>.jsonl    one JSON object per event: start, source, schedule, iter, eval,
+                                     checkpoint, hellaswag, sample, end; null for a number that is NaN or
+                                     infinite, which JSON cannot express
+    out_dir/tensorboard/             curves, samples and hyperparameters, with use_tensorboard
+    out_dir/wandb/, wandb_id         files of wandb and the id of its run, with wandb_log
+    out_dir/status.json              the run's state, for other programs
 
-A run that is resumed goes on in the files of the one it continues, without the steps that it does again.
-Nothing here stops a run: a console that goes away is done without, a full disk is tried again, a wandb that
-fails is switched off. Only what cannot even start is a UserError. Only the main process logs, from one
-thread. Times are wall-clock between two log lines, each of which reads the loss and so waits for the device.
+A resumed run appends to the files of the run that it continues, and removes the events of repeated steps. No
+destination of the log stops a run, see log_sinks.py. A destination that cannot start raises UserError. Only
+the main process logs, from one thread. Times are wall-clock seconds between two iterations. Reading the loss
+of an iteration waits for the device.
 """
 
-from __future__ import annotations  # torch takes seconds to import; reading logs does not need it
+from __future__ import annotations
 
 import contextlib
 import os
@@ -29,22 +29,25 @@ from nanosync.run_log import events_until, join_starts, log_paths, read_events
 
 
 class TrainingLogger:
-    """Prints and writes what a run says; every method does nothing in processes that do not log."""
+    """Writer of a run's log. Every method does nothing in processes that do not log."""
 
     def __init__(self, active: bool = True):
-        """Only the console, until `open_files`."""
+        """Log to the console only, until `open_files`. active: True on the process that logs."""
         self.active = active
         self._console = _Console()
         self._out_dir = self._text = self._events = self._tensorboard = self._wandb = None
-        self._early = []  # lines from before there is a log.txt
+        self._early = []  # lines from before log.txt is open
 
     def open_files(self, out_dir: str, config: dict, environment: dict, resumed_step: int | None = None,
                    evaluated: bool = True, tensorboard: bool = False) -> None:
-        """Write to out_dir as well from now on, with the lines so far first; log.txt is appended to.
+        """Write to files in out_dir from now on, the earlier lines first. Append to log.txt.
 
-        resumed_step: go on with the newest log in out_dir, if there is one, from that step; evaluated:
-        whether the step's evaluation was done then. Events of what is done again are dropped. Raises
-        UserError.
+        Raises UserError.
+
+        resumed_step: step of the checkpoint. The newest log in out_dir, if any, continues from that step, and
+            its later events are dropped. None for a new run.
+        evaluated: True if the evaluation of resumed_step was done before the checkpoint.
+        tensorboard: also write out_dir/tensorboard.
         """
         if not self.active:
             return
@@ -64,8 +67,8 @@ class TrainingLogger:
         else:
             try:
                 replace_file(path, b"".join(map(_line_of, kept)))
-            except OSError as e:  # those who read it see by the start event which steps are done again
-                self.line(f"warning: cannot write {path} anew ({e.strerror}): appending to it")
+            except OSError as e:  # readers find the repeated steps through the start event
+                self.line(f"warning: cannot rewrite {path} ({e.strerror}): appending to it")
         try:
             os.makedirs(out_dir, exist_ok=True)
             self._text = _File(os.path.join(out_dir, "log.txt"), self._console.line)
@@ -82,13 +85,13 @@ class TrainingLogger:
         self.event("start", config=config, environment=environment, **start)
 
     def _newest_log(self, out_dir: str) -> tuple[str | None, list[dict]]:
-        """Its path and events; None if there is none."""
+        """Return path and events of the newest log in out_dir, (None, []) if out_dir has no log."""
         logs = []
         for path in log_paths(out_dir):
             try:
                 events = read_events(path)
             except UserError as e:
-                self.line(f"warning: {e}: leaving it as it is")
+                self.line(f"warning: {e}: the file is ignored")
                 continue
             if events:
                 logs.append((events[0]["time"], path, events))
@@ -96,10 +99,12 @@ class TrainingLogger:
 
     def start_wandb(self, project: str, name: str, config: dict, out_dir: str = ".", mode: str = "online",
                     resumed: bool = False) -> None:
-        """Send events to Weights & Biases as well; to be called before `open_files`. Raises UserError.
+        """Also send events to Weights & Biases; call it before `open_files`. Raises UserError.
 
-        mode: 'online', or 'offline' (into out_dir/wandb); the environment's WANDB_MODE goes first. resumed:
-        go on with the run of out_dir/wandb_id. Not reachable, it logs offline.
+        If wandb is not reachable, the run logs offline.
+
+        mode: 'online', or 'offline' (into out_dir/wandb). WANDB_MODE in the environment overrides it.
+        resumed: True to resume the wandb run of out_dir/wandb_id.
         """
         if not self.active:
             return
@@ -113,12 +118,12 @@ class TrainingLogger:
             self._wandb = _Wandb(self.line, project, name, config, out_dir, mode, resumed)
 
     def begin(self, first_step: int, last_step: int) -> None:
-        """The iterations begin: from now on they move a bar if the console is a terminal."""
+        """Show a bar that iterations move, if stdout is a terminal."""
         if self.active:
             self._console.begin(first_step, last_step)
 
     def line(self, text: str) -> None:
-        """A line for people: console and log.txt."""
+        """Write a line to the console and to log.txt."""
         if self.active:
             self._console.line(text)
             self._write_text(text)
@@ -130,7 +135,7 @@ class TrainingLogger:
             self._text.write((text + "\n").encode(errors="backslashreplace"))
 
     def event(self, kind: str, **fields) -> None:
-        """For programs: the JSON Lines file, TensorBoard, wandb."""
+        """Write an event to the JSON Lines file, TensorBoard and wandb."""
         if self._events is None:
             return
         event = _finite({"event": kind, "time": time.time(), **fields})
@@ -146,9 +151,14 @@ class TrainingLogger:
     def iteration(self, step: int, loss: float, lr: float, norm: float, seconds: float, tokens: int,
                   mfu: float | None, epoch: int, memory: int | None = None, line: bool = True,
                   **fields: float) -> None:
-        """Log an update. seconds, tokens: of one iteration; mfu: a share of 1, None if unknown; memory:
-        the peak bytes of the GPU so far, None if unknown; line: print a line as well; fields: see
-        log_fields.FIELDS."""
+        """Log an update.
+
+        seconds, tokens: of one iteration.
+        mfu: share of 1, None if unknown.
+        memory: peak of the GPU's memory so far, bytes, None if unknown.
+        line: True to print a line.
+        fields: further fields, see log_fields.FIELDS.
+        """
         if not self.active:
             return
         shown = "n/a" if mfu is None else f"{100 * mfu:.2f}%"
@@ -165,7 +175,10 @@ class TrainingLogger:
                    tokens_per_second=tokens / seconds, mfu=mfu, epoch=epoch, memory=memory, **fields)
 
     def checkpoint(self, step: int, path: str, val_loss: float | None, seconds: float) -> None:
-        """val_loss: None if it was not measured; seconds: that training waited."""
+        """Log a saved checkpoint.
+
+        val_loss: of its step, None if not measured. seconds: time for which training waited.
+        """
         self.line(f"saved checkpoint {path}")
         self.event("checkpoint", step=step, path=path, val_loss=val_loss, seconds=seconds)
 
@@ -174,7 +187,7 @@ class TrainingLogger:
         self.event("hellaswag", step=step, acc=acc, acc_norm=acc_norm, n=n)
 
     def source(self, path: str) -> None:
-        """The text of the script that runs, for log.txt and for programs; people have the file."""
+        """Log the text of the script that runs, in log.txt and as an event, not on the console."""
         if not self.active:
             return
         with open(path, encoding="utf-8") as f:
@@ -183,15 +196,18 @@ class TrainingLogger:
         self.event("source", path=path, text=text)
 
     def sample(self, step: int, text: str) -> None:
-        """What the model writes. People get it without what would steer a terminal."""
+        """Log a generated text. Control characters are escaped in its line, but not in its event."""
         shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
                         for c in text)
         self.line(f"step {step}: sample\n{shown}")
         self.event("sample", step=step, text=text)
 
     def status(self, status: str, step: int, **fields) -> None:
-        """Write status.json. status: running, finished, interrupted, stopped, non_finite or failed; fields:
-        max_iters, best_val_loss."""
+        """Write status.json.
+
+        status: running, finished, interrupted, stopped, non_finite or failed. fields: max_iters,
+        best_val_loss and further entries.
+        """
         if self._out_dir is None:
             return
         path = os.path.join(self._out_dir, "status.json")
@@ -203,7 +219,7 @@ class TrainingLogger:
             self.line(f"warning: cannot write {path}: {e.strerror}")
 
     def close(self, **summary) -> None:
-        """End the logs, with a last event."""
+        """Write the end event and close all files. summary: fields of the event."""
         self.event("end", **summary)
         for sink in (self._wandb, self._tensorboard, self._events, self._text, self._console):
             if sink is not None:
@@ -212,7 +228,7 @@ class TrainingLogger:
 
 
 class Stopwatch:
-    """Seconds of training, which `pause` interrupts around evaluations and checkpoints."""
+    """Clock of the seconds of training, paused during evaluations and checkpoints."""
 
     def __init__(self):
         self._start, self._elapsed, self._running = time.perf_counter(), 0.0, True
@@ -222,11 +238,11 @@ class Stopwatch:
             self._elapsed += time.perf_counter() - self._start
             self._running = False
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         self._start, self._running = time.perf_counter(), True
 
     def lap(self) -> float:
-        """Seconds since the last lap or the beginning, pauses left out."""
+        """Return the seconds since the last lap or the start, without pauses."""
         now = time.perf_counter()
         seconds, self._elapsed = self._elapsed + now - self._start, 0.0
         self._start = now

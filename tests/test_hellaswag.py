@@ -255,26 +255,26 @@ def test_rows_are_those_of_build_nanogpt(tmp_path):
 GOOD = json.dumps(RECORDS[0]).encode() + b"\n"
 BAD = [  # content, the rest of the line
     (b"", " is empty"),
-    (GOOD + b"\n" + GOOD, ", line 2: it is no JSON"),
-    (GOOD + GOOD[:50], ", line 2: it is no JSON"),
-    (GOOD + b"[" * 100_000, ", line 2: it is no JSON"),
+    (GOOD + b"\n" + GOOD, ", line 2: it is not JSON"),
+    (GOOD + GOOD[:50], ", line 2: it is not JSON"),
+    (GOOD + b"[" * 100_000, ", line 2: it is not JSON"),
     (GOOD + GOOD + b'{"ctx": "caf\xe9"}\n', ", line 3: byte 12 is not UTF-8"),
     (b"\xff\xfe" + GOOD, ", line 1: byte 0 is not UTF-8"),
     (GOOD + b"[]\n", ", line 2: it is a list, not an object with ctx, endings and label"),
     (b"null", ", line 1: it is a NoneType"),
     (b"{}\n", ", line 1: it has no ctx and no endings and no label"),
-    (dict(label=...), ", line 2: it has no label; HellaSwag's test split has none: take val"),
+    (dict(label=...), ", line 2: it has no label; HellaSwag's test split has no labels: use val"),
     (dict(ctx=...), ", line 2: it has no ctx"),
-    (dict(ctx=""), ", line 2: ctx='' is no text with at least one character"),
-    (dict(ctx=["a"]), ", line 2: ctx=['a'] is no text"),
+    (dict(ctx=""), ", line 2: ctx='' is not a text with at least one character"),
+    (dict(ctx=["a"]), ", line 2: ctx=['a'] is not a text"),
     (dict(endings=["a", "b", "c"]), ", line 2: endings is a list of 3, not a list of 4 texts"),
     (dict(endings="abcd"), ", line 2: endings is a str, not a list of 4 texts"),
-    (dict(endings=["a", "b", "c", None]), ", line 2: endings[3]=None is no text"),
-    (dict(label=4), ", line 2: label=4 is no whole number from 0 to 3"),
-    (dict(label=-1), ", line 2: label=-1 is no whole number"),
-    (dict(label="3"), ", line 2: label='3' is no whole number"),
-    (dict(label=True), ", line 2: label=True is no whole number"),
-    (dict(label=1.0), ", line 2: label=1.0 is no whole number"),
+    (dict(endings=["a", "b", "c", None]), ", line 2: endings[3]=None is not a text"),
+    (dict(label=4), ", line 2: label=4 is not a whole number from 0 to 3"),
+    (dict(label=-1), ", line 2: label=-1 is not a whole number"),
+    (dict(label="3"), ", line 2: label='3' is not a whole number"),
+    (dict(label=True), ", line 2: label=True is not a whole number"),
+    (dict(label=1.0), ", line 2: label=1.0 is not a whole number"),
     (dict(label="long" * 1000), ", line 2: label='longlong"),
 ]
 
@@ -305,7 +305,7 @@ def test_download(tmp_path, monkeypatch):
     response = requests.Response()
     response.status_code = 200
     monkeypatch.setattr(requests, "get", lambda url, timeout: response)
-    for content, words in ((GOOD * 10041, "10041 examples, not 10042"), (b"<html>", "line 1: it is no JSON")):
+    for content, words in ((GOOD * 10041, "10041 examples, not 10042"), (b"<html>", "line 1: it is not JSON")):
         response._content = content
         with pytest.raises(UserError, match=words):
             hellaswag.load()

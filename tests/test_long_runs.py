@@ -214,7 +214,7 @@ def test_resume_from_where(run_script, tiny_data, tmp_path):
     assert long_runs.newest(tmp_path / "fork") == long_runs.newest(out)
     assert "nothing left to do" in run_script(*run, f"--out_dir={out}", "--resume=best").out
     for value, words in (("7", "has no checkpoint '7'; it has the steps 5, 10, 15"),
-                         ("newest", "resume='newest' is no checkpoint"),
+                         ("newest", "resume='newest' is not a checkpoint"),
                          ("latest --seed=5", "seed=5 (command line), but")):
         wrong = run_script(*run, f"--out_dir={out}", *f"--resume={value}".split())
         assert wrong.code == 2 and wrong.err.count("\n") == 1 and words in wrong.err, wrong.err

@@ -73,9 +73,9 @@ def test_save_pretrained_without_biases_and_padding(tmp_path):
 @pytest.mark.parametrize("change, words", [
     (dict(model_type="bert"), "model_type='bert'"),
     (dict(activation_function="relu"), "activation_function='relu'"),
-    (dict(scale_attn_weights=False), "scale_attn_weights=False; this model has True"),
+    (dict(scale_attn_weights=False), "scale_attn_weights=False; this model supports only True"),
     (dict(n_layer=1), r"has 12 weights .* such as h\.1\.attn\.c_attn\.bias"),
-    (dict(n_layer="many"), "no configuration of a GPT-2"),
+    (dict(n_layer="many"), "is not the configuration of a GPT-2"),
     (dict(n_embd=64), "should be"),
 ])
 def test_from_pretrained_errors(tmp_path, change, words):

@@ -231,7 +231,7 @@ def test_the_newest_of_several_logs_is_continued(tmp_path, capsys):
     (tmp_path / "run_b.jsonl").write_bytes(bytes(range(256)))
     before = old.read_bytes()
     run(tmp_path, 6, 9, 6)
-    assert "run_b.jsonl is no log of a training run: leaving it" in capsys.readouterr().out
+    assert "run_b.jsonl is no log of a training run: the file is ignored" in capsys.readouterr().out
     assert old.read_bytes() == before and len(list(tmp_path.glob("*.jsonl"))) == 3
     (tmp_path / "run_b.jsonl").unlink()
     assert [step for _, step in steps(read_log(str(tmp_path)), "iter")] == list(range(9))
@@ -285,7 +285,7 @@ def test_a_disk_that_stays_full(tmp_path, capsys):
         say_all(log)
     log.close()
     out = capsys.readouterr().out
-    assert out.count("No space left on device; going on") == 2 and out.count("iter 260") == 3
+    assert out.count("No space left on device; training continues") == 2 and out.count("iter 260") == 3
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -562,7 +562,7 @@ def test_wandb_modes(fake, tmp_path, monkeypatch):
 
 def test_wandb_without_login_leaves_nothing(fake, tmp_path):
     fake.problem = UsageError("No API key configured.")
-    with pytest.raises(UserError, match=r"wandb does not start \(No API key configured.\): run wandb login"):
+    with pytest.raises(UserError, match=r"wandb cannot start \(No API key configured.\): run wandb login"):
         TrainingLogger().start_wandb("p", "n", {}, str(tmp_path / "out"))
     assert len(fake.started) == 1 and not os.listdir(tmp_path)
 
