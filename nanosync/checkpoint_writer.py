@@ -24,6 +24,7 @@ from nanosync.checkpoint import (
 from nanosync.distributed import gather_to_main
 from nanosync.errors import UserError
 from nanosync.files import sha256_of, write_json
+from nanosync.model_kind import model_description, schedule_description
 from nanosync.optimizer_state import gather_state, whole_on_cpu
 from nanosync.random_states import random_states
 
@@ -142,6 +143,20 @@ def snapshot(model: nn.Module, optimizer, device: torch.device, shared: torch.Ge
         return {}
     tensors["rng"] = {f"{rank}.{name}": t for rank, states in enumerate(rng) for name, t in states.items()}
     return tensors
+
+
+def state_of(run, evaluated: bool) -> dict:
+    """Make the entries of state.json for a Run's current step.
+
+    evaluated: False if the evaluation due at this step was skipped.
+    """
+    return {"sample": run.loader.sample, "epoch": run.loader.epoch, "seed": run.config["seed"],
+            "evaluated": evaluated, "val_loss": run.val_loss, "best_val_loss": run.best_val_loss,
+            "world_size": run.processes.world_size, **run.tp,
+            "scaler": {} if run.scaler is None else run.scaler.state_dict(),
+            "model": model_description(run.kind, run.model), "schedule": schedule_description(run.model),
+            **run.extra_state(), "config": run.config, "data": run.data.fingerprint, "meta": run.data.meta,
+            "environment": run.environment}
 
 
 class Saver:

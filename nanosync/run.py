@@ -26,13 +26,13 @@ import torch
 
 from nanosync import run_dir
 from nanosync.checkpoint import find_resumed
-from nanosync.checkpoint_writer import Saver, snapshot
+from nanosync.checkpoint_writer import Saver, snapshot, state_of
 from nanosync.dataloader import DataLoader, DataSet, epoch_messages
 from nanosync.distributed import Processes, agree, all_values, barrier, finish, on_main
 from nanosync.errors import UserError, before_exit
 from nanosync.hardware import environment, peak_flops, peak_memory
 from nanosync.log_sinks import check_installed
-from nanosync.model_kind import ModelKind, model_description, schedule_description
+from nanosync.model_kind import ModelKind
 from nanosync.optimizer_state import load_state_by_name
 from nanosync.random_states import resume_random_states, seed_random_states
 from nanosync.resuming import check_kind, check_same_data, load_scaler, resume_of, take_settings
@@ -49,8 +49,7 @@ class Run:
 
         With eval_only nothing is locked or written. Raises UserError.
 
-        kinds: all kinds of model.
-        own: names of the kinds that the script trains.
+        kinds: all kinds of model; own: names of the kinds that the script trains.
         steps: name of the setting with the number of updates.
         """
         self.config, self.processes, self.kinds, self.steps = config, processes, kinds, steps
@@ -68,13 +67,13 @@ class Run:
             check_kind(self.resumed, kinds, own)
             take_settings(config, self.resumed, kinds)
         self.continues = self.resumed is not None and run_dir.belongs_to(self.resumed, out_dir)
-        self._tp = {"tp_processes": config["tp_processes"]} if "tp_processes" in config else {}
-        self.environment = environment(processes.device) | {"world_size": processes.world_size, **self._tp}
+        self.tp = {"tp_processes": config["tp_processes"]} if "tp_processes" in config else {}
+        self.environment = environment(processes.device) | {"world_size": processes.world_size, **self.tp}
         self.last_step = config[steps]
         self.step = self.first_step = 0
         self.best_val_loss, self.val_loss = math.inf, None  # val_loss: of this step, if measured
         self.stopping, self.status = False, "finished"
-        self.sample, self._evaluated, self._skipped, self._stop_reason = 0, False, False, None
+        self.sample, self.was_evaluated, self._skipped, self._stop_reason = 0, False, False, None
 
     def on_main(self, function):
         """Call function() on the main process; return its result or raise its UserError on all processes."""
@@ -87,10 +86,8 @@ class Run:
             check_same_data(self.resumed, data.folder, data.fingerprint, self.kinds)
 
     def restore(self, model, optimizer, scaler=None) -> None:
-        """Load optimizer state, scaler state and counters of a resumed run, whose model has its weights.
-
-        Exit if no step is left. Raises UserError.
-        """
+        """Load states and counters of a resumed run, whose model has its weights. Exit if no step is left.
+        Raises UserError."""
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         if self.resumed is None:
             return
@@ -98,10 +95,10 @@ class Run:
         load_scaler(scaler, self.resumed)
         state = self.resumed.state
         self.step = self.first_step = state["step"]
-        self.sample, self._evaluated = state["sample"], state["evaluated"]
+        self.sample, self.was_evaluated = state["sample"], state["evaluated"]
         if state["best_val_loss"] is not None:
             self.best_val_loss = state["best_val_loss"]
-        if self.writes and (self.step > self.last_step or (self.step == self.last_step and self._evaluated)):
+        if self.writes and self.step + self.was_evaluated > self.last_step:  # the last evaluation is done
             self.line(f"nothing left to do: {self.resumed.path} is at step {self.step} of "
                       f"{self.steps}={self.last_step}")
             finish(self.processes)
@@ -111,22 +108,8 @@ class Run:
         """Write files from here on, and print the settings. source: path of a script to copy into the log."""
         if self.writes:
             barrier(self.processes.group)  # wait until all processes have read their weights
-            self.on_main(lambda: self._open(source))
+            self._lock = self.on_main(lambda: run_dir.open_out_dir(self, self._lock, source))
         self.line("settings, with where they differ from the script's:\n" + self.config.table())
-
-    def _open(self, source: str | None) -> None:
-        config, out_dir = self.config, self.config["out_dir"]
-        if self._lock is None:
-            self._lock = run_dir.lock(out_dir, make=True)
-        if config.get("wandb_log"):
-            with run_dir.unlocked_on_error(out_dir, self._lock):
-                self.log.start_wandb(config["wandb_project"], config["wandb_run_name"], config, out_dir,
-                                     config["wandb_mode"], self.continues)
-        run_dir.make_room(out_dir, self.resumed, self.line)
-        self.log.open_files(out_dir, config, self.environment, self.first_step if self.continues else None,
-                            self._evaluated, config.get("use_tensorboard", False))
-        if source is not None:
-            self.log.source(source)
 
     def begin(self, loader: DataLoader, tokens: int, flops: float = 0.0, dtype=None,
               shared_generator: torch.Generator | None = None, *, kind: str, random_states: bool = True,
@@ -134,20 +117,18 @@ class Run:
               extra_status: Callable[[], dict] = dict) -> None:
         """Set the random states, and start the saver and the signal handlers.
 
-        kind: kind of the model.
-        tokens, flops: of an update, over all processes.
+        kind: kind of the model; tokens, flops: of an update, over all processes.
         dtype: dtype of matrix products, for MFU; None for a script that does not report MFU here.
         shared_generator: generator that the processes of one model share.
-        random_states: True to seed this process, or to restore its random states.
-        progress: True to show a bar on a terminal.
+        random_states: seed this process, or restore its random states; progress: show a bar on a terminal.
         extra_state: function that returns further entries of state.json.
         extra_status: function that returns further entries of status.json and of the end event.
         """
         processes, config = self.processes, self.config
         if random_states:  # dropout differs between processes
             seed_random_states(config["seed"] + processes.rank)
-        self._shared_generator, self._kind, self.tokens = shared_generator, kind, tokens
-        self._extra_state, self._extra_status, self.loader = extra_state, extra_status, loader
+        self.shared_generator, self.kind, self.tokens = shared_generator, kind, tokens
+        self.extra_state, self._extra_status, self.loader = extra_state, extra_status, loader
         if self.resumed is not None and random_states:
             resume_random_states(self.resumed, processes, shared_generator, self.line)
         peak = peak_flops(processes.device, dtype) if dtype is not None else None
@@ -187,14 +168,11 @@ class Run:
 
         Return False at the first step of a resumed run if the checkpoint was saved after its evaluation.
         """
-        done = self.step == self.first_step and self._evaluated
+        done = self.step == self.first_step and self.was_evaluated
         return interval > 0 and not done and (self.step % interval == 0 or self.step == self.last_step)
 
     def evaluated(self, losses: dict[str, float], lr: float) -> None:
-        """Log the losses of an evaluation. Raises UserError if a loss is not finite.
-
-        losses: {"train": ..., "val": ...}.
-        """
+        """Log the losses of an evaluation, {"train": ..., "val": ...}. Raises UserError if one is not finite."""
         self.log.evaluation(self.step, losses["train"], losses["val"], lr)
         self.val_loss = losses["val"]
         if not math.isfinite(losses["train"] + losses["val"]):
@@ -255,18 +233,10 @@ class Run:
         if self.processes.main:
             self.saver.wait()  # so that memory holds one copy at a time
         self.model.align_replicas(self.optimizer)
-        tensors = snapshot(self.model, self.optimizer, self.processes.device, self._shared_generator,
+        tensors = snapshot(self.model, self.optimizer, self.processes.device, self.shared_generator,
                            self.processes.group)
         if self.processes.main:
-            state = {"sample": self.loader.sample, "epoch": self.loader.epoch, "seed": self.config["seed"],
-                     "evaluated": evaluated, "val_loss": self.val_loss, "best_val_loss": self.best_val_loss,
-                     "world_size": self.processes.world_size, **self._tp,
-                     "scaler": {} if self.scaler is None else self.scaler.state_dict(),
-                     "model": model_description(self._kind, self.model),
-                     "schedule": schedule_description(self.model), **self._extra_state(),
-                     "config": self.config, "data": self.data.fingerprint, "meta": self.data.meta,
-                     "environment": self.environment}
-            self.saver.save(self.step, tensors, state, best, started)
+            self.saver.save(self.step, tensors, state_of(self, evaluated), best, started)
 
     def agree(self, loss_sum: torch.Tensor, norm: torch.Tensor, micro_batches: int) -> tuple[float, float]:
         """All-reduce loss, norm and stop request together; return mean loss and norm.

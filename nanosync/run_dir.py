@@ -108,3 +108,24 @@ def archive(out_dir: str, after: int | None = None) -> str | None:
         os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
         os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
     return folder
+
+
+def open_out_dir(run, held: int | None, source: str | None) -> int:
+    """Lock the out_dir of a Run, archive what is in its way, open its logs. Return the lock. Raises
+    UserError.
+
+    held: the lock, if the run has it already; source: path of a script that the log keeps.
+    """
+    config, out_dir = run.config, run.config["out_dir"]
+    if held is None:
+        held = lock(out_dir, make=True)
+    if config.get("wandb_log"):
+        with unlocked_on_error(out_dir, held):
+            run.log.start_wandb(config["wandb_project"], config["wandb_run_name"], config, out_dir,
+                                config["wandb_mode"], run.continues)
+    make_room(out_dir, run.resumed, run.line)
+    run.log.open_files(out_dir, config, run.environment, run.first_step if run.continues else None,
+                       run.was_evaluated, config.get("use_tensorboard", False))
+    if source is not None:
+        run.log.source(source)
+    return held
