@@ -179,11 +179,12 @@ SAMPLE = [
     (["--out_dir=run", "--top_k=0"], "top_k=0 must be at least 1"),
     (["--out_dir=run", "--top_p=2"], "top_p=2.0 must be above 0"),
     (["--out_dir=run", "--stop_token=AB"], "is 2 tokens, not one"),
-    (["--out_dir=run", "--stop_token=61"], "stop_token=61 is none of the model's tokens, 0 to 60"),
+    (["--out_dir=run", "--stop_token=61"], "stop_token=61 is not one of the model's tokens, 0 to 60"),
     (["--out_dir=run", "--seed=99999999999999999999"], "does not fit into 64 bits"),
     (["--out_dir=run", "--start='\\ud800'"], "start='\\ud800' (the command line) is not UTF-8"),
     (["--init_from=damaged"], "none of the 1 checkpoints in damaged can be used"),
-    (["--out_dir=run_gpt2"], "the prompt has token 198, and the model's are 0 to 60: it was trained with"),
+    (["--out_dir=run_gpt2"],
+     "the prompt has token 198, but the model has only tokens 0 to 60: the model was trained with"),
 ]
 
 HELLASWAG = [  # with --init_from=run_50257 --input=good.jsonl
