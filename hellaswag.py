@@ -1,15 +1,15 @@
-"""HellaSwag of a checkpoint of this repository or of GPT-2 weights: does it find the right ending of four?
+"""Evaluate a checkpoint of this repository, or GPT-2 weights, on HellaSwag: find the right ending of four.
 
 $ python hellaswag.py --out_dir=out-gpt2
 $ python hellaswag.py --init_from=gpt2-xl --n_examples=1000
 $ python hellaswag.py --input=hellaswag_val.jsonl                           # without a network
-$ torchrun --standalone --nproc_per_node=4 hellaswag.py --init_from=gpt2    # the examples shared out
+$ torchrun --standalone --nproc_per_node=4 hellaswag.py --init_from=gpt2    # examples divided over processes
 
-Weights of any kind under another sync schedule, and on real ranks, one process each:
+Weights of any kind with another sync schedule, and on real TP ranks, one process each:
 $ python hellaswag.py --init_from=gpt2 --tp_size=2 --block_types="['spd']*12"
 $ torchrun --standalone --nproc_per_node=2 hellaswag.py --out_dir=out-spd --tp_processes=2
 
-Data, measure and method: nanosync/hellaswag_eval.py.
+nanosync/hellaswag_eval.py describes data, measure and method.
 """
 
 import time
@@ -26,15 +26,15 @@ from nanosync.hardware import environment, pick_dtype
 
 # -----------------------------------------------------------------------------
 init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', a folder of weights
-out_dir = "out"  # where to look for checkpoints
+out_dir = "out"  # folder with checkpoints
 checkpoint_step = "latest"  # 'latest', 'best' or a step
-input = ""  # a file such as hellaswag_val.jsonl; '' downloads that one to data/hellaswag, if it is not there
-n_examples: int | None = None  # evaluate the first so many, None for all
-batch_size = 32  # examples at a time on each process, of 4 sequences each
-json = ""  # write the result to this file as well
-tp_size: int | None = None  # run the weights on this many ranks, not on as many as they were trained with
-block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer, not the schedule of the training
-tp_processes = 1  # processes that hold the ranks of one model, under torchrun; 1 simulates them
+input = ""  # file in the format of hellaswag_val.jsonl; '' downloads that file into data/hellaswag
+n_examples: int | None = None  # number of examples, the first of the file; None for all
+batch_size = 32  # examples of a batch on each process, 4 sequences each
+json = ""  # file for the result, '' for none
+tp_size: int | None = None  # number of TP ranks, None for the number in training
+block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer, None for the schedule of training
+tp_processes = 1  # processes that hold the TP ranks of one model, under torchrun; 1 simulates them
 device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16'
 # -----------------------------------------------------------------------------
@@ -50,10 +50,11 @@ compute_dtype = pick_dtype(dtype, device)
 
 
 def say(text: str) -> None:
+    """Print a line on the main process."""
     print0(text, processes)
 
 
-# weights and examples; what is wrong is found before what takes long
+# weights and examples; checks come before slow work
 found = models.find_for_inference(config, group)
 if found is not None:
     trained = found.state["model"]["config"]
@@ -74,6 +75,7 @@ last_said = time.perf_counter()
 
 
 def progress(done: int, n: int) -> None:
+    """Print the number of evaluated examples every 10 seconds."""
     global last_said
     if time.perf_counter() - last_said > 10:
         last_said = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Sync strategies: named ways for tensor-parallel ranks to synchronise less often, as schedules of one model.
+"""Sync strategies: named schedules by which tensor-parallel ranks synchronise less often.
 
     strategy    all-reduces of a forward pass after                                      L = 12
     standard    every attention and every MLP                                            24
@@ -7,8 +7,8 @@
     grouped     the MLP of every k-th layer, k = layers_per_group                        12 / k
     custom      the sublayers in sync_points (2i: attention, 2i + 1: MLP of layer i)     their number, + 1 if
                                                                                          the last is not one
-All of them have the parameters of the dense GPT. All but `standard` compute another function than it does,
-so a model is trained with the strategy it is to run with; see tensor_parallel_model.py.
+All strategies have the parameters of the dense GPT, but only `standard` computes the same function. So train
+a model with the strategy with which it will run; see tensor_parallel_model.py.
 """
 
 import math
@@ -19,7 +19,7 @@ from nanosync.errors import UserError
 from nanosync.ranks import Ranks
 from tensor_parallel_model import DistributedGPT, RanksConfig, SyncSchedule
 
-STRATEGIES = {  # name -> function of the configuration: the sublayers to synchronise after
+STRATEGIES = {  # name -> function of the configuration that returns the sublayers to synchronise after
     "standard": lambda c: range(2 * c.n_layer),
     "spd": lambda c: range(1, 2 * c.n_layer, 2),
     "selective": lambda c: [*range(1, 2 * c.n_layer, 2), *(2 * i for i in c.attn_sync_layers or [])],
@@ -30,7 +30,7 @@ STRATEGIES = {  # name -> function of the configuration: the sublayers to synchr
 
 @dataclass
 class GPTConfig(RanksConfig):
-    """RanksConfig and a sync strategy. Raises UserError for one that does not fit the layers."""
+    """RanksConfig and a sync strategy. Raises UserError if the strategy does not fit the layers."""
 
     sync_strategy: str = "standard"
     attn_sync_layers: list | None = None  # selective: layers that sync after attention, too; None: no layer
@@ -44,16 +44,16 @@ class GPTConfig(RanksConfig):
         if self.sync_strategy == "grouped" and (self.layers_per_group < 1
                                                 or self.n_layer % self.layers_per_group):
             raise UserError(f"layers_per_group={self.layers_per_group} does not divide "
-                            f"n_layer={self.n_layer}")
+                            f"n_layer={self.n_layer}: choose a divisor")
         for name, strategy, count in (("attn_sync_layers", "selective", self.n_layer),
                                       ("sync_points", "custom", 2 * self.n_layer)):
             numbers = getattr(self, name)
             if numbers is not None and self.sync_strategy != strategy:
-                raise UserError(f"{name}={numbers} is for sync_strategy={strategy!r}, and it is "
-                                f"{self.sync_strategy!r}")
+                raise UserError(f"{name}={numbers} is for sync_strategy={strategy!r}, but sync_strategy is "
+                                f"{self.sync_strategy!r}: leave {name} out, or change sync_strategy")
             for number in numbers or []:
                 if type(number) is not int or not 0 <= number < count:
-                    raise UserError(f"{name} has {number!r}: with n_layer={self.n_layer} its entries are "
+                    raise UserError(f"{name} has {number!r}: with n_layer={self.n_layer} its entries must be "
                                     f"whole numbers from 0 to {count - 1}")
 
     def schedule(self) -> SyncSchedule:
@@ -61,10 +61,10 @@ class GPTConfig(RanksConfig):
 
 
 class GPT(DistributedGPT):
-    """DistributedGPT by a strategy's schedule; prints how often it synchronises."""
+    """DistributedGPT with the schedule of a strategy. It prints how often it synchronises."""
 
     def __init__(self, config: GPTConfig, ranks: Ranks | None = None, announce: bool = True):
-        """announce: print the two lines of `announcement`, on rank 0."""
+        """Build the model. ranks: see DistributedGPT; announce: True to print `announcement` on rank 0."""
         super().__init__(config, ranks)
         if announce and env_rank() == 0:
             print(self.announcement(), flush=True)
@@ -75,7 +75,7 @@ class GPT(DistributedGPT):
 
 
 def parse_stop_if(text: str) -> tuple[float, float]:
-    """'5000:3.8' -> (5000, 3.8), a step and a loss; '' -> never. Raises UserError."""
+    """Parse a step and a loss, '5000:3.8' -> (5000, 3.8); '' means never. Raises UserError."""
     if not text:
         return math.inf, math.inf
     step, colon, loss = text.partition(":")
@@ -84,4 +84,5 @@ def parse_stop_if(text: str) -> tuple[float, float]:
             raise ValueError
         return int(step), float(loss)
     except ValueError:
-        raise UserError(f"stop_if={text!r} is no step and loss: write it as in --stop_if=5000:3.8") from None
+        raise UserError(f"stop_if={text!r} is not a step and a loss: write it as in --stop_if=5000:3.8"
+                        ) from None

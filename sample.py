@@ -1,10 +1,10 @@
-"""Generate text from a checkpoint of this repository or from GPT-2 weights, printed as it comes.
+"""Generate text from a checkpoint of this repository or from GPT-2 weights, and print it token by token.
 
 $ python sample.py --out_dir=out-python-char --start="def "
 $ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5
 $ python sample.py --start=FILE:prompt.txt
 
-Weights of any kind under another sync schedule, and on real ranks, one process each:
+Weights of any kind with another sync schedule, and on real TP ranks, one process each:
 $ python sample.py --init_from=gpt2 --tp_size=2 --block_types="['spd']*12"
 $ torchrun --standalone --nproc_per_node=2 sample.py --out_dir=out-spd --tp_processes=2 --tp_allreduce=oneshot
 """
@@ -26,24 +26,24 @@ from nanosync.rank_decoder import check_all_reduce
 
 # -----------------------------------------------------------------------------
 init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', a folder of weights
-out_dir = "out"  # where to look for checkpoints
+out_dir = "out"  # folder with checkpoints
 checkpoint_step = "best"  # 'best' (by val loss), 'latest' or a step
-start = "\n"  # the prompt; "FILE:prompt.txt" takes it from a file; may hold <|endoftext|>
+start = "\n"  # the prompt, or "FILE:prompt.txt" for a file with it; may contain <|endoftext|>
 num_samples = 10
 max_new_tokens = 500  # of each sample
-temperature = 0.8  # 0 always takes the most likely token, 1 samples what the model predicts
+temperature = 0.8  # 0 always takes the most likely token, 1 samples from the model's probabilities
 top_k: int | None = 200  # sample from this many most likely tokens, None for all
 top_p: float | None = None  # sample from the fewest tokens that together have this probability, None for all
 stop_token: int | str | None = None  # end a sample at this token, an id or a text of one token
-tp_size: int | None = None  # run the weights on this many ranks, not on as many as they were trained with
-block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer, not the schedule of the training
-tp_processes = 1  # processes that hold the ranks, under torchrun; 1 simulates them
-tp_allreduce = "nccl"  # how they add up in a step: 'nccl' (the group's all-reduce), 'oneshot' (CUDA, quicker)
-slide = 1  # past block_size: tokens to drop at once; 1 keeps the longest context, more is faster
+tp_size: int | None = None  # number of TP ranks, None for the number in training
+block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer, None for the schedule of training
+tp_processes = 1  # processes that hold the TP ranks, under torchrun; 1 simulates them
+tp_allreduce = "nccl"  # sum over processes: 'nccl' (the group's all-reduce), 'oneshot' (CUDA, faster)
+slide = 1  # tokens that the window drops at once past block_size; 1: longest context, more: faster
 seed = 1337
 device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16'
-compile = False  # nanoGPT's, without effect: generation has kernels and, on a GPU, a CUDA graph of its own
+compile = False  # nanoGPT's setting, without effect: generation has its own kernels and CUDA graph
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 check_at_least(config, 1, "num_samples")
@@ -60,11 +60,13 @@ if start.startswith("FILE:"):
         raise UserError(f"cannot read the prompt from {start[5:]}: {e}") from None
 processes = start_processes(device, tp_processes=tp_processes)
 if processes.dp_size > 1:
-    raise UserError(f"{processes.world_size} processes for tp_processes={tp_processes}: start as many")
+    raise UserError(f"the number of processes, {processes.world_size}, is not tp_processes={tp_processes}: "
+                    f"start as many")
 main, group, device = processes.main, processes.group, processes.device
 
 
 def say(text: str, end: str = "\n") -> None:
+    """Print a text on the main process."""
     if main:
         print(text, end=end, flush=True)
 
@@ -83,21 +85,21 @@ if isinstance(stop_token, str):
     stop_token = int(ids[0])
 vocab_size = model.config.used_vocab_size
 if prompt.max() >= vocab_size:
-    raise UserError(f"the prompt has token {prompt.max()}, and the model's are 0 to {vocab_size - 1}: it was "
-                    f"trained with another tokenizer")
+    raise UserError(f"the prompt has token {prompt.max()}, but the model has only tokens 0 to "
+                    f"{vocab_size - 1}: the model was trained with another tokenizer")
 if stop_token is not None and not 0 <= stop_token < vocab_size:
-    raise UserError(f"stop_token={stop_token} is none of the model's tokens, 0 to {vocab_size - 1}")
-model.config.used_vocab_size = min(vocab_size, tokenizer.vocab_size)  # others have no text to print
+    raise UserError(f"stop_token={stop_token} is not one of the model's tokens, 0 to {vocab_size - 1}")
+model.config.used_vocab_size = min(vocab_size, tokenizer.vocab_size)  # later tokens have no text
 options = {"tp_allreduce": tp_allreduce} if tp_processes > 1 else {}
 model.to(device, pick_dtype(dtype, device)).eval()
 
 # generation
 if hasattr(signal, "SIGPIPE"):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as `cat` does where `| head` has seen enough
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit silently when `| head` closes the pipe
 if found is not None:
     say(f"{found.path}: {found.described()}")
 if compile:
-    say("compile=True changes nothing: generation has kernels and, on a GPU, a CUDA graph of its own")
+    say("compile=True has no effect: generation has its own kernels and, on a GPU, its own CUDA graph")
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")
 sampling = {field.name: config[field.name] for field in dataclasses.fields(Sampling)}

@@ -1,27 +1,28 @@
 """GPT-2 whose tensor-parallel ranks synchronise by a schedule: one set of weights, simulated or real ranks.
 
-R = tp_size ranks split every attention over its heads and every MLP over its units (Megatron-LM, arXiv
-1909.08053). What a rank adds to the residual stream is a partial sum; an all-reduce turns the partial sums of
-all ranks into the same whole one. There are 2L sublayers j (even: attention, odd: MLP), and after each the
-ranks may synchronise or not. The state is a base `s`, the same on every rank, and what rank r has not yet
-shared, `d[r]`:
+In this module "rank" means TP rank. R = tp_size ranks split every attention over its heads and every MLP over
+its units (Megatron-LM, arXiv 1909.08053). A rank's contribution to the residual stream is a partial sum. An
+all-reduce adds the partial sums of all ranks. The model has 2L sublayers j (even: attention, odd: MLP). After
+each sublayer the ranks may synchronise or not. The state is a base `s`, the same on every rank, and the
+pending sum of each rank r, `d[r]`:
 
-    x_j[r] = f(s) + d[r]                 what rank r sees
-    o_j[r] = Sub_j[r](LN_j(x_j[r]))      its partial output, without the bias
-    s     += b_j                         the bias of the row-parallel matrix, once
+    x_j[r] = f(s) + d[r]                 residual stream on rank r
+    o_j[r] = Sub_j[r](LN_j(x_j[r]))      partial output of rank r, without the bias
+    s     += b_j                         bias of the row-parallel matrix, once
     d[r]  += o_j[r]
     if sync_j:  s += g(d);  d = 0        one all-reduce
-    after the last sublayer: the same, if anything is pending
+    after the last sublayer: the same sync, if sums are pending
 
-Which sublayers synchronise is data, a `SyncSchedule`; all of them give the dense GPT. Dropping some computes
-another function: a model is trained with the schedule that it is to run with.
+A `SyncSchedule` lists the sublayers that synchronise. If all do, the model is the dense GPT. Fewer syncs
+compute another function, so train a model with the schedule with which it will run.
 
-tp_size belongs to the architecture, not the number of processes that hold the ranks: see `Ranks`. Parameters
-have the dense model's names and shapes, or this process's part of them, so any checkpoint fits any variant.
+tp_size is part of the architecture. The number of processes that hold the ranks is not, see `Ranks`.
+Parameters have the dense model's names and shapes, or are this process's part of them. So any checkpoint fits
+any variant.
 
-Shapes: m ranks that differ; 1 while nothing is pending, as this process's ranks then agree and act as one.
-R = tp_size, P processes of a group, B batch, T tokens, C = n_embd, H = n_head, D = C / H, K = this process's
-part of C (attention) or 4C (MLP).
+Shapes: m = number of local ranks whose streams differ; 1 while nothing is pending, because the local ranks
+then agree and act as one. R = tp_size, P = processes of a group, B = batch, T = tokens, C = n_embd,
+H = n_head, D = C / H, K = this process's part of C (attention) or 4C (MLP).
 """
 
 import warnings
@@ -56,55 +57,64 @@ BLOCK_TYPES = ("tp", "spd", "parallel")
 
 @dataclass(frozen=True)
 class Sublayer:
-    """What happens after an attention or an MLP."""
+    """The communication after an attention or an MLP."""
 
-    sync: bool  # all ranks add up what they have pending
+    sync: bool  # True: all ranks add up their pending sums
 
 
 @dataclass(frozen=True)
 class SyncSchedule:
-    """One entry a sublayer: attention of layer 0, MLP of layer 0, attention of layer 1, ..."""
+    """One entry per sublayer: attention of layer 0, MLP of layer 0, attention of layer 1, ..."""
 
     sublayers: tuple[Sublayer, ...]
 
     @classmethod
     def at(cls, n_layer: int, points) -> "SyncSchedule":
-        """Synchronise after the sublayers in `points`, numbers from 0 to 2 n_layer - 1."""
+        """Make the schedule that synchronises after the sublayers in `points`, from 0 to 2 n_layer - 1."""
         return cls(tuple(Sublayer(j in set(points)) for j in range(2 * n_layer)))
 
     @classmethod
     def evenly(cls, n_layer: int, syncs: int) -> "SyncSchedule":
-        """So many syncs, equally far apart, the last at the end. Raises UserError if that cannot be."""
+        """Make the schedule of `syncs` equally spaced syncs, the last after the last sublayer.
+
+        Raises UserError if `syncs` does not divide the number of sublayers.
+        """
         if syncs < 1 or 2 * n_layer % syncs:
             raise UserError(f"{syncs} syncs do not divide the {2 * n_layer} sublayers of n_layer={n_layer}")
         return cls.at(n_layer, range(2 * n_layer // syncs - 1, 2 * n_layer, 2 * n_layer // syncs))
 
     @classmethod
     def from_block_types(cls, block_types: list[str]) -> "SyncSchedule":
-        """'tp' synchronises after attention and MLP, 'spd' after the MLP, a run of 'parallel' at its end."""
+        """Make the schedule of a kind of block per layer.
+
+        'tp' synchronises after attention and MLP, 'spd' after the MLP, a run of 'parallel' blocks at its end.
+        """
         points = []
         for i, kind in enumerate(block_types):
-            run_goes_on = kind == "parallel" and block_types[i + 1:i + 2] == ["parallel"]
-            points += [2 * i] * (kind == "tp") + [2 * i + 1] * (not run_goes_on)
+            run_continues = kind == "parallel" and block_types[i + 1:i + 2] == ["parallel"]
+            points += [2 * i] * (kind == "tp") + [2 * i + 1] * (not run_continues)
         return cls.at(len(block_types), points)
 
     @property
     def points(self) -> list[int]:
-        """The sublayers after which ranks synchronise."""
+        """Numbers of the sublayers after which ranks synchronise."""
         return [j for j, sublayer in enumerate(self.sublayers) if sublayer.sync]
 
     @property
     def unsynchronised(self) -> list[int]:
-        """The others."""
+        """Numbers of the sublayers after which ranks do not synchronise."""
         return [j for j, sublayer in enumerate(self.sublayers) if not sublayer.sync]
 
 
 class Residual:
-    """The residual stream on its way through the layers: base, pending sums, and what the ranks see."""
+    """The residual stream between two sublayers: base, biases and pending sums."""
 
     def __init__(self, ranks: Ranks, dropout, state: tuple):
-        """dropout: a function of tensors that get the same mask on all ranks; state: of a Residual that this
-        one goes on from, or only a base (B, T, C)."""
+        """Restore a stream from its state.
+
+        dropout: function (*tensors) -> tensors that applies one mask to all of them, the same on all ranks.
+        state: `state` of the stream, or (base,), base (B, T, C).
+        """
         self.ranks, self.dropout = ranks, dropout
         if len(state) == 1:
             self._restart(*state)
@@ -113,19 +123,22 @@ class Residual:
 
     @property
     def state(self) -> tuple:
-        """Tensors and None: what a block takes and gives must be plain for FSDP's and checkpoint's hooks."""
+        """The stream as a tuple of tensors and None, which the hooks of FSDP and checkpoint need."""
         return self.base, self.shared, self.biases, self.pending, self.latest, self.total
 
     def _restart(self, base):
         self.base = base  # (B, T, C)
         self.shared = f_op(base, self.ranks.as_one)  # (1, B, T, C); one f for all sublayers until a sync
-        self.biases = None  # (C,), or (B, T, C) with dropout: those added since the last sync
-        self.pending = None  # (local, B, T, C), but for
-        self.latest = None  # (local, B, T, C): what the last sublayer gave
-        self.total = None  # (1, B, T, C): the sum over local ranks, once a sync is next
+        self.biases = None  # (C,), or (B, T, C) with dropout: sum of the biases since the last sync
+        self.pending = None  # (local, B, T, C): pending sums without `latest`
+        self.latest = None  # (local, B, T, C): output of the last sublayer, which is pending, too
+        self.total = None  # (1, B, T, C): pending sums over local ranks, if a sync is next
 
     def normed(self, norm: nn.Module, sync: bool):
-        """LayerNorm of what the ranks see, (m, B, T, C), for a sublayer with or without a sync after it."""
+        """Return the LayerNorm of the ranks' streams, (m, B, T, C), as input of a sublayer.
+
+        sync: True if the ranks synchronise after the sublayer.
+        """
         x = self.shared if self.biases is None else self.shared + self.biases
         if self.latest is None:
             return norm(x)
@@ -141,9 +154,9 @@ class Residual:
         return y.view(shape)
 
     def add(self, y, projection: nn.Linear, sync: bool):
-        """Take in a sublayer's y (m, B, T, K / m) through its row-parallel projection."""
+        """Add the row-parallel projection of y (m, B, T, K / m), and synchronise if `sync`."""
         if sync and self.latest is None and self.total is None and self.ranks.group is None:
-            out, bias = projection(y), None  # to the bit what the dense model does
+            out, bias = projection(y), None  # the same bits as the dense model
         else:
             out = row_parallel(y, projection.weight, self.ranks.local, together=sync)
             bias = None if projection.bias is None else projection.bias.to(out.dtype)
@@ -152,11 +165,11 @@ class Residual:
             self._synchronise(out if self.total is None else out + self.total, bias)
             return
         self.latest = out
-        if bias is not None:  # a copy: FSDP takes a parameter back at the end of its block
+        if bias is not None:  # a copy, because FSDP frees a parameter at the end of its block
             self.biases = bias.clone() if self.biases is None else self.biases + bias
 
     def close(self):
-        """The base (B, T, C) with everything that was pending."""
+        """Synchronise if sums are pending; return the base, (B, T, C)."""
         if self.latest is not None:
             self._synchronise(self.latest if self.pending is None else self.latest + self.pending, None)
         return self.base
@@ -166,18 +179,18 @@ class Residual:
         if bias is not None:
             base = base + bias
         if self.biases is not None:
-            # The ranks saw these biases behind f, which leaves a partial gradient on each process; the
-            # gradient of the base itself, the same on all, is to be counted once: elsewhere it is zero.
+            # Through f the biases get a partial gradient on each process. Their gradient through the base is
+            # the same on all processes and must count once, so it is zero on all processes but the first.
             biases = self.biases
             base = base + (biases if self.ranks.index == 0 else biases.detach() + 0 * biases)
         self._restart(base)
 
 
 def split_attention(attn, x, cache=None):
-    """The heads of each rank on what it sees: (m, B, T, C) -> (m, B, T, K / m).
+    """Attend with the heads of each rank: x (m, B, T, C) -> (m, B, T, K / m).
 
-    cache: (local, 2, B, H / R, block_size, D), if given, receives each rank's k and v; without the first
-    dimension, one rank that is as wide as all.
+    cache: tensor (local, 2, B, H / R, block_size, D) into which each rank's k and v are written. Without the
+        first dimension it is the cache of one rank of the joint width. None in training.
     """
     m, B, T, C = x.shape
     D = C // attn.n_head
@@ -195,10 +208,13 @@ def split_attention(attn, x, cache=None):
 
 
 class RankBlock(Block):
-    """A dense block's parameters, each rank's part of them on what it sees."""
+    """A block with the dense block's parameters, of which each rank applies its part to its own stream."""
 
     def compute(self, state, sublayers, ranks: Ranks, dropout, cache=None):
-        """A Residual's state before the layer -> that after it. sublayers: its two of the schedule."""
+        """Map the state of a Residual before the layer to the state after it.
+
+        sublayers: the layer's two Sublayer entries. dropout: see Residual. cache: see split_attention.
+        """
         residual, (after_attention, after_mlp) = Residual(ranks, dropout, state), sublayers
         x = residual.normed(self.ln_1, after_attention.sync)
         y = split_attention(self.attn, x, cache)
@@ -211,9 +227,9 @@ class RankBlock(Block):
 
 @dataclass
 class RanksConfig(GPTConfig):
-    """GPTConfig and the number of ranks; those derived from it have a `schedule()`."""
+    """GPTConfig and the number of ranks. Derived classes implement `schedule`."""
 
-    tp_size: int = 2  # R, ranks of the architecture
+    tp_size: int = 2  # ranks of the architecture
 
     def __post_init__(self):
         super().__post_init__()
@@ -222,14 +238,15 @@ class RanksConfig(GPTConfig):
                             f"{[r for r in range(1, self.n_head + 1) if self.n_head % r == 0]}")
 
     def schedule(self) -> SyncSchedule:
+        """Make the sync schedule of the configuration."""
         raise NotImplementedError
 
 
 @dataclass
 class DistributedGPTConfig(RanksConfig):
-    """What kind of block each layer is: 'tp', 'spd' or 'parallel'; None: all 'tp', the dense function."""
+    """RanksConfig and a kind of block for each layer."""
 
-    block_types: list | None = None
+    block_types: list | None = None  # 'tp', 'spd' or 'parallel' per layer; None: all 'tp', as the dense GPT
 
     def __post_init__(self):
         super().__post_init__()
@@ -247,29 +264,32 @@ class DistributedGPTConfig(RanksConfig):
 
 
 class DistributedGPT(GPT):
-    """The dense GPT's parameters under a sync schedule, on simulated or real ranks."""
+    """A GPT with the dense GPT's parameters and a sync schedule, on simulated or real ranks."""
 
     block_class = RankBlock
 
     def __init__(self, config: RanksConfig, ranks: Ranks | None = None):
-        """ranks: None simulates all of them here. With a group the model keeps its own part of the weights,
-        which are drawn as the dense model draws them, so all processes must be seeded alike. Raises
-        UserError.
+        """Build and initialise the model. Raises UserError.
+
+        On real ranks every process draws all weights, as the dense model does, and keeps its own part. So the
+        caller must seed all processes alike.
+
+        ranks: ranks on this process. None simulates all ranks on this process.
         """
         if ranks is not None and ranks.size != config.tp_size:
-            raise UserError(f"{ranks.processes} processes of {ranks.local} ranks do not make "
-                            f"tp_size={config.tp_size}")
+            raise UserError(f"{ranks.processes} processes with {ranks.local} ranks each do not make "
+                            f"tp_size={config.tp_size}: change one of the numbers")
         super().__init__(config)
         self.ranks = Ranks(config.tp_size)
         self.schedule = config.schedule()
         self.syncs = self._count_syncs()  # all-reduces of a forward pass through the layers
         self._n_parameters = super().n_parameters()
-        self.shared_generator = None  # draws the dropout masks that are the same on all real ranks
+        self.shared_generator = None  # generator of the dropout masks that real ranks share
         if ranks is not None and ranks.group is not None:
             self.place(ranks)
 
     def _count_syncs(self) -> int:
-        """Counted, not calculated: one token goes through the layers."""
+        """Count the all-reduces of a forward pass by running one token through the layers."""
         ranks, training, trace = self.ranks, self.training, []
         self.ranks = replace(ranks, trace=trace)
         with torch.no_grad():
@@ -279,14 +299,14 @@ class DistributedGPT(GPT):
         return len(trace)
 
     def reschedule(self, schedule: SyncSchedule) -> None:
-        """The same weights by another schedule: which computes another function."""
+        """Replace the schedule; the same weights then compute another function."""
         assert len(schedule.sublayers) == len(self.schedule.sublayers), "a schedule for another n_layer"
         self.schedule = schedule
         self.syncs = self._count_syncs() if self.ranks.group is None else None
 
     @torch.no_grad()
     def place(self, ranks: Ranks) -> None:
-        """Move from simulated to real ranks: keep this process's part of each weight."""
+        """Move a model from simulated to real ranks: keep this process's part of each weight."""
         assert self.ranks.group is None, "the model is on real ranks already"
         for name, parameter in list(self.named_parameters()):
             if split_dimension(name) is not None:
@@ -296,8 +316,10 @@ class DistributedGPT(GPT):
         self.ranks = ranks
 
     def hidden(self, idx, cache=None):
-        """Token ids (B, T) -> the hidden states after ln_f (B, T, C). cache: a (local, 2, B, H / R,
-        block_size, D) for each layer."""
+        """Map token ids (B, T) to the hidden states after ln_f (B, T, C).
+
+        cache: for each layer the `cache` of split_attention, or None.
+        """
         base = self._residual_dropout(self.embed(idx)[None])[0].squeeze(0)
         dropout, sublayers = self._residual_dropout, self.schedule.sublayers
         state = Residual(self.ranks, dropout, (base,)).state
@@ -307,8 +329,11 @@ class DistributedGPT(GPT):
         return self.transformer.ln_f(Residual(self.ranks, dropout, state).close())
 
     def forward(self, idx, targets=None, all_logits: bool = False):
-        """As GPT.forward. On real ranks each process computes the logits of its part of the vocabulary; they
-        are gathered only if they are what was asked for."""
+        """Map token ids (B, T) to (logits, loss), see GPT.forward.
+
+        On real ranks each process computes the logits of its part of the vocabulary. Without targets the
+        logits of all processes are gathered.
+        """
         if self.ranks.group is None:
             return super().forward(idx, targets, all_logits)
         one = self.ranks.as_one
@@ -321,13 +346,13 @@ class DistributedGPT(GPT):
         return self.gather_logits(F.linear(x if all_logits else x[:, -1:], weight)), None
 
     def vocab_range(self) -> tuple[int, int]:
-        """First and last (exclusive) row of the vocabulary that this process computes logits of."""
+        """Return the range (first, last exclusive) of the vocabulary whose logits this process computes."""
         V, P = self.config.vocab_size, self.ranks.processes
         rows = -(-V // P)
         return min(self.ranks.index * rows, V), min((self.ranks.index + 1) * rows, V)
 
     def gather_logits(self, part):
-        """This process's (..., part of V) -> all logits (..., V), the same on every process; no gradient."""
+        """Gather this process's logits (..., part of V) to all logits (..., V), without gradient."""
         if self.ranks.group is None:
             return part
         V, P = self.config.vocab_size, self.ranks.processes
@@ -336,18 +361,18 @@ class DistributedGPT(GPT):
         return torch.cat(parts.unbind(), dim=-1)[..., :V]
 
     def _residual_dropout(self, *tensors):
-        """Dropout with one mask for all tensors of a call, and for all ranks; None stays None.
+        """Apply dropout with one mask for all tensors of a call and for all ranks; None stays None.
 
-        A simulated schedule that synchronises everywhere draws what the dense model draws. Real ranks draw
-        these masks from a generator that they share, and those of attention each from its own, as their heads
-        differ: the dense model's distribution, other draws.
+        A simulated schedule that synchronises everywhere draws the same masks as the dense model. Real ranks
+        draw these masks from a shared generator, and attention's masks from a generator of each process,
+        because their heads differ. So they have the dense model's distribution, but other masks.
         """
         p = self.config.dropout
         if p == 0 or not self.training:
             return tensors
         first = next(t for t in tensors if t is not None)
         if self.ranks.group is None and tensors[0].shape[0] == 1 and all(t is None for t in tensors[1:]):
-            return F.dropout(first, p), *tensors[1:]  # as the dense model draws it
+            return F.dropout(first, p), *tensors[1:]  # the dense model's draw
         keep = torch.ones(first.shape[-3:], dtype=first.dtype, device=first.device)  # (B, T, C)
         if self.ranks.group is None:
             keep = F.dropout(keep, p)
@@ -357,9 +382,11 @@ class DistributedGPT(GPT):
         return tuple(None if t is None else t * keep for t in tensors)
 
     def share_dropout(self, seed: int, dp_rank: int, device) -> torch.Generator:
-        """Make the generator of the masks that all real ranks of this model, the dp_rank-th, have in common.
+        """Make the generator of the dropout masks that the processes of this model share.
 
-        Its stream is none of those that processes are seeded with, seed + rank.
+        Its seed differs from the seeds of the processes, seed + global rank.
+
+        dp_rank: number of this model among the data-parallel models.
         """
         self.shared_generator = torch.Generator(device).manual_seed((seed + 2**40 + dp_rank) % 2**63)
         for block in self.transformer.h:
@@ -367,7 +394,7 @@ class DistributedGPT(GPT):
         return self.shared_generator
 
     def n_parameters(self) -> int:
-        return self._n_parameters  # of all processes of the model
+        return self._n_parameters  # over all processes of the model
 
     def split_parameters(self) -> list[nn.Parameter]:
         if self.ranks.group is None:
@@ -375,8 +402,10 @@ class DistributedGPT(GPT):
         return [p for name, p in self.named_parameters() if split_dimension(name) is not None]
 
     def partial_gradients(self) -> list[nn.Parameter]:
-        """Those that every process has whole, but of whose gradient it has only its own ranks' share:
-        the LayerNorms behind f and the biases that ranks see before they synchronise."""
+        """Return the undivided parameters of whose gradient each process has only its own ranks' share.
+
+        These are the LayerNorms behind f, and the biases that ranks use before the next sync.
+        """
         names = [f"transformer.h.{i}.ln_{n}." for i in range(self.config.n_layer) for n in (1, 2)]
         names += [f"transformer.h.{j // 2}.{('attn', 'mlp')[j % 2]}.c_proj.bias"
                   for j in self.schedule.unsynchronised]
@@ -384,7 +413,7 @@ class DistributedGPT(GPT):
 
     @torch.no_grad()
     def reduce_partial_gradients(self) -> None:
-        """Sum them over the group, in one all-reduce."""
+        """Sum the gradients of `partial_gradients` over the group, in one all-reduce."""
         if self.ranks.group is None:
             return
         grads = [local_part(p.grad) for p in self.partial_gradients() if p.grad is not None]
@@ -395,8 +424,10 @@ class DistributedGPT(GPT):
 
     @torch.no_grad()
     def align_replicas(self, optimizer) -> None:
-        """GPUs add up the gradient of the embedding in no fixed order, so replicas drift apart by rounding;
-        the first process's count."""
+        """Broadcast undivided parameters and their optimizer state from the group's first process.
+
+        GPUs add up the gradient of the embedding in no fixed order, so replicas drift apart by rounding.
+        """
         if self.ranks.group is None:
             return
         divided = {id(p) for p in self.split_parameters()}
@@ -406,18 +437,20 @@ class DistributedGPT(GPT):
                     dist.broadcast(local_part(tensor), group_src=0, group=self.ranks.group)
 
     def save_pretrained(self, folder: str) -> None:
-        """As GPT.save_pretrained; what is written is the dense GPT with these weights, and says so if this
-        model's schedule makes another function of them. Raises UserError on real ranks."""
+        """Write these weights as a dense GPT-2, see GPT.save_pretrained. Raises UserError on real ranks.
+
+        Warn if this model's schedule computes another function of the weights.
+        """
         if self.ranks.group is not None:
-            raise UserError("the model lies in parts on several processes: save its checkpoint, and load "
-                            "that in one")
+            raise UserError("the model is divided over several processes: save a checkpoint, and load it in "
+                            "one process")
         if self.schedule.unsynchronised and self.config.tp_size > 1:
-            warnings.warn(f"{folder} gets a dense GPT-2; with the schedule that these weights have here "
-                          f"({self.syncs} syncs) they are another function", stacklevel=2)
+            warnings.warn(f"{folder} gets a dense GPT-2, which computes another function than these weights "
+                          f"do here with {self.syncs} syncs", stacklevel=2)
         super().save_pretrained(folder)
 
     def whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the dense model has under these names. All processes of the group take part."""
+        """Gather the dense model's tensors from all processes' parts; all processes of the group call it."""
         if self.ranks.group is None:
             return tensors
         result = {}
@@ -436,7 +469,7 @@ class DistributedGPT(GPT):
                 for name, tensor in tensors.items()}
 
     def decoder(self, batch_size: int, tp_allreduce: str = "nccl", **options) -> Decoder:
-        """What generates from this model; see Decoder and RankDecoder."""
+        """Make the Decoder of this model. tp_allreduce: see RankDecoder; options: see Decoder."""
         if self.ranks.group is None and not self.schedule.unsynchronised:
-            return Decoder(self, batch_size, **options)  # computes what the dense GPT does
+            return Decoder(self, batch_size, **options)  # the model computes the dense GPT's function
         return RankDecoder(self, batch_size, tp_allreduce, **options)

@@ -1,10 +1,10 @@
-"""Train a GPT on one process or, under torchrun, on many: data-parallel (DDP), with the optimizer's state or
-everything shared out (ZeRO-1, FSDP), on tensor-parallel ranks.
+"""Train a GPT on one process or, under torchrun, on many: with data parallelism (DDP), with sharded optimizer
+state (ZeRO-1), with everything sharded (FSDP), on tensor-parallel ranks.
 
 One process:
 $ python train.py config/train_python_char.py
 
-Ranks that synchronise less often, simulated, and on the 2 GPUs of each model (4 GPUs: 2 models):
+Tensor-parallel ranks that synchronise less often, simulated, and on 4 GPUs as 2 models of 2 GPUs each:
 $ python train.py config/train_shakespeare_char_spd.py
 $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2_distributed.py --tp_processes=2
 
@@ -12,11 +12,11 @@ $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2_distribute
 $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py --use_fsdp --fsdp_min_num_params=4e7
 
-2 machines of 8 GPUs, on the first (of address 10.0.0.1) and on the second:
+2 machines of 8 GPUs; run the first command on the machine with the address 10.0.0.1, the second on the other:
 $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 train.py config/train_gpt2.py
 $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 train.py config/train_gpt2.py
 
-The settings, the steps and most of the file's shape are nanoGPT's; its config files run unchanged.
+The settings and the structure of this file follow nanoGPT's train.py. nanoGPT's config files run unchanged.
 """
 
 import torch
@@ -34,33 +34,33 @@ from nanosync.run import Run
 
 # -----------------------------------------------------------------------------
 # The defaults train GPT-2 (124M) on OpenWebText.
-# I/O
-out_dir = "out"  # checkpoints and logs go here
+# output
+out_dir = "out"  # folder for checkpoints and logs
 eval_interval = 2000  # iterations between evaluations
 log_interval = 1  # iterations between log lines
-eval_iters = 200  # batches of batch_size that an evaluation looks at, in all
-eval_only = False  # evaluate once and exit, writing nothing
-always_save_checkpoint = True  # save at every evaluation, not only when the val loss is the best so far
-checkpoint_interval = 250  # iterations between checkpoints besides those of evaluations, 0 for none
-keep_checkpoints = 10  # how many to keep besides the best, the oldest go first
+eval_iters = 200  # batches of batch_size in an evaluation, over all processes
+eval_only = False  # evaluate once and exit, without writing files
+always_save_checkpoint = True  # save at every evaluation; False: only if the val loss is the lowest so far
+checkpoint_interval = 250  # iterations between further checkpoints, 0 for none
+keep_checkpoints = 10  # number of checkpoints to keep, the newest; the best is kept as well
 init_from = "scratch"  # 'scratch', 'resume', 'gpt2', ..., 'gpt2-xl', or a folder of weights, also an out_dir
-resume = ""  # go on with a run: 'latest', 'best', a step, or the path of a checkpoint or of another out_dir
+resume = ""  # resume a run: 'latest', 'best', a step, or the path of a checkpoint or of another out_dir
 list_checkpoints = False  # print the checkpoints in out_dir and exit
-# watching; log.txt and run_<time>.jsonl in out_dir are always written
-sample_interval = 0  # iterations between samples of text, 0 for none
+# monitoring; log.txt and run_<time>.jsonl in out_dir are always written
+sample_interval = 0  # iterations between generated samples of text, 0 for none
 sample_prompt = "\n"
 sample_tokens = 200
 hellaswag_interval = 0  # iterations between HellaSwag evaluations, 0 for none; needs GPT-2's tokens
 hellaswag_input = ""  # hellaswag_val.jsonl; '' downloads it into data/hellaswag
-use_tensorboard = False  # write out_dir/tensorboard as well
+use_tensorboard = False  # also write out_dir/tensorboard
 # wandb
-wandb_log = False  # log to Weights & Biases as well
-wandb_mode = "online"  # or 'offline', to be uploaded later
+wandb_log = False  # also log to Weights & Biases
+wandb_mode = "online"  # 'online', or 'offline' for a later upload
 wandb_project = "owt"
 wandb_run_name = "gpt2"
 # data
 dataset = "openwebtext"  # a folder in data/, or a path
-gradient_accumulation_steps = 5 * 8  # micro-batches of an update, over all processes (models)
+gradient_accumulation_steps = 5 * 8  # micro-batches of an update, over all data-parallel models
 batch_size = 12  # sequences of a micro-batch
 block_size = 1024  # tokens of a sequence
 # model
@@ -69,22 +69,22 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 is good for pretraining, 0.1 and more for finetuning
 bias = False  # biases in Linear and LayerNorm
-model_type = "gpt"  # 'gpt', or 'distributed_gpt': tensor-parallel ranks, each layer with its kind of block
+model_type = "gpt"  # 'gpt', or 'distributed_gpt': tensor-parallel ranks and a kind of block for each layer
 tp_size = 2  # ranks of a distributed_gpt
 block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer, e.g. ['spd']*12; None: all 'tp'
 # AdamW
-learning_rate = 6e-4  # the highest
-max_iters = 600000  # updates in all
+learning_rate = 6e-4  # highest value of the schedule
+max_iters = 600000  # number of updates
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient, 0 for no limit
 # Muon
-optimizer = "adamw"  # or 'muon' for the matrices of the blocks, with AdamW for the rest
-muon_learning_rate = 6e-4  # the highest, in AdamW's units; the schedule scales both alike
+optimizer = "adamw"  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for all other parameters
+muon_learning_rate = 6e-4  # highest value, comparable with AdamW's; the schedule scales both alike
 muon_momentum = 0.95
 # learning-rate schedule
-decay_lr = True  # cosine from learning_rate to min_lr; otherwise constant
+decay_lr = True  # cosine from learning_rate to min_lr; False: constant
 warmup_iters = 2000
 lr_decay_iters = 600000  # about max_iters
 min_lr = 6e-5  # about learning_rate / 10
@@ -93,40 +93,40 @@ seed = 1337  # of initialisation, data order and dropout
 device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16' (scales the loss)
 compile = True  # torch.compile the model
-deterministic = False  # the same bits in every run on a GPU, too; slower
-timeout = 600.0  # seconds after which a process that does not answer, or is still saving, ends the run
+deterministic = False  # compute the same bits in every run on a GPU, too; slower
+timeout = 600.0  # longest time that processes wait for each other, also while one is saving, in seconds
 backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
 tp_processes = 1  # processes that hold the ranks of one model; 1 simulates them, under data parallelism
 use_zero1 = False  # shard the optimizer's state over the data-parallel processes
 use_fsdp = False  # shard parameters, gradients and the optimizer's state over them (FSDP2, ZeRO-3)
-fsdp_min_num_params = 1e6  # layers are fetched together until they hold so many parameters
-fsdp_reshard_after_forward = True  # drop what was fetched and fetch it again for the backward pass
-fsdp_accumulate_sharded = False  # with accumulation, average gradients every time; True: less memory, slower
-fsdp_cpu_offload = False  # keep what is sharded in the CPU's memory, updates included
-activation_checkpointing = "none"  # 'block', 'selective': compute again in the backward pass, see model.py
+fsdp_min_num_params = 1e6  # FSDP gathers consecutive layers as one unit of at least so many parameters
+fsdp_reshard_after_forward = True  # free gathered parameters; gather them again for the backward pass
+fsdp_accumulate_sharded = False  # True: average gradients after every micro-step; less memory, slower
+fsdp_cpu_offload = False  # keep and update sharded state in the CPU's memory
+activation_checkpointing = "none"  # 'block', 'selective': recompute activations in the backward pass
 use_triton = False  # LayerNorm as a Triton kernel
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 
 
 def check_settings(config: dict) -> None:
-    """Raise UserError for settings that are wrong, as far as that is known before anything is built."""
+    """Raise UserError for wrong settings, before any work is done."""
     setup.check_training_settings(config)
     check_choice(config, "model_type", ("gpt", "distributed_gpt"))
     if config["block_types"] is not None and config["model_type"] == "gpt":
-        raise UserError("block_types is for --model_type=distributed_gpt; the dense GPT has one kind of "
-                        "block")
+        raise UserError("block_types is for --model_type=distributed_gpt, as the dense GPT has one kind of "
+                        "block: add that setting, or leave block_types out")
 
 
 check_settings(config)
 parallel, micro_steps = setup.start_processes(config, models.KINDS)
 processes, device = parallel.processes, parallel.processes.device
 
-# what is resumed decides the architecture, and with it which windows the data is cut into
+# a resumed checkpoint decides the architecture, and so the length of the data's windows
 run = Run(config, processes, models.KINDS, own=("gpt", "distributed_gpt"))
 if tp_processes > 1 and model_type != "distributed_gpt":
-    raise UserError(f"tp_processes={tp_processes} needs --model_type=distributed_gpt: the dense model is not "
-                    f"divided")
+    raise UserError(f"tp_processes={tp_processes} cannot divide the dense model: use "
+                    f"--model_type=distributed_gpt, or leave tp_processes out")
 data = open_dataset(dataset, block_size)
 run.check_data(data)
 evaluations = prepare_evaluations(run, data)
@@ -172,13 +172,13 @@ for it in run.iterations():
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         x, y = loader.next()
-        parallel.sync(trained, now=micro_step == micro_steps - 1)  # over processes once an update
+        parallel.sync(trained, now=micro_step == micro_steps - 1)  # one average over processes per update
         with autocast:
             _, loss = trained(x, y)
         scaler.scale(loss / micro_steps).backward()
         loss_sum += loss.detach()
 
-    # update, unless a loss or a gradient is not finite anywhere (float16's scaler skips what overflows)
+    # update; the run ends if loss or norm is not finite (with float16 the scaler skips such an update)
     model.reduce_partial_gradients()
     scaler.unscale_(optimizer)
     norm = parallel.clip(model, grad_clip)

@@ -5,14 +5,14 @@ $ python data/cached_fineweb10B.py 27
 $ torchrun --standalone --nproc_per_node=8 train_gpt.py
 $ torchrun --standalone --nproc_per_node=4 train_gpt.py --variant=palm
 
-One process, on tokens that are on every machine:
+One process, on tokens from Python's own source:
 $ python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards
 $ python train_gpt.py --dataset=python_source --num_iterations=1000 --warmdown_iters=284
 
-Architecture, schedules and loop are all here, so that a copy of this file is an experiment: its settings,
-then the model, then the variants, then the run. Model, schedule and the lines that are printed are those of
-modded-nanogpt's record of 2024-10-14 (rotary embeddings, QK-norm, RMSNorm, ReLU^2, zero projections, Muon).
-Settings also come from the environment, STAGE_<KEY>, after config files and before the command line.
+This file has the settings, the model, the variants and the run, in this order, so a changed copy of it is an
+experiment. Model, schedule and printed lines are those of modded-nanogpt's record of 2024-10-14 (rotary
+embeddings, QK-norm, RMSNorm, ReLU^2, zero projections, Muon). An environment variable STAGE_<KEY> overrides
+config files, and the command line overrides STAGE_<KEY>.
 """
 
 import math
@@ -46,46 +46,46 @@ from tensor_parallel_model import SyncSchedule
 
 # -----------------------------------------------------------------------------
 # The defaults are the speedrun's baseline.
-out_dir = "out-speedrun"  # checkpoints and logs go here
+out_dir = "out-speedrun"  # folder for checkpoints and logs
 variant = "baseline"  # or 'palm', 'curriculum', 'depth_warm', 'sync'
 # data
 dataset = "fineweb10B"  # a folder in data/, or a path
 sequence_length = 1024  # tokens
 batch_size = 512  # sequences of a step, over all GPUs
-device_batch_size = 64  # sequences that a GPU takes at a time; more are accumulated
+device_batch_size = 64  # sequences of a micro-batch on a GPU
 # model
 n_layer = 12
 n_head = 6
 n_embd = 768
-# optimizers and their schedule: linear up, constant, linear down to 0
+# optimizers and their schedule: linear warm-up, constant, linear warm-down to 0
 num_iterations = 5100
 warmup_iters = 0
 warmdown_iters = 1450
-learning_rate = 0.0036  # AdamW's, of the embedding, which is the head, too
-muon_lr_ratio = 0.5  # Muon's, of the matrices, as a multiple of that
+learning_rate = 0.0036  # of AdamW, for the embedding, which is also the head
+muon_lr_ratio = 0.5  # learning rate of Muon, for the matrices, divided by learning_rate
 muon_momentum = 0.95
 beta1 = 0.9
 beta2 = 0.95
 weight_decay = 0.0
 # evaluation, logs, checkpoints
 val_loss_every = 125  # steps between evaluations, 0: only at the end
-val_tokens = 10485760  # of an evaluation, the first ones of the val split; as many whole sequences as fit
+val_tokens = 10485760  # tokens of an evaluation, the first of the val split; rounded down to whole sequences
 log_interval = 1  # steps between train_loss lines
-save_checkpoint = True  # at the end, and when interrupted
-checkpoint_interval = 0  # steps between checkpoints besides those, 0 for none
-keep_checkpoints = 2  # how many to keep besides the best, the oldest go first
-resume = ""  # go on with a run: 'latest', 'best', a step, or the path of a checkpoint or of another out_dir
+save_checkpoint = True  # save at the end, and when interrupted
+checkpoint_interval = 0  # steps between further checkpoints, 0 for none
+keep_checkpoints = 2  # number of checkpoints to keep, the newest; the best is kept as well
+resume = ""  # resume a run: 'latest', 'best', a step, or the path of a checkpoint or of another out_dir
 list_checkpoints = False  # print the checkpoints in out_dir and exit
-# variant=curriculum: tokens that see each other grow, the tokens of a step stay
+# variant=curriculum: attention inside pieces whose length grows, with the same tokens per step
 curriculum_lengths: list | None = None  # e.g. [256, 512, 768, 1024]; None: quarters of sequence_length
-curriculum_shares: list | None = None  # of the steps, by which each gives way at the latest; None: 0.1 each
-curriculum_plateau_steps = 50  # a length gives way when the mean loss of so many steps is not below that of
-curriculum_plateau_gain = 0.01  # as many steps before by this much; 0 steps: never before its share
+curriculum_shares: list | None = None  # share of the steps at which each length ends; None: 0.1, 0.2, ...
+curriculum_plateau_steps = 50  # steps of each mean loss in the test for a plateau; 0: no test
+curriculum_plateau_gain = 0.01  # a length ends early if the mean loss fell by less than this value
 # variant=depth_warm: layers join one after the other
-depth_warm_layers = 4  # of the first step
-depth_warm_share = 0.2  # share of the steps after which all layers are there in every step
-depth_warm_survival = 0.5  # probability with which a layer that has just joined takes part in a step
-# variant=sync: tensor-parallel ranks, simulated, that synchronise less often (see train_reduced_sync.py)
+depth_warm_layers = 4  # number of layers in the first step
+depth_warm_share = 0.2  # share of the steps after which all layers take part in every step
+depth_warm_survival = 0.5  # probability with which a new layer takes part in a step
+# variant=sync: simulated tensor-parallel ranks that synchronise less often (see train_reduced_sync.py)
 tp_size = 2
 sync_strategy = "spd"  # 'standard', 'spd', 'selective', 'grouped' or 'custom'
 attn_sync_layers: list | None = None
@@ -96,40 +96,46 @@ seed = 1337  # of initialisation and data order
 device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16'
 compile = True  # torch.compile the model
-deterministic = False  # the same bits in every run on a GPU, too; slower
-timeout = 600.0  # seconds after which a process that does not answer, or is still saving, ends the run
+deterministic = False  # compute the same bits in every run on a GPU, too; slower
+timeout = 600.0  # longest time that processes wait for each other, also while one is saving, in seconds
 backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
 # -----------------------------------------------------------------------------
 if __name__ == "__main__":  # tests import the classes below
     config = configure(globals(), rank=env_rank(), environment="STAGE_")
 
 
-# The model. B sequences of T tokens, C = n_embd, H heads of D = C / H, V = vocab_size.
+# The model. B = sequences, T = tokens of a sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 
 
 @dataclass
 class GPTConfig:
+    """Architecture of the speedrun's GPT. Raises UserError for values from which no model can be built."""
+
     sequence_length: int
     vocab_size: int
     n_layer: int
     n_head: int
     n_embd: int
-    used_vocab_size: int | None = None  # the rows of the embedding after these are padding
+    used_vocab_size: int | None = None  # number of tokens; later rows of the embedding are padding
     variant: str = "baseline"
     tp_size: int = 1
-    sync_points: list | None = None  # variant sync: the sublayers after which ranks synchronise
+    sync_points: list | None = None  # variant sync: sublayers after which ranks synchronise
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
             raise UserError(f"variant={self.variant!r} is unknown: use {', '.join(VARIANTS)}")
         if self.n_embd % (2 * self.n_head):
-            raise UserError(f"n_embd={self.n_embd} does not give n_head={self.n_head} heads of even width: "
+            raise UserError(f"n_embd={self.n_embd} and n_head={self.n_head} do not give heads of even width: "
                             f"choose n_embd as a multiple of {2 * self.n_head}")
 
 
 def attend(qkv, cos, sin, crop: int):
-    """QK-norm, rotary embedding, and causal attention inside pieces of `crop` tokens: (B, T, 3, H, D) ->
-    (B, T, H * D). If crop does not divide T, each sequence ends with a shorter piece."""
+    """Apply QK-norm, rotary embedding, and causal attention inside pieces of `crop` tokens.
+
+    If crop does not divide T, each sequence ends with a shorter piece.
+
+    qkv: (B, T, 3, H, D). cos, sin: (T, D / 2). The result has the shape (B, T, H * D).
+    """
     B, T, _, H, D = qkv.shape
     qkv = qk_norm_rotary(qkv, cos, sin)
     parts, begin = [], 0
@@ -183,7 +189,7 @@ class GPT(Replicated):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),  # the head, too
+            wte=nn.Embedding(config.vocab_size, config.n_embd),  # also the head
             h=nn.ModuleList([self.block(config) for _ in range(config.n_layer)])))
         D = config.n_embd // config.n_head
         angles = torch.outer(torch.arange(config.sequence_length), 10000 ** -(torch.arange(0, D, 2) / D))
@@ -193,30 +199,30 @@ class GPT(Replicated):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """What is added to the residual stream begins at zero; the other matrices have nn.Linear's spread."""
+        """Set projections into the residual stream to zero, other matrices to nn.Linear's distribution."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 p.zero_()
             elif name.endswith(("wte.weight", "c_attn.weight", "c_fc.weight")):
                 p.uniform_(-p.shape[1]**-0.5, p.shape[1]**-0.5)
             else:
-                raise AssertionError(f"no rule for {name}")
+                raise AssertionError(f"no initialisation rule for parameter {name}")
 
     def embed(self, idx):
-        """Token ids (B, T) -> (B, T, C), in the dtype that everything is computed in."""
+        """Map token ids (B, T) to embeddings (B, T, C) in the compute dtype."""
         x = self.transformer.wte(idx)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
     def rotations(self, T: int, crop: int):
-        """cos and sin (T, D / 2) of positions that begin anew in every piece of `crop` tokens."""
+        """Return cos and sin (T, D / 2) of positions that start at 0 in every piece of `crop` tokens."""
         lengths = [crop] * (T // crop) + [T % crop] * (T % crop > 0)
         return tuple(torch.cat([table[:n] for n in lengths]) if len(lengths) > 1 else table[:T]
                      for table in (self.cos, self.sin))
 
     def hidden(self, idx, crop: int, layers: tuple[int, ...]):
-        """Token ids (B, T) -> what the head is applied to (B, T, C)."""
+        """Map token ids (B, T) to the input of the head (B, T, C)."""
         cos, sin = self.rotations(idx.size(1), crop)
         x = self.embed(idx)
         for i in layers:
@@ -224,10 +230,11 @@ class GPT(Replicated):
         return rms_norm(x)
 
     def forward(self, idx, targets=None, crop: int | None = None, layers: tuple[int, ...] | None = None):
-        """Token ids (B, T) -> (None, mean loss) with `targets` (B, T), -1 where one does not count, else
-        (logits (B, T, V), None).
+        """Map token ids (B, T) to (None, mean loss) with targets, or to (logits (B, T, V), None) without.
 
-        crop: tokens that see each other, None: all; layers: those that take part, None: all.
+        targets: token ids (B, T), -1 at positions that the loss ignores.
+        crop: length of the pieces inside which tokens see each other, None for T.
+        layers: numbers of the layers that take part, None for all.
         """
         every = tuple(range(self.config.n_layer))
         x = self.hidden(idx, idx.size(1) if crop is None else crop, every if layers is None else layers)
@@ -237,17 +244,19 @@ class GPT(Replicated):
         return None, linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
 
     def flops_per_token(self, crop: int, n_layer: int) -> int:
-        """Of a training step, counted as model.GPT.flops_per_token counts them."""
+        """Return the FLOPs of a training step per token, counted as in model.GPT.flops_per_token."""
         C, V = self.config.n_embd, self.config.vocab_size
         return 6 * (n_layer * 12 * C**2 + V * C) + 12 * n_layer * C * crop
 
 
-# Variants: another block, or another schedule of what a step computes.
+# Variants: other blocks, or other schedules of the steps' computation.
 
 
 class PalmBlock(Block):
-    """Attention and MLP side by side behind one norm (PaLM, arXiv 2204.02311, section 2). Their sum is scaled
-    as that of two independent terms."""
+    """Attention and MLP in parallel behind one norm (PaLM, arXiv 2204.02311, section 2).
+
+    Their sum is scaled by 2**-0.5, as for two independent terms.
+    """
 
     def forward(self, x, cos, sin, crop: int):
         y = rms_norm(x)
@@ -259,25 +268,28 @@ class PalmGPT(GPT):
 
 
 class SyncGPT(GPT):
-    """Tensor-parallel ranks that add up what they have pending only where the schedule says; see
-    tensor_parallel_model.py, whose f, g and shapes these are. All of them in each process."""
+    """Simulated tensor-parallel ranks that add up their pending sums only where the schedule has a sync.
+
+    f, g and shapes are those of tensor_parallel_model.py. Every process simulates all TP ranks.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.schedule = SyncSchedule.at(config.n_layer, config.sync_points)
         self.ranks, trace = Ranks(config.tp_size), []
         self.syncs_into(trace)
-        self.syncs = len(trace)  # all-reduces of a forward pass: counted, not calculated
+        self.syncs = len(trace)  # all-reduces of a forward pass
 
     @torch.no_grad()
     def syncs_into(self, trace: list) -> None:
+        """Append the shape of each all-reduce of a forward pass to trace."""
         ranks, self.ranks = self.ranks, Ranks(self.config.tp_size, trace=trace)
         self.hidden(torch.zeros(1, 1, dtype=torch.int64), 1, tuple(range(self.config.n_layer)))
         self.ranks = ranks
 
     def hidden(self, idx, crop: int, layers: tuple[int, ...]):
         cos, sin = self.rotations(idx.size(1), crop)
-        base, pending = self.embed(idx), None  # (B, T, C), the same on all ranks; (R, B, T, C), each one's
+        base, pending = self.embed(idx), None  # (B, T, C), the same on all TP ranks; (R, B, T, C)
         for i in layers:
             after_attention, after_mlp = self.schedule.sublayers[2 * i:2 * i + 2]
             block = self.transformer.h[i]
@@ -288,27 +300,27 @@ class SyncGPT(GPT):
         return rms_norm(base if pending is None else base + g_op(pending, self.ranks))
 
     def seen(self, base, pending):
-        """The norm of what the ranks see, (R, B, T, C), or (1, B, T, C) while they agree."""
+        """Return the normalised streams of the ranks, (R, B, T, C), or (1, B, T, C) while they agree."""
         x = f_op(base, self.ranks if pending is not None else self.ranks.as_one)
         return rms_norm(x if pending is None else x + pending)
 
     def heads(self, attn, x, cos, sin, crop: int):
-        """Each rank's heads: (m, B, T, C) -> (m, B, T, C / m)."""
+        """Attend with each rank's heads: (m, B, T, C) -> (m, B, T, C / m)."""
         m, B, T, C = x.shape
         qkv = column_parallel(x, attn.c_attn, parts=3).view(m * B, T, 3, attn.n_head // m, C // attn.n_head)
         return attend(qkv, cos, sin, crop).view(m, B, T, -1)
 
     def add(self, base, pending, y, weight, sync: bool):
-        """Take in a sublayer's y (m, B, T, K / m) through its row-parallel matrix."""
+        """Add the row-parallel product of y (m, B, T, K / m), and synchronise if `sync`."""
         out = row_parallel(y, weight, self.ranks.local, together=sync)
         if not sync:
             return base, out if pending is None else pending + out
-        if pending is not None:  # in its dtype, which autocast would have fp32 on CUDA
+        if pending is not None:  # dtype: under autocast CUDA's sum would return fp32
             out = out + pending.sum(dim=0, keepdim=True, dtype=pending.dtype)
         return base + g_op(out, self.ranks), None
 
 
-VARIANTS = {  # name -> model, schedule, the settings that only it has
+VARIANTS = {  # name -> model, schedule, names of the settings that only this variant has
     "baseline": (GPT, Schedule, ()),
     "palm": (PalmGPT, Schedule, ()),
     "curriculum": (GPT, Curriculum, ("curriculum_lengths", "curriculum_shares", "curriculum_plateau_steps",
@@ -320,7 +332,7 @@ VARIANTS = {  # name -> model, schedule, the settings that only it has
 
 
 def model_config(config: Config, sequence_length: int, used_vocab_size: int, vocab_size: int) -> GPTConfig:
-    """The architecture that the settings name. Raises UserError."""
+    """Make the architecture that the settings name. Raises UserError."""
     shape = {name: config[name] for name in ("n_layer", "n_head", "n_embd")}
     shared = dict(sequence_length=sequence_length, vocab_size=vocab_size, used_vocab_size=used_vocab_size)
     if config["variant"] != "sync":
@@ -331,6 +343,7 @@ def model_config(config: Config, sequence_length: int, used_vocab_size: int, voc
 
 
 def model_of(config: GPTConfig) -> GPT:
+    """Build and initialise the model of a configuration."""
     return VARIANTS[config.variant][0](config)
 
 
@@ -342,7 +355,7 @@ SPEEDRUN = ModelKind(
 
 
 def check_settings(config: dict) -> None:
-    """Raise UserError for settings that are wrong, as far as that is known before anything is built."""
+    """Raise UserError for wrong settings, before any work is done."""
     check_at_least(config, 1, "batch_size", "device_batch_size", "sequence_length", "n_layer", "n_head",
                    "n_embd", "val_tokens", "log_interval", "keep_checkpoints", "timeout")
     check_at_least(config, 0, "num_iterations", "warmup_iters", "warmdown_iters", "val_loss_every",
@@ -352,12 +365,13 @@ def check_settings(config: dict) -> None:
 
 
 def check_variant(config: Config) -> None:
-    """Raise UserError for an unknown variant, and for settings of another one."""
+    """Raise UserError for an unknown variant, and for settings of another variant."""
     check_choice(config, "variant", VARIANTS)
     for other in VARIANTS:
         for name in VARIANTS[other][2]:
             if other != config["variant"] and config.origin[name] not in ("", "checkpoint"):
-                raise UserError(f"{name} is for --variant={other}, and it is {config['variant']!r}")
+                raise UserError(f"{name} is for --variant={other}, but variant is {config['variant']!r}: "
+                                f"leave {name} out")
 
 
 if __name__ == "__main__":
@@ -370,17 +384,18 @@ if __name__ == "__main__":
     group, device = processes.group, processes.device
     compute_dtype = pick_dtype(dtype, device)
     if compute_dtype == torch.float16:
-        raise UserError("float16 would need scaled losses: use --dtype=bfloat16 or --dtype=float32")
+        raise UserError("dtype='float16' needs scaled losses, which this script does not have: use "
+                        "--dtype=bfloat16 or --dtype=float32")
     if compile:
         check_compile(device)
     at_once = device_batch_size * processes.world_size
     if batch_size % at_once:
-        raise UserError(f"{batch_size=} is the total over {processes.world_size} processes and must "
-                        f"be a multiple of {at_once}, {device_batch_size=} for each")
-    micro_steps, share = batch_size // at_once, device_batch_size / batch_size  # of one in the mean loss
+        raise UserError(f"{batch_size=} is the total over all processes and must be a multiple of {at_once}, "
+                        f"{device_batch_size=} times the number of processes, {processes.world_size}")
+    micro_steps, share = batch_size // at_once, device_batch_size / batch_size  # weight in the mean loss
     tokens_per_step = batch_size * sequence_length
 
-    # what is resumed decides the architecture
+    # a resumed checkpoint decides the architecture
     run = Run(config, processes, kinds, own=(models.SPEEDRUN,), steps="num_iterations")
     check_variant(config)
     schedule = VARIANTS[variant][1](config)
@@ -390,7 +405,7 @@ if __name__ == "__main__":
     check_size(architecture)
     data.check_tokens(architecture.vocab_size)
 
-    # model and optimizer; every process has all weights, and its own matrices' momentum
+    # model and optimizer; every process has all weights, and the momentum of its own matrices
     seed_random_states(seed)
     model = model_of(architecture)
     if run.resumed is not None:
@@ -409,15 +424,16 @@ if __name__ == "__main__":
     run.line(f"{model.n_parameters() / 1e6:.2f}M parameters, {compute_dtype}; {data.folder}: "
              f"{data.train.n_tokens:,} train and {data.val.n_tokens:,} val tokens")
     run.line(f"tokens per step: {device_batch_size} sequences x {sequence_length} tokens x {micro_steps} "
-             f"accumulation x {processes.world_size} processes = {tokens_per_step:,}")
+             f"accumulation x {processes.world_size} process{'es' * (processes.world_size > 1)} = "
+             f"{tokens_per_step:,}")
     if variant == "sync":
         run.line(f"{model.syncs} of {2 * n_layer} synchronization points, {tp_size} simulated ranks")
         run.log.event("schedule", **schedule_description(model))
 
     val_windows = min(max(1, val_tokens // sequence_length), sum(data.val.eval_windows))
     if val_windows * sequence_length != val_tokens:
-        why = "whole sequences" if val_windows < sum(data.val.eval_windows) else "all that the val split has"
-        run.line(f"warning: {val_tokens=}, and evaluations are on {val_windows * sequence_length}: {why}")
+        why = "whole sequences" if val_windows < sum(data.val.eval_windows) else "the whole val split"
+        run.line(f"warning: {val_tokens=}, but evaluations use {val_windows * sequence_length} tokens: {why}")
     if warmup_iters + warmdown_iters > num_iterations + (warmup_iters > 0):
         run.line(f"warning: {warmup_iters=} and {warmdown_iters=} exceed {num_iterations=}: the learning "
                  f"rate never reaches its peak")
@@ -427,29 +443,29 @@ if __name__ == "__main__":
     autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
     if compile:
         model.compile(dynamic=False)
-        limits = torch._dynamo.config  # a graph for each plan, and one without gradients
+        limits = torch._dynamo.config  # a graph for each plan, and a graph without gradients
         limits.recompile_limit = max(limits.recompile_limit, len(schedule.plans()) + 2)
-        if variant == "depth_warm":  # a graph for every set of layers would be too many: one for a block
+        if variant == "depth_warm":  # sets of layers are too many for a graph each, so compile blocks
             for block in model.transformer.h:
                 block.compile(dynamic=False)
     whole = schedule.plans()
 
     def loss_of(x, y, plan: Plan):
-        """Mean loss of a micro-batch by a plan."""
+        """Compute the mean loss of a micro-batch by a plan."""
         forward = model if plan in whole else model.forward  # compiled as a whole, or block by block
         with autocast:
             return forward(x, y, plan.crop, plan.layers)[1]
 
     def warm_up() -> None:
-        """Compile everything before the clock starts; leaves no trace in the weights."""
+        """Compile everything before the clock starts, without a change of the weights."""
         run.line("compiling the model (about a minute)")
         zeros = torch.zeros(device_batch_size, sequence_length, dtype=torch.int64, device=device)
         for plan in whole + [Plan(sequence_length, (0,))] * (variant == "depth_warm"):
-            loss_of(zeros, zeros.clone(), plan).backward()  # one tensor as both would make another graph
+            loss_of(zeros, zeros.clone(), plan).backward()  # clone: x = y would trace another graph
         model.zero_grad(set_to_none=True)
 
     def run_evaluation() -> float:
-        """Mean loss of the first val_tokens tokens of the val split."""
+        """Compute the mean loss of the first val_tokens tokens of the val split."""
         batches = evaluation_batches(data.val, val_windows, device_batch_size, device, processes.rank,
                                      processes.world_size, spread=False)
         return evaluate(lambda x, y: (None, loss_of(x, y, schedule.full)), batches, group)
@@ -473,7 +489,7 @@ if __name__ == "__main__":
         if clock.stop_asked or save_due or last or run.is_due(val_loss_every) or step == clock.skipped:
             clock.settle()
         if clock.problem:
-            run.fail(clock.problem, "no checkpoint has what came of it")
+            run.fail(clock.problem, "no checkpoint has the weights after it")
         run.stopping = clock.stop_asked and not last
         if run.due(val_loss_every) or last:
             val_loss, val_step = run_evaluation(), step
@@ -482,7 +498,7 @@ if __name__ == "__main__":
                           **clock.timing(step))
             run.val_loss = val_loss
             if not math.isfinite(val_loss):
-                run.fail(f"the val loss is {val_loss} at step {step}", "no checkpoint has what came of it")
+                run.fail(f"the val loss is {val_loss} at step {step}", "no checkpoint has these weights")
         if not run.proceed(save=save_due):
             break
 
@@ -494,7 +510,7 @@ if __name__ == "__main__":
             loss.backward()
             loss_share += loss.detach()
         set_learning_rate(optimizer, lr)
-        optimizer.step()  # sums the gradients over the processes, too
+        optimizer.step()  # also sums the gradients over the processes
         optimizer.zero_grad(set_to_none=True)
         flops = model.flops_per_token(plan.crop, len(plan.layers)) * tokens_per_step
         clock.step_done(step, loss_share, flops, lr=lr, crop=plan.crop, layers=len(plan.layers))

@@ -1,20 +1,20 @@
 """Train a GPT whose tensor-parallel ranks synchronise less often, by a named strategy.
 
-Simulated ranks on one process, and on 8 GPUs under data parallelism:
+Simulated TP ranks on one process, and on 8 GPUs under data parallelism:
 $ python train_reduced_sync.py config/train_python_6sync.py
 $ torchrun --standalone --nproc_per_node=8 train_reduced_sync.py config/train_grouped_6sync.py
 
-Real ranks, 2 GPUs a model; two runs side by side on the halves of a machine:
+Real TP ranks on 2 GPUs per model; two runs at the same time, each on half of the GPUs of a machine:
 $ CUDA_VISIBLE_DEVICES=0,1,2,3 torchrun --standalone --nproc_per_node=4 train_reduced_sync.py \\
       config/train_spd_12sync.py --tp_processes=2
 $ CUDA_VISIBLE_DEVICES=4,5,6,7 torchrun --standalone --nproc_per_node=4 train_reduced_sync.py \\
       config/train_tp_24sync.py --tp_processes=2
 
-What weights that are there lose when syncs are dropped (GPT-2's, or those of another run):
+The loss of existing weights (GPT-2's, or those of another run) with fewer syncs:
 $ python train_reduced_sync.py --eval_only --init_from=gpt2 --dataset=shakespeare --sync_strategy=spd
 
-The strategies are those of reduced_sync_model.py. All but `standard` compute another function than the dense
-GPT, and a model is good only with the schedule that it was trained with.
+reduced_sync_model.py defines the strategies. Only `standard` computes the function of the dense GPT. A model
+is good only with the schedule with which it was trained.
 """
 
 import torch
@@ -35,39 +35,39 @@ from reduced_sync_model import parse_stop_if
 # The defaults train GPT-2 (124M) on OpenWebText, synchronised everywhere.
 # synchronisation
 sync_strategy = "standard"  # 'standard', 'spd', 'selective', 'grouped' or 'custom'
-attn_sync_layers: list | None = None  # selective: layers that sync after attention, too
+attn_sync_layers: list | None = None  # selective: layers that also sync after attention
 layers_per_group = 2  # grouped: layers between two syncs
 sync_points: list | None = None  # custom: sublayers to sync after (2i: attention, 2i + 1: MLP of layer i)
 tp_size = 2  # tensor-parallel ranks
 tp_processes = 1  # processes that hold the ranks of one model; 1 simulates them, under data parallelism
-stop_if = ""  # '5000:3.8' ends a run whose val loss is above 3.8 at an evaluation from step 5000 on
-# I/O
-out_dir = "out-reduced-sync"  # checkpoints and logs go here
+stop_if = ""  # '5000:3.8' ends the run if the val loss is above 3.8 at an evaluation from step 5000 on
+# output
+out_dir = "out-reduced-sync"  # folder for checkpoints and logs
 eval_interval = 2000  # iterations between evaluations
 log_interval = 1  # iterations between log lines
-eval_iters = 200  # batches of batch_size that an evaluation looks at, in all
-eval_only = False  # evaluate once and exit, writing nothing
-always_save_checkpoint = True  # save at every evaluation, not only when the val loss is the best so far
-checkpoint_interval = 250  # iterations between checkpoints besides those of evaluations, 0 for none
-keep_checkpoints = 10  # how many to keep besides the best, the oldest go first
+eval_iters = 200  # batches of batch_size in an evaluation, over all processes
+eval_only = False  # evaluate once and exit, without writing files
+always_save_checkpoint = True  # save at every evaluation; False: only if the val loss is the lowest so far
+checkpoint_interval = 250  # iterations between further checkpoints, 0 for none
+keep_checkpoints = 10  # number of checkpoints to keep, the newest; the best is kept as well
 init_from = "scratch"  # 'scratch', 'resume', 'gpt2', ..., 'gpt2-xl', or a folder of weights, also an out_dir
-resume = ""  # go on with a run: 'latest', 'best', a step, or the path of a checkpoint or of another out_dir
+resume = ""  # resume a run: 'latest', 'best', a step, or the path of a checkpoint or of another out_dir
 list_checkpoints = False  # print the checkpoints in out_dir and exit
-# watching; log.txt and run_<time>.jsonl in out_dir are always written
-sample_interval = 0  # iterations between samples of text, 0 for none
+# monitoring; log.txt and run_<time>.jsonl in out_dir are always written
+sample_interval = 0  # iterations between generated samples of text, 0 for none
 sample_prompt = "\n"
 sample_tokens = 200
 hellaswag_interval = 0  # iterations between HellaSwag evaluations, 0 for none; needs GPT-2's tokens
 hellaswag_input = ""  # hellaswag_val.jsonl; '' downloads it into data/hellaswag
-use_tensorboard = False  # write out_dir/tensorboard as well
+use_tensorboard = False  # also write out_dir/tensorboard
 # wandb
-wandb_log = False  # log to Weights & Biases as well
-wandb_mode = "online"  # or 'offline', to be uploaded later
+wandb_log = False  # also log to Weights & Biases
+wandb_mode = "online"  # 'online', or 'offline' for a later upload
 wandb_project = "reduced-sync"
 wandb_run_name = "gpt2"
 # data
 dataset = "openwebtext"  # a folder in data/, or a path
-gradient_accumulation_steps = 5 * 8  # micro-batches of an update, over all processes (models)
+gradient_accumulation_steps = 5 * 8  # micro-batches of an update, over all data-parallel models
 batch_size = 12  # sequences of a micro-batch
 block_size = 1024  # tokens of a sequence
 # model
@@ -77,18 +77,18 @@ n_embd = 768
 dropout = 0.0  # 0 is good for pretraining, 0.1 and more for finetuning
 bias = False  # biases in Linear and LayerNorm
 # AdamW
-learning_rate = 6e-4  # the highest
-max_iters = 600000  # updates in all
+learning_rate = 6e-4  # highest value of the schedule
+max_iters = 600000  # number of updates
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient, 0 for no limit
 # Muon
-optimizer = "adamw"  # or 'muon' for the matrices of the blocks, with AdamW for the rest
-muon_learning_rate = 6e-4  # the highest, in AdamW's units; the schedule scales both alike
+optimizer = "adamw"  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for all other parameters
+muon_learning_rate = 6e-4  # highest value, comparable with AdamW's; the schedule scales both alike
 muon_momentum = 0.95
 # learning-rate schedule
-decay_lr = True  # cosine from learning_rate to min_lr; otherwise constant
+decay_lr = True  # cosine from learning_rate to min_lr; False: constant
 warmup_iters = 2000
 lr_decay_iters = 600000  # about max_iters
 min_lr = 6e-5  # about learning_rate / 10
@@ -97,36 +97,36 @@ seed = 1337  # of initialisation, data order and dropout
 device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16' (scales the loss)
 compile = True  # torch.compile the model
-deterministic = False  # the same bits in every run on a GPU, too; slower
-timeout = 600.0  # seconds after which a process that does not answer, or is still saving, ends the run
+deterministic = False  # compute the same bits in every run on a GPU, too; slower
+timeout = 600.0  # longest time that processes wait for each other, also while one is saving, in seconds
 backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
 use_zero1 = False  # shard the optimizer's state over the data-parallel processes
 use_fsdp = False  # shard parameters, gradients and the optimizer's state over them (FSDP2, ZeRO-3)
-fsdp_min_num_params = 1e6  # layers are fetched together until they hold so many parameters
-fsdp_reshard_after_forward = True  # drop what was fetched and fetch it again for the backward pass
-fsdp_accumulate_sharded = False  # with accumulation, average gradients every time; True: less memory, slower
-fsdp_cpu_offload = False  # keep what is sharded in the CPU's memory, updates included
-activation_checkpointing = "none"  # 'block', 'selective': compute again in the backward pass, see model.py
+fsdp_min_num_params = 1e6  # FSDP gathers consecutive layers as one unit of at least so many parameters
+fsdp_reshard_after_forward = True  # free gathered parameters; gather them again for the backward pass
+fsdp_accumulate_sharded = False  # True: average gradients after every micro-step; less memory, slower
+fsdp_cpu_offload = False  # keep and update sharded state in the CPU's memory
+activation_checkpointing = "none"  # 'block', 'selective': recompute activations in the backward pass
 use_triton = False  # LayerNorm as a Triton kernel
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 
 
 def check_settings(config: dict) -> None:
-    """Raise UserError for settings that are wrong, as far as that is known before anything is built."""
+    """Raise UserError for wrong settings, before any work is done."""
     setup.check_training_settings(config)
     parse_stop_if(config["stop_if"])
     strategy = config["sync_strategy"]
     if config.origin["layers_per_group"] and strategy != "grouped" and not config["resume"]:
         raise UserError(f"layers_per_group={config['layers_per_group']} is for sync_strategy='grouped', "
-                        f"and it is {strategy!r}")
+                        f"but sync_strategy is {strategy!r}: leave layers_per_group out")
 
 
 check_settings(config)
 parallel, micro_steps = setup.start_processes(config, models.KINDS)
 processes, device = parallel.processes, parallel.processes.device
 
-# what is resumed decides the architecture, and with it which windows the data is cut into
+# a resumed checkpoint decides the architecture, and so the length of the data's windows
 run = Run(config, processes, models.KINDS, own=("reduced_sync_gpt",))
 data = open_dataset(dataset, block_size)
 run.check_data(data)
@@ -177,13 +177,13 @@ for it in run.iterations():
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         x, y = loader.next()
-        parallel.sync(trained, now=micro_step == micro_steps - 1)  # over processes once an update
+        parallel.sync(trained, now=micro_step == micro_steps - 1)  # one average over processes per update
         with autocast:
             _, loss = trained(x, y)
         scaler.scale(loss / micro_steps).backward()
         loss_sum += loss.detach()
 
-    # update, unless a loss or a gradient is not finite anywhere (float16's scaler skips what overflows)
+    # update; the run ends if loss or norm is not finite (with float16 the scaler skips such an update)
     model.reduce_partial_gradients()
     scaler.unscale_(optimizer)
     norm = parallel.clip(model, grad_clip)

@@ -1,8 +1,8 @@
-# Evaluate OpenAI's GPT-2-xl (1558M parameters) on a data set that is in GPT-2's tokens.
+# Evaluate OpenAI's GPT-2-xl (1558M parameters) on a data set in GPT-2's tokens.
 # $ python train.py config/eval_gpt2_xl.py --dataset=shakespeare
 
 init_from = "gpt2-xl"
 eval_only = True
 batch_size = 8
-eval_iters = 500  # 4000 windows of each split, or all there are
+eval_iters = 500  # 4000 windows of each split, or all of them if a split has fewer
 wandb_log = False

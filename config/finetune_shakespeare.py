@@ -1,17 +1,17 @@
 # Finetune GPT-2 XL on tiny Shakespeare in GPT-2's tokens.
 # First: python data/shakespeare/prepare.py
-# Weights, gradients and moments alone take 25 GB of GPU memory (16 bytes a parameter);
-# --init_from=gpt2-medium or a smaller one needs less.
+# Weights, gradients and moments take 25 GB of GPU memory (16 bytes per parameter), and activations more.
+# --init_from=gpt2-medium or a smaller model needs less.
 
 import time
 
 out_dir = "out-shakespeare"
 dataset = "shakespeare"
-init_from = "gpt2-xl"  # or a folder with GPT-2 weights, where there is no network
+init_from = "gpt2-xl"  # without a network: a folder with GPT-2 weights
 
 eval_interval = 5
 eval_iters = 40
-always_save_checkpoint = False  # keep the best: it overfits within an epoch or two
+always_save_checkpoint = False  # save only the best: the model overfits within an epoch or two
 wandb_project = "shakespeare"
 wandb_run_name = f"ft-{time.time():.0f}"
 

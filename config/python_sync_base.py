@@ -1,5 +1,5 @@
-# What the train_python_*sync.py configs have in common: a GPT of 12 layers and 2.4M parameters on the Python
-# standard library's own source, by characters: minutes on two CPU cores or on a GPU.
+# Settings that all train_python_*sync.py configs share: a GPT of 12 layers and 2.4M parameters on the source
+# of Python's standard library, by characters. It trains in minutes on two CPU cores or on a GPU.
 # First: python data/python_source/prepare.py
 
 dataset = "python_source"
@@ -22,7 +22,7 @@ beta2 = 0.99  # few tokens in an iteration
 eval_interval = 250
 eval_iters = 40
 log_interval = 25
-always_save_checkpoint = False  # keep the best
+always_save_checkpoint = False  # save only the best
 
 tp_size = 2
-compile = False  # not worth its start-up time for a run this short
+compile = False  # compiling would take longer than it saves in so short a run

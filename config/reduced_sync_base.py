@@ -1,6 +1,6 @@
-# What the train_*sync.py configs have in common: GPT-2 (124M) on OpenWebText for 20,000 steps of 0.49M
-# tokens, 9.8 billion in all. 8 GPUs, or any number that divides 40; the ranks are simulated, so this is plain
-# data parallelism.
+# Settings that the other train_*sync.py configs share: GPT-2 (124M) on OpenWebText for 20,000 steps of 0.49M
+# tokens, 9.8 billion tokens. For 8 GPUs, or any number that divides 40. The TP ranks are simulated, so the
+# GPUs run plain data parallelism.
 # First: python data/openwebtext/prepare.py
 
 dataset = "openwebtext"

@@ -1,5 +1,5 @@
-# GPT-2 (124M) on OpenWebText with blocks of all three kinds: 8 + 4 + 1 = 13 all-reduces for 24.
-# Simulated ranks on 8 GPUs; --tp_processes=2 puts them on pairs of GPUs.
+# GPT-2 (124M) on OpenWebText with blocks of all three kinds: 8 + 4 + 1 = 13 all-reduces, instead of 24.
+# Simulated TP ranks on 8 GPUs. --tp_processes=2 runs each model on a pair of GPUs.
 # First: python data/openwebtext/prepare.py
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_distributed.py
 

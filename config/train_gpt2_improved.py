@@ -1,7 +1,8 @@
-# GPT-2 (124M) on FineWeb-Edu, for 4 GPUs: five epochs of 10 billion tokens, watched and saved on the way. At
-# 57,900 tok/s that is ten days; estimate_training_time.py says how long it takes at another speed.
-# First: the shards that build-nanogpt's fineweb.py writes, as data/edu_fineweb10B. With --dataset=fineweb10B
-# it is FineWeb itself, which data/cached_fineweb10B.py gets.
+# GPT-2 (124M) on FineWeb-Edu, for 4 GPUs: five epochs of 10 billion tokens, with periodic evaluations and
+# checkpoints. At 57,900 tok/s the run takes ten days; estimate_training_time.py computes the time at another
+# speed.
+# First: put the shards that build-nanogpt's fineweb.py writes into data/edu_fineweb10B. --dataset=fineweb10B
+# trains on FineWeb itself, which data/cached_fineweb10B.py downloads.
 # $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2_improved.py
 
 out_dir = "out-gpt2-improved"
@@ -23,7 +24,7 @@ hellaswag_interval = 1000
 sample_interval = 1000
 use_tensorboard = True
 
-checkpoint_interval = 250  # 38 minutes of the ten days
+checkpoint_interval = 250  # 38 minutes at that speed
 keep_checkpoints = 10
 
 weight_decay = 1e-1

@@ -7,7 +7,7 @@ dataset = "python_source"
 eval_interval = 250
 eval_iters = 20
 log_interval = 25
-always_save_checkpoint = False  # keep the best
+always_save_checkpoint = False  # save only the best
 wandb_project = "python-char"
 wandb_run_name = "mini-gpt"
 
@@ -26,4 +26,4 @@ min_lr = 2e-4
 beta2 = 0.99  # few tokens in an iteration
 warmup_iters = 100
 
-compile = False  # not worth its start-up time for a run this short
+compile = False  # compiling would take longer than it saves in so short a run

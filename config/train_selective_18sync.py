@@ -1,4 +1,4 @@
-# Sync-Point Drop, with attention synchronised in the first and last three layers: 18 of 24 all-reduces.
+# Sync-Point Drop, but with syncs after attention in the first and last three layers: 18 of 24 all-reduces.
 # $ torchrun --standalone --nproc_per_node=8 train_reduced_sync.py config/train_selective_18sync.py
 
 from config.reduced_sync_base import *

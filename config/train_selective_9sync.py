@@ -5,7 +5,7 @@ from config.reduced_sync_base import *
 
 out_dir = "out-selective-9sync"
 wandb_run_name = "selective-9sync"
-# After the MLP of layers 0 to 3, where the residual stream takes shape; of 5, 7 and 9, in pairs, where layers
-# change it least; and of 10 and 11, so that the head sees nothing that was long pending.
+# After the MLPs of layers 0 to 3, where the residual stream forms; of layers 5, 7 and 9, where layers change
+# it least; and of layers 10 and 11, so that no sum is pending for long before the head.
 sync_strategy = "custom"
 sync_points = [1, 3, 5, 7, 11, 15, 19, 21, 23]

@@ -1,6 +1,6 @@
 # A character-level GPT on tiny Shakespeare: 10.7M parameters, about a minute on a recent GPU.
 # First: python data/shakespeare_char/prepare.py
-# On a CPU add --device=cpu --compile=False and make it smaller, as README shows.
+# On a CPU add --device=cpu --compile=False, and make the model smaller as README shows.
 
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"
@@ -8,7 +8,7 @@ dataset = "shakespeare_char"
 eval_interval = 250  # often: the model overfits from about iteration 2000 on
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # keep the best
+always_save_checkpoint = False  # save only the best
 wandb_project = "shakespeare-char"
 wandb_run_name = "mini-gpt"
 

@@ -1,4 +1,4 @@
-"""What knows all kinds of model: the registry, building, filling and loading them."""
+"""All kinds of model: their registry, building them, loading weights into them."""
 
 from models.registry import ARCHITECTURE, KINDS, SPEEDRUN, build_model
 from models.weights import (

@@ -1,4 +1,4 @@
-"""The table of model kinds, and building a model of any of them."""
+"""The table of model kinds, and building a model of any kind."""
 
 import torch
 import torch.nn as nn
@@ -9,7 +9,7 @@ import tensor_parallel_model
 from nanosync.model_kind import ModelKind, check_size, model_config
 
 ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
-SPEEDRUN = "speedrun_gpt"  # train_gpt.py has the model of this kind
+SPEEDRUN = "speedrun_gpt"  # the model of this kind is in train_gpt.py
 
 
 def _kind(script: str, config: type, build, *variant: str) -> ModelKind:
@@ -29,8 +29,9 @@ KINDS = {
 
 
 def build_model(description: dict, kinds: dict[str, ModelKind] = KINDS, **overrides) -> nn.Module:
-    """Build a model with the architecture of a `model` entry of state.json, freshly initialised, or without
-    values if PyTorch's default device is 'meta'. Raises UserError.
+    """Build and initialise a model with the architecture of a `model` entry of state.json. Raises UserError.
+
+    If PyTorch's default device is 'meta', the model has no values.
 
     overrides: fields of the configuration.
     """

@@ -1,4 +1,4 @@
-"""Fill models of any kind with weights: from a checkpoint, from GPT-2's, or from another kind of model."""
+"""Loading weights into models of any kind: from a checkpoint, GPT-2's weights, or another kind of model."""
 
 import dataclasses
 from collections import deque
@@ -30,7 +30,10 @@ from tensor_parallel_model import DistributedGPT
 
 
 def as_kind(model: nn.Module, kind: str, **fields) -> nn.Module:
-    """The same weights in a model of another kind, on the CPU. fields: settings of the kind's variant."""
+    """Copy the weights of a model into a model of another kind, on the CPU.
+
+    fields: settings of the kind's variant, see ModelKind.
+    """
     shared = {f.name: getattr(model.config, f.name) for f in dataclasses.fields(GPTConfig)}
     other = build_model({"kind": kind, "config": shared | fields})
     load_parameters(other, dict(model.named_parameters()), "the model")
@@ -38,8 +41,14 @@ def as_kind(model: nn.Module, kind: str, **fields) -> nn.Module:
 
 
 def with_ranks(model: nn.Module, tp_size: int | None, block_types: list | None) -> nn.Module:
-    """The same weights on another number of ranks, by their own schedule or by block types; the dense model
-    gets ranks (2 if tp_size is None) that synchronise everywhere. Raises UserError."""
+    """Copy the weights of a model into a model with another number of TP ranks or another schedule.
+
+    Raises UserError.
+
+    tp_size: number of TP ranks. None keeps the model's number; the dense model gets 2.
+    block_types: kind of block for each layer. None keeps the model's schedule; the ranks of the dense model
+        then synchronise everywhere.
+    """
     config = model.config
     ranks = tp_size or getattr(config, "tp_size", 2)
     if block_types is None and hasattr(config, "sync_strategy"):
@@ -52,12 +61,15 @@ def with_ranks(model: nn.Module, tp_size: int | None, block_types: list | None) 
 
 @torch.no_grad()
 def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Copy tensors by name into all of the model's parameters. Raises UserError if names or shapes differ."""
+    """Copy tensors by name into all of the model's parameters. Raises UserError if names or shapes differ.
+
+    where: source of the tensors, for error messages.
+    """
     parameters = dict(model.named_parameters())
     if set(parameters) != set(tensors):
-        odd = sorted(set(parameters) ^ set(tensors))
-        raise UserError(f"{where} does not fit the model: {len(odd)} parameters are in only one of them, "
-                        f"such as {odd[0]}")
+        unmatched = sorted(set(parameters) ^ set(tensors))
+        raise UserError(f"{where} does not fit the model: {len(unmatched)} parameters are in only one of "
+                        f"them, such as {unmatched[0]}")
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             raise UserError(f"{where} does not fit the model: {name} is {tuple(tensors[name].shape)} there "
@@ -67,11 +79,13 @@ def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: s
 
 def fill(model: nn.Module, weights, source: str, device: torch.device,
          parallel: Parallelism | None = None) -> None:
-    """Load each weight straight to `device`, one at a time, and shard the model on the way if `parallel`
-    does. The model may be without values, and may have its part of the weights only.
+    """Load each weight straight to `device`, one at a time, and shard the model meanwhile if `parallel` does.
 
-    weights: (name, value) of each, as the dense model has them, or a dict of them, which is taken in the
-    model's order; source: where they are from. Raises UserError if names or shapes differ.
+    Raises UserError if names or shapes differ.
+
+    model: a model with or without values, whole or on real TP ranks.
+    weights: iterable of (name, value) of the dense model, or a dict, which is loaded in the model's order.
+    source: source of the weights, for error messages.
     """
     names = fill_each(model, weights, source, device)
     if parallel is None:
@@ -82,8 +96,8 @@ def fill(model: nn.Module, weights, source: str, device: torch.device,
 
 @torch.no_grad()
 def fill_each(model: nn.Module, weights, where: str, device: torch.device):
-    """`fill` as an iterator that yields the name of each parameter when it has its value."""
-    places = {}  # (module, attribute) of each parameter; a tied one has two
+    """Load weights as `fill` does, and yield the name of each parameter after it is loaded."""
+    places = {}  # (module, attribute) of each parameter; a tied parameter has two
     for module in model.modules():
         for attribute, p in module.named_parameters(recurse=False):
             places.setdefault(id(p), []).append((module, attribute))
@@ -97,7 +111,7 @@ def fill_each(model: nn.Module, weights, where: str, device: torch.device):
             raise UserError(problem.format(where, name, tuple(value.shape), "not"))
         try:
             part = model.own_part({name: value})[name]
-        except (IndexError, RuntimeError):  # it has too few dimensions for that
+        except (IndexError, RuntimeError):  # too few dimensions; the shape check below raises the error
             part = value
         p = parameters[name]
         if part.shape != p.shape:
@@ -112,8 +126,13 @@ def fill_each(model: nn.Module, weights, where: str, device: torch.device):
 
 
 def unsharded(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A copy of a model that FSDP sharded, whole but for its tensor-parallel parts, for what does not go
-    through its forward pass; a model that is not sharded, itself. All processes take part."""
+    """Copy a model that FSDP sharded without its shards, for callers that do not use its forward pass.
+
+    A tensor-parallel model stays divided over its TP group. A model that is not sharded is returned itself.
+    All processes must call this function.
+
+    dtype, device: of the copy.
+    """
     if not isinstance(model, FSDPModule):
         return model
     with torch.device("meta"):
@@ -127,24 +146,32 @@ def unsharded(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.dev
 
 
 def load_model(checkpoint: Checkpoint, **overrides) -> nn.Module:
-    """The model of a checkpoint, on the CPU; overrides are configuration fields that change no shape."""
+    """Load the model of a checkpoint, on the CPU.
+
+    overrides: fields of the configuration that change no shape.
+    """
     model = build_model(checkpoint.state["model"], **overrides)
     load_parameters(model, checkpoint.tensors("model"), checkpoint.path)
     return model
 
 
 def load(out_dir: str, which: str | int = "latest", **overrides) -> nn.Module:
-    """Load the model of a checkpoint in out_dir, on the CPU: 'latest', 'best' or a step. Raises UserError."""
+    """Load the model of a checkpoint in out_dir, on the CPU. Raises UserError.
+
+    which: 'latest', 'best' or a step. overrides: see load_model.
+    """
     return load_model(find(out_dir, which, kinds=KINDS), **overrides)
 
 
 def load_weights(name: str, kind: str = "gpt", variant: dict | None = None, warn=print, group=None,
                  **overrides) -> nn.Module:
-    """A model for a new run to begin with, on the CPU: of an out_dir or a checkpoint folder of this
-    repository, of a Hugging Face folder, or of a name on its hub.
+    """Load weights into a new model of any kind, on the CPU. Raises UserError.
 
-    kind, variant: the kind of model to build, and settings of its variant; overrides: as of load_model. Says
-    so if they were trained with another schedule. Raises UserError.
+    Print a line if the weights were trained with another schedule.
+
+    name: path of an out_dir, of a checkpoint, or of a Hugging Face folder, or a name on Hugging Face's hub.
+    kind, variant: kind of model to build, and settings of its variant.
+    warn: function that prints a line. group: see checkpoint.find. overrides: see load_model.
     """
     variant = variant or {}
     found = find_weights(name, warn=warn, group=group, kinds=KINDS)
@@ -160,12 +187,13 @@ def load_weights(name: str, kind: str = "gpt", variant: dict | None = None, warn
 
 
 def model_for_training(run: Run, kind: str, parallel: Parallelism, evaluations: list) -> nn.Module:
-    """Build the model that a training script's settings name, filled and on its device: that of the
-    checkpoint that is resumed, a new one, or that of `init_from`.
+    """Build the model that a training script's settings name, with weights, on its device. Raises UserError.
 
-    The model is built on the meta device; then each weight is loaded straight to its device. The data's
-    tokens are checked as soon as the vocabulary is known. evaluations: of the run, which must fit the model.
-    Raises UserError.
+    The weights are those of the resumed checkpoint, new ones, or those of `init_from`. The model is built on
+    the meta device; then each weight is loaded straight to its device. The data's tokens are checked as soon
+    as the size of the vocabulary is known.
+
+    kind: kind of model. evaluations: evaluations of the run, which check that they fit the model.
     """
     config, processes = run.config, run.processes
     seed_random_states(config["seed"])
@@ -212,25 +240,31 @@ def _model_and_weights(run: Run, kind: str) -> tuple[nn.Module, object, str]:
 
 
 def run_evaluations(due: list, model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Run periodic evaluations on the whole model. All processes take part, under autocast."""
+    """Run periodic evaluations on the unsharded model. All processes call this function, under autocast.
+
+    due: evaluations to run. kind, dtype, device: see unsharded.
+    """
     whole = unsharded(model, kind, dtype, device)
     for evaluation in due:
         evaluation.run(whole)
 
 
 def find_for_inference(config: dict, group=None) -> Checkpoint | None:
-    """Find the checkpoint that the settings init_from, out_dir and checkpoint_step name; None if init_from
-    names weights that GPT.from_pretrained takes. Raises UserError."""
+    """Find the checkpoint that the settings init_from, out_dir and checkpoint_step name. Raises UserError.
+
+    Return None if init_from names weights for GPT.from_pretrained.
+    """
     if config["init_from"] == "resume":
         return find(config["out_dir"], config["checkpoint_step"], group=group, kinds=KINDS)
     return find_weights(config["init_from"], config["checkpoint_step"], group=group, kinds=KINDS)
 
 
 def load_for_inference(config: dict, found: Checkpoint | None, processes: Processes, say) -> nn.Module:
-    """Load the model that the settings name, on the CPU, on the ranks that tp_size, block_types and
-    tp_processes name. Raises UserError.
+    """Load the model that the settings name, on the CPU. Raises UserError.
 
-    found: what find_for_inference returned; say: prints a line.
+    tp_size, block_types and tp_processes in the settings decide its TP ranks.
+
+    found: result of find_for_inference. say: function that prints a line.
     """
     model = GPT.from_pretrained(config["init_from"]) if found is None else load_model(found, dropout=0.0)
     if config["tp_size"] is not None or config["block_types"] is not None:
@@ -240,14 +274,17 @@ def load_for_inference(config: dict, found: Checkpoint | None, processes: Proces
     tp_processes = config["tp_processes"]
     if tp_processes > 1:
         if not isinstance(model, DistributedGPT):
-            raise UserError(f"tp_processes={tp_processes}: the model is the dense GPT; give it ranks with "
-                            f"--tp_size={tp_processes}")
+            raise UserError(f"tp_processes={tp_processes} needs a model with TP ranks, and this model is the "
+                            f"dense GPT: add --tp_size={tp_processes}")
         model.place(ranks_on(processes.tp_group, model.config.tp_size))
     return model
 
 
 def note_other_schedule(source: Checkpoint, model: nn.Module, say) -> None:
-    """Say so if a model computes another function of a checkpoint's weights than they were trained with."""
+    """Print a line if a model's schedule differs from the schedule that a checkpoint was trained with.
+
+    Schedules that synchronise everywhere are the same function. say: function that prints a line.
+    """
 
     def function(schedule: dict | None, tp_size: int) -> tuple:
         drops = schedule is not None and tp_size > 1 and not all(s["sync"] for s in schedule["sublayers"])

@@ -73,8 +73,8 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
         torch.cuda.set_device(chosen)
     world_size = 1 if ranks is None else ranks[1]
     if tp_processes < 1 or world_size % tp_processes:
-        raise UserError(f"tp_processes={tp_processes} does not divide the {world_size} processes: start a "
-                        f"multiple of it, torchrun --nproc_per_node={max(1, tp_processes)}")
+        raise UserError(f"tp_processes={tp_processes} does not divide the number of processes, {world_size}: "
+                        f"start a multiple of it, torchrun --nproc_per_node={max(1, tp_processes)}")
     if ranks is None:
         return Processes(0, 1, 0, chosen, None)
     if backend == "auto":

@@ -1,5 +1,5 @@
-"""Parameter groups, AdamW, alone and with its state shared out over processes (ZeRO-1), Muon, learning-rate
-schedules, the gradient norm, optimizer state by name.
+"""Optimizers: parameter groups, AdamW, AdamW with sharded state (ZeRO-1), Muon, learning-rate schedules, the
+gradient norm.
 """
 
 import math
@@ -21,18 +21,22 @@ from nanosync.sharding import local_part
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and embeddings decay, vectors (biases, LayerNorm) do not. Each parameter is in one group."""
-    parameters = [p for p in model.parameters() if p.requires_grad]  # a tied weight comes once
+    """Make two groups: matrices and embeddings with weight decay, vectors (biases, LayerNorm) without.
+
+    Each parameter is in one group.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]  # lists a tied weight once
     return [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
 
 
 def build_adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float,
                 shard_over=None) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101), one fused kernel a group. Raises UserError for values that it cannot take.
+    """Build AdamW (arXiv 1711.05101) with one fused kernel per group. Raises UserError.
 
-    shard_over: the data-parallel group over which to share out its state, see ShardedAdamW; the model's
-    parameters must be where they are to stay.
+    The model must be on its final device.
+
+    shard_over: data-parallel group over which its state is sharded, see ShardedAdamW; None for no sharding.
     """
     check_adamw(learning_rate, betas, weight_decay)
     groups = [g for g in parameter_groups(model, weight_decay) if g["params"]]
@@ -43,7 +47,7 @@ def build_adamw(model: nn.Module, learning_rate: float, betas: tuple[float, floa
 
 
 def check_adamw(learning_rate: float, betas: tuple[float, float], weight_decay: float) -> None:
-    """Raise UserError for values that AdamW cannot take."""
+    """Raise UserError for values outside AdamW's ranges."""
     for name, beta in zip(("beta1", "beta2"), betas):
         if not 0 <= beta < 1:
             raise UserError(f"{name}={beta} must be at least 0 and below 1")
@@ -53,26 +57,30 @@ def check_adamw(learning_rate: float, betas: tuple[float, float], weight_decay: 
 
 
 class ShardedAdamW(torch.optim.AdamW):
-    """AdamW of which each process of a group keeps the moments of its own parameters only: it updates those
-    and takes the others from their owners (ZeRO-1, arXiv 1910.02054).
+    """AdamW whose state is sharded over the processes of a group (ZeRO-1, arXiv 1910.02054).
 
-    Gradients must be the same on all processes, as DDP leaves them; then the weights have the bits that they
-    have without sharding. All parameters stay in param_groups, so that a GradScaler unscales and zero_grad
-    drops every gradient. The parameters of an owner move into one flat tensor: what a step made of them is
-    broadcast from there, in place, in as many calls as there are processes.
+    Each parameter has one owner. A process keeps the moments of its own parameters only, updates these, and
+    receives the other parameters from their owners. Gradients must be the same on all processes, as with DDP.
+    The weights then have the same bits as without sharding.
+
+    All parameters stay in param_groups, so that a GradScaler unscales and zero_grad drops every gradient. The
+    parameters of an owner move into one flat tensor. A step broadcasts each flat tensor in place, one
+    broadcast per process.
     """
 
     def __init__(self, groups: list[dict], group, **options):
+        """Assign owners and move the parameters. groups, options: of AdamW; group: process group."""
         super().__init__(groups, **options)
         self.group, self.rank = group, dist.get_rank(group)
         parameters = [p for g in self.param_groups for p in g["params"]]
         self.owner = share_out(parameters, dist.get_world_size(group))
-        self._flat = {}  # of each owner
+        self._flat = {}  # owner -> flat tensor
         for rank in sorted(set(self.owner.values())):
             self._flat[rank] = flatten_together([p for p in parameters if self.owner[p] == rank])
         self._places = {p: p.data_ptr() for p in parameters}
 
     def owns(self, parameter: nn.Parameter) -> bool:
+        """Return True if this process has the parameter's state."""
         return self.owner.get(parameter) == self.rank
 
     def step(self, closure=None):
@@ -95,30 +103,35 @@ class ShardedAdamW(torch.optim.AdamW):
 class Muon(torch.optim.AdamW):
     """Muon (kellerjordan.github.io/posts/muon) for matrices, AdamW for all other parameters.
 
-    A matrix moves by the orthogonal matrix nearest to its momentum, so along all of its singular directions
-    alike, times 0.2 sqrt(max(rows, columns)): that has the usual size of AdamW's updates (RMS 0.2, arXiv
-    2502.16982), so that AdamW's learning rates fit. A parameter that has several matrices stacked in
-    dimension 0, as c_attn has q, k and v, is taken apart first: each is a map of its own.
+    The update of a matrix is the orthogonal matrix nearest to its momentum, times 0.2 sqrt(max(rows,
+    columns)). The factor gives it the usual RMS of AdamW's updates, 0.2 (arXiv 2502.16982), so that AdamW's
+    learning rates fit. A parameter with several matrices stacked in dimension 0, such as c_attn with q, k and
+    v, is split first, because each of them is a map of its own.
 
-    Each process of a group keeps the momentum of its own matrices and orthogonalises those, all of one shape
-    in one batched product; the results are gathered, and every process applies all of them. One process is a
-    group that owns everything. Weights stay where they are, and are the same on all processes.
+    Each matrix has one owner in the process group. A process keeps the momentum of its own matrices and
+    orthogonalises these, all matrices of one shape in one batched product. The updates are gathered, and
+    every process applies all of them. Without a group one process owns all matrices. The weights are the same
+    on all processes.
     """
 
     def __init__(self, groups: list[dict], group=None, sum_gradients: bool = False, momentum: float = 0.95,
                  nesterov: bool = True, product_dtype: torch.dtype | None = None, **options):
-        """groups: those with a key `stacked`, the number of matrices in each of their parameters, are Muon's,
-        the others AdamW's; options: AdamW's, of which Muon takes lr and weight_decay.
+        """Assign owners and allocate the momentum.
 
-        sum_gradients: gradients are each process's share and still to be added up over the group, which costs
-        less than to have the whole sum everywhere; otherwise they are the same on all, as DDP leaves them.
-        product_dtype: of the products that orthogonalise; None: bfloat16 on CUDA, float32 elsewhere.
+        groups: parameter groups. A group with a key `stacked`, the number of matrices in each of its
+            parameters, is Muon's, any other group AdamW's.
+        group: process group, None for one process.
+        sum_gradients: True if each process has only its share of a gradient. `step` then sums the shares,
+            which sends less than an all-reduce of all gradients. False if gradients are the same on all
+            processes, as with DDP.
+        product_dtype: dtype of the products of Newton-Schulz. None: bfloat16 on CUDA, else float32.
+        options: of AdamW. Muon uses lr and weight_decay.
         """
         super().__init__(groups, **options)
-        self._step_supports_amp_scaling = False  # a GradScaler leaves out a whole step, not AdamW's part
+        self._step_supports_amp_scaling = False  # a GradScaler must skip a whole step, not only AdamW's part
         self.group, self.rank = group, 0 if group is None else dist.get_rank(group)
         self.sum_gradients, self.momentum, self.nesterov = sum_gradients, momentum, nesterov
-        self.bytes_sent = 0  # by this process so far, as rings send: gradients, if summed here, and updates
+        self.bytes_sent = 0  # by this process so far, with ring algorithms: updates, and gradients if summed
         self._stacked = {p: g["stacked"] for g in self.param_groups if "stacked" in g for p in g["params"]}
         self._rest = [p for g in self.param_groups if "stacked" not in g for p in g["params"]]
         first = next(iter(self._stacked))
@@ -132,11 +145,13 @@ class Muon(torch.optim.AdamW):
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def _layout(self, present: list) -> tuple[int, dict]:
-        """Where these matrices lie in a flat tensor in which all owners have parts of one size: that size,
-        and each one's beginning. What has no gradient has no place there, so that it is not sent."""
+        """Return (elements per owner, matrix -> first element) of a flat tensor that holds these matrices.
+
+        All owners have parts of one size. present: matrices with a gradient; only these are sent.
+        """
         key = tuple(map(id, present))
         if key not in self._layouts:
-            ends, places = [0] * self.processes, {}  # of what each owner has so far
+            ends, places = [0] * self.processes, {}  # ends: elements that each owner has so far
             for p in present:
                 rank = self.owner[p]
                 places[p] = rank, ends[rank]
@@ -146,23 +161,23 @@ class Muon(torch.optim.AdamW):
         return self._layouts[key]
 
     def owns(self, parameter: nn.Parameter) -> bool:
-        """Whether this process has the parameter's state; that of AdamW's parameters all have."""
+        """Return True if this process has the parameter's state. All have that of AdamW's parameters."""
         return self.owner.get(parameter, self.rank) == self.rank
 
     def state_entries(self, parameter: nn.Parameter) -> tuple[str, ...]:
-        """The names of the tensors that are kept of a parameter."""
+        """Return the names of the tensors in a parameter's state."""
         return ("momentum_buffer",) if parameter in self.owner else ADAMW_ENTRIES
 
     def _views(self, flat: torch.Tensor, layout: tuple[int, dict], parameters: list) -> list[torch.Tensor]:
-        """Their places in a flat tensor, of which a process may have only its own part."""
+        """Return views of parameters in a flat tensor. flat: whole, or this process's part of it."""
         part, places = layout
         begin = 0 if len(flat) == self.processes * part else self.rank * part
         return [flat[places[p] - begin:][:p.numel()].view_as(p) for p in parameters]
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update every parameter that has a gradient; those must be the same parameters on all processes."""
-        assert closure is None, "gradients are computed before"
+        """Update every parameter with a gradient; these must be the same parameters on all processes."""
+        assert closure is None, "Muon takes no closure: compute gradients before step()"
         present = [p for p in self._stacked if p.grad is not None]
         mine, layout = list(filter(self.owns, present)), self._layout(present)
         gradients, others = self._own_gradients(present, mine, layout)
@@ -177,7 +192,7 @@ class Muon(torch.optim.AdamW):
         self._apply(present, self._views(finish_tensor(updates).to(present[0].dtype), layout, present))
 
     def _own_gradients(self, present: list, mine: list, layout) -> tuple[list[torch.Tensor], list]:
-        """The whole gradients of this process's matrices, and what the others' sums are to be waited for."""
+        """Return the whole gradients of this process's matrices, and pending sums of AdamW's gradients."""
         if self.processes == 1 or not self.sum_gradients:
             return [p.grad for p in mine], []
         flat = present[0].new_zeros(self.processes * layout[0])
@@ -190,13 +205,13 @@ class Muon(torch.optim.AdamW):
         return self._views(finish_tensor(part), layout, mine), others
 
     def _orthogonalise(self, parameters: list, gradients: list, out: list[torch.Tensor]) -> None:
-        """Momentum, and of that the nearest orthogonal matrices, into `out`."""
+        """Update the momentum, and write the orthogonal matrices nearest to it into `out`."""
         if not parameters:
             return
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
         moves = torch._foreach_lerp(gradients, buffers, self.momentum) if self.nesterov else buffers
-        by_shape = {}  # wide matrices, (rows, columns) -> pairs of a matrix and where its result goes
+        by_shape = {}  # shape of wide matrices -> pairs (matrix, place of its result)
         for p, move, place in zip(parameters, moves, out):
             for pair in zip(move.chunk(self._stacked[p]), place.chunk(self._stacked[p])):
                 wide = pair if pair[0].shape[0] <= pair[0].shape[1] else tuple(m.mT for m in pair)
@@ -225,12 +240,15 @@ class Muon(torch.optim.AdamW):
                 torch._foreach_add_(alike, [moves[p] for p in alike], alpha=-g["lr"] * 0.2 * size**0.5)
 
 
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Keller Jordan's, steepest at 0: see the page that Muon names
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Keller Jordan's coefficients, steepest at 0; source: class Muon
 
 
 def newton_schulz(matrices: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
-    """Matrices (n, rows, columns) of no more rows than columns -> about U V^T of each one's singular value
-    decomposition U S V^T, in `dtype`: singular values that were not tiny lie between 0.68 and 1.14 then.
+    """Orthogonalise matrices approximately: return about U V^T for each U S V^T, in `dtype`.
+
+    Singular values that were not tiny are then between 0.68 and 1.14.
+
+    matrices: (n, rows, columns), rows <= columns.
     """
     a, b, c = NEWTON_SCHULZ
     X = (matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=1e-7)).to(dtype)
@@ -242,15 +260,19 @@ def newton_schulz(matrices: torch.Tensor, dtype: torch.dtype, steps: int = 5) ->
 
 def build_muon(model: nn.Module, learning_rate: float, muon_learning_rate: float, betas: tuple[float, float],
                weight_decay: float, momentum: float, group=None, sum_gradients: bool = False) -> Muon:
-    """Muon for the matrices of a model's blocks, AdamW for embeddings, head and vectors. Raises UserError.
+    """Build Muon for the matrices of a model's blocks, with AdamW for embeddings, head and vectors.
 
-    muon_learning_rate: the highest, where AdamW's is learning_rate; a schedule scales both, see
-    set_learning_rate. group, sum_gradients: see Muon; the model must be where it is to stay.
+    The model must be on its final device. Raises UserError.
+
+    learning_rate, muon_learning_rate: highest values, of AdamW and of Muon. A schedule scales both alike, see
+        set_learning_rate.
+    group, sum_gradients: see Muon.
     """
     if not 0 <= momentum < 1:
         raise UserError(f"muon_momentum={momentum} must be at least 0 and below 1")
     if learning_rate <= 0:
-        raise UserError(f"learning_rate={learning_rate} must be above 0: Muon's follows it in proportion")
+        raise UserError(f"learning_rate={learning_rate} must be above 0: the schedule scales Muon's learning "
+                        f"rate in proportion to it")
     if muon_learning_rate < 0:
         raise UserError(f"muon_learning_rate={muon_learning_rate} must not be negative")
     check_adamw(learning_rate, betas, weight_decay)
@@ -268,13 +290,13 @@ def build_muon(model: nn.Module, learning_rate: float, muon_learning_rate: float
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """In all groups; those that have a learning rate of their own keep its ratio to this one."""
+    """Set the learning rate of all groups, times the lr_ratio of a group that has one."""
     for g in optimizer.param_groups:
         g["lr"] = learning_rate * g.get("lr_ratio", 1.0)
 
 
 def share_out(parameters: list[nn.Parameter], processes: int) -> dict[nn.Parameter, int]:
-    """Which process owns a parameter: the largest first, each to the one that has the least so far."""
+    """Assign an owner to each parameter: largest first, to the process with the fewest elements so far."""
     owner, load = {}, [0] * processes
     for p in sorted(parameters, key=torch.numel, reverse=True):  # stable: the same on all processes
         owner[p] = load.index(min(load))
@@ -284,8 +306,8 @@ def share_out(parameters: list[nn.Parameter], processes: int) -> dict[nn.Paramet
 
 @torch.no_grad()
 def flatten_together(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """Move parameters of one dtype and device into a flat tensor that they become views of; return that."""
-    sizes = [-(-p.numel() // 128) * 128 for p in parameters]  # fp32 begins at 512 bytes, as CUDA allocates
+    """Move parameters of one dtype and device into a new flat tensor, as views of it; return the tensor."""
+    sizes = [-(-p.numel() // 128) * 128 for p in parameters]  # fp32 aligned to 512 bytes, as CUDA allocates
     flat = parameters[0].new_zeros(sum(sizes))
     for p, place in zip(parameters, flat.split(sizes)):
         assert p.dtype == flat.dtype and p.device == flat.device, "parameters differ in dtype or device"
@@ -295,7 +317,10 @@ def flatten_together(parameters: list[nn.Parameter]) -> torch.Tensor:
 
 def cosine_learning_rate(step: int, peak: float, minimum: float, warmup_steps: int,
                          decay_steps: int) -> float:
-    """Linear to `peak` over warmup_steps, then half a cosine to `minimum` at decay_steps, then that."""
+    """Return the learning rate: linear to `peak` over warmup_steps, then half a cosine, then `minimum`.
+
+    The cosine reaches `minimum` at decay_steps.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     if step > decay_steps:
@@ -306,18 +331,22 @@ def cosine_learning_rate(step: int, peak: float, minimum: float, warmup_steps: i
 
 def trapezoidal_learning_rate(step: int, peak: float, warmup_steps: int, warmdown_steps: int,
                               total_steps: int) -> float:
-    """Linear to `peak` over warmup_steps, then that, then linear to 0 over the last warmdown_steps; the lower
-    of both where they overlap."""
+    """Return the learning rate: linear to `peak` in warmup_steps, constant, linear to 0 in warmdown_steps.
+
+    If warm-up and warm-down overlap, the lower value counts.
+    """
     return peak * min(1.0, (step + 1) / max(1, warmup_steps), (total_steps - step) / max(1, warmdown_steps))
 
 
 @torch.no_grad()
 def clip_gradients(parameters, max_norm: float, split=(), group=None) -> torch.Tensor:
-    """Scale all gradients so that their joint L2 norm is at most max_norm (0: leave them); return the norm
-    before, a scalar on the device; nothing waits for it.
+    """Scale the gradients to a joint L2 norm of at most max_norm, 0 for no limit; return the norm before.
 
-    split, group: parameters of which each process of the group has a part; the others it has whole. The norm
-    is that of the whole gradient, the same on all. What FSDP sharded it has parts of as well.
+    The norm is a scalar on the device, without waiting for it. It is the norm of the whole gradient, the same
+    on all processes, also if FSDP or tensor parallelism divides parameters.
+
+    split: parameters of which each process of `group` has a part. All other parameters are whole.
+    group: tensor-parallel group, None for one process.
     """
     parameters = [p for p in parameters if p.grad is not None]
     gradients = [local_part(p.grad) for p in parameters]
@@ -329,9 +358,9 @@ def clip_gradients(parameters, max_norm: float, split=(), group=None) -> torch.T
         squares = torch.stack(torch._foreach_norm(gradients)).square()
         counted = [1.0 if group is None or id(p) in in_parts else 1 / group.size() for p in parameters]
         total = (squares * torch.tensor(counted).to(squares, non_blocking=True)).sum()
-        for mesh in sharded[:1]:  # all have the same
+        for mesh in sharded[:1]:  # one mesh for all
             total = all_reduce_sum(total.to(mesh.device_type), mesh.get_group())
-        # the same bits on all processes, though replicas of a gradient may differ in rounding
+        # the sum makes the bits equal on all processes, though replicas of a gradient may differ in rounding
         norm = all_reduce_sum(total, group).sqrt()
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -341,11 +370,11 @@ def clip_gradients(parameters, max_norm: float, split=(), group=None) -> torch.T
 
 def _check_muon(settings: dict) -> None:
     if settings["use_zero1"]:
-        raise UserError("optimizer='muon' shares its state out over the data-parallel processes anyway: "
-                        "leave use_zero1 out")
+        raise UserError("optimizer='muon' already shards its state over the data-parallel processes: leave "
+                        "use_zero1 out")
     if settings["use_fsdp"]:
         raise UserError("optimizer='muon' needs whole matrices, and use_fsdp divides them: leave use_fsdp "
-                        "out (Muon's own state is shared out anyway), or use --optimizer=adamw")
+                        "out (Muon shards its state already), or use --optimizer=adamw")
     if settings["tp_processes"] > 1:
         raise UserError(f"optimizer='muon' needs whole matrices, and tp_processes={settings['tp_processes']} "
                         f"divides them: use --tp_processes=1, which simulates the ranks, or "
@@ -362,8 +391,7 @@ OPTIMIZERS = {  # name -> check(settings), build(model, settings, parallelism)
 
 
 def check_optimizer(settings: dict) -> None:
-    """Raise UserError for a setting `optimizer` that does not exist, or does not go with the other
-    settings."""
+    """Raise UserError for an unknown `optimizer`, or for settings that contradict it."""
     kind = settings["optimizer"]
     if kind not in OPTIMIZERS:
         raise UserError(f"optimizer={kind!r} is unknown: use {' or '.join(OPTIMIZERS)}")
@@ -373,8 +401,8 @@ def check_optimizer(settings: dict) -> None:
 def build_optimizer(model: nn.Module, settings: dict, parallel) -> torch.optim.Optimizer:
     """Build the optimizer that the settings name; the model must be on its device. Raises UserError.
 
-    An optimizer whose state is sharded over processes has `group`, `rank`, `owns(parameter)`; one that keeps
-    other state than AdamW has `state_entries(parameter)`, the names of the tensors that it keeps of a
-    parameter.
+    An optimizer whose state is sharded over processes has `group`, `rank` and `owns(parameter)`. An optimizer
+    whose state differs from AdamW's has `state_entries(parameter)`, the names of the tensors in a parameter's
+    state.
     """
     return OPTIMIZERS[settings["optimizer"]][1](model, settings, parallel)

@@ -1,4 +1,4 @@
-"""An optimizer's state by parameter name: gathered for a checkpoint, and loaded from one."""
+"""An optimizer's state by parameter name: gathering it for a checkpoint, and loading it."""
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,8 @@ ADAMW_ENTRIES = ("exp_avg", "exp_avg_sq", "step")
 
 def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the optimizer's state as `{parameter}.{entry}` -> tensor, e.g. `transformer.wte.weight.exp_avg`.
-    If the state is sharded over processes, return what this process has of it.
+
+    If the state is sharded over processes, return this process's shard.
     """
     state, parameters = {}, set(model.parameters())
     assert parameters.issuperset(optimizer.state), "the model must be resharded first"
@@ -24,28 +25,33 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def whole_on_cpu(model: nn.Module, tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """Copy what the dense model has under these names (see `whole`) to the CPU, one tensor at a time;
-    return {} if not keep. All processes of the model take part."""
+    """Copy the dense model's tensors of these names to the CPU, one at a time; return {} if not `keep`.
+
+    All processes of the model must call this function.
+
+    tensors: this process's parts, by name, see Replicated.whole.
+    """
     copies = {}
     for name, tensor in tensors.items():
         whole = model.whole({name: whole_tensor(tensor.detach())})
         if keep:
             copies[name] = whole[name].to("cpu", copy=True).contiguous()
-        del whole  # before the next is made
+        del whole  # free it before the next tensor is gathered
     return copies
 
 
 @torch.no_grad()
 def gather_state(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
-    """Gather `state_by_name` of all owners and of the dense model on the CPU; return {} if not keep, which is
-    for the processes of the first of the data-parallel models. All processes take part; each holds at most
-    one tensor of another process on its device at a time.
+    """Gather `state_by_name` of all owners, with whole tensors, on the CPU; return {} if not `keep`.
+
+    All processes must call this function. Each process holds at most one tensor of another process on its
+    device at a time. keep: True only on processes of DDP rank 0.
     """
     group = getattr(optimizer, "group", None)
     rank = 0 if group is None else optimizer.rank
     mine, state, device = state_by_name(optimizer, model), {}, next(model.parameters()).device
     entries = all_values({name: (t.shape, t.dtype) for name, t in mine.items()}, group)
-    seen = set()  # entries that are not sharded are on all processes
+    seen = set()  # entries without shards are on all processes
     for owner, of_owner in enumerate(entries):
         for name, (shape, dtype) in of_owner.items():
             if name in seen:
@@ -56,15 +62,16 @@ def gather_state(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool)
                 dist.broadcast(tensor, group_src=owner, group=group)
             if rank == 0:
                 state |= whole_on_cpu(model, {name: tensor}, keep)
-            del tensor  # before the next is made
+            del tensor  # free it before the next tensor is allocated
     return state
 
 
 @torch.no_grad()
 def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
                        state: dict[str, torch.Tensor]) -> None:
-    """Load `state_by_name` of all parameters; an optimizer whose state is sharded keeps what it owns. Raises
-    UserError if names or shapes are not those of the model's parameters.
+    """Load the state of all parameters, as `state_by_name` returns it; keep only what this process owns.
+
+    Raises UserError if names or shapes do not fit the model's parameters.
     """
     entries_of = getattr(optimizer, "state_entries", lambda parameter: ADAMW_ENTRIES)
     saved = {key.rpartition(".")[2] for key in state}  # AdamW has no state before its first step
@@ -72,11 +79,11 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
                for name, parameter in model.named_parameters()}
     expected = {f"{name}.{entry}" for name in entries for entry in entries[name]}
     if expected != set(state):
-        odd = sorted(expected ^ set(state))
+        mismatched = sorted(expected ^ set(state))
         hint = ": was it saved with another --optimizer?" if hasattr(optimizer, "state_entries") \
             or saved.difference(ADAMW_ENTRIES) else ""
-        raise UserError(f"the optimizer's state does not fit the model: {len(odd)} entries differ, such as "
-                        f"{odd[0]}{hint}")
+        raise UserError(f"the optimizer's state does not fit the model: {len(mismatched)} entries differ, "
+                        f"such as {mismatched[0]}{hint}")
     for name, parameter in model.named_parameters():
         for entry in entries[name]:
             shape = state[f"{name}.{entry}"].shape
@@ -87,5 +94,5 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
     for name, parameter in model.named_parameters():
         for entry in entries[name] if owns(parameter) else ():
             value = state[f"{name}.{entry}"]
-            # a step counter stays where AdamW put it: fused, beside the parameter
+            # a step counter is on the parameter's device, as fused AdamW needs it
             optimizer.state[parameter][entry] = part_like(value, parameter)

@@ -1,4 +1,4 @@
-"""Random states of a process: torch's on CPU and GPU, numpy's and Python's, saved as tensors."""
+"""Random states of a process, as tensors: PyTorch's on CPU and GPU, numpy's and Python's."""
 
 import random
 
@@ -18,9 +18,9 @@ def seed_random_states(seed: int) -> None:
 
 
 def random_states(device: torch.device, shared: torch.Generator | None = None) -> dict[str, torch.Tensor]:
-    """The random states of this process: torch's on CPU and GPU, numpy's and Python's, as tensors.
+    """Return the random states of this process as tensors by name.
 
-    shared: the generator that the processes of one model have in common, if there is one.
+    shared: generator that the processes of one model share, None without.
     """
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
@@ -40,7 +40,7 @@ def random_states(device: torch.device, shared: torch.Generator | None = None) -
 
 def set_random_states(states: dict[str, torch.Tensor], device: torch.device,
                       shared: torch.Generator | None = None) -> None:
-    """The inverse of `random_states`. Raises UserError if they are no such states."""
+    """Set the random states that `random_states` returned. Raises UserError if they are malformed."""
     try:
         torch.set_rng_state(states["torch"])
         position, has_gauss, cached = states["numpy_rest"].tolist()
@@ -53,23 +53,27 @@ def set_random_states(states: dict[str, torch.Tensor], device: torch.device,
         if shared is not None and "shared" in states:
             shared.set_state(states["shared"])
     except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as e:
-        raise UserError(f"the checkpoint's rng.safetensors holds no random states ({type(e).__name__}: {e})"
-                        ) from None
+        raise UserError(f"the checkpoint's rng.safetensors has no valid random states ({type(e).__name__}: "
+                        f"{e})") from None
 
 
 def resume_random_states(resumed: Checkpoint, processes: Processes, shared: torch.Generator | None,
                          say) -> None:
-    """Give this process the random states that its rank had; on other processes than then, new ones, a pure
-    function of (seed, step, rank)."""
+    """Set this process's random states to those that its rank had in the checkpoint.
+
+    If the number of processes has changed, set new states that are a pure function of (seed, step, rank).
+
+    shared: generator that the processes of one model share. say: function that prints a line.
+    """
     then = resumed.state["world_size"], resumed.state.get("tp_processes", 1)
     tp_processes = processes.world_size // processes.dp_size
     if then == (processes.world_size, tp_processes):
         states = {name.partition(".")[2]: t for name, t in resumed.tensors("rng").items()
                   if name.startswith(f"{processes.rank}.")}
         return set_random_states(states, processes.device, shared)
-    of_a_model = f" (tp_processes={then[1]} and {tp_processes})" if then[1] != tp_processes else ""
-    say(f"saved on {then[0]} processes and resumed on {processes.world_size}{of_a_model}: dropout masks "
-        f"differ from here on, the order of the data does not")
+    tp_note = f" (tp_processes={then[1]} and {tp_processes})" if then[1] != tp_processes else ""
+    say(f"saved on {then[0]} process{'es' * (then[0] > 1)} and resumed on {processes.world_size}{tp_note}: "
+        f"dropout masks differ from here on, the order of the data does not")
     key = resumed.state["seed"] % 2**64, resumed.step
     seed_random_states(_seed_of(*key, processes.rank))
     if shared is not None:
@@ -77,5 +81,5 @@ def resume_random_states(resumed: Checkpoint, processes: Processes, shared: torc
 
 
 def _seed_of(*key: int) -> int:
-    """63 bits that are a pure function of a key."""
+    """Return a seed of 63 bits that is a pure function of a key."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,4 +1,4 @@
-"""Generate from a model of tensor-parallel ranks: one token a step on every rank."""
+"""Text generation with a model of tensor-parallel ranks: one token per step on every rank."""
 
 from functools import partial
 
@@ -15,22 +15,25 @@ from nanosync.ranks import part_of
 
 
 def check_all_reduce(kind: str) -> None:
-    """Raise UserError for a tp_allreduce that GroupSum does not know."""
+    """Raise UserError for an unknown tp_allreduce."""
     if kind not in ALL_REDUCES:
         raise UserError(f"tp_allreduce={kind!r} is unknown: use {' or '.join(ALL_REDUCES)}")
 
 
 class RankDecoder(Decoder):
-    """Decoder for a schedule that leaves sums pending, or for real ranks: see Decoder for what it does.
+    """Decoder for a schedule with pending sums, or for real ranks.
 
-    Every rank caches the keys and values of its own heads on what it saw. The residual stream is in fp32:
-    `base`, the same on all ranks; `seen[r]`, what local rank r sees while something is pending; `pending[r]`,
-    of which the first is the buffer that the all-reduce reads. A process that holds several ranks keeps
-    copies of their weights as they are when the decoder is made.
+    Every TP rank caches the keys and values of its own heads. The residual stream is in fp32. `base` is the
+    same on all TP ranks. `seen[r]` is the stream of local TP rank r while sums are pending. `pending[r]` is
+    the pending sum of local TP rank r, and `pending[0]` the buffer that the all-reduce reads. A process with
+    several TP ranks keeps copies of their weights, made when the decoder is built.
     """
 
     def __init__(self, model, batch_size: int, tp_allreduce: str = "nccl", **options):
-        """tp_allreduce: how one-token steps sum over processes, see GroupSum."""
+        """Allocate cache and buffers. Raises UserError.
+
+        tp_allreduce: kind of sum over processes in a step, see GroupSum. options: of Decoder.
+        """
         self.tp_allreduce = tp_allreduce
         super().__init__(model, batch_size, **options)
 
@@ -52,19 +55,19 @@ class RankDecoder(Decoder):
         rows = -(-config.vocab_size // ranks.processes)
         head = model.lm_head.weight[first:last]
         self.head = head if len(head) == rows else F.pad(head, (0, 0, 0, rows - len(head)))
-        self.logits = make_residual(B, rows * ranks.processes)  # whole only if all are needed
+        self.logits = make_residual(B, rows * ranks.processes)  # gathered only without `candidates`
         self.part = self.logits if ranks.group is None else make_residual(B, rows)
         self.first_row, self.used_rows = first, min(last, self.used_vocab_size) - first
         top_k, self.candidates = self.sampling.top_k, None
         fewest = self.used_vocab_size - (ranks.processes - 1) * rows  # used rows of the last process
         if ranks.group is not None and top_k is not None and top_k <= fewest:
-            # logits and ids of this process's most likely tokens
+            # logits and ids of this process's top_k tokens
             self.candidates = GroupSum(kind, make_residual(2, B, top_k), ranks.group, all_values)
             self.own_ids = make(B, top_k, dtype=torch.int64)
 
     def run(self, idx, max_new_tokens: int):
         group = self.model.ranks.group
-        if group is not None:  # all processes draw the same tokens from the same logits
+        if group is not None:  # equal random states, so that all processes draw the same tokens
             device = None if self.device.type == "cpu" else self.device
             states = from_main((torch.get_rng_state(), device and torch.cuda.get_rng_state(device)), group)
             torch.set_rng_state(states[0])
@@ -93,16 +96,21 @@ class RankDecoder(Decoder):
         self._draw()
 
     def _sublayer(self, compute, name, weights, pending: bool, sync: bool) -> bool:
-        """An attention or MLP on every local rank; whether something is pending after it."""
+        """Run an attention or MLP on every local TP rank; return True if sums are pending after it.
+
+        compute: function (x, weights, local rank) -> input of the row-parallel matrix.
+        name: key of the row-parallel matrix in the weights.
+        pending, sync: True if sums are pending before it; True if the ranks synchronise after it.
+        """
         for r, w in enumerate(weights):
             x = self.seen[r] if pending else self.base
             y = compute(x, w, r)
             matrix, bias = w[name]
-            counts_bias = self.model.ranks.index == 0 and r == 0  # in the sum over all ranks it is there once
+            counts_bias = self.model.ranks.index == 0 and r == 0  # once in the sum over all ranks
             if not sync:
                 decode.linear(y, matrix, bias, self.seen[r], residual=x, also=self.pending[r],
                               also_add=pending, also_bias=counts_bias)
-            else:  # all local ranks into the buffer of the all-reduce
+            else:  # sum over local ranks in the buffer of the all-reduce
                 total = self.pending[0]
                 decode.linear(y, matrix, bias if counts_bias else None, total,
                               residual=total if pending or r > 0 else None)
@@ -118,14 +126,16 @@ class RankDecoder(Decoder):
         return decode.linear(x, *w["c_fc"], self.h, norm=w["ln_2"], gelu=True)
 
     def _synchronise(self, also=None):
-        """base += the sum of what all ranks have pending."""
+        """Add the pending sums of all ranks to `base`. also: pending sums to add to pending[0] first."""
         for pending in self.pending[1:] if also is None else also:
             self.pending[0].add_(pending)
         self.group_sum.add_to(self.base)
 
     def _draw(self):
-        """The same token on every process: from all logits, or, with top_k, from the most likely ones of
-        each process, among which are the most likely of all."""
+        """Draw the same token on every process.
+
+        With top_k each process sends only its own top_k logits, which include the top_k of all processes.
+        """
         ranks = self.model.ranks
         if self.candidates is None:
             if ranks.group is not None:
@@ -142,7 +152,7 @@ class RankDecoder(Decoder):
 
 
 def rank_weights(block, r: int, local: int) -> dict:
-    """The matrices and biases of one of this process's ranks, of a layer: themselves if there is one only."""
+    """Return the matrices, biases and LayerNorms of local TP rank r in a block, copies only if local > 1."""
     part = part_of if local > 1 else lambda name, tensor, r, local: tensor
     parts = {}
     for name, linear in (("c_attn", block.attn.c_attn), ("attn", block.attn.c_proj),

@@ -1,8 +1,10 @@
-"""Tensor-parallel ranks: which of them a process holds, f and g between them, and their parts of a matrix.
+"""Tensor-parallel ranks: the ranks of a process, the operators f and g, and the ranks' parts of a matrix.
 
-Shapes: m ranks that differ; 1 while nothing is pending, as this process's ranks then agree and act as one.
-R = tp_size, P processes of a group, B batch, T tokens, C = n_embd, K = this process's part of C (attention)
-or 4C (MLP).
+In this module "rank" means TP rank.
+
+Shapes: m = number of local ranks whose streams differ; 1 while nothing is pending, because the local ranks
+then agree and act as one. R = tp_size, P = processes of a group, B = batch, T = tokens, C = n_embd, K = this
+process's part of C (attention) or 4C (MLP).
 """
 
 from dataclasses import dataclass, field, replace
@@ -18,19 +20,19 @@ from nanosync.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """The tensor-parallel ranks that this process holds, and with whom it shares the others.
+    """The tensor-parallel ranks of this process, and the process group that holds all ranks.
 
-    local=R, group=None simulates all ranks in one process; local=1 is tensor parallelism as usual; local=2
-    on 4 processes runs 8 ranks on 4 GPUs. Process p holds ranks p * local to (p + 1) * local - 1.
+    local=R, group=None simulates all ranks in one process. local=1 is Megatron-style tensor parallelism.
+    local=2 on 4 processes runs 8 ranks on 4 GPUs. Process p holds ranks p * local to (p + 1) * local - 1.
     """
 
-    local: int = 1
+    local: int = 1  # number of ranks on this process
     group: dist.ProcessGroup | None = None
-    trace: list | None = field(default=None, compare=False)  # g_op appends the shape of what it reduces
-    dry: bool = False  # leave out all-reduces: wrong sums, but the time of everything else
-    processes: int = field(init=False)
+    trace: list | None = field(default=None, compare=False)  # g_op appends the shapes that it reduces
+    dry: bool = False  # leave out all-reduces, to measure the time of everything else; sums are then wrong
+    processes: int = field(init=False)  # size of the group
     index: int = field(init=False)  # of this process in the group
-    group_name: str = field(init=False)  # by which compiled code knows the group
+    group_name: str = field(init=False)  # name of the group in compiled code
 
     def __post_init__(self):
         alone = self.group is None
@@ -39,7 +41,7 @@ class Ranks:
         object.__setattr__(self, "group_name", "" if alone else self.group.group_name)
 
     def __deepcopy__(self, memo):
-        return self  # a copy of a model is on the same ranks
+        return self  # a copy of a model uses the same process group
 
     @property
     def size(self) -> int:
@@ -47,16 +49,16 @@ class Ranks:
 
     @property
     def as_one(self) -> "Ranks":
-        """This process's ranks while they agree: one rank, as wide as all."""
+        """This process's ranks as one rank of their joint width, for use while they agree."""
         return replace(self, local=1)
 
 
 def ranks_on(group, tp_size: int) -> Ranks:
-    """tp_size ranks, divided among the processes of a group. Raises UserError."""
+    """Divide tp_size ranks among the processes of a group. Raises UserError."""
     processes = dist.get_world_size(group)
     if tp_size % processes:
-        raise UserError(f"tp_processes={processes} does not divide tp_size={tp_size}: each process holds as "
-                        f"many ranks as the others")
+        raise UserError(f"tp_processes={processes} does not divide tp_size={tp_size}, and all processes must "
+                        f"hold equally many ranks: choose tp_processes as a divisor of tp_size")
     return Ranks(tp_size // processes, group)
 
 
@@ -86,9 +88,9 @@ class _Reduce(torch.autograd.Function):
 
 
 def f_op(base: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """What is the same on all ranks, for each: (...) -> (local, ...) without a copy.
+    """Apply f: give each local rank the base, (...) -> (local, ...), without a copy.
 
-    Backward sums over this process's ranks and all-reduces over the group.
+    The backward pass sums over the local ranks and all-reduces over the group.
     """
     if ranks.group is not None and not ranks.dry:
         base = _Share.apply(base, ranks.group_name)
@@ -96,8 +98,8 @@ def f_op(base: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def g_op(partial: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The sum over all ranks: (local, ...) -> (...), one all-reduce over the group. The adjoint of f_op."""
-    # dtype: under autocast CUDA's sum would give fp32, and so would the residual stream be from there on
+    """Apply g: sum over all ranks, (local, ...) -> (...), with one all-reduce. It is the adjoint of f_op."""
+    # dtype: under autocast CUDA's sum returns fp32, and the residual stream would be fp32 from here on
     total = partial.squeeze(0) if partial.shape[0] == 1 else partial.sum(dim=0, dtype=partial.dtype)
     if ranks.trace is not None:
         ranks.trace.append(tuple(total.shape))
@@ -105,9 +107,11 @@ def g_op(partial: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def column_parallel(x, linear: nn.Linear, parts: int = 1):
-    """Each rank's rows of a matrix: x (m, B, T, C) -> (m, B, T, N / m), N the rows that this process has.
+    """Multiply by each rank's rows of a matrix: x (m, B, T, C) -> (m, B, T, N / m).
 
-    parts: matrices that are stacked in it and each divided among the ranks, 3 for q, k and v.
+    N is the number of rows on this process.
+
+    parts: number of stacked matrices that are each divided among the ranks, 3 for q, k and v.
     """
     m, B, T, C = x.shape
     if m == 1:
@@ -120,23 +124,24 @@ def column_parallel(x, linear: nn.Linear, parts: int = 1):
 
 
 def row_parallel(y, weight, local: int, together: bool):
-    """Each rank's columns of a matrix (C, K): y (m, B, T, K / m) -> partial sums (local, B, T, C).
+    """Multiply by each rank's columns of a matrix: y (m, B, T, K / m) -> partial sums (local, B, T, C).
 
-    together: they are to be added up at once, so give their sum, (1, B, T, C), which is a single product.
+    weight: (C, K).
+    together: True to return the sum of the partial sums, (1, B, T, C), which is a single product.
     """
     m, B, T, _ = y.shape
     if together or local == 1:
         return F.linear(y.permute(1, 2, 0, 3).reshape(1, B, T, -1), weight)
-    if m == 1:  # one tensor of all ranks' inputs, side by side
+    if m == 1:  # y has the inputs of all local ranks, concatenated
         y = y.view(B * T, local, -1).transpose(0, 1)
     w = weight.view(weight.shape[0], local, -1).permute(1, 2, 0)  # (local, K / local, C)
     return torch.bmm(y.reshape(local, B * T, -1) if m > 1 else y, w).view(local, B, T, -1)
 
 
 def split_dimension(name: str) -> int | None:
-    """The dimension over which ranks divide a parameter (or its optimizer state), None if all have it whole.
+    """Return the dimension over which ranks divide a parameter or its optimizer state, None if it is whole.
 
-    That of c_attn is divided within each of q, k and v.
+    c_attn is divided within each of q, k and v.
     """
     if "c_attn." in name or "c_fc." in name:
         return 0
@@ -144,7 +149,7 @@ def split_dimension(name: str) -> int | None:
 
 
 def part_of(name: str, tensor: torch.Tensor, index: int, processes: int) -> torch.Tensor:
-    """The part of a whole parameter that process `index` holds."""
+    """Return the part of a whole parameter that process `index` of a group holds."""
     dim = split_dimension(name)
     if dim is None or tensor.dim() == 0:
         return tensor
@@ -154,7 +159,7 @@ def part_of(name: str, tensor: torch.Tensor, index: int, processes: int) -> torc
 
 
 def join_parts(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
-    """The inverse of `part_of`."""
+    """Join the parts of all processes to the whole parameter, the inverse of `part_of`."""
     if "c_attn." in name:
         return torch.cat([torch.cat(qkv) for qkv in zip(*(part.chunk(3) for part in parts))])
     return torch.cat(parts, split_dimension(name))

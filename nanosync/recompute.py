@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a block keeps for its backward pass, and what is computed again there."""
+"""Activation checkpointing: the results that a block keeps for its backward pass, or recomputes there."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ from nanosync.errors import UserError
 
 ACTIVATION_CHECKPOINTING = ("none", "block", "selective")
 aten = torch.ops.aten
-KEPT = [  # by 'selective': results that cost much to compute again for the memory that they take
+KEPT = [  # by 'selective': operations whose results are expensive to recompute for their memory
     aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops._c10d_functional.all_reduce.default,
@@ -20,25 +20,25 @@ KEPT = [  # by 'selective': results that cost much to compute again for the memo
 
 
 def use_activation_checkpointing(model: nn.Module, kind: str) -> None:
-    """Choose what a model of any kind keeps of its blocks. Raises UserError for an unknown kind.
+    """Choose the activations that the blocks of a model keep. Raises UserError for an unknown kind.
 
-    kind: 'none' computes nothing again; 'block' keeps only the input of each block (arXiv 1604.06174);
-    'selective' keeps the results of matrix products, attention and all-reduces (arXiv 2205.05198).
+    kind: 'none' recomputes nothing. 'block' keeps only the input of each block (arXiv 1604.06174).
+        'selective' keeps the results of matrix products, attention and all-reduces (arXiv 2205.05198).
     """
     if kind not in ACTIVATION_CHECKPOINTING:
         raise UserError(f"activation_checkpointing={kind!r} is unknown: use "
                         f"{', '.join(ACTIVATION_CHECKPOINTING)}")
     for block in model.transformer.h:
         block.recompute = kind
-    # compiled, 'selective' causes a warning about operations in place, of which blocks have none
+    # compiled, 'selective' warns about in-place operations, which the blocks do not have
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(
         lambda record: "context_fn is passed" not in record.getMessage())
 
 
 def run(compute, args: tuple, kind: str, generator: torch.Generator | None = None):
-    """Return compute(*args), and keep of it what `kind` says.
+    """Return compute(*args), and keep the activations that `kind` selects.
 
-    generator: draws dropout masks inside `compute`; PyTorch rewinds only its own generators by itself.
+    generator: generator of dropout masks inside `compute`, None for PyTorch's own, which PyTorch rewinds.
     """
     if kind == "none" or not torch.is_grad_enabled():
         return compute(*args)
@@ -54,14 +54,14 @@ def selective_contexts():
 
 
 def _contexts(kind: str, generator: torch.Generator):
-    """Make both contexts, in which the generator draws the same twice."""
+    """Make both contexts, with a generator that draws the same numbers in both."""
     first, again = selective_contexts() if kind == "selective" else noop_context_fn()
     rewind = _Rewind(generator)
     return _both(first, rewind.noted()), _both(again, rewind.back())
 
 
 class _Rewind:
-    """Lets a generator draw again what it drew."""
+    """A pair of contexts: the generator draws the same numbers in the second as in the first."""
 
     def __init__(self, generator: torch.Generator):
         self.generator = generator

@@ -172,7 +172,7 @@ class Run:
         return interval > 0 and not done and (self.step % interval == 0 or self.step == self.last_step)
 
     def evaluated(self, losses: dict[str, float], lr: float) -> None:
-        """Log the losses of an evaluation, {"train": ..., "val": ...}. Raises UserError if one is not finite."""
+        """Log losses, {"train": ..., "val": ...}, of an evaluation. Raises UserError if one is not finite."""
         self.log.evaluation(self.step, losses["train"], losses["val"], lr)
         self.val_loss = losses["val"]
         if not math.isfinite(losses["train"] + losses["val"]):

@@ -1,4 +1,4 @@
-"""The folder of a run: its layout, its lock, and archiving what an earlier run left there."""
+"""The folder of a run: its layout, its lock, and the archive of an earlier run's files."""
 
 import contextlib
 import glob
@@ -11,25 +11,24 @@ from nanosync.errors import UserError
 from nanosync.files import check_can_write, unused_path
 from nanosync.folder_lock import lock_folder
 
-# what a new run would overwrite, prune or mix with its own
+# files that a new run would overwrite, prune or mix with its own
 RUN_FILES = ("ckpt", "tensorboard", "latest", "best.json", "log.txt", "status.json")
 
 
 def check_out_dir(out_dir: str) -> None:
-    """Raise UserError unless a run can write into out_dir, which need not exist yet. Leaves nothing there."""
+    """Raise UserError if a run cannot write into out_dir, which need not exist yet. Makes no files."""
     if not out_dir:
-        raise UserError("out_dir='' is no folder: name one with --out_dir=...")
+        raise UserError("out_dir='' is not a folder: name a folder with --out_dir=...")
     check_can_write(out_dir, "out_dir")
     for name in (*RUN_FILES, "LOCK"):
         path = os.path.join(out_dir, name)
         if os.path.islink(path):
-            raise UserError(f"{path} is a link, and a run writes nothing outside its out_dir: remove it, or "
-                            f"name another out_dir")
+            raise UserError(f"{path} is a link, and a run writes only inside its out_dir: remove the link, "
+                            f"or name another out_dir")
         is_folder = name in ("ckpt", "tensorboard")
         if os.path.lexists(path) and os.path.isdir(path) != is_folder:
             kind = "folder" if is_folder else "file"
-            raise UserError(f"{path} is in the way of the run's {kind} of that name: move it, or name "
-                            f"another out_dir")
+            raise UserError(f"{path} must be a {kind} of the run: move it, or name another out_dir")
     check_can_write(os.path.join(out_dir, "ckpt"), "out_dir")
 
 
@@ -47,7 +46,7 @@ def lock(out_dir: str, make: bool) -> int | None:
 
 
 def _restore(out_dir: str) -> None:
-    """Bring back a step that was moved aside for a new copy of it that did not come."""
+    """Move back each old checkpoint whose new copy was not completed; see checkpoint_writer.save."""
     folder = os.path.join(out_dir, "ckpt")
     for name in sorted(os.listdir(folder) if os.path.isdir(folder) else [], reverse=True):  # newest first
         moved = re.fullmatch(r"\.old-(step-\d{8})-\d+", name)
@@ -56,7 +55,10 @@ def _restore(out_dir: str) -> None:
 
 
 def make_room(out_dir: str, resumed: Checkpoint | None, say) -> None:
-    """Move aside what is in the way of a run that begins or goes on in out_dir, and say so."""
+    """Archive files in out_dir that a new or resumed run would overwrite, and print their new place.
+
+    resumed: checkpoint of a resumed run, None for a new run. say: function that prints a line.
+    """
     mine = resumed is not None and belongs_to(resumed, out_dir)
     earlier = archive(out_dir, after=resumed.step if mine else None)
     if earlier is not None:
@@ -67,33 +69,37 @@ def make_room(out_dir: str, resumed: Checkpoint | None, say) -> None:
         write_latest(out_dir, resumed.step)
 
 
-def unlock(out_dir: str, held: int) -> None:
-    """Let go of an out_dir that nothing was written to; one that is empty then goes."""
-    os.close(held)
+def unlock(out_dir: str, out_dir_lock: int) -> None:
+    """Release the lock of an out_dir to which the run wrote nothing; remove the folder if it is empty.
+
+    out_dir_lock: file descriptor that `lock` returned.
+    """
+    os.close(out_dir_lock)
     with contextlib.suppress(OSError):
         os.unlink(os.path.join(out_dir, "LOCK"))
         os.rmdir(out_dir)
 
 
 @contextlib.contextmanager
-def unlocked_on_error(out_dir: str, held: int):
+def unlocked_on_error(out_dir: str, out_dir_lock: int):
     """Unlock out_dir if the body raises a UserError."""
     try:
         yield
     except UserError:
-        unlock(out_dir, held)
+        unlock(out_dir, out_dir_lock)
         raise
 
 
 def belongs_to(checkpoint: Checkpoint, out_dir: str) -> bool:
-    """Whether a checkpoint lies in out_dir."""
+    """Return True if a checkpoint is in out_dir."""
     return os.path.realpath(checkpoint.path).startswith(os.path.join(os.path.realpath(out_dir), "ckpt", ""))
 
 
 def archive(out_dir: str, after: int | None = None) -> str | None:
-    """Move what an earlier run left in out_dir to a folder of its own; its name, None if there was none.
+    """Move files of an earlier run to a new folder in out_dir; return its path, None if no file was moved.
 
-    after: only the checkpoints of later steps, which a run that goes on from that step will make anew.
+    after: step of a resumed run's checkpoint. Only checkpoints of later steps are moved, because the run will
+        save these steps again. None for a new run: all files are moved.
     """
     if after is None:
         logs = glob.glob(os.path.join(glob.escape(out_dir), "run_*.jsonl"))

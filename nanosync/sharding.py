@@ -1,4 +1,4 @@
-"""Models and tensors in parts on several processes: whole, or the part of this process."""
+"""Models and tensors that are divided over processes: gathering whole tensors, and a process's part."""
 
 import torch
 import torch.nn as nn
@@ -7,18 +7,21 @@ from torch.distributed.tensor import DTensor
 
 
 class Replicated(nn.Module):
-    """A model that every process has whole. A model of tensor-parallel ranks overrides what follows."""
+    """A model that every process has whole. A model of tensor-parallel ranks overrides these methods."""
 
     def n_parameters(self) -> int:
+        """Return the number of parameters of the whole model."""
         return sum(p.numel() for p in self.parameters())
 
     def whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors by name, of this process's parameters or their optimizer state -> those of the dense
-        model."""
+        """Gather the dense model's tensors from this process's parts; all processes of the model call it.
+
+        tensors: parameters or their optimizer state, by name.
+        """
         return tensors
 
     def own_part(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inverse of `whole`."""
+        """Return this process's parts of the dense model's tensors, the inverse of `whole`."""
         return tensors
 
     def split_parameters(self) -> list[nn.Parameter]:
@@ -26,15 +29,17 @@ class Replicated(nn.Module):
         return []
 
     def reduce_partial_gradients(self) -> None:
-        """Complete the gradients of which this process computed only a share; before each update."""
+        """Sum gradients of which each process computed only a share; called before each update."""
 
     def align_replicas(self, optimizer) -> None:
-        """Make parameters that every process has whole, and their optimizer state, equal to the last bit."""
+        """Make undivided parameters and their optimizer state equal to the last bit on all processes."""
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Free what FSDP keeps whole from a forward pass to its backward pass, where no backward pass follows:
-    until then the model's parameters are not those that the optimizer knows."""
+    """Reshard what FSDP keeps whole for a backward pass; called when no backward pass follows.
+
+    Until then the model's parameters are not the objects that the optimizer has.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -46,8 +51,10 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a tensor that FSDP sharded, on the device of its group; others are returned as they are. All
-    processes of the group take part."""
+    """Gather a tensor that FSDP sharded, on the device of its group; return any other tensor as it is.
+
+    All processes of the group must call this function.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
     mesh = tensor.device_mesh
@@ -57,14 +64,16 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def part_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Copy the part of a whole tensor that this process has of `like`, to the device of `like`. A scalar,
-    and a tensor that is not sharded, is copied whole."""
+    """Copy this process's part of a whole tensor to the device of `like`.
+
+    like: tensor with the wanted sharding. If it is not sharded, or `whole` is a scalar, the copy is whole.
+    """
     if not isinstance(like, DTensor) or whole.dim() == 0:
         return whole.to(like.device, copy=True)
     mesh, local = like.device_mesh, like.to_local()
     rows = -(-whole.shape[0] // mesh.size())
     first = min(mesh.get_local_rank() * rows, whole.shape[0])
     part = whole[first:first + rows].to(local.device, local.dtype, copy=True)
-    assert part.shape == local.shape, f"FSDP divides {tuple(whole.shape)} in another way than into rows"
+    assert part.shape == local.shape, f"FSDP must divide {tuple(whole.shape)} into rows"
     return DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape,
                               stride=like.stride())

@@ -1,4 +1,4 @@
-"""Signals as requests to end in order."""
+"""Signals as requests to stop."""
 
 import os
 import signal
@@ -7,14 +7,15 @@ import time
 
 
 class StopSignal:
-    """SIGINT, SIGTERM and SIGHUP as a request to end in order, at the next step; a second one ends the
-    process at once. What is ignored, as by nohup, stays so.
+    """Handler that takes SIGINT, SIGTERM and SIGHUP as a request to stop at the next step.
 
-    A thread receives them: the main one may be waiting for processes that no longer answer.
+    A second signal ends the process at once. A signal that is ignored, e.g. under nohup, stays ignored. A
+    thread receives the signals, because the main thread may wait for processes that no longer respond.
     """
 
     installed = None
-    TOGETHER = 2.0  # seconds; who ends a machine sends SIGTERM to us and to torchrun, which passes it on
+    # seconds; a system that shuts down sends SIGTERM to this process and to torchrun, which forwards it
+    TOGETHER = 2.0
 
     def __init__(self):
         self.received, self._since = 0, 0.0
@@ -33,7 +34,7 @@ class StopSignal:
                 self.ask(number[0])
 
     def ask(self, number: int, again: bool = True) -> None:
-        """Note a request; again: whether it counts as a second one if there is a first."""
+        """Record a request. again: True if it ends the process when an earlier request exists."""
         if not self.received:
             self.received, self._since = number, time.monotonic()
         elif again and not (number == signal.SIGTERM and time.monotonic() - self._since < self.TOGETHER):

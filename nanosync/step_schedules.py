@@ -1,6 +1,6 @@
-"""What a training step computes: on how long pieces of a sequence, by which layers.
+"""Schedules of a speedrun's training steps: the length of attended pieces, and the layers that take part.
 
-A schedule is made from a script's settings. Its state, if it has one, is part of a checkpoint.
+A schedule is made from a script's settings. Its state is part of a checkpoint.
 """
 
 from dataclasses import dataclass
@@ -13,44 +13,45 @@ from nanosync.errors import UserError
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step computes."""
+    """The computation of a step."""
 
-    crop: int  # tokens that see each other
-    layers: tuple[int, ...]  # those that take part
+    crop: int  # length of the pieces inside which tokens see each other, tokens
+    layers: tuple[int, ...]  # numbers of the layers that take part
 
 
 class Schedule:
-    """All layers on whole sequences in every step. Others are derived from it."""
+    """The baseline: all layers on whole sequences in every step. Other schedules derive from it."""
 
     def __init__(self, config: Config):
         self.config = config
         self.full = Plan(config["sequence_length"], tuple(range(config["n_layer"])))
 
     def plan(self, step: int) -> Plan:
-        """What step `step` computes. Called once for each step, in order."""
+        """Return the plan of a step. The script calls it once for each step, in order."""
         return self.full
 
     def plans(self) -> list[Plan]:
-        """Every plan whose graph is compiled as a whole."""
+        """Return every plan whose graph is compiled as a whole."""
         return [self.full]
 
     def observe(self, step: int, loss: float) -> None:
-        """The train loss of a step, the same on all processes."""
+        """Take note of the train loss of a step, the same on all processes."""
 
     def state(self) -> dict:
-        """What a checkpoint has to keep, as JSON."""
+        """Return the state for a checkpoint, as JSON values."""
         return {}
 
     def load(self, state: dict) -> None:
-        """The inverse of `state`."""
+        """Load the state that `state` returned."""
 
 
 class Curriculum(Schedule):
-    """Short pieces first: sequences are cut into pieces of `crop` tokens, which grow. The tokens of a step,
-    and their order, are the baseline's; if crop does not divide a sequence, it ends with a shorter piece.
+    """Short pieces first: attention runs inside pieces of `crop` tokens, and `crop` grows.
 
-    A length gives way to the next after its share of the steps, or on a plateau: when the mean loss of the
-    last plateau_steps steps is less than plateau_gain below that of as many steps before.
+    The tokens of a step and their order are the baseline's. If crop does not divide a sequence, the sequence
+    ends with a shorter piece. The next length begins after a share of the steps, or on a plateau. A plateau
+    means that the mean loss of the last plateau_steps steps is less than plateau_gain below the mean loss of
+    the plateau_steps steps before them.
     """
 
     def __init__(self, config: Config):
@@ -65,14 +66,15 @@ class Curriculum(Schedule):
             shares = [0.1 * (i + 1) for i in range(len(self.lengths) - 1)]
         if not all(type(n) is int and n > 0 for n in self.lengths) or self.lengths[-1:] != [T] \
                 or sorted(set(self.lengths)) != self.lengths:
-            raise UserError(f"curriculum_lengths={self.lengths} must grow, and end with sequence_length={T}")
+            raise UserError(f"curriculum_lengths={self.lengths} must be positive and rising, and end with "
+                            f"sequence_length={T}")
         if len(shares) != len(self.lengths) - 1 \
                 or not all(type(share) in (int, float) and 0 <= share <= 1 for share in shares) \
                 or sorted(shares) != shares:
             raise UserError(f"curriculum_shares={shares} must be {len(self.lengths) - 1} numbers from 0 to 1 "
                             f"that do not fall, one for each length but the last")
         self.latest = [round(share * config["num_iterations"]) for share in shares]
-        self.stage, self.since, self.losses = 0, 0, []  # of the stage that began at step `since`
+        self.stage, self.since, self.losses = 0, 0, []  # losses of the stage that began at step `since`
 
     def plan(self, step: int) -> Plan:
         while self.stage < len(self.latest) and (step >= self.latest[self.stage] or self.plateau(step)):
@@ -80,7 +82,10 @@ class Curriculum(Schedule):
         return Plan(self.lengths[self.stage], self.full.layers)
 
     def plateau(self, step: int) -> bool:
-        """By the losses up to step - 2, which are known in time however early a checkpoint asks for more."""
+        """Return True on a plateau of the losses up to step - 2.
+
+        Later losses may be pending or already known, depending on checkpoints, so they must not matter.
+        """
         n, losses = self.config["curriculum_plateau_steps"], self.losses[:max(0, step - 1 - self.since)]
         if n == 0 or len(losses) < 2 * n:
             return False
@@ -101,10 +106,11 @@ class Curriculum(Schedule):
 
 
 class DepthWarm(Schedule):
-    """Layers join one after the other, from the bottom, while the network warms up. One that has joined takes
-    part in a step with a probability that grows to 1 (stochastic depth, arXiv 1603.09382). What does not take
-    part is neither computed nor sent. A layer that has not joined yet adds zero, so that it changes nothing
-    when it does.
+    """A warm-up of the depth: layers join one after the other, from the bottom.
+
+    A layer that has joined takes part in a step with a probability that grows to 1 (stochastic depth, arXiv
+    1603.09382). Other layers are neither computed nor sent. A new layer adds zero to the residual stream at
+    first, so the function does not change when it joins.
     """
 
     def __init__(self, config: Config):
@@ -118,7 +124,7 @@ class DepthWarm(Schedule):
         self.end = round(config["depth_warm_share"] * config["num_iterations"])  # of the warm-up
 
     def survival(self, layer: int, step: int) -> float:
-        """The probability with which a layer takes part in a step."""
+        """Return the probability with which a layer takes part in a step."""
         if layer < self.first or step >= self.end:
             return 1.0
         joins = self.end * (layer - self.first + 1) / (self.config["n_layer"] - self.first + 1)

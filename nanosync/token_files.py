@@ -1,4 +1,4 @@
-"""Token files: the formats that can be read, and the meta.json beside them.
+"""Token files: their formats, and the meta.json beside them.
 
     bin     train.bin, val.bin            flat little-endian uint16, as nanoGPT's
     shards  *_train_*.bin, *_val_*.bin    header of 256 int32 (20240520, 1, token count, zeros), then uint16,
@@ -6,7 +6,7 @@
     npy     *_train_*.npy, *_val_*.npy    one-dimensional uint16 arrays, as build-nanogpt's
 
 meta.json: name, format, tokenizer, vocab_size, chars (of a char tokenizer), dtype, train_tokens, val_tokens,
-sha256 (file name to digest), source. Only numpy is imported here, so preparing data does not load PyTorch.
+sha256 (file name -> digest), source. This module imports no PyTorch, so that preparing data starts fast.
 """
 
 import glob
@@ -24,7 +24,7 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 TOKEN_DTYPE = np.dtype("<u2")
 REQUIRED_META = {"vocab_size": int, "tokenizer": str}
 MAX_VOCAB_SIZE = 1 << 16
-PICKLED_META = (  # nanoGPT's data sets by character have one, those in GPT-2's tokens none
+PICKLED_META = (  # nanoGPT's character-level data sets have a meta.pkl
     "{folder} has its vocabulary in meta.pkl, a pickle, which can run code and is never loaded: run a "
     "prepare.py of data/ with --out={folder}, or write {folder}/meta.json, with all characters in the "
     'order of their ids: {{"tokenizer": "char", "vocab_size": 3, "chars": "abc"}}')
@@ -32,11 +32,11 @@ PICKLED_META = (  # nanoGPT's data sets by character have one, those in GPT-2's 
 
 @dataclass(frozen=True)
 class TokenFormat:
-    """A way to keep tokens in files. A new format is an entry of FORMATS."""
+    """A format of token files. A new format is an entry of FORMATS."""
 
     pattern: str  # of the file names of a split
-    open: Callable  # (path) -> the file's tokens, a read-only memory map; raises UserError if it is malformed
-    ordered: bool  # the first epoch reads the windows in the order of the files
+    open: Callable  # (path) -> read-only memory map of the tokens; raises UserError if the file is malformed
+    ordered: bool  # True: the first epoch reads the windows in the order of the files
 
 
 def split_files(folder: str, split: str) -> tuple[str, list[str]]:
@@ -63,8 +63,8 @@ def open_tokens(path: str, kind: str) -> np.ndarray:
 def _open_flat(path: str) -> np.ndarray:
     size = os.path.getsize(path)
     if size == 0 or size % 2:
-        raise UserError(f"{path} has {size} bytes, which is no number of uint16 tokens: it is truncated; "
-                        f"prepare the data set again")
+        raise UserError(f"{path} has {size} bytes, and uint16 tokens need a positive even number: the file "
+                        f"is truncated; prepare the data set again")
     return np.memmap(path, TOKEN_DTYPE, mode="r")
 
 
@@ -73,12 +73,13 @@ def _open_shard(path: str) -> np.ndarray:
     header = np.fromfile(path, "<i4", count=3)
     if size < offset or header[0] != SHARD_MAGIC:
         first = header[0] if len(header) else "missing"
-        raise UserError(f"{path} is no token shard: its first number is {first}, not {SHARD_MAGIC}")
+        raise UserError(f"{path} is not a token shard: its first number is {first}, not {SHARD_MAGIC}")
     if header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is a token shard of version {header[1]}; known is version {SHARD_VERSION}")
+        raise UserError(f"{path} is a token shard of version {header[1]}; only version {SHARD_VERSION} can "
+                        f"be read")
     if size != offset + 2 * int(header[2]) or header[2] < 1:
-        raise UserError(f"{path} says {header[2]} tokens and has {(size - offset) / 2:g}: it is truncated; "
-                        f"get or prepare it again")
+        raise UserError(f"the header of {path} says {header[2]} tokens, and the file has "
+                        f"{(size - offset) / 2:g}: it is truncated; download or prepare it again")
     return np.memmap(path, TOKEN_DTYPE, mode="r", offset=offset)
 
 
@@ -88,14 +89,14 @@ def _open_npy(path: str) -> np.ndarray:
     except (ValueError, EOFError) as e:
         raise UserError(f"{path} is not a readable .npy file ({first_line(e)})") from None
     if not isinstance(tokens, np.ndarray):
-        raise UserError(f"{path} is an .npz archive; tokens are one array in the .npy format")
+        raise UserError(f"{path} is an .npz archive; tokens must be one array in the .npy format")
     if tokens.dtype != TOKEN_DTYPE or tokens.ndim != 1 or len(tokens) == 0:
-        raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; tokens are uint16 in one "
-                        f"dimension, at least one")
+        raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; tokens must be uint16 in one "
+                        f"dimension, at least one token")
     return tokens
 
 
-FORMATS = {  # name -> format; the first that has files of a split is taken
+FORMATS = {  # name -> format; the first format that has files of a split counts
     "bin": TokenFormat("{split}.bin", _open_flat, ordered=False),
     "shards": TokenFormat("*_{split}_*.bin", _open_shard, ordered=True),
     "npy": TokenFormat("*_{split}_*.npy", _open_npy, ordered=True),
@@ -103,8 +104,9 @@ FORMATS = {  # name -> format; the first that has files of a split is taken
 
 
 def read_meta(folder: str) -> dict | None:
-    """meta.json as a dict, None if there is none. Raises UserError if it cannot be used, or if what it would
-    say is in a pickle.
+    """Read a folder's meta.json, None if the file is missing.
+
+    Raises UserError if meta.json is malformed, or if the folder has only a pickled meta.pkl.
     """
     path = os.path.join(folder, "meta.json")
     try:
@@ -127,7 +129,7 @@ def read_meta(folder: str) -> dict | None:
 
 
 def usable_meta(folder: str) -> dict | None:
-    """meta.json for those who prepare a data set: one that cannot be used is as good as none."""
+    """Read a folder's meta.json, None if it is missing or malformed; for scripts that prepare data."""
     try:
         return read_meta(folder)
     except UserError:
@@ -135,9 +137,8 @@ def usable_meta(folder: str) -> dict | None:
 
 
 def check_counts(folder: str, meta: dict | None, split: str, n_tokens: int) -> None:
-    """Raise UserError if meta.json, where it counts tokens at all, counts others than the files have."""
+    """Raise UserError if meta.json has a token count of the split that differs from the files'."""
     said = (meta or {}).get(f"{split}_tokens")
     if said not in (None, n_tokens):
         raise UserError(f"{folder}/meta.json says {said!r} {split} tokens and the files have {n_tokens}: "
-                        f"they are unfinished or an earlier data set's are among them; prepare the data set "
-                        f"again")
+                        f"files are incomplete or belong to an earlier data set; prepare the data set again")

@@ -1,7 +1,7 @@
-"""Tokenizers: characters, and GPT-2's byte pair encoding through tiktoken. No PyTorch.
+"""Tokenizers: characters, and GPT-2's byte pair encoding through tiktoken. This module imports no PyTorch.
 
-A tokenizer encodes text to a uint16 array, decodes ids to text, decodes a stream id by id, and describes
-itself in the words of meta.json, from which `from_meta` makes it again.
+A tokenizer encodes text to a uint16 array, decodes ids to text, and decodes a stream id by id. Its `meta` is
+its description in meta.json, from which `from_meta` makes the tokenizer again.
 """
 
 import codecs
@@ -15,7 +15,10 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 class CharTokenizer:
-    """One token a character. Others than `chars` become UNKNOWN if that is among them, else an error."""
+    """Tokenizer with one token per character.
+
+    A character that is not in `chars` becomes UNKNOWN if `chars` has UNKNOWN, else it raises UserError.
+    """
 
     eot_token = None
 
@@ -28,8 +31,8 @@ class CharTokenizer:
     def encode(self, text: str) -> np.ndarray:
         ids = self._table[np.frombuffer(text.encode("utf-32-le"), "<u4")]
         if len(ids) and ids.max() == 0xFFFF:
-            raise UserError(f"character {text[int(ids.argmax())]!r} is not among the {self.vocab_size} that "
-                            f"the data set was prepared with")
+            raise UserError(f"character {text[int(ids.argmax())]!r} is not among the {self.vocab_size} "
+                            f"characters with which the data set was prepared")
         return ids
 
     encode_ordinary = encode
@@ -38,7 +41,7 @@ class CharTokenizer:
         return "".join(self.chars[i] for i in ids)
 
     def stream(self):
-        """A function that turns one id after the other into text."""
+        """Return a function that decodes one id after the other."""
         return lambda token: self.chars[token]
 
     def meta(self) -> dict:
@@ -55,25 +58,25 @@ class GPT2Tokenizer:
 
         try:
             self._encoding = tiktoken.get_encoding("gpt2")
-        except Exception as e:  # tiktoken lets its HTTP library's errors through, of many types
+        except Exception as e:  # any type, as tiktoken passes on errors of its HTTP library
             cache = os.environ.get("TIKTOKEN_CACHE_DIR")
             where = f"not in TIKTOKEN_CACHE_DIR={cache}" if cache else "not cached on this machine"
             raise UserError(f"GPT-2's tokenizer files are {where} and could not be downloaded "
                             f"({type(e).__name__}): set TIKTOKEN_CACHE_DIR to a folder that has them; with a "
-                            "network, tiktoken fills the folder named by it at first use") from None
+                            "network, tiktoken fills that folder at first use") from None
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._encoding.encode(text, allowed_special={"<|endoftext|>"}), dtype=np.uint16)
 
     def encode_ordinary(self, text: str) -> np.ndarray:
-        """Special tokens in the text are text."""
+        """Encode text, with special tokens in it as ordinary text."""
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
 
     def decode(self, ids) -> str:
         return self._encoding.decode([int(i) for i in ids], errors="replace")
 
     def stream(self):
-        """A function from one id after the other to text; a character comes with the last of its bytes."""
+        """Return a function that decodes one id after the other; a character comes with its last byte."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda token: decoder.decode(self._encoding.decode_single_token_bytes(token))
 
@@ -82,7 +85,7 @@ class GPT2Tokenizer:
 
 
 def from_meta(meta: dict | None):
-    """The tokenizer of a meta.json; GPT-2's if there is none, as in nanoGPT. Raises UserError."""
+    """Make the tokenizer of a meta.json; None stands for GPT-2's, as in nanoGPT. Raises UserError."""
     kind = "gpt2" if meta is None else meta["tokenizer"]
     if kind == "gpt2":
         return GPT2Tokenizer()

@@ -68,7 +68,7 @@ class TrainingLogger:
             try:
                 replace_file(path, b"".join(map(_line_of, kept)))
             except OSError as e:  # readers find the repeated steps through the start event
-                self.line(f"warning: cannot rewrite {path} ({e.strerror}): appending to it")
+                self.line(f"warning: cannot write a new {path} ({e.strerror}): appending to the old file")
         try:
             os.makedirs(out_dir, exist_ok=True)
             self._text = _File(os.path.join(out_dir, "log.txt"), self._console.line)

@@ -1,5 +1,5 @@
-"""What train.py and train_reduced_sync.py do before their loops, besides what a Run does: checks of settings,
-micro-steps, start-up lines, compiling and wrapping the model.
+"""Set-up of train.py and train_reduced_sync.py before their loops: checks of settings, micro-steps, start-up
+lines, compiling and wrapping the model.
 """
 
 import torch
@@ -21,7 +21,7 @@ from nanosync.sharding import reshard
 
 
 def check_training_settings(config: dict) -> None:
-    """Raise UserError for settings that are wrong whatever the model is."""
+    """Raise UserError for wrong values of the settings that both scripts have."""
     check_choice(config, "activation_checkpointing", ACTIVATION_CHECKPOINTING)
     check_at_least(config, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval",
                    "log_interval", "eval_iters", "keep_checkpoints", "lr_decay_iters")
@@ -55,7 +55,7 @@ def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallel
 
 
 def describe_start(run: Run, model: nn.Module, parallel: Parallelism) -> None:
-    """Print what is trained, on what and how."""
+    """Print device, dtype, model, data, batch and parallelism of the run."""
     config, data, processes = run.config, run.data, run.processes
     dtype, n = str(parallel.dtype).removeprefix("torch."), processes.world_size
     run.line(f"device {run.environment['device']}, {dtype}, {n} process{'es' * (n > 1)}; "
@@ -64,21 +64,24 @@ def describe_start(run: Run, model: nn.Module, parallel: Parallelism) -> None:
     micro_steps = config["gradient_accumulation_steps"] // processes.dp_size
     tokens = config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"]
     run.line(f"tokens per iteration: {config['batch_size']} sequences x {config['block_size']} tokens x "
-             f"{micro_steps} accumulation x {processes.dp_size} ranks = {tokens:,}")
+             f"{micro_steps} accumulation x {processes.dp_size} DDP rank{'s' * (processes.dp_size > 1)} = "
+             f"{tokens:,}")
     for line in parallel.describe(model):
         run.line(line)
     if config["use_triton"]:
         kind = processes.device.type
         run.line("using Triton-accelerated LayerNorm" if usable(torch.empty(0, device=processes.device)) else
-                 f"use_triton: no Triton kernels on {kind} here, LayerNorm is PyTorch's")
+                 f"use_triton: no Triton kernels on {kind} here, using PyTorch's LayerNorm")
     if data.meta is None and config["init_from"] == "scratch":
-        run.line(f"{data.folder} has no meta.json: taking GPT-2's vocabulary of 50257")
+        run.line(f"{data.folder} has no meta.json: using GPT-2's vocabulary of 50257 tokens")
 
 
 def prepare_training(run: Run, model: nn.Module, parallel: Parallelism) -> tuple:
-    """Compile and wrap the model. Return what is called to train it, the autocast context of its products,
-    and the generator of the dropout masks that all processes of a model have in common (None on simulated
-    ranks)."""
+    """Compile and wrap the model; return (module that the training loop calls, autocast context, generator).
+
+    The generator draws the dropout masks that the processes of one model share. It is None without
+    tp_processes.
+    """
     config, processes = run.config, run.processes
     torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
     autocast = torch.autocast(processes.device.type, parallel.dtype, enabled=parallel.dtype != torch.float32)
@@ -87,7 +90,7 @@ def prepare_training(run: Run, model: nn.Module, parallel: Parallelism) -> tuple
     if compiled:
         run.line("compiling the model (about a minute)")
     elif config["compile"]:
-        run.line("not compiling: the dropout masks of real ranks come from a generator that they share")
+        run.line("not compiling: dropout masks on real TP ranks come from a shared generator")
     trained = parallel.prepare(model, compiled)
     if not run.writes:  # eval_only
         return trained, autocast, None
@@ -98,8 +101,10 @@ def prepare_training(run: Run, model: nn.Module, parallel: Parallelism) -> tuple
 
 
 def estimate_losses(run: Run, model: nn.Module, autocast) -> dict[str, float]:
-    """Mean loss of fixed windows of both splits, {"train": ..., "val": ...}, the same for any number of
-    processes."""
+    """Return the mean losses of fixed windows of both splits, {"train": ..., "val": ...}.
+
+    The windows are the same for any number of processes.
+    """
     config, processes, losses = run.config, run.processes, {}
     model.align_replicas(run.optimizer)
     model.eval()

@@ -311,7 +311,7 @@ def test_check_out_dir(tmp_path):
         path = tmp_path / name.replace(".", "_") / name
         path.parent.mkdir()
         path.touch() if other == "a_file" else path.mkdir()
-        with pytest.raises(UserError, match="is in the way of"):
+        with pytest.raises(UserError, match=r"must be a f[a-z]+ of the run: move it"):
             run_dir.check_out_dir(str(path.parent))
     for out_dir in ("", str(tmp_path / "file"), str(tmp_path / "file" / "x"), "/proc/nanosync"):
         with pytest.raises(UserError, match="out_dir="):

@@ -88,10 +88,10 @@ def test_folder_in_the_place_of_a_file(tmp_path, kind):
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(magic=1), "no token shard: its first number is 1"),
+    (dict(magic=1), "is not a token shard: its first number is 1"),
     (dict(version=2), "version 2"),
-    (dict(count=11), "says 11 tokens and has 10"),
-    (dict(count=9), "says 9 tokens and has 10"),
+    (dict(count=11), "says 11 tokens, and the file has 10"),
+    (dict(count=9), "says 9 tokens, and the file has 10"),
     (dict(count=-1), "says -1 tokens"),
 ])
 def test_malformed_shards(tmp_path, options, words):
@@ -105,7 +105,7 @@ def test_shard_shorter_than_its_header(tmp_path, size):
     path = tmp_path / "x_train_000000.bin"
     write_shard(path, range(10))
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(UserError, match="no token shard"):
+    with pytest.raises(UserError, match="is not a token shard"):
         open_tokens(str(path), "shards")
 
 

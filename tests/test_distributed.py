@@ -46,7 +46,7 @@ def assert_equal_run(out_dir, single):
 def test_same_losses_on_more_processes(n, single, tiny_data, tmp_path):
     done = torchrun(n, "train.py", *RUN, f"--dataset={tiny_data}", "--out_dir=out", cwd=tmp_path)
     assert done.code == 0, done.err
-    assert f"2 sequences x 16 tokens x {8 // n} accumulation x {n} ranks = 256" in done.out
+    assert f"2 sequences x 16 tokens x {8 // n} accumulation x {n} DDP ranks = 256" in done.out
     assert done.out.count("step 25:") == 1  # one process prints
     assert_equal_run(tmp_path / "out", single)
     found = checkpoint.find(str(tmp_path / "out"))
@@ -80,7 +80,7 @@ def test_two_nodes(single, tiny_data, tmp_path):
 def test_eight_processes_start_train_and_leave(tiny_data, tmp_path):
     done = torchrun(8, "train.py", *RUN, f"--dataset={tiny_data}", "--max_iters=2", "--out_dir=out",
                     cwd=tmp_path)
-    assert done.code == 0 and "x 8 ranks = 256" in done.out, done.err
+    assert done.code == 0 and "x 8 DDP ranks = 256" in done.out, done.err
 
 
 @pytest.mark.slow

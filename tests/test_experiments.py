@@ -355,7 +355,8 @@ def test_wrong_files_and_arguments(tmp_path, monkeypatch):
         load_config(str(path), ["effect"])
     script = tmp_path / "fake_train.py"
     script.write_text("import time\n" + runner_kills.FAKE.replace("seed = 1\n", "seed = int(time.time())\n"))
-    with pytest.raises(UserError, match="NameError: name 'time' is not defined. Assignments above the call"):
+    with pytest.raises(UserError,
+                       match=r"NameError: name 'time' is not defined\. Assignments above the call"):
         load_config(str(path))
     script.write_text(runner_kills.FAKE)
     monkeypatch.setenv("STAGE_EFFECT", "1")

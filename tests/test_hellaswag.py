@@ -305,7 +305,8 @@ def test_download(tmp_path, monkeypatch):
     response = requests.Response()
     response.status_code = 200
     monkeypatch.setattr(requests, "get", lambda url, timeout: response)
-    for content, words in ((GOOD * 10041, "10041 examples, not 10042"), (b"<html>", "line 1: it is not JSON")):
+    for content, words in ((GOOD * 10041, "10041 examples, not 10042"),
+                           (b"<html>", "line 1: it is not JSON")):
         response._content = content
         with pytest.raises(UserError, match=words):
             hellaswag.load()

@@ -204,9 +204,10 @@ def test_bench_of_schedules(run_script, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args, words", [
-    (["--tp_processes=2", "--model_type=gpt"], "tp_processes=2 needs --model_type=distributed_gpt"),
+    (["--tp_processes=2", "--model_type=gpt"],
+     "tp_processes=2 cannot divide the dense model: use --model_type=distributed_gpt"),
     (["--tp_processes=2", *BLOCKS, "--tp_size=1"], "tp_processes=2 does not divide tp_size=1"),
-    (["--tp_processes=3", *BLOCKS], "tp_processes=3 does not divide the 2 processes"),
+    (["--tp_processes=3", *BLOCKS], "tp_processes=3 does not divide the number of processes, 2"),
     (["--tp_processes=2", *BLOCKS, "--dtype=float16"], "with use_fsdp or tp_processes use --dtype=bfloat16")],
     ids=lambda a: a if isinstance(a, str) else "")
 def test_wrong_ranks(args, words, tiny_data, tmp_path):

@@ -232,7 +232,7 @@ def test_says_how_often_it_synchronises(strategy, syncs, capsys):
     (dict(sync_strategy="grouped", layers_per_group=0), "layers_per_group=0"),
     (dict(sync_strategy="selective", attn_sync_layers=[12]), "attn_sync_layers has 12"),
     (dict(sync_strategy="spd", attn_sync_layers=[1]), "attn_sync_layers=[1] is for sync_strategy='sel"),
-    (dict(sync_points=[1]), "sync_points=[1] is for sync_strategy='custom', and it is 'standard'"),
+    (dict(sync_points=[1]), "sync_points=[1] is for sync_strategy='custom', but sync_strategy is 'standard'"),
     (dict(sync_strategy="custom", sync_points=[-1]), "sync_points has -1"),
     (dict(sync_strategy="custom", sync_points=[1.0]), "sync_points has 1.0")], ids=str)
 def test_wrong_configurations(config, message):
@@ -391,7 +391,7 @@ def check_dropout(rank: int, world: int) -> None:
     others = [torch.empty_like(out) for _ in range(world)]
     torch.distributed.all_gather(others, out.contiguous())
     assert all(torch.equal(out, other) for other in others)
-    with pytest.raises(UserError, match="in parts on several processes"):
+    with pytest.raises(UserError, match="divided over several processes"):
         model.save_pretrained("nowhere")
 
 
@@ -400,7 +400,7 @@ def test_dropout_of_real_ranks(tmp_path):
 
 
 def test_saving_a_variant_as_gpt2_warns(tmp_path):
-    with pytest.warns(UserWarning, match="they are another function"):
+    with pytest.warns(UserWarning, match="computes another function than these weights do here"):
         build(SCHEDULES[1], 2, torch.float32).save_pretrained(str(tmp_path))
 
 

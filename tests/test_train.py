@@ -46,7 +46,7 @@ def test_a_run(train, tmp_path):
         r"iter \d+: loss \d\.\d{4}, lr \d\.\de-\d\d, norm \d+\.\d\d, time \d+\.\d\dms, tok/s \d+, "
         r"mfu n/a, epoch \d", line)]
     assert [int(line.split()[1][:-1]) for line in iterations] == [0, 5, 10, 15, 20, 25]
-    assert "tokens per iteration: 4 sequences x 16 tokens x 1 accumulation x 1 ranks = 64" in lines
+    assert "tokens per iteration: 4 sequences x 16 tokens x 1 accumulation x 1 DDP rank = 64" in lines
     assert lines.count("settings, with where they differ from the script's:") == 1
     out = tmp_path / "out"
     text = (out / "log.txt").read_text()
@@ -212,7 +212,7 @@ def test_nanogpts_folder_without_meta(run_script, tiny_data, tmp_path):
     for name in ("train.bin", "val.bin"):
         (folder / name).write_bytes((tiny_data / name).read_bytes())
     done = run_script("train.py", *TINY, "--dataset=plain", "--max_iters=2", "--n_embd=8")
-    assert done.code == 0 and "taking GPT-2's vocabulary of 50257" in done.out
+    assert done.code == 0 and "using GPT-2's vocabulary of 50257" in done.out
     config = checkpoint.find(str(tmp_path / "out")).state["model"]["config"]
     assert (config["vocab_size"], config["used_vocab_size"]) == (50304, 50257)
 
@@ -244,7 +244,7 @@ def test_sample(train, run_script, tmp_path):
     assert [len(s) for s in samples] == [42, 42, 0]
     assert samples[0].startswith("AD") and samples[0] != samples[1]
     again = run_script("sample.py", *options, "--start=AD", "--compile")  # which nanoGPT's has
-    assert [line for line in again.out.splitlines() if "compile=True changes nothing" not in line] \
+    assert [line for line in again.out.splitlines() if "compile=True has no effect" not in line] \
         == first.out.splitlines() != again.out.splitlines()
     (tmp_path / "prompt.txt").write_text("AD")
     assert run_script("sample.py", *options, f"--start=FILE:{tmp_path / 'prompt.txt'}").out == first.out

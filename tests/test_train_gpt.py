@@ -123,17 +123,20 @@ def test_settings_of_file_environment_and_command_line(train, tmp_path):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--batch_size=6"], "batch_size=6 is the total over 1 processes and must be a multiple of 4"),
+    (["--batch_size=6"], "batch_size=6 is the total over all processes and must be a multiple of 4, "
+                         "device_batch_size=4 times the number of processes, 1"),
     (["--variant=plam"], "variant='plam' is unknown: use baseline, palm"),
     (["--tp_size=2"], "tp_size is for --variant=sync"),
     (["--variant=sync", "--sync_points=[3]"], "sync_points=[3] is for sync_strategy='custom'"),
-    (["--variant=curriculum", "--curriculum_lengths=[8,16]"], "must grow, and end with sequence_length=32"),
+    (["--variant=curriculum", "--curriculum_lengths=[8,16]"],
+     "must be positive and rising, and end with sequence_length=32"),
     (["--variant=curriculum", "--curriculum_shares=[0.5]"], "must be 3 numbers"),
     (["--variant=curriculum", "--curriculum_shares=['a',0.1,0.2]"], "must be 3 numbers"),
-    (["--variant=curriculum", "--curriculum_lengths=[]"], "must grow, and end with sequence_length=32"),
+    (["--variant=curriculum", "--curriculum_lengths=[]"],
+     "must be positive and rising, and end with sequence_length=32"),
     (["--variant=depth_warm", "--depth_warm_layers=5"], "between 1 and n_layer=4"),
-    (["--n_head=3"], "does not give n_head=3 heads of even width"),
-    (["--dtype=float16"], "float16 would need scaled losses"),
+    (["--n_head=3"], "and n_head=3 do not give heads of even width"),
+    (["--dtype=float16"], "dtype='float16' needs scaled losses"),
     (["--muon_momentum=1"], "muon_momentum=1.0 must be at least 0 and below 1"),
     (["--resume=latest"], "no checkpoint in"),
     (["--sequence_length=5000"], "sequence_length=5000 needs 5001 tokens"),
@@ -215,7 +218,7 @@ def test_checkpoints_of_other_scripts(train, run_script, tiny_data, tmp_path):
     done = train(f"--resume={dense}")
     assert done.code == 2 and "kind 'gpt': resume it with train.py" in done.err, done.err
     done = train("--num_iterations=2", "--warmdown_iters=0", "--val_tokens=100000")
-    assert done.code == 0 and "val_tokens=100000, and evaluations are on 672" in done.out, done.out
+    assert done.code == 0 and "val_tokens=100000, but evaluations use 672 tokens" in done.out, done.out
     for script in ("train.py", "sample.py"):
         option = "--resume" if script == "train.py" else "--out_dir"
         done = run_script(script, *(TINY if script == "train.py" else ["--device=cpu"]),
@@ -244,7 +247,7 @@ def test_asked_to_end(tiny_data, tmp_path):
 
 def test_a_loss_that_is_not_finite(train, tmp_path):
     done = train("--learning_rate=1e30", "--num_iterations=50")
-    assert done.code == 2 and "no checkpoint has what came of it" in done.err
+    assert done.code == 2 and "no checkpoint has the weights after it" in done.err
     assert status(tmp_path / "out")["status"] == "non_finite"
     assert checkpoint.steps_in(str(tmp_path / "out")) == []
 
