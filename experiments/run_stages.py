@@ -89,6 +89,7 @@ class Campaign:
         self._read_ledger()
 
     def path(self, name: str) -> str:
+        """Return the path of a file in the folder."""
         return os.path.join(self.folder, name)
 
     def _check_plan(self, plan: dict) -> None:
@@ -109,6 +110,7 @@ class Campaign:
         return num_iterations(config) * float(all_settings(config).get("batch_size", 1))
 
     def _open(self, stage: str, arm: str, log: ExperimentLogger, lock_descriptor: int) -> None:
+        """Take an experiment, and its results, into the campaign."""
         n_runs = next(s["n_runs"] for s in self.plan["stages"] if s["stage"] == stage)
         log.lock = lock_descriptor
         recover(log, n_runs)
@@ -121,6 +123,7 @@ class Campaign:
         self.results.losses[run] = result["final_val_loss"] if result["success"] else None
 
     def log_of(self, stage: str, arm: str) -> ExperimentLogger:
+        """Return the logger of an experiment; make its folder at first use."""
         if (stage, arm) not in self.logs:
             n_runs = next(s["n_runs"] for s in self.plan["stages"] if s["stage"] == stage)
             log = ExperimentLogger.create(self.configs[stage, arm], os.path.join(self.folder, stage, arm),

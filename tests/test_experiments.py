@@ -451,6 +451,27 @@ def test_runs_that_go_wrong(tmp_path):
     assert (folder / "loss_curves.png").stat().st_size > 1e4
 
 
+def test_a_folder_is_locked_until_the_supervisors_have_ended(tmp_path, monkeypatch):
+    """They inherit the lock of a runner, which may be killed; the next runner waits for them."""
+    code = f"""
+import subprocess, sys
+from experiments.runner import lock
+descriptor = lock({str(tmp_path)!r})
+child = subprocess.Popen([sys.executable, "-c", "input()"], pass_fds=[descriptor])
+print(child.pid, flush=True)
+"""
+    read, write = os.pipe()
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=read, stdout=subprocess.PIPE)
+    assert first.stdout.readline() and first.wait(60) == 0
+    monkeypatch.setattr(runner, "PATIENCE", 0.2)
+    with pytest.raises(UserError, match=rf"is in use by process {first.pid} on .*: wait for it or end it"):
+        runner.lock(str(tmp_path))
+    os.close(write)
+    monkeypatch.setattr(runner, "PATIENCE", 60.0)
+    os.close(runner.lock(str(tmp_path)))
+    os.close(read)
+
+
 def test_nothing_that_trains_is_loud(tmp_path):
     """The runner ends with an error, and without starting the rest, where nothing gets to a step."""
     path = runner_kills.write_experiment(tmp_path, behaviours={42: "refuse"})
