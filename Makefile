@@ -38,14 +38,13 @@ test: .venv
 	@$(MAKE) --no-print-directory -j2 test-processes test-rest test-kernels
 
 test-processes:
-	$(BIN)/python -m pytest -q --durations=10 -m slow tests
+	$(BIN)/python -m pytest -q --durations=10 tests/processes
 
 test-rest:
-	$(BIN)/python -m pytest -q --durations=10 -m "not slow" tests
+	$(BIN)/python -m pytest -q --durations=10 --ignore=tests/processes tests
 
 test-kernels:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_kernels.py tests/test_layer_norm.py tests/test_qk_rotary.py \
-		tests/test_relu_squared.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
 
 lint: .venv
 	$(BIN)/ruff check .

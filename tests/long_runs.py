@@ -4,7 +4,7 @@
     python tests/long_runs.py --kills=2 --signals=2 --damages=20 --json=figures.json
 
 Every run is compared with one that nothing happened to: the last checkpoint's tensors by SHA-256, every
-loss to the last bit. tests/test_long_runs.py does a part of it.
+loss to the last bit. tests/processes/test_long_runs.py does a part of it.
 """
 
 import argparse
@@ -20,15 +20,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from conftest import python, torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nanosync import (
-    checkpoint,  # noqa: E402
-    checkpoint_writer,  # noqa: E402
-)
+from helpers import losses, newest, python, torchrun  # noqa: E402
+
+from nanosync import checkpoint, checkpoint_writer  # noqa: E402
 from nanosync.run_log import read_log  # noqa: E402
 
 STEPS, SAVE_EVERY = 60, 5
@@ -88,28 +86,9 @@ class Run:
             time.sleep(0.02)
 
 
-def losses(out_dir: Path) -> dict[int, float]:
-    """Loss of each update, to the last bit; a step that is there twice would be an error."""
-    try:
-        events = [e for e in read_log(str(out_dir)) if e["event"] == "iter"]
-    except ValueError:
-        return {}
-    found = {e["step"]: e["loss"] for e in events}
-    assert len(found) == len(events), "a step is in the log twice"
-    return found
-
-
 def evaluations(out_dir: Path) -> list[tuple]:
     events = read_log(str(out_dir))
     return [(e["step"], e["train_loss"], e["val_loss"]) for e in events if e["event"] == "eval"]
-
-
-def newest(out_dir: Path) -> dict:
-    """Step and digests of weights, moments and random states of the newest checkpoint that verifies."""
-    found = checkpoint.find(str(out_dir), warn=lambda text: None)
-    manifest = json.loads(Path(found.path, "MANIFEST.json").read_text())
-    digests = {name: manifest[f"{name}.safetensors"]["sha256"] for name in ("model", "optim", "rng")}
-    return {"step": found.step} | digests
 
 
 def left_behind(out_dir: Path) -> list[int]:

@@ -4,7 +4,7 @@
 
 Runs are a fake of train_gpt.py on two processes each, one of which ignores SIGTERM; two runs at a time under
 torchrun. After each INT, TERM or KILL of the runner it counts the seconds until no process of theirs is left,
-and resumes. tests/test_experiments.py does a part of it.
+and resumes. tests/scripts/test_experiment_scripts.py does a part of it.
 """
 
 import argparse

@@ -1,0 +1,150 @@
+"""Models under torch.compile: one graph each, and the gradients of the eager model. CPU; a C++ compiler.
+
+    python -m pytest tests/compile/test_compiled_models.py
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    BLOCKS,
+    SCHEDULES,
+    SMALL,
+    TINY,
+    build,
+    gradients,
+    largest_difference,
+    random_model,
+    random_speedrun_model,
+    run_processes,
+    tokens,
+)
+from helpers import random_hellaswag as random_examples
+
+from model import GPT, MLP, GPTConfig
+from nanosync.errors import UserError
+from nanosync.hellaswag_eval import accuracy
+from nanosync.ranks import Ranks
+from nanosync.recompute import use_activation_checkpointing
+
+CPU = torch.device("cpu")
+
+
+def test_compiled_modules_are_not_compiled_again():
+    """Whichever way they were compiled, and the shapes of training stay what they are."""
+    model, examples, shapes = random_model(torch.float32), random_examples(9), []
+    expected = accuracy(model, examples, 2, CPU)
+
+    def backend(graph, inputs):
+        shapes.append([tuple(t.shape) for t in inputs if isinstance(t, torch.Tensor) and t.dim() == 2])
+        return graph.forward
+
+    model.compile(backend=backend)
+    assert accuracy(model, examples, 2, CPU) == expected
+    assert accuracy(torch.compile(model, backend=backend), examples, 2, CPU) == expected
+    assert shapes == []
+    model(torch.zeros(3, 9, dtype=torch.int64))
+    assert len(shapes) == 1 and (3, 9) in shapes[0]
+    torch._dynamo.reset()
+
+
+def test_compiles_as_one_graph():
+    model = random_model(torch.float32)
+    idx, y = tokens(4, 16), tokens(4, 16, seed=3)
+    _, eager = model(idx, y)
+    eager.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    names = list(model.state_dict())
+    model.zero_grad(set_to_none=True)
+    model.compile(fullgraph=True, backend="aot_eager")  # traces as the default does, without a C++ compiler
+    _, compiled = model(idx, y)
+    compiled.backward()
+    assert list(model.state_dict()) == names
+    assert torch.allclose(eager, compiled, rtol=1e-6)
+    for name, p in model.named_parameters():
+        # fp32; the compiled GELU is the sigmoid form of the same function
+        assert torch.allclose(gradients[name], p.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_compiled_gelu_is_the_same_function():
+    x = torch.linspace(-8, 8, 10001, dtype=torch.float64)
+    mlp = MLP(GPTConfig(**SMALL))
+    mlp.c_fc = mlp.c_proj = mlp.dropout = torch.nn.Identity()
+    compiled = torch.compile(mlp, backend="aot_eager")(x)
+    assert (compiled - F.gelu(x, approximate="tanh")).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("kind", ["block", "selective"])
+def test_activation_checkpointing_compiled(kind):
+    """One graph, and the gradients of the eager model that keeps everything."""
+    gradients = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(**SMALL))
+        if compiled:
+            use_activation_checkpointing(model, kind)
+            model.compile(fullgraph=True, backend="aot_eager")
+        model(tokens(2, 9), tokens(2, 9, seed=2))[1].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for expected, grad in zip(*gradients):
+        assert torch.allclose(grad, expected, rtol=1e-4, atol=1e-6)  # fp32, other orders of sums
+    with pytest.raises(UserError, match="activation_checkpointing='all' is unknown"):
+        use_activation_checkpointing(model, "all")
+
+
+@pytest.mark.parametrize("R", [2, 4])
+def test_schedules_compile_as_one_graph(R):
+    idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
+    model = build(dict(block_types=BLOCKS[3]), R, torch.float32)
+    expected = gradients(model, model(idx, targets)[1])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="inductor" if R == 2 else "aot_eager")
+    # fp32: gradients of size 1 through four layers
+    assert largest_difference(gradients(model, compiled(idx, targets)[1]), expected) < 1e-4
+
+
+def check_compiled(rank: int, world: int) -> None:
+    """f, g and the divided loss in one compiled graph a process, in fp32 and under bf16 autocast."""
+    idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
+    for autocast, tolerance in ((False, 1e-5), (True, 3e-2)):  # rounding of fp32, of bf16
+        simulated = build(SCHEDULES[3], 2, torch.float32)
+        real = copy.deepcopy(simulated)
+        real.place(Ranks(1, torch.distributed.group.WORLD))
+        # C++ is made, which takes long, for one of them; the graph of the other runs as it was traced
+        real.compile(fullgraph=True, backend="inductor" if autocast else "aot_eager")
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, real_loss = simulated(idx, targets)[1], real(idx, targets)[1]
+        assert abs(real_loss - loss) < tolerance
+        real_loss.backward()
+        real.reduce_partial_gradients()
+        found = real.whole({name: p.grad for name, p in real.named_parameters()})
+        for name, expected in gradients(simulated, loss).items():
+            size = expected.abs().max().clamp(min=0.05)
+            assert (found[name] - expected).abs().max() < 4 * tolerance * size, name
+
+
+def test_real_ranks_compile(tmp_path):
+    run_processes(2, check_compiled, tmp_path)
+
+
+@pytest.mark.parametrize("variant, crop", [("baseline", 32), ("baseline", 12), ("palm", 32), ("sync", 32)])
+def test_speedrun_variants_compile_without_breaks(variant, crop):
+    """One graph, of which every gradient is eager's; what Inductor makes of it is its own affair."""
+    changes = dict(tp_size=2, sync_points=[3]) if variant == "sync" else {}
+    eager, compiled = random_speedrun_model(variant, **changes), random_speedrun_model(variant, **changes)
+    compiled.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    x, y = tokens(2, 32), tokens(2, 32, seed=2)
+    for model in (eager, compiled):
+        model(x, y, crop, (0, 2))[1].backward()
+    for p, q in zip(eager.parameters(), compiled.parameters()):
+        assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.allclose(p.grad, q.grad))
+
+
+def test_training_compiled(run_script, tiny_data):
+    """train.py under Inductor has the losses that it has without."""
+    args = ["train.py", *TINY, f"--dataset={tiny_data}", "--max_iters=3"]
+    done = run_script(*args, "--compile=True", "--out_dir=compiled")
+    assert done.code == 0, done.err
+    assert done.losses == pytest.approx(run_script(*args).losses, abs=1.01e-4)

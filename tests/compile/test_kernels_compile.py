@@ -1,0 +1,149 @@
+"""Triton kernels, compiled for GPUs that are not there. Needs Triton, and no interpreter.
+
+    python -m pytest tests/compile/test_kernels_compile.py
+"""
+
+import pytest
+import torch
+from helpers import KERNEL_DEVICE as DEVICE
+
+import kernels
+from kernels import cross_entropy, decode, exchange, layer_norm, pending_norm, relu_squared
+from kernels.layer_norm import add_layer_norm
+
+COMPILED = pytest.mark.skipif(kernels.triton is None or kernels.INTERPRETED, reason="no Triton compiler")
+
+
+
+@COMPILED
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_without_a_gpu(capability):
+    """All kernels in bf16 at GPT-2's sizes, for A100 and H100: catches what the interpreter lets pass."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    flags = dict(BIAS=True, GELU=True, RESIDUAL=True, ALSO=True, ALSO_ADD=True, ALSO_BIAS=True)
+    cases = [
+        (cross_entropy._cross_entropy_kernel, "*bf16 *i64 *fp32 i32 i32 i32",
+         dict(WRITE_GRAD=True, LANES=4096, UNROLL=8), dict(num_warps=16)),
+        (cross_entropy._lse_kernel, "*bf16 *i64 *fp32 *fp32 i32 i32", dict(LANES=4096, UNROLL=8),
+         dict(num_warps=16)),
+        (cross_entropy._grad_kernel, "*bf16 *i64 *fp32 i32 i32", dict(LANES=4096, UNROLL=8),
+         dict(num_warps=16)),
+        (decode._vector_kernel, "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
+         flags | dict(NORM=True, BETA=True, BLOCK_N=16, BLOCK_K=1024), {}),
+        (decode._embed_kernel, "*i64 *i64 *bf16 *bf16 *fp32 i32", dict(BLOCK=256), {}),
+        (decode._draw_kernel, "*fp32 *i64 *fp32 *i64 i32 fp32", dict(BLOCK=256), {}),
+        (pending_norm._forward_kernel, "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
+         dict(R=4, PENDING=True, NEW=True, LAST=True, BIAS=True, BLOCK=1024), dict(num_warps=1)),
+        (pending_norm._backward_kernel,
+         "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *bf16 *bf16 *fp32 i32 i32",
+         dict(R=4, LAST=False, BIAS=True, BLOCK=1024), dict(num_warps=1)),
+        (exchange._exchange_kernel, "*fp32 *fp32 *i64 *i32 i32 i32",
+         dict(RANK=1, RANKS=4, BLOCK_R=4, BLOCK=256, GATHER=False), dict(num_warps=8)),
+        (decode._norm_kernel, "*fp32 *bf16 *bf16 *bf16 i32", dict(BETA=True, BLOCK_K=1024), {}),
+        (decode._matrix_kernel, "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
+         flags | dict(K=768, BLOCK_B=32, BLOCK_N=16, BLOCK_K=256), dict(num_warps=2, num_stages=3)),
+        (decode._attention_kernel, "*bf16 *bf16 *i64 *fp32 *i32 *bf16 i32 i32 fp32",
+         dict(SPAN=128, D=64, BLOCK_D=64, BLOCK_S=64), {}),
+    ]
+    for kernel, types, constants, options in cases:
+        names = kernel.arg_names
+        kinds = dict(zip((n for n in names if n not in constants), types.split()))
+        source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
+                           {(i,): constants[n] for i, n in enumerate(names) if n in constants})
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert len(compiled.asm["cubin"]) > 0 and compiled.metadata.shared <= 160 * 1024
+
+
+@COMPILED
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype, C", [("bf16", 127), ("bf16", 768), ("bf16", 4096), ("fp32", 8192),
+                                      ("bf16", 16384)])
+def test_layer_norm_compiles_without_a_gpu(dtype, C, capability):
+    """As `_config` has it, for A100 and H100: fits their memory, and moves 16 bytes at a time where rows are
+    multiples of that."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    config = layer_norm._config(C, 2 if dtype == "bf16" else 4, True)
+    t = f" *{dtype}"
+    cases = [
+        (layer_norm._forward_kernel, 2 * t + " *fp32 *fp32" + 2 * t + " *fp32 i32",
+         dict(C=C, ADD=True, BIAS=True, EPS=1e-5), config["forward"]),
+        (layer_norm._backward_kernel, 3 * t + " *fp32 *fp32" + t + " *fp32 i32",
+         dict(C=C, ADD=True, BIAS=True, PAIRED=True), config["backward"]),
+        (layer_norm._column_sums_kernel, "*fp32 *fp32 *fp32 i32", dict(C=C), config["sums"]),
+    ]
+    for kernel, types, constants, options in cases:
+        options = dict(options)
+        constants = constants | {n: options.pop(n) for n in list(options) if n.isupper()}
+        names = kernel.arg_names
+        kinds = dict(zip((n for n in names if n not in constants), types.split()))
+        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in kinds if n.endswith("_ptr")}
+        source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
+                           {(i,): constants[n] for i, n in enumerate(names) if n in constants}, aligned)
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert len(compiled.asm["cubin"]) > 0 and compiled.metadata.shared <= 99 * 1024
+        ptx = compiled.asm["ptx"]
+        if C % 8 == 0 and kernel is not layer_norm._column_sums_kernel:
+            assert "st.global.v4.b32" in ptx and "st.global.b16" not in ptx and "ld.global.b16" not in ptx
+
+
+@COMPILED
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends to have a GPU")
+def test_graph_without_a_gpu(monkeypatch):
+    """What torch.compile makes of it: the three kernels, in one graph each way, and nothing but their results
+    is taken for written, which would cost a copy."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    written = []
+
+    def record(graph, _):
+        calls = [n for n in graph.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+        written.append([n.kwargs["tensors_to_clone"] for n in calls])
+        return make_boxed_func(graph.forward)
+
+    monkeypatch.setattr(kernels.layer_norm, "usable", lambda x: True)
+    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", Driver())
+    torch.compiler.reset()
+    with FakeTensorMode():
+        x, out = (torch.empty(2, 8, 768, requires_grad=True) for _ in range(2))
+        weight, bias = (torch.empty(768, requires_grad=True) for _ in range(2))
+        backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+        s, y = torch.compile(add_layer_norm, fullgraph=True, backend=backend)(x, out, weight, bias)
+        (s.sum() + y.sum()).backward()
+    assert written == [[["s_ptr", "y_ptr", "stats_ptr"]],
+                       [["grad_x_ptr", "partial_ptr"], ["grad_weight_ptr", "grad_bias_ptr"]]]
+
+
+@COMPILED
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_relu_squared_compiles_without_a_gpu(direction):
+    """For H100 in bf16: what a multiprocessor's shared memory holds, on tensor cores, and a NaN stays one."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    config = relu_squared.CONFIGS[direction]
+    sizes = {name: n for name, n in config.items() if name.startswith("BLOCK")}
+    M, W, K = sizes.values()
+    blocks = dict(a_desc=(M, K), b_desc=(W, K) if direction == "forward" else (K, W), y_desc=(M, W // 2),
+                  out_desc=(M, W // 2))
+    constants = sizes | dict(H=3072, C=768, PROGRAMS=132, BACKWARD=direction == "backward")
+    kinds = dict.fromkeys(constants, "constexpr") | dict(N="i32")
+    kinds |= {name: f"tensordesc<bf16[{rows},{columns}]>" for name, (rows, columns) in blocks.items()}
+    names = relu_squared._kernel.arg_names
+    source = ASTSource(relu_squared._kernel, {name: kinds[name] for name in names},
+                       {(names.index(name),): value for name, value in constants.items()})
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32),
+                       options={name: config[name] for name in ("num_warps", "num_stages")})
+    assert compiled.metadata.shared <= 227 * 1024 and "wgmma.mma_async" in compiled.asm["ptx"]
+    if direction == "forward":
+        assert "max.NaN.f32" in compiled.asm["ptx"] and "max.f32" not in compiled.asm["ptx"]

@@ -1,0 +1,508 @@
+"""What tests share: small models, data sets and checkpoints, and scripts run as a user runs them."""
+
+import json
+import math
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import kernels
+import reduced_sync_model
+import train_gpt
+from model import GPT, GPTConfig
+from nanosync import checkpoint, checkpoint_writer, model_kind, random_states
+from nanosync.errors import UserError
+from nanosync.hellaswag_eval import Example
+from nanosync.optim import build_muon
+from nanosync.run_log import read_log
+from nanosync.tokenizers import GPT2Tokenizer
+from nanosync.training_logger import TrainingLogger
+from tensor_parallel_model import DistributedGPT, DistributedGPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4", "--device=cpu",
+        "--gradient_accumulation_steps=1", "--compile=False", "--eval_iters=2", "--eval_interval=1000",
+        "--warmup_iters=2", "--lr_decay_iters=50"]
+
+NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+
+
+@dataclass
+class Result:
+    """How a script ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the `iter` lines, to four digits."""
+        return [float(line.split("loss ")[1].split(",")[0]) for line in self.out.splitlines()
+                if line.startswith("iter ")]
+
+
+def write_dataset(folder: Path, train: np.ndarray, val: np.ndarray, vocab_size: int, **meta) -> Path:
+    """A flat data set with a meta.json that knows only its vocabulary."""
+    folder.mkdir(parents=True)
+    train.astype("<u2").tofile(folder / "train.bin")
+    val.astype("<u2").tofile(folder / "val.bin")
+    chars = "".join(map(chr, range(ord("A"), ord("A") + vocab_size)))
+    description = {"vocab_size": vocab_size, "tokenizer": "char", "chars": chars, "dtype": "uint16", **meta}
+    (folder / "meta.json").write_text(json.dumps(description))
+    return folder
+
+
+# Imported once, in the server that most processes of tests are forked from
+PRELOAD = ["pytest", "torch", "torch._dynamo", "torch.distributed.run", "torch.distributed.fsdp",
+           "safetensors.torch", "models", "nanosync.training_setup", "nanosync.step_clock"]
+
+
+def forking() -> multiprocessing.context.ForkServerContext:
+    """Makes processes within milliseconds; to import torch and this project takes about five seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def _run_as_main(script: str, args: list[str], cwd: str, env: dict, out: str, err: str) -> int:
+    """In a process that has imported the heavy modules, become `python script args`; the exit code."""
+    _print_to(out, err)
+    os.chdir(cwd)
+    os.environ.update(env)
+    sys.argv, sys.path[:0] = [script, *args], [os.path.dirname(script)]
+    code = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _print_to(out: str, err: str) -> None:
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+
+
+def _script_process(*command) -> None:
+    os._exit(_run_as_main(*command))
+
+
+class _Forked:
+    """A worker, to its launcher, which knows how to handle a subprocess.Popen."""
+
+    def __init__(self, *command):
+        self.process = multiprocessing.get_context("fork").Process(target=self.run, args=command)
+        self.process.start()
+        self.pid = self.process.pid
+        os.setpgid(self.pid, self.pid)  # to which the launcher sends its signals
+
+    def run(self, *command) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # which are the launcher's so far
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os._exit(_run_as_main(*command))
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> None:
+        self.process.join(timeout)
+
+
+def _launcher_process(options: list[str], script: str, args: list[str], cwd: str, env: dict, out: str,
+                      err: str) -> None:
+    """torchrun, which forks itself where it would start a command."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    _print_to(out, err)
+    os.environ.update(env)
+    SubprocessHandler._popen = lambda _, command, environment: _Forked(
+        script, args, cwd, environment, out, err)
+    run.main([*options, "--", script])
+
+
+def python(script: str, *args: str, cwd: Path, timeout: float = 300, **env: str) -> Result:
+    """Run a script of this repository in one process, which is forked from one that has imported torch."""
+    return _finished(_script_process, timeout, str(ROOT / script), list(map(str, args)), str(cwd), env)
+
+
+def _finished(body, timeout: float, *command) -> Result:
+    """Of a process and those that it has forked."""
+    with tempfile.TemporaryDirectory() as printed:
+        out, err = Path(printed, "out"), Path(printed, "err")
+        process = forking().Process(target=body, args=(*command, str(out), str(err)))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.terminate()  # a launcher ends its workers
+            process.join(60)
+            process.kill()
+            raise AssertionError(f"{command[:3]} still ran after {timeout} s: {err.read_text()}")
+        return Result(process.exitcode, out.read_text(), err.read_text())
+
+
+def torchrun(n: int, script: str, *args: str, cwd: Path, launcher: tuple[str, ...] = ("--standalone",),
+             timeout: float = 300, **env: str) -> Result:
+    """Run a script of this repository in n processes under PyTorch's launcher, all of them forked likewise.
+
+    The command itself, which imports for seconds in each of them, is in tests/processes/test_long_runs.py.
+    """
+    return _finished(_launcher_process, timeout, [*launcher, f"--nproc_per_node={n}"], str(ROOT / script),
+                     list(map(str, args)), str(cwd), {**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def save_checkpoint(out_dir: Path, step: int, weights, keep: int = 10, best: bool = False, **state) -> str:
+    """A checkpoint with the weights of a model, dense if `state` does not say otherwise; its folder."""
+    numbers = random_states.random_states(torch.device("cpu"))
+    tensors = {"model": {name: p.detach().clone() for name, p in weights.named_parameters()},
+               "optim": {"a.exp_avg": torch.arange(3.0)},
+               "rng": {f"0.{name}": t for name, t in numbers.items()}}
+    state = {"sample": 0, "epoch": 0, "seed": 1, "world_size": 1, "evaluated": True, "val_loss": None,
+             "best_val_loss": None, "scaler": {}, "data": {}, "meta": None, "config": {},
+             "model": model_kind.model_description("gpt", weights), **state}
+    return checkpoint_writer.save(str(out_dir), step, tensors, state, keep, best=best)
+
+
+def tinyshakespeare() -> Path:
+    """The text, where it is there; else the test is skipped."""
+    path = SHARED / "data" / "tinyshakespeare" / "input.txt"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+def needs_gpt2_tokenizer() -> None:
+    """Skip the test where the files of GPT-2's tokenizer are not there."""
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's tokenizer files are not here")
+    try:
+        GPT2Tokenizer()
+    except UserError as e:
+        pytest.skip(str(e))
+
+
+def _group_process(function, rank: int, world: int, folder: str, args: tuple) -> None:
+    """Body of one process of run_processes: join a gloo group, call the function, note what it raised."""
+    torch.set_num_threads(1)
+    problem = ""
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        function(rank, world, *args)
+        dist.barrier()
+    except BaseException:
+        problem = traceback.format_exc()
+    Path(folder, f"rank{rank}.txt").write_text(problem)
+    os._exit(1 if problem else 0)
+
+
+def run_processes(world: int, function, folder: Path, *args, timeout: float = 300) -> None:
+    """Call function(rank, world, *args) in real processes of a gloo group; fail with what any of them raised.
+
+    They are forked from a server that has imported torch, which saves the seconds that a launch costs.
+    """
+    context = forking()
+    processes = [context.Process(target=_group_process, args=(function, rank, world, str(folder), args))
+                 for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    problems = [path.read_text() for path in sorted(folder.glob("rank*.txt"))]
+    problems = [f"rank {i}:\n{text}" for i, text in enumerate(problems) if text]
+    assert not problems, "\n".join(problems)
+    assert not hanging, f"{len(hanging)} of {world} processes still ran after {timeout} s"
+
+
+def save_random_model(out_dir, step, keep=10, model=None, best=False, **state):
+    model = random_model(torch.float32) if model is None else model
+    return save_checkpoint(out_dir, step, model, keep, best, **state)
+
+
+def damage_flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def write_shard(path, tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    with open(path, "wb") as f:
+        header.tofile(f)
+        np.asarray(tokens, "<u2").tofile(f)
+
+
+def losses_and_norms(out_dir):
+    """Of every iteration, and (train, val) of every evaluation, in full precision."""
+    events = [json.loads(line) for line in sorted(out_dir.glob("run_*.jsonl"))[-1].read_text().splitlines()]
+    return ([e["loss"] for e in events if e["event"] == "iter"],
+            [loss for e in events if e["event"] == "eval" for loss in (e["train_loss"], e["val_loss"])],
+            [e["norm"] for e in events if e["event"] == "iter"])
+
+
+def compare_with_uncached(model, decoder, idx, steps, slide=1):
+    """The largest difference between the decoder's logits and the model's on the same window, at any step."""
+    T, block_size = idx.shape[1], model.config.block_size
+    worst, length = 0.0, min(T, block_size)
+    for all_tokens, n in decoder.run(idx, steps):
+        window = all_tokens[:, n - length:n]
+        expected = model(window)[0][:, -1]
+        worst = max(worst, (decoder.logits - expected).abs().max().item())
+        length = length + 1 if length < block_size else block_size - slide + 1
+    return worst
+
+
+MODEL_KINDS = [None, dict(block_types=["tp", "spd", "parallel", "parallel"]),
+               dict(sync_strategy="grouped", layers_per_group=2)]
+
+HELLASWAG_RECORDS = [
+    {"ind": 24, "ctx": "A man is sitting on a roof. he", "label": 3, "split": "val",
+     "endings": ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
+                 "is holding a rubik's cube.", "starts pulling up roofing on a roof."]},
+    {"ctx": "Zwölf Boxkämpfer\u2028jagen", "label": 0, "endings": ["Viktor.", "", "<|endoftext|>", "\ud800"]},
+    {"ctx": "x " * 40, "label": 1, "endings": ["a b c d e f", "y", "x x", "12 34 56 78"]},
+    {"ctx": "[header] How to knit [title] Buy needles.", "label": 2,
+     "endings": ["Sit.", "Go.", "Knit!", "Eat"]},
+]
+
+
+def random_hellaswag(n: int, vocab_size: int = 61, longest: int = 40) -> list[Example]:
+    """Contexts of 1 to `longest` tokens and endings of 1 to 12."""
+    random = np.random.RandomState(3)
+
+    def draw(high):
+        return random.randint(0, vocab_size, random.randint(1, high + 1)).astype(np.uint16)
+
+    return [Example(draw(longest), tuple(draw(12) for _ in range(4)), random.randint(4)) for _ in range(n)]
+
+
+def write_lines(path, records) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+runs_kernels = pytest.mark.skipif(
+    kernels.triton is None or (KERNEL_DEVICE == "cpu" and not kernels.INTERPRETED),
+    reason="no Triton, or neither a CUDA GPU nor TRITON_INTERPRET=1")
+
+SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
+
+
+def random_model(dtype=torch.float64, **changes) -> GPT:
+    """A model none of whose parameters is zero or one."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**(SMALL | changes))).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def tokens(*shape, vocab_size=61, seed=1):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+MUON_MODEL = dict(n_layer=3, n_head=4, n_embd=32)
+MUON_LAYERS = 3
+
+
+def muon_model(group=None, sum_gradients=False, dtype=torch.float32, **options):
+    model = random_model(dtype, **MUON_MODEL)
+    settings = dict(learning_rate=1e-2, muon_learning_rate=2e-2, betas=(0.9, 0.95), weight_decay=0.1,
+                    momentum=0.95) | options
+    return model, build_muon(model, **settings, group=group, sum_gradients=sum_gradients)
+
+
+def muon_gradients(model, it, rank=0, processes=1) -> None:
+    """This process's share of the gradient of 4 sequences' mean loss."""
+    for i in range(rank, 4, processes):
+        loss = model(tokens(1, 16, seed=4 * it + i), tokens(1, 16, seed=1000 + 4 * it + i))[1]
+        (loss / 4).backward()
+
+
+def muon_step(model, optimizer, it) -> None:
+    muon_gradients(model, it)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def largest_distance(model, other) -> float:
+    pairs = zip(model.parameters(), other.parameters())
+    return max((p - q).abs().max().item() for p, q in pairs)
+
+
+MODEL_VARIANTS = {"gpt": None, "distributed_gpt": dict(block_types=["tp", "spd", "parallel", "parallel"]),
+                  "reduced_sync_gpt": dict(sync_strategy="grouped", layers_per_group=2)}
+
+
+N_LAYER = 4
+ARCHITECTURE = dict(block_size=16, vocab_size=61, n_layer=N_LAYER, n_head=12, n_embd=48, bias=True)
+EXACT = 1e-12  # fp64 sums of at most some thousand terms of size one, in another order
+
+BLOCKS = [["tp"] * N_LAYER, ["spd"] * N_LAYER, ["parallel"] * N_LAYER, ["tp", "spd", "parallel", "parallel"],
+          ["spd", "parallel", "spd", "parallel"], ["parallel", "tp", "parallel", "spd"]]
+STRATEGIES = [dict(sync_strategy="standard"), dict(sync_strategy="spd"),
+              dict(sync_strategy="selective", attn_sync_layers=[0]),
+              dict(sync_strategy="selective", attn_sync_layers=[1, 3]),
+              dict(sync_strategy="grouped", layers_per_group=2),
+              dict(sync_strategy="grouped", layers_per_group=4),
+              dict(sync_strategy="custom", sync_points=[]), dict(sync_strategy="custom", sync_points=[0]),
+              dict(sync_strategy="custom", sync_points=[1, 4]),
+              dict(sync_strategy="custom", sync_points=[2, 3, 6, 7])]
+SCHEDULES = [dict(block_types=b) for b in BLOCKS] + STRATEGIES
+SYNCS = [8, 4, 1, 4, 4, 5, 8, 4, 5, 6, 2, 1, 1, 2, 3, 4]  # of SCHEDULES, counted by hand
+
+
+def build(schedule: dict | None, tp_size: int = 1, dtype=torch.float64, seed=1, **changes):
+    """A model whose parameters, biases and LayerNorms too, are random and the same for every schedule."""
+    torch.manual_seed(seed)
+    architecture = ARCHITECTURE | changes
+    if schedule is None:
+        model = GPT(GPTConfig(**architecture))
+    elif "block_types" in schedule:
+        model = DistributedGPT(DistributedGPTConfig(**architecture, tp_size=tp_size, **schedule))
+    else:
+        model = reduced_sync_model.GPT(reduced_sync_model.GPTConfig(**architecture, tp_size=tp_size,
+                                                                    **schedule))
+    model.to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype))
+    return model
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    assert set(a) == set(b)
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+# Generation: each rank's cache, step by step, against the model without one
+
+
+def compare_decoder(model, decoder, prompt, n: int) -> float:
+    """The largest difference of the decoder's logits from those of the model on all that came before."""
+    worst, V = 0.0, model.config.used_vocab_size
+    for all_tokens, at in decoder.run(prompt, n):
+        window = all_tokens[:, :at][:, -model.config.block_size:]
+        with torch.no_grad():
+            expected = model(window)[0][:, 0]
+        worst = max(worst, (decoder.logits[:, :V] - expected[:, :V]).abs().max().item())
+    return worst
+
+
+def events(out_dir, kind):
+    """Of the newest JSON Lines file."""
+    file = sorted(out_dir.glob("run_*.jsonl"))[-1]
+    return [e for e in map(json.loads, file.read_text().splitlines()) if e["event"] == kind]
+
+
+def random_speedrun_model(variant="baseline", dtype=torch.float64, **changes):
+    """A model of which no parameter is zero."""
+    shape = dict(sequence_length=32, vocab_size=61, n_layer=3, n_head=2, n_embd=16, variant=variant) | changes
+    torch.manual_seed(0)
+    model = train_gpt.VARIANTS[variant][0](train_gpt.GPTConfig(**shape)).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def logged_events(folder):
+    """The events of the only log in a folder."""
+    log, = folder.glob("run_*.jsonl")
+    text = log.read_text()
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
+
+
+def event_steps(events, *kinds):
+    return [(e["event"], e["step"]) for e in events if e["event"] in (kinds or ("iter", "eval", "checkpoint",
+            "hellaswag", "sample", "end"))]
+
+
+def log_a_run(folder, first, last, resumed=None, evaluated=True, closed=True, config=(), **options):
+    """Log a run that evaluates and then saves every 4 steps; return its log if it is not closed."""
+    log = TrainingLogger()
+    log.open_files(str(folder), dict(config), {}, resumed_step=resumed, evaluated=evaluated, **options)
+    for step in range(first, last + 1):
+        if step % 4 == 0 and not (step == resumed and evaluated):
+            log.evaluation(step, 3.0, 4.0 - step / 10, 1e-3)
+            log.hellaswag(step, 0.25, 0.3, 10)
+            log.sample(step, f"text of\nstep {step}")
+            log.checkpoint(step, f"step-{step}", 4.0 - step / 10, 0.5)
+        if step < last:
+            log.iteration(step, 4.0 - step / 10, 1e-3, 0.5, 0.25, 1000, None, 0, memory=2**31)
+    if not closed:
+        return log
+    log.close(status="finished", step=last, best_val_loss=4.0 - last / 10)
+
+
+def wandb_run(folder, first, last, resumed=None, mode="online"):
+    log = TrainingLogger()
+    log.start_wandb("project", "name", {"lr": 1.0}, str(folder), mode, resumed=resumed is not None)
+    log.open_files(str(folder), {}, {}, resumed_step=resumed)
+    for step in range(first, last):
+        log.evaluation(step, 3.0, 4.0, 1e-3)
+        log.iteration(step, math.nan, 1e-3, 0.5, 0.25, 1000, None, 0)
+    log.close(status="finished", step=last, best_val_loss=4.0)
+
+
+def write_log(path, *events: dict, rest: str = ""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"time": 0.0, **event}) + "\n" for event in events) + rest)
+    return path
+
+
+def losses(out_dir: Path) -> dict[int, float]:
+    """Loss of each update, to the last bit; a step that is there twice would be an error."""
+    try:
+        events = [e for e in read_log(str(out_dir)) if e["event"] == "iter"]
+    except ValueError:
+        return {}
+    found = {e["step"]: e["loss"] for e in events}
+    assert len(found) == len(events), "a step is in the log twice"
+    return found
+
+
+def newest(out_dir: Path) -> dict:
+    """Step and digests of weights, moments and random states of the newest checkpoint that verifies."""
+    found = checkpoint.find(str(out_dir), warn=lambda text: None)
+    manifest = json.loads(Path(found.path, "MANIFEST.json").read_text())
+    digests = {name: manifest[f"{name}.safetensors"]["sha256"] for name in ("model", "optim", "rng")}
+    return {"step": found.step} | digests

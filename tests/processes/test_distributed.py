@@ -1,0 +1,99 @@
+"""Data parallel on real processes (gloo): 1, 2, 4, 8, and two nodes on loopback. CPU; a minute.
+
+    python -m pytest tests/processes/test_distributed.py
+"""
+
+import socket
+import threading
+
+import pytest
+import torch
+from helpers import TINY, torchrun
+from helpers import losses_and_norms as losses
+
+from nanosync import checkpoint
+
+# 16 sequences an update, however they are divided; evaluation windows that no number of ranks divides
+RUN = [*TINY, "--batch_size=2", "--gradient_accumulation_steps=8", "--max_iters=50", "--learning_rate=1e-2",
+       "--eval_interval=25", "--eval_iters=13", "--bias=True"]
+
+
+@pytest.fixture(scope="module")
+def single(tiny_data, tmp_path_factory):
+    """The run on one process."""
+    folder = tmp_path_factory.mktemp("single")
+    done = torchrun(1, "train.py", *RUN, f"--dataset={tiny_data}", "--out_dir=out", cwd=folder)
+    assert done.code == 0, done.err
+    return losses(folder / "out")
+
+
+def assert_equal_run(out_dir, single):
+    """1e-6 relative: fp32 sums over 16 sequences in another order, through 50 updates."""
+    for mine, expected in zip(losses(out_dir), single):
+        assert mine == pytest.approx(expected, rel=1e-6) and len(mine) == len(expected) > 5
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_same_losses_on_more_processes(n, single, tiny_data, tmp_path):
+    done = torchrun(n, "train.py", *RUN, f"--dataset={tiny_data}", "--out_dir=out", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert f"2 sequences x 16 tokens x {8 // n} accumulation x {n} DDP ranks = 256" in done.out
+    assert done.out.count("step 25:") == 1  # one process prints
+    assert_equal_run(tmp_path / "out", single)
+    found = checkpoint.find(str(tmp_path / "out"))
+    assert {name.split(".")[0] for name in found.tensors("rng")} == set(map(str, range(n)))
+
+
+def test_two_nodes(single, tiny_data, tmp_path):
+    """Two launchers of one process each, as on two machines, which meet at 127.0.0.1."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    results = [None, None]
+
+    def node(rank):
+        launcher = ("--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}")
+        results[rank] = torchrun(1, "train.py", *RUN, f"--dataset={tiny_data}", "--out_dir=out", cwd=tmp_path,
+                                 launcher=launcher)
+
+    threads = [threading.Thread(target=node, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [r.code for r in results] == [0, 0], results
+    assert "step 25:" in results[0].out and "step 25:" not in results[1].out
+    assert_equal_run(tmp_path / "out", single)
+
+
+def test_eight_processes_start_train_and_leave(tiny_data, tmp_path):
+    done = torchrun(8, "train.py", *RUN, f"--dataset={tiny_data}", "--max_iters=2", "--out_dir=out",
+                    cwd=tmp_path)
+    assert done.code == 0 and "x 8 DDP ranks = 256" in done.out, done.err
+
+
+@pytest.mark.parametrize("arg, words", [
+    ("--gradient_accumulation_steps=3", "must be a multiple of their number, 2"),
+    ("--out_dir=file", "out_dir='file': cannot write in file"),
+    ("--init_from=resume", "no checkpoint in out"),
+])
+def test_a_users_error_is_said_once(tiny_data, tmp_path, arg, words):
+    if arg == "--backend=mpi" and torch.distributed.is_mpi_available():
+        pytest.skip("this PyTorch has MPI")
+    (tmp_path / "file").touch()
+    done = torchrun(2, "train.py", *RUN, f"--dataset={tiny_data}", "--out_dir=out", arg, cwd=tmp_path)
+    assert done.code != 0 and done.err.count(words) == 1, done.err
+    assert "error on rank" not in done.err and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_rank_0_decides_what_is_resumed(tiny_data, tmp_path):
+    """The newest checkpoint is damaged: one warning, and both processes go on from the one before."""
+    args = [*RUN, f"--dataset={tiny_data}", "--out_dir=out", "--eval_interval=2"]
+    assert torchrun(2, "train.py", *args, "--max_iters=4", cwd=tmp_path).code == 0
+    model = tmp_path / "out" / "ckpt" / "step-00000004" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
+    done = torchrun(2, "train.py", *args, "--max_iters=6", "--init_from=resume", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.count("warning: ") == 1 and "iter 2:" in done.out and "iter 1:" not in done.out
+    assert "warning: checkpoint out/ckpt/step-00000004 cannot" in (tmp_path / "out" / "log.txt").read_text()
+    assert checkpoint.verify(str(model.parent)) is None  # saved again, whole

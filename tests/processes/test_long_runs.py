@@ -1,0 +1,179 @@
+"""Runs that are killed, asked to end, hang, diverge or find no room, and go on. Real processes; a part of
+tests/long_runs.py, which has the loops.
+
+    python -m pytest tests/processes/test_long_runs.py
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import long_runs
+import pytest
+import torch
+from helpers import ROOT
+from long_runs import KINDS, SETTINGS, Run
+
+from nanosync import checkpoint
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return long_runs.write_shards(tmp_path_factory.mktemp("shards") / "shards")
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory, data):
+    """Finished runs that nothing happened to, made when they are first asked for."""
+    made, folder = {}, tmp_path_factory.mktemp("references")
+
+    def reference(kind, processes=1):
+        if (kind, processes) not in made:
+            made[kind, processes] = folder / f"{kind}{processes}"
+            assert long_runs.finish(data, made[kind, processes], *KINDS[kind], processes=processes) == 0
+        return made[kind, processes]
+    return reference
+
+
+@pytest.mark.parametrize("kind, n, point", [("gpt", 4, "manifest"), ("spd", 1, "published")])
+def test_killed_while_saving(data, references, tmp_path, kind, n, point):
+    """Across shards and the ends of two epochs, with dropout; 4 ranks, whose sums depend on their order."""
+    case = long_runs.kill_and_resume(data, tmp_path / "out", references(kind, n), *KINDS[kind], point=point,
+                                     processes=n)
+    assert case["ok"], case
+    text = (tmp_path / "out" / "log.txt").read_text()
+    for epoch in (0, 1):
+        assert f"Completed epoch {epoch}\nShuffled 4 training shards for epoch {epoch + 1}\n" in text
+
+
+@pytest.mark.parametrize("kind, n, number", [("gpt", 2, signal.SIGINT), ("tp", 4, signal.SIGTERM)])
+def test_asked_to_end(data, references, tmp_path, kind, n, number):
+    """torchrun with 2 data-parallel ranks, and with 2 models of 2 ranks each: masks of dropout included."""
+    case = long_runs.signal_and_resume(data, tmp_path / "out", references(kind, n), number,
+                                       random.randrange(1, 40), 0.1 * random.random(), *KINDS[kind],
+                                       processes=n)
+    assert case["ok"], case
+    rng = checkpoint.find(str(tmp_path / "out")).tensors("rng")
+    assert not torch.equal(rng["0.torch"], rng["1.torch"])
+    if kind == "tp":
+        assert torch.equal(rng["0.shared"], rng["1.shared"])
+        assert not torch.equal(rng["0.shared"], rng["2.shared"])
+
+
+def test_asked_to_end_while_evaluating(data, references, tmp_path):
+    """One process, at evaluation 20: it is not lost, and not done twice. SIGTERM comes twice, as when a
+    machine stops: that is one request."""
+    run = Run(data, tmp_path / "out", "--eval_iters=4")
+    run.wait_for(20)
+    for _ in range(2):
+        run.process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    assert run.wait(60) == 0
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "interrupted"
+    assert long_runs.go_on(data, tmp_path / "out") == 0
+    assert long_runs.same(tmp_path / "out", references("gpt"))
+
+
+def test_damaged_checkpoints(references, tmp_path):
+    numbers = random.Random(5)
+    for _ in range(30):
+        case = long_runs.damage_and_find(tmp_path / "damaged", references("gpt"), numbers)
+        assert case["ok"], case
+
+
+def test_other_processes(data, tmp_path):
+    case = long_runs.other_world(data, tmp_path / "out", 2, 1)
+    assert case["ok"], case
+    assert "saved on 2 processes and resumed on 1: dropout masks differ" in (tmp_path / "out.txt").read_text()
+
+
+def workers_of(run):
+    return [pid for pid in long_runs.left_behind(run.out_dir) if pid != run.process.pid]
+
+
+@pytest.mark.parametrize("what", ["stopped", "killed"])
+def test_a_peer_that_does_not_answer(data, tmp_path, what):
+    """A hung or a dead process ends the job within the timeout and ten seconds."""
+    run = Run(data, tmp_path / "out", "--timeout=5", "--max_iters=100000", processes=2)
+    run.wait_for(3)
+    started = time.monotonic()
+    victim = max(workers_of(run))
+    os.kill(victim, signal.SIGSTOP if what == "stopped" else signal.SIGKILL)
+    if what == "stopped":  # torchrun's own grace for a process that hears nothing is 30 s: it is not ours
+        others = [pid for pid in workers_of(run) if pid != victim]
+        while any(pid in workers_of(run) for pid in others):
+            assert time.monotonic() - started < 15
+            time.sleep(0.2)
+        os.kill(victim, signal.SIGKILL)
+    assert run.wait(60) != 0 and (what == "stopped" or time.monotonic() - started < 15)
+    assert not long_runs.left_behind(run.out_dir)
+
+
+def test_torchrun_killed(data, tmp_path):
+    """Its workers notice, save and end."""
+    run = Run(data, tmp_path / "out", "--max_iters=100000", processes=2)
+    run.wait_for(3)
+    run.process.kill()
+    run.wait()
+    started = time.monotonic()
+    while long_runs.left_behind(run.out_dir):
+        assert time.monotonic() - started < 15, "workers are left behind"
+        time.sleep(0.1)
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "interrupted"
+    assert long_runs.newest(run.out_dir)["step"] == run.done()
+
+
+def test_a_second_request_ends_at_once(data, tmp_path):
+    """Also while a process waits for another that does not answer."""
+    run = Run(data, tmp_path / "out", "--max_iters=100000", processes=2)
+    run.wait_for(3)
+    first, second = sorted(workers_of(run))
+    os.kill(second, signal.SIGSTOP)
+    time.sleep(1)
+    started = time.monotonic()
+    for _ in range(2):
+        os.kill(first, signal.SIGINT)
+        time.sleep(0.3)
+    while first in workers_of(run):
+        assert time.monotonic() - started < 5, "it waits for the other"
+        time.sleep(0.05)
+    os.kill(second, signal.SIGKILL)
+    run.wait(60)
+
+
+def test_two_runs_in_one_folder(data, run_script, tmp_path):
+    first = Run(data, tmp_path / "out", "--max_iters=100000")
+    first.wait_for(1)
+    refused = run_script("train.py", f"--dataset={data}", f"--out_dir={tmp_path / 'out'}", *SETTINGS)
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert f"is in use by process {first.process.pid} on" in refused.err
+    first.process.kill()
+    first.wait()
+    again = run_script("train.py", f"--dataset={data}", f"--out_dir={tmp_path / 'out'}", *SETTINGS,
+                       "--max_iters=2")
+    assert again.code == 0, again.err
+
+
+def test_no_room(data, tmp_path):
+    """Files may have 100 kB, and weights have more: a periodic save warns, the last one fails, logs go on."""
+    assert long_runs.finish(data, tmp_path / "out", "--max_iters=10") == 0
+    command = [sys.executable, str(ROOT / "train.py"), f"--dataset={data}", f"--out_dir={tmp_path / 'out'}",
+               *SETTINGS, "--resume=latest", "--max_iters=20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert done.returncode == 2, done.stderr
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: cannot save")]
+    assert len(warnings) == 1 and "step-00000015: " in warnings[0] and "File too large" in warnings[0]
+    assert "iter 19:" in done.stdout
+    assert done.stderr.count("\n") == 1 and "step-00000020: " in done.stderr
+    assert " bytes, " in done.stderr and "--resume=latest" in done.stderr
+    assert long_runs.newest(tmp_path / "out")["step"] == 10
+    assert not [name for name in os.listdir(tmp_path / "out" / "ckpt") if name.startswith(".")]
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "failed"
+    assert long_runs.go_on(data, tmp_path / "out", "--max_iters=20") == 0
+    assert long_runs.newest(tmp_path / "out")["step"] == 20

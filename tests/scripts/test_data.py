@@ -1,0 +1,265 @@
+"""Token files and the prepare scripts: formats, malformed files, what is written and when. CPU; seconds.
+
+    python -m pytest tests/scripts/test_data.py
+
+Tests with GPT-2's tokenizer or tiny Shakespeare need their files in ../shared and skip where those are not.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from helpers import NO_NETWORK, ROOT, needs_gpt2_tokenizer, tinyshakespeare
+
+from nanosync import tokenizers
+from nanosync.token_files import open_tokens, read_meta, split_files
+
+
+def prepare(script, *args, env=None):
+    return subprocess.run([sys.executable, str(ROOT / "data" / script), *map(str, args)], capture_output=True,
+                          text=True, timeout=240, env=os.environ | (env or {}))
+
+
+def script_module(script):
+    """A prepare.py as a module, for what in it deserves a test of its own."""
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_error(done, words):
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("script", ["python_source/prepare.py", "shakespeare/prepare.py",
+                                    "shakespeare_char/prepare.py", "openwebtext/prepare.py",
+                                    "cached_fineweb10B.py"])
+def test_out_is_checked_before_any_work(script, tmp_path):
+    (tmp_path / "file").write_text("")
+    env = NO_NETWORK | {"TIKTOKEN_CACHE_DIR": str(tmp_path)}
+    check_error(prepare(script, f"--out={tmp_path / 'file' / 'x'}", env=env), "is not a folder")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "meta.json").write_text(json.dumps(
+        {"vocab_size": 3, "tokenizer": "own", "format": "npy", "name": "mine"}))
+    check_error(prepare(script, f"--out={tmp_path / 'other'}", env=env),
+                "holds another data set, mine in own tokens (format npy): choose another folder with --out")
+    check_error(prepare(script, f"--out={tmp_path}/\udcff", env=env), "not valid UTF-8")
+    assert sorted(os.listdir(tmp_path)) == ["file", "other"]
+
+
+def test_shakespeare_does_not_replace_another_data_set(sources, tmp_path):
+    assert prepare("python_source/prepare.py", f"--roots={sources}", f"--out={tmp_path}").returncode == 0
+    (tmp_path / "text.txt").write_text("some text " * 100)
+    before = (tmp_path / "train.bin").read_bytes()
+    done = prepare("shakespeare_char/prepare.py", f"--input={tmp_path / 'text.txt'}", f"--out={tmp_path}")
+    check_error(done, "holds another data set, python_source in char tokens")
+    assert (tmp_path / "train.bin").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """60 Python files, two of them equal, one not UTF-8, one not Python."""
+    folder = tmp_path_factory.mktemp("sources")
+    for i in range(60):
+        (folder / f"m{i}.py").write_text(f"def f{i}(x):\n\treturn x + {i}  # é\n" * (1 + i % 3))
+    (folder / "copy.py").write_text((folder / "m3.py").read_text())
+    (folder / "latin.py").write_bytes("x = 'é'".encode("latin-1"))
+    (folder / "notes.txt").write_text("no code")
+    return folder
+
+
+def test_python_source_by_character(sources, tmp_path):
+    out = tmp_path / "out"
+    done = prepare("python_source/prepare.py", f"--roots={sources}", f"--out={out}", "--workers=2")
+    assert done.returncode == 0, done.stderr
+    assert "60 files" in done.stdout and "MB to write" in done.stdout
+    meta = read_meta(str(out))
+    assert meta["vocab_size"] == 98 == len(meta["chars"])
+    tokenizer = tokenizers.from_meta(meta)
+    texts = {split: tokenizer.decode(open_tokens(str(out / f"{split}.bin"), "bin"))
+             for split in ("train", "val")}
+    in_split = {split: {i for i in range(60) if f"def f{i}(" in text} for split, text in texts.items()}
+    assert in_split["train"] | in_split["val"] == set(range(60)) and not in_split["train"] & in_split["val"]
+    assert texts["train"].count("def f3(") + texts["val"].count("def f3(") == 1  # its copy was left out
+    assert "no code" not in texts["train"] + texts["val"] and tokenizers.UNKNOWN in texts["train"]
+
+    again = prepare("python_source/prepare.py", f"--roots={sources}", f"--out={out}", "--workers=2")
+    assert again.returncode == 0 and "up to date" in again.stdout
+    other = prepare("python_source/prepare.py", f"--roots={sources}", f"--out={out}", "--format=shards")
+    assert other.returncode == 2 and "--out" in other.stderr and other.stderr.count("\n") == 1
+
+
+def test_python_source_as_gpt2_shards(sources, tmp_path):
+    needs_gpt2_tokenizer()
+    done = prepare("python_source/prepare.py", f"--roots={sources}", f"--out={tmp_path}", "--tokenizer=gpt2",
+                   "--format=shards", "--shard_tokens=500", "--workers=2")
+    assert done.returncode == 0, done.stderr
+    kind, paths = split_files(str(tmp_path), "train")
+    assert kind == "shards" and len(paths) > 1
+    assert [len(open_tokens(p, kind)) for p in paths[:-1]] == [500] * (len(paths) - 1)
+    tokens = np.concatenate([open_tokens(p, kind) for p in paths])
+    assert tokens[0] == 50256 and (tokens == 50256).sum() == 60 - (
+        open_tokens(*split_files(str(tmp_path), "val")[1], kind) == 50256).sum()
+
+
+def test_python_source_roots_of_the_same_name(sources, tmp_path):
+    find_roots = script_module("python_source/prepare.py").find_roots
+    for name in ("one/src", "two/src", "stdlib", "src"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / f"{name.replace('/', '_')}.py").write_text(f"# {name}\n" * 40)
+    one, two, src, stdlib = (str(tmp_path / name) for name in ("one/src", "two/src", "src", "stdlib"))
+    assert find_roots(one) == {"src": one}  # the name decides what is train and what val
+    assert find_roots(f"{one},{one}/") == {"src": f"{one}/"}  # the same, once
+    assert find_roots(f"{one},{two}") == {"one/src": one, "two/src": two}
+    here = tmp_path.name
+    found = find_roots(f"stdlib,{one},{two},{src},{stdlib}")
+    assert os.path.isfile(os.path.join(found.pop("stdlib"), "dataclasses.py"))  # not the folder of that name
+    assert found == {"one/src": one, "two/src": two, f"{here}/src": src, f"{here}/stdlib": stdlib}
+    done = prepare("python_source/prepare.py", f"--roots={sources},{one},{two}", "--workers=1",
+                   f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0 and "62 files" in done.stdout, done.stderr
+
+
+def test_python_source_below_file_names_that_are_not_utf8(sources, tmp_path):
+    folder = tmp_path / "src"
+    folder.mkdir()
+    for path in sources.glob("m*.py"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    with open(os.path.join(os.fsencode(folder), b"\xff.py"), "w") as f:
+        f.write("def odd():\n    return 'xyz'\n")
+    done = prepare("python_source/prepare.py", f"--roots={folder}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0 and "61 files" in done.stdout, done.stderr
+
+
+def test_interrupted(tmp_path):
+    """Ctrl-C goes to all processes of the terminal, the workers as well."""
+    folder, out = tmp_path / "src", tmp_path / "new" / "out"
+    folder.mkdir()
+    for i in range(200):
+        (folder / f"m{i}.py").write_text(f"x{i} = {'1' * 999}\n" * 500)
+    command = [sys.executable, str(ROOT / "data" / "python_source" / "prepare.py"), "--workers=2",
+               f"--roots={folder}", f"--out={out}"]
+    for _ in range(5):  # on a busy machine it may be done before it is interrupted
+        process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   start_new_session=True,  # a process group, which stands for the terminal
+                                   # a shell's job in the background ignores it, and so do its children
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        while not list(out.glob("*.tmp")) and process.poll() is None:
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        if process.returncode != 0:
+            break
+        shutil.rmtree(tmp_path / "new")
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert [line for line in err.splitlines() if line and "batch" not in line] == ["interrupted"]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("args", [["--roots=/no/such/folder"], ["--roots="], ["--format=parquet"],
+                                  ["--workers=0"], ["--shard_tokens=0"], ["--what"]])
+def test_python_source_errors(args, tmp_path):
+    done = prepare("python_source/prepare.py", *args, f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_shakespeare_by_character(tmp_path):
+    done = prepare("shakespeare_char/prepare.py", f"--input={tinyshakespeare()}", f"--out={tmp_path}")
+    assert "train has 1,003,854 tokens, val has 111,540 tokens, vocabulary 65" in done.stdout, done.stderr
+    train = open_tokens(str(tmp_path / "train.bin"), "bin")
+    text = tinyshakespeare().read_text()
+    symbols = sorted(set(text))
+    assert train[:1000].tolist() == [symbols.index(c) for c in text[:1000]]  # nanoGPT's ids
+    assert "up to date" in prepare("shakespeare_char/prepare.py", f"--input={tinyshakespeare()}",
+                                   f"--out={tmp_path}").stdout
+
+
+def test_shakespeare_in_gpt2_tokens(tmp_path):
+    needs_gpt2_tokenizer()
+    done = prepare("shakespeare/prepare.py", f"--input={tinyshakespeare()}", f"--out={tmp_path}")
+    assert "train has 301,966 tokens, val has 36,059 tokens" in done.stdout, done.stderr
+
+
+def test_no_network_and_no_tokenizer_files(tmp_path):
+    """Every name resolves to nothing through a proxy that is not there."""
+    (tmp_path / "text.txt").write_text("some text " * 100)
+    cases = [("shakespeare_char/prepare.py", [], "--input"),
+             ("shakespeare/prepare.py", [f"--input={tmp_path / 'text.txt'}"], "TIKTOKEN_CACHE_DIR"),
+             ("shakespeare_char/prepare.py", ["--input=/no/such/file"],
+              "cannot read /no/such/file: No such file or directory\n")]
+    for script, args, words in cases:
+        env = NO_NETWORK | {"TIKTOKEN_CACHE_DIR": str(tmp_path)}
+        done = prepare(script, *args, f"--out={tmp_path / 'out'}", env=env)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_openwebtext_from_local_parquet(tmp_path):
+    needs_gpt2_tokenizer()
+    import datasets
+
+    texts = [f"Document {i} says {'word ' * (i % 7)}." for i in range(40)]
+    (tmp_path / "parquet").mkdir()
+    documents = datasets.Dataset.from_dict({"text": texts, "url": texts})
+    documents.to_parquet(str(tmp_path / "parquet" / "a.parquet"))
+    args = (f"--parquet={tmp_path / 'parquet'}", f"--out={tmp_path / 'out'}", "--workers=2")
+    env = {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_CACHE": str(tmp_path / "hf")}
+    done = prepare("openwebtext/prepare.py", *args, env=env)
+    assert done.returncode == 0, done.stderr
+    train, val = (open_tokens(str(tmp_path / "out" / f"{split}.bin"), "bin") for split in ("train", "val"))
+    tokenizer = tokenizers.GPT2Tokenizer()
+    documents = [tokenizer.decode(part) for tokens in (train, val)
+                 for part in np.split(tokens, np.flatnonzero(tokens == 50256) + 1) if len(part)]
+    assert sorted(d.removesuffix("<|endoftext|>") for d in documents) == sorted(texts)
+    assert "up to date" in prepare("openwebtext/prepare.py", *args, env=env).stdout
+
+    texts = [text.replace("says", "said") for text in texts]
+    other = datasets.Dataset.from_dict({"text": texts, "url": texts})
+    other.to_parquet(str(tmp_path / "parquet" / "a.parquet"))  # of the same name, number and size
+    again = prepare("openwebtext/prepare.py", *args, env=env)
+    assert again.returncode == 0 and "up to date" not in again.stdout
+    assert "said" in tokenizer.decode(open_tokens(str(tmp_path / "out" / "train.bin"), "bin"))
+
+
+def test_openwebtext_says_the_size_before_the_download(tmp_path):
+    needs_gpt2_tokenizer()
+    env = NO_NETWORK | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = prepare("openwebtext/prepare.py", f"--out={tmp_path / 'out'}", env=env)
+    check_error(done, "without a network" if "8,013,769 documents, 39.77 GB" in done.stdout else "MB free")
+    assert not (tmp_path / "out").exists()
+
+
+def test_openwebtext_from_bad_parquet(tmp_path):
+    needs_gpt2_tokenizer()
+    import datasets
+
+    env = NO_NETWORK | {"HF_HOME": str(tmp_path / "hf")}
+    random = np.random.RandomState(1)
+    texts = ["".join(map(chr, random.randint(97, 123, 3000))) for _ in range(100)]
+    for name, columns in (("damaged", {"text": texts}), ("cut", {"text": texts}), ("one", {"text": ["a"]}),
+                          ("columns", {"words": texts}), ("numbers", {"text": [1, 2]})):
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / name / "a.parquet"))
+    (tmp_path / "none").mkdir()
+    content = (tmp_path / "cut" / "a.parquet").read_bytes()
+    (tmp_path / "cut" / "a.parquet").write_bytes(content[:-100])
+    (tmp_path / "damaged" / "a.parquet").write_bytes(content[:4] + bytes(5000) + content[5004:])
+    for name, words in (("none", "no *.parquet files"), ("cut", "a.parquet is no whole parquet file"),
+                        ("columns", "has columns ['words'], and no 'text' of strings"),
+                        ("numbers", "no 'text' of strings"), ("one", "1 document is too little"),
+                        ("damaged", "could not load the parquet files")):
+        done = prepare("openwebtext/prepare.py", f"--parquet={tmp_path / name}", f"--out={tmp_path / 'out'}",
+                       "--workers=2", env=env)
+        error = done.stderr.splitlines()[-1]  # below a bar of `datasets`
+        assert done.returncode == 2 and error.startswith("error: ") and words in error, done.stderr
+        assert "network" not in error and "Traceback" not in done.stderr and not (tmp_path / "out").exists()

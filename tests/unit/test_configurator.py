@@ -1,0 +1,192 @@
+"""Settings: defaults, config files, --key=value, their errors and --help. No torch; seconds.
+
+    python -m pytest tests/unit/test_configurator.py
+"""
+
+import textwrap
+
+import pytest
+
+from configurator import check_seed, configure, evaluate
+from nanosync.errors import UserError
+from nanosync.files import check_can_write
+
+SCRIPT = '''
+"""A script."""
+# ----------------
+# I/O
+out_dir = "out"  # where results go
+steps = 5 * 8  # how many
+lr = 6e-4
+compile = True  # faster
+# model
+block_types: list | None = None  # one a layer
+top_p: float | None = None
+dtype = "a" if steps else "b"
+# ----------------
+config = configure(globals())
+after = 1
+'''
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """settings(*argv, file="...") -> the Config of SCRIPT, a config file with that content before argv."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def run(*argv, file=None):
+        namespace = {"__file__": str(tmp_path / "script.py"), "__doc__": "A script."}
+        exec(SCRIPT.split("config =")[0], namespace)
+        if file is not None:
+            path = tmp_path / "a_config.py"
+            path.write_text(textwrap.dedent(file))
+            argv = (str(path), *argv)
+        config = configure(namespace, list(argv))
+        assert all(namespace[key] == value for key, value in config.items())
+        return config
+
+    return run
+
+
+def test_defaults(settings):
+    config = settings()
+    assert list(config) == ["out_dir", "steps", "lr", "compile", "block_types", "top_p", "dtype"]
+    assert config["steps"] == 40 and set(config.origin.values()) == {""}
+
+
+def test_settings_of_other_scripts(tmp_path):
+    """A script may take those of others, which are not run."""
+    (tmp_path / "own.py").write_text("steps = 1\nprice = 2.0  # of a step\nconfig = configure(globals())\n")
+    (tmp_path / "other.py").write_text(SCRIPT + "\nraise SystemExit\n")
+    (tmp_path / "file.py").write_text("lr = 1e-3\nprice = 3\n")
+    namespace = {"__file__": str(tmp_path / "own.py"), "steps": 1, "price": 2.0}
+
+    def run(*argv):
+        return configure(namespace, [str(tmp_path / "file.py"), *argv], others=(str(tmp_path / "other.py"),))
+
+    config = run("--compile=False")
+    assert (config["price"], config["steps"], config["lr"], config["compile"]) == (3.0, 40, 1e-3, False)
+    assert config.origin["lr"].endswith("file.py") and config.origin["compile"] == "command line"
+    assert namespace["price"] == 3.0 and namespace["steps"] == 40 and "lr" not in namespace
+    with pytest.raises(UserError, match="unknown key 'comple' in the command line: did you mean 'compile'"):
+        run("--comple")
+
+
+@pytest.mark.parametrize("argument, key, value", [
+    ("--steps=3", "steps", 3),
+    ("--steps=5*8+1", "steps", 41),
+    ("--lr=1", "lr", 1.0),
+    ("--lr=-2.5e-3", "lr", -2.5e-3),
+    ("--out_dir=a=b", "out_dir", "a=b"),
+    ("--out_dir=2026", "out_dir", "2026"),
+    ("--out_dir=", "out_dir", ""),
+    ("--out-dir='x y'", "out_dir", "x y"),
+    ("--compile", "compile", True),
+    ("--compile=False", "compile", False),
+    ("--block_types=['spd']*2+['tp']", "block_types", ["spd", "spd", "tp"]),
+    ("--block_types=None", "block_types", None),
+    ("--top_p=1", "top_p", 1.0),
+    ("--top_p=None", "top_p", None),
+])
+def test_command_line(settings, argument, key, value):
+    config = settings(argument)
+    assert config[key] == value and type(config[key]) is type(value)
+    assert config.origin[key] == "command line"
+
+
+def test_file_then_command_line(settings):
+    config = settings("--steps=7", file="""
+        import time
+        from math import sqrt
+        _helper = 2
+        def double(x): return 2 * x
+        steps = double(_helper)
+        out_dir = "run-" + str(int(time.time()))
+        lr = lr / 2  # on top of the default
+        block_types = ("tp", "spd")
+    """)
+    assert config["steps"] == 7 and config.origin["steps"] == "command line"
+    assert config["lr"] == 3e-4 and config.origin["lr"].endswith("a_config.py")
+    assert config["out_dir"].startswith("run-") and config["block_types"] == ["tp", "spd"]
+    assert "a_config.py" in config.table() and "command line" in config.table()
+
+
+@pytest.mark.parametrize("argv, file, words", [
+    (["--step=3"], None, "unknown key 'step' in the command line: did you mean 'steps'?"),
+    (["--after=3"], None, "unknown key 'after'"),
+    (["--steps=3.5"], None, "steps=3.5 (the command line) is of type float; it must be int"),
+    (["--steps=True"], None, "it must be int"),
+    (["--lr=1e999"], None, "lr=inf (the command line) must be a finite number"),
+    (["--lr=1" + 400 * "0"], None, "lr=inf (the command line) must be a finite number"),
+    (["--out_dir=\udcff"], None, "out_dir='\\udcff' (the command line) is not UTF-8"),
+    ([], "lr = float('nan')", "lr=nan ("),
+    (["--lr=fast"], None, "lr='fast' (the command line) is of type str; it must be float"),
+    (["--compile=1"], None, "it must be True/False"),
+    (["--top_p=x"], None, "it must be float or None"),
+    (["--steps"], None, "--steps needs a value"),
+    (["-steps=3"], None, "cannot read argument '-steps=3'"),
+    (["no_such.py"], None, "cannot read config file no_such.py"),
+    (["steps=3"], None, "settings are given as --key=value"),
+    ([], "stepz = 3", "unknown key 'stepz' in"),
+    ([], "steps = 'many'", "is of type str; it must be int"),
+    ([], "steps = 1 +", "line 1: SyntaxError"),
+    ([], "steps = 1\nlr = nothing", "line 2: NameError"),
+])
+def test_errors(settings, argv, file, words):
+    with pytest.raises(UserError) as error:
+        settings(*argv, file=file)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_config_file_of_a_similar_name(settings, tmp_path, monkeypatch):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "train_letters.py").touch()
+    (tmp_path / "out-letters").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("train_letters.py", "config/train_leters.py", "trainletters.py"):
+        with pytest.raises(UserError, match=r"; did you mean config/train_letters\.py\?$"):
+            settings(path)
+    with pytest.raises(UserError, match=r"No such file or directory$"):
+        settings("speedrun.py")
+
+
+def test_config_file_that_is_not_utf8(settings, tmp_path):
+    (tmp_path / "latin1.py").write_bytes(b"# a caf\xe9\nsteps = 3\n")
+    with pytest.raises(UserError, match=r"cannot read config file .*latin1\.py: byte 7 is not UTF-8"):
+        settings(str(tmp_path / "latin1.py"))
+
+
+@pytest.mark.parametrize("seed", [-2**63, 0, 2**63 - 1])
+def test_seeds(seed):
+    check_seed({"seed": seed})
+    for other in (seed + 2**64, seed - 2**64):
+        with pytest.raises(UserError, match="does not fit into 64 bits"):
+            check_seed({"seed": other})
+
+
+def test_where_files_can_be_made(tmp_path):
+    check_can_write(str(tmp_path), "a")
+    check_can_write(str(tmp_path / "new" / "newer"), "a")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for path in ("file", "file/x", "dangling", "x" * 300, "nul\0"):
+        with pytest.raises(UserError, match="a='"):
+            check_can_write(str(tmp_path / path), "a")
+
+
+def test_nothing_on_the_command_line_is_executed(tmp_path):
+    for text in (f"open('{tmp_path}/x', 'w')", "().__class__", "[i for i in range(3)]", "__import__('os')"):
+        with pytest.raises((ValueError, SyntaxError)):
+            evaluate(text)
+    assert not (tmp_path / "x").exists()
+
+
+def test_help(settings, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        settings("--help")
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    for part in ("A script.", "# I/O", "--out_dir='out'", "where results go", "--steps=40", "# model"):
+        assert part in text
+    assert "after" not in text

@@ -1,0 +1,30 @@
+"""Checkpoints of each kind of model, loaded as every other kind. CPU; seconds.
+
+    python -m pytest tests/unit/test_model_kinds.py
+"""
+
+import pytest
+import torch
+from helpers import ARCHITECTURE, build, save_checkpoint, tokens
+from helpers import MODEL_VARIANTS as VARIANTS
+
+from models import weights
+from nanosync import checkpoint, model_kind
+
+
+@pytest.mark.parametrize("source", VARIANTS)
+def test_a_checkpoint_becomes_any_kind(source, tmp_path):
+    """Through files: saved as one kind, loaded as itself and as every other, at other tp_sizes."""
+    model = build(VARIANTS[source], 2, torch.float32)
+    save_checkpoint(tmp_path, 1, model, model=model_kind.model_description(source, model),
+                    schedule=model_kind.schedule_description(model))
+    loaded = weights.load_model(checkpoint.find(str(tmp_path)))
+    assert type(loaded) is type(model) and loaded.config == model.config
+    idx = tokens(2, 16)
+    assert torch.equal(loaded(idx)[0], model(idx)[0])
+    for kind, fields in VARIANTS.items():
+        for R in (1,) if kind == "gpt" else (1, 2, 4):
+            options = {} if kind == "gpt" else dict(fields, tp_size=R)
+            other = weights.as_kind(loaded, kind, **options)
+            assert torch.equal(other(idx)[0], build(fields, R, torch.float32)(idx)[0]), (kind, R)
+    assert ARCHITECTURE["n_layer"] == loaded.config.n_layer

@@ -1,0 +1,297 @@
+"""Token files: formats, malformed files, tokenizers, what a TokenWriter publishes and deletes. CPU; seconds.
+
+    python -m pytest tests/unit/test_token_files.py
+
+Tests with GPT-2's tokenizer need its files in ../shared and skip where those are not.
+"""
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from helpers import needs_gpt2_tokenizer, write_shard
+
+from data.token_writer import (
+    TokenWriter,
+    check_out,
+    check_space,
+    dataset_writers,
+    is_published,
+    publish_dataset,
+)
+from nanosync import tokenizers
+from nanosync.errors import UserError
+from nanosync.token_files import open_tokens, read_meta, split_files
+
+
+def test_three_formats_read_the_same_tokens(tmp_path):
+    tokens = np.arange(50, dtype=np.uint16) * 7
+    for kind in ("bin", "shards", "npy"):
+        (tmp_path / kind).mkdir()
+    tokens.tofile(tmp_path / "bin" / "train.bin")
+    write_shard(tmp_path / "shards" / "x_train_000001.bin", tokens[30:])
+    write_shard(tmp_path / "shards" / "x_train_000000.bin", tokens[:30])
+    np.save(tmp_path / "npy" / "x_train_000000.npy", tokens)
+    for kind in ("bin", "shards", "npy"):
+        found, paths = split_files(str(tmp_path / kind), "train")
+        assert found == kind
+        assert np.array_equal(np.concatenate([open_tokens(p, kind) for p in paths]), tokens)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda p: p.write_bytes(b""), "truncated"),
+    (lambda p: p.write_bytes(b"abc"), "3 bytes"),
+])
+def test_malformed_flat_files(tmp_path, make, words):
+    make(tmp_path / "train.bin")
+    with pytest.raises(UserError, match=words):
+        open_tokens(str(tmp_path / "train.bin"), "bin")
+
+
+@pytest.mark.parametrize("kind", ["bin", "shards", "npy"])
+def test_folder_in_the_place_of_a_file(tmp_path, kind):
+    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
+        open_tokens(str(tmp_path), kind)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(magic=1), "is not a token shard: its first number is 1"),
+    (dict(version=2), "version 2"),
+    (dict(count=11), "says 11 tokens, and the file has 10"),
+    (dict(count=9), "says 9 tokens, and the file has 10"),
+    (dict(count=-1), "says -1 tokens"),
+])
+def test_malformed_shards(tmp_path, options, words):
+    write_shard(tmp_path / "x_train_000000.bin", range(10), **options)
+    with pytest.raises(UserError, match=words):
+        open_tokens(str(tmp_path / "x_train_000000.bin"), "shards")
+
+
+@pytest.mark.parametrize("size", [0, 3, 12, 1023])
+def test_shard_shorter_than_its_header(tmp_path, size):
+    path = tmp_path / "x_train_000000.bin"
+    write_shard(path, range(10))
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match="is not a token shard"):
+        open_tokens(str(path), "shards")
+
+
+def test_malformed_npy(tmp_path):
+    path = tmp_path / "x_train_0.npy"
+    for array, words in ((np.zeros((2, 2), np.uint16), "shape"), (np.zeros(4), "float64")):
+        np.save(path, array)
+        with pytest.raises(UserError, match=words):
+            open_tokens(str(path), "npy")
+    np.save(path, np.zeros(0, np.uint16))
+    with pytest.raises(UserError, match="at least one"):
+        open_tokens(str(path), "npy")
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="not a readable"):
+        open_tokens(str(path), "npy")
+    with open(path, "wb") as f:
+        np.savez(f, np.zeros(3, np.uint16))
+    with pytest.raises(UserError, match="npz"):
+        open_tokens(str(path), "npy")
+    np.save(path, np.array([print], dtype=object), allow_pickle=True)  # would have to be unpickled
+    with pytest.raises(UserError, match="not a readable"):
+        open_tokens(str(path), "npy")
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", '{"vocab_size": 3}', '{"vocab_size": "3", "tokenizer": "char"}',
+    '{"vocab_size": 0, "tokenizer": "char"}', '{"vocab_size": 3, "tokenizer": "char", "dtype": "uint32"}',
+    '{"vocab_size": 65537, "tokenizer": "char"}'])
+def test_malformed_meta(tmp_path, text):
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(UserError):
+        read_meta(str(tmp_path))
+    (tmp_path / "meta.json").write_text('{"vocab_size": 65536, "tokenizer": "own"}')
+    assert read_meta(str(tmp_path))["vocab_size"] == 65536
+
+
+def test_char_tokenizer():
+    tokenizer = tokenizers.CharTokenizer("ab é")
+    assert tokenizer.decode(tokenizer.encode("é ba")) == "é ba"
+    with pytest.raises(UserError, match="'x'"):
+        tokenizer.encode("axb")
+    lenient = tokenizers.CharTokenizer("ab" + tokenizers.UNKNOWN)
+    assert lenient.encode("axb\U0001f600").tolist() == [0, 2, 1, 2]
+    assert tokenizers.from_meta(tokenizer.meta()).chars == "ab é"
+
+
+def test_gpt2_tokenizer_streams_whole_characters():
+    needs_gpt2_tokenizer()
+    tokenizer = tokenizers.GPT2Tokenizer()
+    text = "def f(x):\n    return 'h\N{SNOWMAN}\U0001f600llo'<|endoftext|>"
+    ids = tokenizer.encode(text)
+    assert ids[-1] == tokenizer.eot_token and tokenizer.encode_ordinary(text)[-1] != tokenizer.eot_token
+    to_text = tokenizer.stream()
+    assert "".join(to_text(int(i)) for i in ids) == text == tokenizer.decode(ids)
+
+
+def test_writer_splits_into_shards_and_publishes_at_the_end(tmp_path):
+    train, val = TokenWriter(str(tmp_path), "train", "x", 10), TokenWriter(str(tmp_path), "val", "x", 10)
+    for part in (range(4), range(4, 17), range(17, 30)):
+        train.write(np.array(part))
+    val.write(np.arange(3))
+    assert all(name.endswith(".tmp") for name in os.listdir(tmp_path))
+    publish_dataset(str(tmp_path), {"vocab_size": 30, "tokenizer": "none"}, train, val)
+    kind, paths = split_files(str(tmp_path), "train")
+    assert kind == "shards" and [len(open_tokens(p, kind)) for p in paths] == [10, 10, 10]
+    assert np.concatenate([open_tokens(p, kind) for p in paths]).tolist() == list(range(30))
+    assert is_published(str(tmp_path), vocab_size=30) and not is_published(str(tmp_path), vocab_size=31)
+    # a smaller data set in its place leaves nothing of the larger one
+    train, val = TokenWriter(str(tmp_path), "train", "x", 10), TokenWriter(str(tmp_path), "val", "x", 10)
+    train.write(np.arange(5))
+    val.write(np.arange(3))
+    publish_dataset(str(tmp_path), {"vocab_size": 30, "tokenizer": "none"}, train, val)
+    assert sorted(os.listdir(tmp_path)) == ["meta.json", "x_train_000000.bin", "x_val_000000.bin"]
+
+
+def publish_shards(folder, train_tokens, val_tokens=3):
+    with dataset_writers(str(folder), "x", 10) as (train, val):
+        train.write(np.arange(train_tokens))
+        val.write(np.arange(val_tokens))
+        publish_dataset(str(folder), {"vocab_size": 30, "tokenizer": "none"}, train, val)
+
+
+def test_shards_that_a_killed_run_left_are_deleted_by_the_next(tmp_path):
+    publish_shards(tmp_path, 25)
+    whole = sorted(os.listdir(tmp_path))
+    for name in ("x_train_000003.bin", "x_val_000001.bin", "x_train_000007.bin.tmp"):
+        write_shard(tmp_path / name, range(5))  # of a larger data set that meta.json no longer lists
+    (tmp_path / "notes_train_1.bin").write_text("not ours")
+    assert not is_published(str(tmp_path), vocab_size=30)
+    publish_shards(tmp_path, 25)
+    assert sorted(os.listdir(tmp_path)) == sorted([*whole, "notes_train_1.bin"])
+    (tmp_path / "notes_train_1.bin").unlink()
+    assert is_published(str(tmp_path), vocab_size=30)
+
+
+def test_killed_between_the_names_and_the_deletion(tmp_path, monkeypatch):
+    publish_shards(tmp_path, 25)
+
+    def kill(path):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "remove", kill)
+        with pytest.raises(SystemExit):
+            publish_shards(tmp_path, 12)
+    assert "x_train_000002.bin" in os.listdir(tmp_path) and not is_published(str(tmp_path))
+    publish_shards(tmp_path, 12)
+    assert sorted(os.listdir(tmp_path)) == ["meta.json", "x_train_000000.bin", "x_train_000001.bin",
+                                            "x_val_000000.bin"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "", '{"sha256": ["a"], "vocab_size": 3, "tokenizer": "none"}'])
+def test_broken_meta_does_not_stop_preparing(tmp_path, text):
+    (tmp_path / "meta.json").write_text(text)
+    assert not is_published(str(tmp_path), vocab_size=30)
+    publish_shards(tmp_path, 12)
+    assert is_published(str(tmp_path), vocab_size=30)
+
+
+def test_earlier_meta_cannot_name_other_files_for_deletion(tmp_path):
+    (tmp_path / "keep.txt").write_text("mine")
+    names = {"keep.txt": "", "meta.json": "", "../keep.bin": "", "old_train_000000.bin": ""}
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 3, "tokenizer": "none", "sha256": names}))
+    write_shard(tmp_path / "old_train_000000.bin", range(5))
+    publish_shards(tmp_path, 5)
+    assert sorted(os.listdir(tmp_path)) == ["keep.txt", "meta.json", "x_train_000000.bin", "x_val_000000.bin"]
+
+
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_a_failed_run_leaves_nothing(tmp_path, error):
+    for folder in (tmp_path / "new" / "er", tmp_path):
+        with pytest.raises(error), dataset_writers(str(folder), "x", 10) as (train, _):
+            train.write(np.arange(25))
+            raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_full_disk(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write to .*: No space left on device"):
+        with dataset_writers(str(tmp_path)) as (train, _):
+            os.symlink("/dev/full", tmp_path / "train.bin.tmp")
+            train.write(np.arange(10**6))
+            train.close()
+    with pytest.raises(UserError, match=r"needs about 1,000,000,000,000 MB and has .* free: choose another"):
+        check_space(str(tmp_path / "not" / "there"), 1e18)
+
+
+def test_out_must_be_a_folder_that_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, words in ((tmp_path / "file", "is not a folder"), (tmp_path / "file" / "x", "is not a folder"),
+                       ("/proc/x/y", "cannot write to /proc"), ("", "is not a folder")):
+        with pytest.raises(UserError, match=words):
+            check_out(str(out), "x", "char", "bin")
+    check_out(str(tmp_path / "new" / "er"), "x", "char", "bin")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_out_must_not_hold_another_data_set(tmp_path):
+    out = str(tmp_path)
+    publish_shards(tmp_path, 5)
+    check_out(out, "x", "none", "shards")
+    for name, tokenizer, kind in (("x", "char", "shards"), ("x", "none", "bin"), ("y", "none", "shards")):
+        with pytest.raises(UserError, match="choose another folder with --out"):
+            check_out(out, name, tokenizer, kind)
+    (tmp_path / "meta.json").unlink()
+    check_out(out, "x", "char", "shards")
+    check_out(out, "x", "char", "bin")  # which is read, and not the shards
+    with pytest.raises(UserError, match=r"x_train_000000.bin would be read with"):
+        check_out(out, "y", "char", "shards")
+    (tmp_path / "val.bin").write_bytes(b"ab")
+    with pytest.raises(UserError, match=r"val.bin would be read with the new shards or in their place"):
+        check_out(out, "x", "none", "shards")
+    check_out(out, "x", "none", "bin")
+
+
+def test_fineweb_downloads_what_is_missing_or_broken(tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    import data.cached_fineweb10B as fineweb
+
+    fetched = []
+
+    def download(repo_id, repo_type, filename, local_dir, force_download):
+        fetched.append(filename)
+        write_shard(os.path.join(local_dir, filename), range(100))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(sys, "argv", ["cached_fineweb10B.py", "2", f"--out={tmp_path}"])
+    fineweb.main()
+    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert fetched == names and json.loads((tmp_path / "meta.json").read_text())["vocab_size"] == 50257
+    (tmp_path / names[1]).write_bytes((tmp_path / names[1]).read_bytes()[:-1])
+    fineweb.main()
+    assert fetched == names + names[1:2] and "1 to download" in capsys.readouterr().out
+
+    part = b""
+
+    def fail(local_dir, **_):
+        """As huggingface_hub does, which keeps locks, and parts of files to go on with."""
+        cache = os.path.join(local_dir, ".cache", "huggingface", "download")
+        os.makedirs(cache)
+        for name, content in (("x.lock", b""), ("x.incomplete", part)):
+            with open(os.path.join(cache, name), "wb") as f:
+                f.write(content)
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    (tmp_path / names[2]).unlink()
+    with pytest.raises(UserError, match="copy the shards"):
+        fineweb.main()
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[:2], "meta.json"])
+    part = b"some of it"
+    with pytest.raises(UserError, match="copy the shards"):
+        fineweb.main()
+    assert ".cache" in os.listdir(tmp_path)
+    part = b""
+    monkeypatch.setattr(sys, "argv", ["cached_fineweb10B.py", "2", f"--out={tmp_path / 'new' / 'er'}"])
+    with pytest.raises(UserError, match="copy the shards"):
+        fineweb.main()
+    assert not (tmp_path / "new").exists()
