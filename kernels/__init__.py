@@ -1,8 +1,8 @@
-"""Triton kernels, each beside the PyTorch code it replaces.
+"""Triton kernels, each beside the PyTorch code that it replaces.
 
-A kernel runs where `usable(tensor)` says so; everywhere else (CPU, MPS, no Triton) the same function takes
-the PyTorch path of its module. `TRITON_INTERPRET=1`, set before Triton is first imported, runs the kernels in
-Triton's interpreter on CPU tensors: that is how they are tested on machines without a GPU.
+A kernel runs if `usable(tensor)` is True. Otherwise (CPU, MPS, no Triton) the same function runs the PyTorch
+code of its module. `TRITON_INTERPRET=1`, set before the first import of Triton, runs the kernels in Triton's
+interpreter on CPU tensors, for tests on machines without a GPU.
 """
 
 import os
@@ -18,5 +18,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def usable(x: torch.Tensor) -> bool:
-    """True where a Triton kernel can run on `x`: a CUDA tensor, or any tensor under Triton's interpreter."""
+    """Return True if a Triton kernel can run on `x`.
+
+    `x` must be a CUDA tensor, or any tensor with values under Triton's interpreter. fp64 is not supported.
+    """
     return triton is not None and x.dtype != torch.float64 and (x.is_cuda or (INTERPRETED and not x.is_meta))

@@ -1,19 +1,18 @@
-"""Linear layer and cross-entropy in one, without the logits of the whole batch.
+"""Fused linear layer and cross-entropy, without the logits of the whole batch.
 
     loss = mean over valid rows of  -log softmax(x @ weight.T)[target]
 
-At GPT-2's vocabulary the logits are the largest tensor of a training step: 64 x 1024 tokens x 50304 entries
-are 13 GB in fp32. Here they exist for one chunk of rows at a time, in the dtype of `x`, and are overwritten
-in place by their own gradient while they are still there. So the forward pass makes the gradients, too, and
-nothing of the chunk is kept or computed twice; the backward pass only scales. (The idea is that of
-Liger-Kernel's FusedLinearCrossEntropy, arXiv 2410.10989. The weight's gradient is summed over chunks in
-fp32.)
+With GPT-2's vocabulary the logits are the largest tensor of a training step: 64 x 1024 tokens x 50304 entries
+are 13 GB in fp32. Here the logits exist for one chunk of rows at a time, in the dtype of `x`, and their
+gradient overwrites them in place. So the forward pass also computes the gradients, and the backward pass only
+scales them. Nothing of a chunk is kept or computed twice. The weight's gradient is summed over chunks in
+fp32. (Source of the idea: Liger-Kernel's FusedLinearCrossEntropy, arXiv 2410.10989.)
 
-The gradients are made for the *sum* of the losses, whose logit gradients lie in [-1, 1], and scaled by
-`grad_output / n_valid` afterwards: in fp16 a factor of 1/65536 on the logits' gradients would flush them to
-zero.
+The gradients are those of the *sum* of the losses, so that the logits' gradients are in [-1, 1]. They are
+scaled by `grad_output / n_valid` afterwards. In fp16 a factor of 1/65536 on the logits' gradients would flush
+them to zero.
 
-Rows N, vocabulary V, width C.
+Shapes: N = rows, V = vocabulary, C = channels.
 """
 
 import torch
@@ -21,16 +20,19 @@ import torch
 from kernels import triton, usable
 from kernels.collectives import functional_all_gather
 
-CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25, "mps": 1 << 28}  # logits held at a time; see records/
+CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25, "mps": 1 << 28}  # logits in memory at a time; see records/
 
 
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                          ignore_index: int = -1) -> torch.Tensor:
-    """Mean cross-entropy of the logits `x @ weight.T` over the rows whose target is not `ignore_index`.
+    """Return the mean cross-entropy of the logits `x @ weight.T` over rows with a target != ignore_index.
 
-    x: (N, C) floating point; weight: (V, C), cast to x's dtype for the products; targets: (N,) int64 in [0,
-    V). Returns a scalar, fp32 (fp64 for fp64 input); NaN if no row is valid, as `F.cross_entropy` does.
-    Differentiable once in x and weight. Under autocast `x` is taken in autocast's dtype.
+    The result is a scalar in fp32 (fp64 for fp64 input). It is NaN if no row is valid, as in
+    `F.cross_entropy`. Differentiable once in x and weight.
+
+    x: (N, C) floating point, cast to autocast's dtype under autocast.
+    weight: (V, C), cast to x's dtype for the products.
+    targets: (N,) int64 in [0, V), or ignore_index.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -42,10 +44,9 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
 @torch.library.custom_op("nanosync::linear_cross_entropy", mutates_args=())
 def _loss_and_grads(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int,
                     need_grads: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The summed loss, and for that sum the gradients of x (N, C) in x's dtype and of weight (V, C) in
-    weight's.
+    """Return the summed loss and its gradients: of x (N, C) in x's dtype, of weight (V, C) in weight's dtype.
 
-    An opaque operator rather than traced code: the loop over chunks stays a loop under torch.compile.
+    The operator is opaque to torch.compile, so that the loop over chunks stays a loop.
     """
     N, V = x.shape[0], weight.shape[0]
     w = weight.to(x.dtype)
@@ -92,13 +93,13 @@ def _loss_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _chunk_rows(x: torch.Tensor, V: int) -> int:
-    """Rows whose logits fit CHUNK_BYTES, in multiples of 128 for the matrix units."""
+    """Return the number of rows whose logits fit CHUNK_BYTES, a multiple of 128 for the matrix units."""
     rows = CHUNK_BYTES.get(x.device.type, 1 << 28) // (V * x.element_size())
     return max(128, rows // 128 * 128)
 
 
 def _add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b. On CUDA low-precision factors are multiplied straight into an fp32 total."""
+    """Add a @ b to total. On CUDA a product of low-precision factors goes straight into an fp32 total."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif a.is_cuda and total.dtype == torch.float32:
@@ -108,7 +109,7 @@ def _add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads):
-    """Losses (rows,) and, written over `logits` where it can be, the gradient of their sum."""
+    """Return losses (rows,) and the gradient of their sum, which overwrites `logits`."""
     if usable(logits):
         return _triton_loss_and_grad_(logits, targets, ignore_index, need_grads)
     valid = targets != ignore_index
@@ -125,12 +126,15 @@ def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads):
 
 def vocab_parallel_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, first: int,
                                  group, ignore_index: int = -1) -> torch.Tensor:
-    """linear_cross_entropy where each process of a group has some rows of the weight, and no one all logits.
+    """Return linear_cross_entropy with the rows of the weight divided over the processes of a group.
 
-    x: (N, C), the same on all; weight: (V_p, C), rows `first` to `first + V_p` of the vocabulary; targets:
-    (N,) in all of it. Returns the mean loss, the same on all. The gradient of x is this process's share,
-    still to be summed over the group; that of weight is whole. A chunk of rows costs one exchange of two
-    numbers a row and process: log-sum-exp and target logit.
+    The mean loss is the same on all processes. The gradient of x is this process's share, which the caller
+    must sum over the group. The gradient of weight is complete. For each row of a chunk every process sends
+    two numbers, log-sum-exp and target logit.
+
+    x: (N, C), the same on all processes.
+    weight: (V_p, C), rows `first` to `first + V_p - 1` of the vocabulary.
+    targets: (N,) int64 in the whole vocabulary, or ignore_index.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -180,7 +184,7 @@ _vocab_parallel.register_autograd(_scale_vocab_parallel_grads, setup_context=_ke
 
 
 def _lse_and_target_logit(logits, index):
-    """Log-sum-exp (rows,) of these columns and the logit in column `index`, 0 where that is -1."""
+    """Return the log-sum-exp of these columns, (rows,), and the logit of column `index`, 0 for index -1."""
     if usable(logits):
         lse, target = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
         _lse_kernel[(logits.shape[0],)](logits, index, lse, target, logits.shape[1], logits.stride(0),
@@ -192,7 +196,7 @@ def _lse_and_target_logit(logits, index):
 
 
 def _grad_logits_(logits, lse, index):
-    """softmax - onehot over `logits`, given log-sum-exp over all columns; index -1: nothing to take off."""
+    """Overwrite logits with softmax - onehot. lse: log-sum-exp over all columns; index: -1 for no onehot."""
     if usable(logits):
         _grad_kernel[(logits.shape[0],)](logits, index, lse, logits.shape[1], logits.stride(0),
                                          LANES=4096, UNROLL=8, num_warps=16)
@@ -209,8 +213,10 @@ if triton is not None:
 
     @triton.jit
     def _log2_sum_exp2(logits_ptr, V, LANES: tl.constexpr, UNROLL: tl.constexpr):
-        """log2 of the sum of e^logit over a row: every one of LANES lanes keeps its own maximum and sum over
-        UNROLL entries at a time, so the loop needs one exponential an entry and no exchange between threads.
+        """Compute log2 of the sum of e^logit over a row.
+
+        Each of LANES lanes keeps its own maximum and sum over UNROLL entries at a time. So the loop needs one
+        exponential per entry, and no exchange between threads.
         """
         LOG2E: tl.constexpr = 1.4426950408889634
         offsets = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
@@ -227,7 +233,7 @@ if triton is not None:
 
     @triton.jit
     def _store_softmax(logits_ptr, lse2, V, LANES: tl.constexpr, UNROLL: tl.constexpr):
-        """Overwrite a row with 2^(logit / ln 2 - lse2): all zeros where lse2 is infinite."""
+        """Overwrite a row with 2^(logit / ln 2 - lse2), which is 0 if lse2 is infinite."""
         LOG2E: tl.constexpr = 1.4426950408889634
         offsets = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         for start in range(0, V, LANES * UNROLL):
@@ -254,7 +260,7 @@ if triton is not None:
     def _grad_kernel(
         logits_ptr,  # (rows, V), overwritten
         index_ptr,  # (rows,), -1 for no column
-        lse_ptr,  # (rows,) fp32, infinite for rows that do not count
+        lse_ptr,  # (rows,) fp32, infinite for ignored rows
         V, row_stride, LANES: tl.constexpr, UNROLL: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
@@ -264,7 +270,7 @@ if triton is not None:
         counts = (index >= 0) & (lse2 != float("inf"))
         target = tl.load(logits_ptr + index, mask=counts, other=0.0).to(tl.float32)
         _store_softmax(logits_ptr, lse2, V, LANES, UNROLL)
-        tl.debug_barrier()  # the row is written: now the one entry of the target
+        tl.debug_barrier()  # the row must be written before the target's entry is overwritten
         p = tl.exp2(target * 1.4426950408889634 - lse2) - 1.0
         tl.store(logits_ptr + index, p.to(logits_ptr.dtype.element_ty), mask=counts)
 
@@ -276,8 +282,10 @@ if triton is not None:
         V, row_stride, ignore_index,
         WRITE_GRAD: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     ):
-        """One program a row: a running softmax in fp32, then, from L2, softmax minus one-hot. Base 2, the
-        exponential that the hardware has."""
+        """Process one row per program: a running softmax in fp32, then softmax minus one-hot from L2.
+
+        Exponentials have base 2, as in the hardware.
+        """
         LOG2E: tl.constexpr = 1.4426950408889634
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * row_stride
@@ -290,7 +298,7 @@ if triton is not None:
         if WRITE_GRAD:
             lse2 = tl.where(valid, lse2, float("inf"))  # makes every softmax of an ignored row zero
             _store_softmax(logits_ptr, lse2, V, LANES, UNROLL)
-            tl.debug_barrier()  # the row is written: now the one entry of the target
+            tl.debug_barrier()  # the row must be written before the target's entry is overwritten
             p_target = tl.exp2(target_logit * LOG2E - lse2)
             tl.store(target_ptr, (p_target - 1.0).to(logits_ptr.dtype.element_ty), mask=valid)
 

@@ -1,18 +1,19 @@
-"""The operations of a decoding step, each one kernel.
+"""The operations of a decoding step, each in one kernel.
 
-A step that generates one token reads every weight once and computes next to nothing, so on a GPU it costs its
-number of kernels (2 to 4 microseconds each even inside a CUDA graph) and, from some size on, the bytes of the
-weights. Hence few kernels: five a layer instead of about thirteen.
+A step that generates one token reads every weight once and computes little. So on a GPU its time is the
+number of its kernels (2 to 4 microseconds each even inside a CUDA graph) and, for larger models, the bytes of
+the weights. With these operations a layer has five kernels instead of about thirteen.
 
     linear      LayerNorm, matrix product, bias, GELU, residual addition; all but the product optional
-    Attention   the new token's k and v into the cache, then attention over what the cache holds
-    embed       the embeddings of token and position
-    draw        a token from some candidates
+    Attention   writes k and v of the new token into the cache, then attends over the cache
+    embed       sum of token and position embeddings
+    draw        draws a token from candidates
 
-All have static shapes and read the position from device memory, so a captured CUDA graph serves every
-position.
+All shapes are static, and kernels read the position from device memory. So one captured CUDA graph serves
+every position.
 
-Shapes: B sequences, K inputs and N outputs of a linear layer, H heads of D channels, S positions of cache.
+Shapes: B = sequences, K and N = inputs and outputs of a linear layer, H = heads, D = channels of a head,
+S = positions of the cache.
 """
 
 import torch
@@ -20,17 +21,24 @@ import torch.nn.functional as F
 
 from kernels import triton, usable
 
-MAX_ROWS = 64  # from here on cuBLAS beats the kernel, whose tile holds all rows of the batch
+MAX_ROWS = 64  # cuBLAS is faster for more rows, because the kernel's tile holds all rows of the batch
 
 
 def linear(x, weight, bias, out, norm=None, gelu: bool = False, residual=None, also=None,
            also_add: bool = False, also_bias: bool = True):
-    """out = act(LayerNorm(x) @ weight.T + bias) + residual.
+    """Compute out = act(LayerNorm(x) @ weight.T + bias) + residual.
 
-    x: (B, K); weight: (N, K); bias: (N,) or None; out: (B, N), written; norm: a LayerNorm module of width K,
-    or None; residual: (B, N), which may be `out`, or None. `also` (B, N), if given, receives the product,
-    with the bias if `also_bias`, in place of or, with `also_add`, on top of what it holds. The product is in
-    weight's dtype with fp32 sums; LayerNorm and residual are in x's and out's dtype, or fp32.
+    The product is in weight's dtype with fp32 sums. LayerNorm and residual are in x's and out's dtype, or
+    fp32.
+
+    x: (B, K). weight: (N, K). bias: (N,) or None.
+    out: (B, N), overwritten.
+    norm: LayerNorm module of width K, None for no LayerNorm.
+    gelu: True for GELU as act, False for the identity.
+    residual: (B, N), may be `out`, None for no addition.
+    also: (B, N), overwritten with the product, None for no second output.
+    also_add: True to add the product to `also` instead.
+    also_bias: True if that product includes the bias.
     """
     if usable(weight) and x.shape[0] <= MAX_ROWS:
         return _launch(x, weight, bias, out, norm, gelu, residual, also, also_add, also_bias)
@@ -48,7 +56,10 @@ def linear(x, weight, bias, out, norm=None, gelu: bool = False, residual=None, a
 
 
 def embed(token, position, wte, wpe, out):
-    """out (B, C) = wte[token] + wpe[position]: token (B,), position (1,), int64; wte (V, C), wpe (T, C)."""
+    """Write wte[token] + wpe[position] into out (B, C).
+
+    token: (B,) int64. position: (1,) int64. wte: (V, C). wpe: (T, C).
+    """
     if not usable(wte):
         return out.copy_(F.embedding(token, wte) + F.embedding(position, wpe))
     B, C = out.shape
@@ -57,8 +68,11 @@ def embed(token, position, wte, wpe, out):
 
 
 def draw(logits, index, noise, temperature: float, out):
-    """out (B,) = index at the largest logits / temperature - log(noise), which with exponential noise is a
-    draw from softmax(logits / temperature). logits, index, noise: (B, K), some thousand candidates at most.
+    """Write the index with the largest logits / temperature - log(noise) into out (B,).
+
+    With exponential noise it is a draw from softmax(logits / temperature).
+
+    logits, index, noise: (B, K), at most a few thousand candidates K.
     """
     if not usable(logits):
         tiny = torch.finfo(torch.float32).tiny
@@ -71,13 +85,13 @@ def draw(logits, index, noise, temperature: float, out):
 
 
 class Attention:
-    """Attention of one new token a sequence, over a cache; holds the scratch memory of the kernel."""
+    """Attention of one new token per sequence over a cache, with the scratch memory of the kernel."""
 
-    BLOCK_S = 64  # positions a program looks at together
-    PROGRAMS = 512  # a few for each multiprocessor of a large GPU
+    BLOCK_S = 64  # positions that a program processes at a time
+    PROGRAMS = 512  # a few programs for each multiprocessor of a large GPU
 
     def __init__(self, cache):
-        """cache: (L, 2, B, H, S, D) of any number of layers: the keys and values to come."""
+        """Allocate scratch memory. cache: (L, 2, B, H, S, D) for keys and values of any number of layers."""
         _, _, B, H, S, D = cache.shape
         spans = max(1, min(self.PROGRAMS // (B * H), -(-S // (2 * self.BLOCK_S))))
         self.span = -(-S // (spans * self.BLOCK_S)) * self.BLOCK_S  # positions of a program
@@ -86,9 +100,11 @@ class Attention:
         self.done = cache.new_zeros(B * H, dtype=torch.int32)
 
     def __call__(self, qkv, cache, position, out):
-        """qkv: (B, 3C), the new token's query, key and value; cache: (2, B, H, S, D), keys and values, of
-        which the positions below `position` (one int64, on the device) are filled and `position` is filled
-        here; out: (B, C), written.
+        """Write k and v of the new token into the cache, and its attention into out (B, C).
+
+        qkv: (B, 3C), query, key and value of the new token.
+        cache: (2, B, H, S, D), keys and values; positions below `position` are filled already.
+        position: (1,) int64 on the device, position of the new token.
         """
         _, B, H, S, D = cache.shape
         if usable(qkv):
@@ -134,7 +150,7 @@ if triton is not None:
     def _finish(y, offsets, mask, n, n_mask, bias_ptr, out_ptr, residual_ptr, also_ptr,
                 BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, ALSO: tl.constexpr,
                 ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr):
-        """All that follows the product y, of the outputs n: see `linear`."""
+        """Apply everything that follows the product y to the outputs n, see `linear`."""
         also = y
         if BIAS:
             y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
@@ -161,7 +177,7 @@ if triton is not None:
         RESIDUAL: tl.constexpr, ALSO: tl.constexpr, ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
-        """One program: BLOCK_N outputs of one row; all of K in registers, so all loads fly at once."""
+        """Compute BLOCK_N outputs of one row per program, with all of K in registers for concurrent loads."""
         row = tl.program_id(1)
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
@@ -181,7 +197,7 @@ if triton is not None:
 
     @triton.jit
     def _norm_kernel(x_ptr, gamma_ptr, beta_ptr, out_ptr, K, BETA: tl.constexpr, BLOCK_K: tl.constexpr):
-        """LayerNorm of one row, x (B, K) -> out (B, K) in out's dtype."""
+        """Normalise one row per program: x (B, K) -> out (B, K) in out's dtype."""
         row = tl.program_id(0)
         k = tl.arange(0, BLOCK_K)
         mask = k < K
@@ -204,7 +220,7 @@ if triton is not None:
         RESIDUAL: tl.constexpr, ALSO: tl.constexpr, ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr,
         BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
-        """One program: BLOCK_N outputs of all rows, by the matrix units."""
+        """Compute BLOCK_N outputs of all rows per program, with the matrix units."""
         b = tl.arange(0, BLOCK_B)
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         b_mask, n_mask = b < B, n < N
@@ -226,13 +242,15 @@ if triton is not None:
         qkv_ptr,  # (B, 3, H, D)
         cache_ptr,  # (2, B, H, S, D)
         position_ptr,  # (1,)
-        partial_ptr,  # (B * H, splits, D + 2) fp32: of each span weighted values, sum of weights, maximum
-        done_ptr,  # (B * H,) int32, zero before and after
+        partial_ptr,  # (B * H, splits, D + 2) fp32: weighted values, sum of weights, maximum of each span
+        done_ptr,  # (B * H,) int32, zero before and after the call
         out_ptr,  # (B, H, D)
         H, S, scale, SPAN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     ):
-        """One program a head and span of positions. Whichever ends last adds the spans up, always in their
-        order."""
+        """Attend with one head over one span of positions per program.
+
+        The last program of a head to finish adds up all spans, always in the same order.
+        """
         head, split = tl.program_id(0), tl.program_id(1)  # head of all B * H
         heads, splits = tl.num_programs(0), tl.num_programs(1)
         position = tl.load(position_ptr).to(tl.int32)
@@ -247,7 +265,7 @@ if triton is not None:
                 q, k_ptr, v_ptr, d, d_mask, split * SPAN, min((split + 1) * SPAN, position), position,
                 D, BLOCK_D, BLOCK_S)
 
-            # the new token, whose place is in the last span that has work
+            # the new token is in the last span that has positions
             k_new = tl.load(qkv_ptr + H * D + d, mask=d_mask, other=0.0)
             v_new = tl.load(qkv_ptr + 2 * H * D + d, mask=d_mask, other=0.0)
             newest = position < (split + 1) * SPAN
@@ -268,7 +286,7 @@ if triton is not None:
                 tl.store(partial_ptr + split * (D + 2) + d, y, mask=d_mask)
                 tl.store(partial_ptr + split * (D + 2) + D, weight)
                 tl.store(partial_ptr + split * (D + 2) + D + 1, top)
-                tl.debug_barrier()  # all of it is written before it is counted
+                tl.debug_barrier()  # the span's results must be written before it is counted
                 if tl.atomic_add(done_ptr + head, 1, sem="acq_rel") == spans - 1:
                     y, weight = _joined(partial_ptr, spans, d, d_mask, D, BLOCK_D)
                     tl.store(out_ptr + head * D + d, (y / weight).to(out_ptr.dtype.element_ty), mask=d_mask)
@@ -277,9 +295,11 @@ if triton is not None:
     @triton.jit
     def _softmax_of_lanes(q, k_ptr, v_ptr, d, d_mask, begin, end, position, D: tl.constexpr,
                           BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
-        """Of positions begin to end - 1: maximum and sum of weights (BLOCK_S,), weighted values (BLOCK_S,
-        BLOCK_D). Every lane runs its own softmax over the positions it meets, so the loop needs no exchange
-        between warps; the lanes are joined after it."""
+        """Return maximum and sum of weights (BLOCK_S,), and weighted values (BLOCK_S, BLOCK_D), of a span.
+
+        The span has the positions begin to end - 1. Each lane runs its own softmax over its positions, so the
+        loop needs no exchange between warps. The caller joins the lanes.
+        """
         lane_max = tl.full((BLOCK_S,), -1e30, tl.float32)  # finite: -inf - -inf would be NaN
         lane_sum = tl.zeros((BLOCK_S,), tl.float32)
         lane_y = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
@@ -299,7 +319,7 @@ if triton is not None:
 
     @triton.jit
     def _joined(partial_ptr, spans, d, d_mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
-        """Weighted values (BLOCK_D,) and sum of weights of all spans of a head, in their order."""
+        """Return weighted values (BLOCK_D,) and sum of weights of all spans of a head, in their order."""
         top = tl.load(partial_ptr + D + 1, volatile=True)
         for i in range(1, spans):
             top = tl.maximum(top, tl.load(partial_ptr + i * (D + 2) + D + 1, volatile=True))
@@ -313,7 +333,7 @@ if triton is not None:
         return y, weight
 
 
-VECTOR_ROWS = 2  # up to here a program a row beats the matrix units, which take 16 rows at least
+VECTOR_ROWS = 2  # up to so many rows one program per row beats the matrix units, which need 16 rows
 
 
 def _launch(x, weight, bias, out, norm, gelu, residual, also, also_add, also_bias):
@@ -341,7 +361,7 @@ def _launch(x, weight, bias, out, norm, gelu, residual, also, also_add, also_bia
 
 
 def _matrix_tile(B: int, N: int) -> dict:
-    """Narrow tiles spread a layer over all multiprocessors; the head has rows enough for wide ones."""
+    """Choose the tile: narrow to spread a layer over all multiprocessors, wide for the head's many rows."""
     block_n = 16 if N <= 8192 else 64
     if B <= 32:
         return dict(BLOCK_N=block_n, BLOCK_K=256, num_warps=2 if N <= 8192 else 4, num_stages=3)

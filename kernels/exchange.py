@@ -1,16 +1,17 @@
-"""A small tensor of every GPU to every GPU, in one kernel: sums or gathers between the steps of a decoder.
+"""Exchange of a small tensor between all GPUs in one kernel, for sums and gathers in a decoder's steps.
 
-    slots[e % 2][r][i]  =  value i of rank r at its e-th exchange, and e, in the same 64 bits
+    slots[e % 2][r][i]  =  value i of rank r in its e-th exchange, and e, in the same 64 bits
 
-Each rank writes its values into the slots that all others have for it and waits until its own slots show the
-number of this exchange. A value and its number arrive together, because 64 aligned bits do, so there is no
-barrier and no flag: the latency is that of one write to a peer (NCCL's low-latency protocol is built on the
-same). Two sets of slots are enough: who writes exchange e + 2 has seen all of exchange e + 1, which a rank
-writes after it has read all of exchange e.
+In this module "rank" means the rank of a process in the group. Each rank writes its values into its slots on
+all ranks, and waits until its own slots show the number of this exchange. A write of 64 aligned bits is
+atomic, so a value and its number arrive together, without a barrier or a flag. The latency is that of one
+write to a peer. (NCCL's low-latency protocol works in the same way.) Two sets of slots are enough: a rank
+that writes exchange e + 2 has received all of exchange e + 1, and each rank wrote that exchange after it had
+read all of exchange e.
 
-The sum adds ranks up in the same order on all of them, so all get the same bits.
+All ranks add up the values in the same order, so all get the same bits.
 
-Shapes: n values, P ranks.
+Shapes: n = values, P = ranks.
 """
 
 import functools
@@ -21,17 +22,20 @@ import torch.distributed as dist
 from kernels import triton, usable
 from kernels.collectives import functional_all_gather
 
-ALL_REDUCES = ("nccl", "oneshot")  # how a decoding step can sum over processes
-MAX_VALUES = 1 << 16  # above, twice the bytes cost more than a barrier
+ALL_REDUCES = ("nccl", "oneshot")  # kinds of sum over processes in a decoding step
+MAX_VALUES = 1 << 16  # for larger tensors the doubled bytes cost more than a barrier
 BLOCK = 256
 
 
 class Exchange:
-    """One rank's side. All ranks make the same calls; a captured CUDA graph may hold them."""
+    """Exchange on the side of one rank. All ranks make the same calls, also from captured CUDA graphs."""
 
     def __init__(self, slots: torch.Tensor, addresses: list[int], rank: int, n: int):
-        """slots: (2, P, n) int64 zeros in memory that the other ranks can write, on all ranks before any of
-        them exchanges; addresses: of every rank's slots, as this GPU reaches them; rank: this one's.
+        """Prepare the exchange. The slots of all ranks must be zero before any rank exchanges.
+
+        slots: (2, P, n) int64 zeros in memory that the other ranks can write.
+        addresses: addresses of all ranks' slots on this GPU.
+        rank, n: this rank; number of values.
         """
         self.slots, self.rank, self.n, self.ranks = slots, rank, n, len(addresses)
         self.addresses = torch.tensor(addresses, dtype=torch.int64, device=slots.device)
@@ -39,11 +43,11 @@ class Exchange:
         self.count = torch.zeros(self.grid, dtype=torch.int32, device=slots.device)
 
     def add_to(self, base: torch.Tensor, values: torch.Tensor) -> None:
-        """base += the sum of all ranks' values. Both hold n fp32 values."""
+        """Add the sum of all ranks' values to base. values, base: n fp32 values each."""
         self._launch(values, base, self.n, gather=False)
 
     def gather(self, out: torch.Tensor, values: torch.Tensor) -> None:
-        """out (..., P, K) = all ranks' values (..., K), fp32."""
+        """Gather all ranks' values (..., K) into out (..., P, K), fp32."""
         self._launch(values, out, values.shape[-1], gather=True)
 
     def _launch(self, values, out, width: int, gather: bool) -> None:
@@ -54,7 +58,7 @@ class Exchange:
 
 @functools.cache
 def _without_symmetric_memory(group, device: torch.device, all_values) -> bool:
-    """Whether the group cannot use symmetric memory; if so, its first process prints the reason, once."""
+    """Return True if the group cannot use symmetric memory; its first process prints the reason once."""
     problem = "it needs CUDA" if device.type != "cuda" else None if usable(torch.empty(0, device=device)) \
         else "it needs Triton"
     if problem is None:
@@ -70,7 +74,7 @@ def _without_symmetric_memory(group, device: torch.device, all_values) -> bool:
 
 
 def _symmetric(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, group):
-    """Zeros in memory that all GPUs of the group can reach, and that memory's handle."""
+    """Allocate zeros in memory that all GPUs of the group can access; return the tensor and its handle."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
     shared = symmetric_memory.empty(shape, dtype=dtype, device=device)
@@ -79,13 +83,12 @@ def _symmetric(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
 
 
 class GroupSum:
-    """The sum of a small tensor over a group, computed again and again, also inside a CUDA graph: how a
-    decoding step synchronises.
+    """Repeated sum of a small tensor over a group, also inside a CUDA graph, for the syncs of decoding steps.
 
-    kind: 'nccl' (the group's own all-reduce); 'oneshot' (an Exchange; tensors of more than MAX_VALUES use
-    'nccl'); or 'none', which adds only this process's buffer, to measure what communication costs.
-    buffer: fp32, where each process puts its summand.
-    all_values: function (value, group) -> the values of all processes of the group, in a list, on each.
+    kind: 'nccl' (the group's all-reduce), 'oneshot' (an Exchange; tensors of more than MAX_VALUES use
+        'nccl'), or 'none' (adds only this process's buffer, to measure the cost of communication).
+    buffer: fp32 tensor into which each process writes its summand.
+    all_values: function (value, group) -> list of the values of all processes, on every process.
     """
 
     def __init__(self, kind: str, buffer: torch.Tensor, group, all_values):
@@ -104,7 +107,7 @@ class GroupSum:
                                                buffer.numel())
 
     def add_to(self, base: torch.Tensor) -> None:
-        """base += the sum of all processes' buffers. The buffer's content is lost."""
+        """Add the sum of all processes' buffers to base. The buffer's content is lost."""
         if self.kind == "oneshot":
             return self._exchange.add_to(base, self.buffer)
         if self.kind == "nccl":
@@ -112,7 +115,7 @@ class GroupSum:
         base.add_(self.buffer)
 
     def gather(self) -> torch.Tensor:
-        """The buffers (..., K) of all P processes side by side, (..., P * K); 'none' has its own P times."""
+        """Concatenate the buffers (..., K) of all P processes to (..., P * K); 'none' repeats its own."""
         processes = 1 if self.group is None else dist.get_world_size(self.group)
         if self.kind == "oneshot":
             out = self.buffer.new_empty(*self.buffer.shape[:-1], processes, self.buffer.shape[-1])
@@ -132,13 +135,13 @@ if triton is not None:
     def _exchange_kernel(values_ptr, out_ptr, addresses_ptr, count_ptr, n, width, RANK: tl.constexpr,
                          RANKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
                          GATHER: tl.constexpr):
-        """One program: BLOCK values of all ranks."""
+        """Exchange BLOCK values of all ranks per program."""
         program = tl.program_id(0)
         i = program * BLOCK + tl.arange(0, BLOCK)
         mask = i < n
         count = tl.load(count_ptr + program) + 1
         number = count.to(tl.int64) << 32
-        first = (count & 1) * RANKS * n  # of the slots of this exchange
+        first = (count & 1) * RANKS * n  # first slot of this exchange
         value = tl.load(values_ptr + i, mask=mask, other=0.0)
         bits = value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         for peer in tl.static_range(RANKS):

@@ -1,21 +1,22 @@
-"""LayerNorm, alone or with the residual addition before it, in one kernel forward and two backward.
+"""LayerNorm, alone or fused with the residual addition before it: one kernel forward, two kernels backward.
 
     s = x + out                          layer_norm(x): s = x
     y = (s - mean(s)) / sqrt(var(s) + 1e-5) * weight + bias
 
-LayerNorm costs the bytes that it moves: 2 a value forward and 3 backward, in units of a value's size, and 4
-each with the addition, which apart would be 5 and 6. So a row lies in registers between its one read and its
-one write, and statistics are fp32. In the backward pass a fixed number of programs walk over the rows, each
-adding its rows' part of the gradients of weight and bias up in registers; a second kernel adds the programs'
-sums. Nothing is atomic: the same input gives the same bits. (Two steps backward are also how Triton's
-tutorial 05 and Liger-Kernel's LayerNorm, arXiv 2410.10989, get the gradients of weight and bias.)
+The time of LayerNorm is the bytes that it moves. In units of a value's size they are 2 per value forward and
+3 backward. With the addition they are 4 and 4, instead of 5 and 6 for separate kernels. A row stays in
+registers between its one read and its one write, and statistics are fp32. In the backward pass a fixed number
+of programs iterates over the rows. Each program sums the gradients of weight and bias over its rows in
+registers, and a second kernel adds up the programs' sums. No operation is atomic, so the same input gives the
+same bits. (Triton's tutorial 05 and Liger-Kernel's LayerNorm, arXiv 2410.10989, also compute the gradients of
+weight and bias in two steps.)
 
-Operators of torch.library: torch.compile keeps the graph whole and, as these are `triton_op`s, plans the
-memory of what they allocate with the rest of it. PyTorch looks for the kernels when an operator is
-registered, to tell its caches of compiled code apart: so they stand before it. Without a compiler the same
-functions are called through an autograd.Function, which costs the host less than an operator's dispatch.
+The functions are operators of torch.library, so torch.compile keeps the graph whole. As `triton_op`s they
+also let it plan their memory together with the rest of the graph. PyTorch looks up the kernels when an
+operator is registered, for the keys of its caches, so the kernels are defined first. Without a compiler an
+autograd.Function calls the same functions, which costs the host less than the dispatch of an operator.
 
-Shapes: N rows (the product of all dimensions but the last), C channels, P programs.
+Shapes: N = rows (product of all dimensions but the last), C = channels, P = programs.
 """
 
 import functools
@@ -27,20 +28,22 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernels import INTERPRETED, triton, usable
 
-triton_op = torch.library.custom_op if triton is None else torch.library.triton_op  # which would warn, unused
+# without Triton, triton_op would warn
+triton_op = torch.library.custom_op if triton is None else torch.library.triton_op
 wrap_triton = (lambda kernel: kernel) if INTERPRETED else torch.library.wrap_triton
 EPS = 1e-5
-PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}  # not DTensor and the like
+PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}  # not DTensor and other subclasses
 MAX_WIDTH = 16384  # wider rows do not fit the registers of one program
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """LayerNorm over the last dimension: x (..., C), weight and bias (C,), bias may be None.
+    """Return the LayerNorm over the last dimension, in x's dtype, or in autocast's dtype under autocast.
 
-    Takes fp32, bf16 and fp16 in any combination; returns x's dtype, but autocast's under autocast, rounded
-    once: the matrix product that follows takes that dtype anyway, and x stays what it is. (PyTorch's
-    layer_norm under autocast gives fp32 on CUDA and x's dtype on the CPU.) Differentiable once in all three.
-    Where no kernel can run (see `kernels.usable`; rows of more than MAX_WIDTH) it is F.layer_norm.
+    The result is rounded once, and the next matrix product needs autocast's dtype anyway. (PyTorch's
+    layer_norm under autocast returns fp32 on CUDA and x's dtype on the CPU.) Differentiable once in all
+    arguments. If no kernel can run (see `kernels.usable`), or C > MAX_WIDTH, it calls F.layer_norm.
+
+    x: (..., C). weight: (C,). bias: (C,) or None. fp32, bf16 and fp16 in any combination.
     """
     if not _runs_on(x, weight):
         return F.layer_norm(x, weight.shape, weight, bias, EPS)
@@ -49,10 +52,12 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 def add_layer_norm(x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
                    ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(s, y): the sum s = x + out, which goes on as the residual stream, and its LayerNorm.
+    """Return (s, y): the sum s = x + out, the new residual stream, and its LayerNorm y.
 
-    x, out: (..., C) of one shape. s is in the dtype that `x + out` has, y as in `layer_norm`, of s as it is
-    rounded. Differentiable once in x, out, weight and bias, through either result.
+    s has the dtype of `x + out`, and y the dtype of layer_norm(s). y is computed from the rounded s.
+    Differentiable once in x, out, weight and bias, through both results.
+
+    x, out: (..., C), one shape. weight, bias: see layer_norm.
     """
     if not _runs_on(x, weight):
         s = x + out
@@ -63,7 +68,7 @@ def add_layer_norm(x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, bia
 
 
 def _runs_on(x, weight) -> bool:
-    if INTERPRETED and torch.compiler.is_compiling():  # the interpreter needs values, which a trace has not
+    if INTERPRETED and torch.compiler.is_compiling():  # the interpreter needs values, which a trace lacks
         return False
     return usable(x) and weight.dtype != torch.float64 and weight.shape[0] <= MAX_WIDTH
 
@@ -75,8 +80,10 @@ def _result_dtype(x, dtype: torch.dtype) -> torch.dtype:
 
 
 def _normalize(x, out, weight, bias, dtype):
-    """What the operator gives, by the shortest way: through it only if somebody looks on (a compiler, a
-    dispatch mode such as that of selective activation checkpointing, a tensor subclass)."""
+    """Return the result of `_forward`, without the dispatch of the operator if possible.
+
+    A compiler, a dispatch mode (as in selective activation checkpointing) and a tensor subclass need it.
+    """
     if (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
             or not {type(x), type(out), type(weight), type(bias)} <= PLAIN):
         return _forward(x, out, weight, bias, dtype)
@@ -100,7 +107,7 @@ if triton is not None:
         N, C: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """One program: ROWS rows. No loop, so that nothing comes before their loads."""
+        """Process ROWS rows per program, without a loop, so that the loads come first."""
         r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
         row = tl.program_id(0).to(tl.int64) * ROWS
         column, inside = c < C, row + r < N
@@ -110,7 +117,7 @@ if triton is not None:
             x += tl.load(out_ptr + first + offsets, mask=mask, other=0.0).to(tl.float32)
             s = x.to(s_ptr.dtype.element_ty)
             tl.store(s_ptr + first + offsets, s, mask=mask)
-            x = s.to(tl.float32)  # as others will read it
+            x = s.to(tl.float32)  # the rounded value, as the backward pass reads it
         mean = tl.sum(x, axis=1, keep_dims=True) / C
         x = tl.where(column, x - mean, 0.0)
         rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / C + EPS)
@@ -124,17 +131,19 @@ if triton is not None:
     @triton.jit
     def _backward_kernel(
         grad_y_ptr,  # (N, C)
-        grad_s_ptr,  # (N, C), only if ADD: what reaches s by other ways
+        grad_s_ptr,  # (N, C), only if ADD: gradient of s from the residual stream
         s_ptr,  # (N, C)
         weight_ptr,  # (C,)
         stats_ptr,  # (2, N) fp32
         grad_x_ptr,  # (N, C)
-        partial_ptr,  # (2 if BIAS else 1, P, C) fp32: this program's part of weight's and bias's gradients
+        partial_ptr,  # (2 if BIAS else 1, P, C) fp32: each program's part of weight's and bias's gradients
         N, C: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, PAIRED: tl.constexpr, ROWS: tl.constexpr,
         BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ):
-        """One program: ROWS rows at a time, from its own on every so many; the next ones are fetched into
-        shared memory meanwhile, and their sums stay in registers."""
+        """Process every P-th group of ROWS rows per program.
+
+        The next groups are fetched into shared memory meanwhile. Sums over rows stay in registers.
+        """
         program, programs = tl.program_id(0), tl.num_programs(0)
         r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
         column, offsets = c < C, r * C + c
@@ -150,12 +159,12 @@ if triton is not None:
                 grad_s = tl.load(grad_s_ptr + first + offsets, mask=mask, other=0.0)
             mean = tl.load(stats_ptr + row + r, mask=inside, other=0.0)
             rstd = tl.load(stats_ptr + N + row + r, mask=inside, other=0.0)
-            x_hat = (s - mean) * rstd  # rubbish outside the row, where grad is zero
+            x_hat = (s - mean) * rstd  # invalid outside the row, where grad is zero
             grad_weight += tl.sum(grad * x_hat, axis=0, keep_dims=True)
             if BIAS:
                 grad_bias += tl.sum(grad, axis=0, keep_dims=True)
             grad *= weight
-            if PAIRED:  # warps that share a row meet once for both sums
+            if PAIRED:  # warps that share a row synchronise once for both sums
                 along_one, along_x = tl.reduce((grad, grad * x_hat), 1, _add_pairs, keep_dims=True)
             else:
                 along_one, along_x = tl.sum(grad, 1, keep_dims=True), tl.sum(grad * x_hat, 1, keep_dims=True)
@@ -170,10 +179,10 @@ if triton is not None:
     @triton.jit
     def _column_sums_kernel(
         partial_ptr,  # (2 or 1, P, C) fp32
-        grad_weight_ptr, grad_bias_ptr,  # (C,): the sums of the first and, on a grid of two rows, the second
+        grad_weight_ptr, grad_bias_ptr,  # (C,): sums of the first and, on a grid of two rows, the second part
         P, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     ):
-        """One program: BLOCK_C columns, always in the same order."""
+        """Sum BLOCK_C columns per program, always in the same order."""
         c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
         inside = c < C
         partial_ptr += tl.program_id(1) * P * C
@@ -188,25 +197,24 @@ if triton is not None:
             tl.store(grad_bias_ptr + c, total.to(grad_bias_ptr.dtype.element_ty), mask=inside)
 
 
-# What a config has for rows of BLOCK values, as measured on H200 (records/2026-11-21-kernels-h200).
+# fastest on H200 for rows of BLOCK values (records/2026-11-21-kernels-h200)
 FORWARD_TILES = {  # (BLOCK, with the addition): (ROWS, warps)
     (1024, False): (2, 2), (2048, False): (1, 2), (4096, False): (2, 8), (8192, False): (1, 8),
     (1024, True): (2, 1), (2048, True): (2, 8), (4096, True): (1, 16), (8192, True): (1, 32)}
-UNDER_WAY = 75 << 10  # bytes that a multiprocessor should be fetching for the backward pass
+UNDER_WAY = 75 << 10  # bytes that a multiprocessor should have in flight in the backward pass
 
 
 @functools.cache
 def _config(C: int, size: int = 2, add: bool = False) -> dict:
-    """What to tune, by width, the bytes of a value, and whether there is the addition. Of the launches:
+    """Return the launch parameters for rows of C values of `size` bytes, with or without the addition.
 
-    ROWS, num_warps     of one program: forward by FORWARD_TILES, other widths 16 values a thread; backward
-                        4096 values at a time, 32 a thread of short rows
-    STAGES              how deep the pipeline is through which the backward pass fetches its next rows: two
-                        ahead, as far as shared memory reaches (GPUs since Ampere have 99 KB for a program)
-    BLOCK_P, BLOCK_C    of the sums over programs: how many are looked at together
-
-    and `programs` of the backward pass for each multiprocessor: as many as keep it fetching, and not more,
-    as each leaves 2 C sums to be added.
+    ROWS, num_warps     of one program. Forward: by FORWARD_TILES, for other widths 16 values per thread.
+                        Backward: 4096 values at a time, 32 per thread for short rows.
+    STAGES              depth of the pipeline that fetches the next rows in the backward pass. Two groups
+                        ahead, if shared memory suffices (GPUs since Ampere have 99 KB per program).
+    BLOCK_P, BLOCK_C    tile of the sums over programs.
+    programs            of the backward pass, per multiprocessor. Just enough to keep it fetching, because
+                        each program leaves 2 C sums to add up.
     """
     block = triton.next_power_of_2(C)
     tile = max(block, 1024)
@@ -229,7 +237,7 @@ def _multiprocessors(device) -> int:
 
 
 def _run_forward(kernel, x, out, weight, bias, dtype):
-    """What `_forward` returns, from the kernel as it is or wrapped for a compiler."""
+    """Return the results of `_forward`. kernel: plain, or wrapped for a compiler."""
     C = int(weight.shape[0])
     N = x.numel() // C
     x, weight = x.contiguous(), weight.contiguous()
@@ -242,7 +250,7 @@ def _run_forward(kernel, x, out, weight, bias, dtype):
         s = torch.empty_like(x, dtype=torch.promote_types(x.dtype, out.dtype))
     if N == 0:
         return y, s, stats
-    bias_ptr = weight if bias is None else bias.contiguous()  # any, where there is none to read
+    bias_ptr = weight if bias is None else bias.contiguous()  # without a bias any pointer, which is not read
     config = _config(C, x.element_size(), out is not None)["forward"]
     kernel[(-(-N // config["ROWS"]),)](
         x, x if out is None else out, weight, bias_ptr, s, y, stats, N, C=C, ADD=out is not None,
@@ -251,7 +259,7 @@ def _run_forward(kernel, x, out, weight, bias, dtype):
 
 
 def _run_backward(kernel, sums_kernel, grad_y, grad_s, s, weight, stats, has_bias):
-    """What `_backward` returns."""
+    """Return the results of `_backward`. kernel, sums_kernel: plain, or wrapped for a compiler."""
     C = int(weight.shape[0])
     N = s.numel() // C
     grad_x, grad_weight = torch.empty_like(s), weight.new_empty(C)
@@ -273,14 +281,14 @@ def _run_backward(kernel, sums_kernel, grad_y, grad_s, s, weight, stats, has_bia
 @triton_op("nanosync::layer_norm", mutates_args=())
 def _forward(x: torch.Tensor, out: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
              dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y in `dtype`; x + out, empty without out; mean and reciprocal deviation of each row, (2, N) fp32."""
+    """Return y in `dtype`, x + out (empty without out), and (2, N) fp32 mean and reciprocal deviation."""
     return _run_forward(wrap_triton(_forward_kernel), x, out, weight, bias, dtype)
 
 
 @triton_op("nanosync::layer_norm_backward", mutates_args=())
 def _backward(grad_y: torch.Tensor, grad_s: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor,
               stats: torch.Tensor, has_bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of s (..., C), of weight and of bias (C,), the last one empty without a bias."""
+    """Return the gradients of s (..., C), weight (C,) and bias (C,), the last empty without a bias."""
     return _run_backward(wrap_triton(_backward_kernel), wrap_triton(_column_sums_kernel), grad_y, grad_s, s,
                          weight, stats, has_bias)
 
@@ -290,7 +298,7 @@ def _keep(ctx, inputs, output):
     _, s, stats = output
     ctx.save_for_backward(x.contiguous() if out is None else s, weight, stats)
     ctx.has_out, ctx.has_bias = out is not None, bias is not None
-    ctx.set_materialize_grads(False)  # a result that nobody used costs no tensor of zeros
+    ctx.set_materialize_grads(False)  # no tensor of zeros for an unused result
     ctx.mark_non_differentiable(stats)
 
 
@@ -307,8 +315,11 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 class _Eager(torch.autograd.Function):
-    """The operators' work without their dispatch. (With a `setup_context` forward would cost the host twice
-    as much: PyTorch then binds the arguments to the signature, call by call.)"""
+    """LayerNorm without the dispatch of the operators.
+
+    It has no `setup_context`, because PyTorch would then bind the arguments to the signature in each call,
+    which doubles the host's time.
+    """
 
     @staticmethod
     def forward(ctx, *inputs):

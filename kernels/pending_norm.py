@@ -1,14 +1,14 @@
-"""LayerNorm of what ranks see while their sums are pending: R rows, each the shared base plus the rank's own.
+"""LayerNorm of simulated TP ranks' streams with pending sums: R rows, each base + pending sum of a rank.
 
-    pending[r] += out[r]                 what the last sublayer gave rank r
+    pending[r] += out[r]                 output of the last sublayer on rank r
     normed[r]   = LayerNorm(base + pending[r])
-    total       = sum of pending[r]      if the ranks are about to synchronise
+    total       = sum of pending[r]      if the ranks synchronise next
 
-Simulating R ranks costs memory traffic, not arithmetic: written out, these lines and their gradients read and
-write tensors of R times the residual stream again and again. One kernel forward and one backward go over each
-of them once (see records/ for what that is worth).
+The simulation of R ranks costs memory traffic rather than arithmetic. In plain PyTorch these lines and their
+gradients read and write tensors of R times the residual stream many times. Here one kernel forward and one
+backward read and write each tensor once (see records/ for the gain).
 
-Shapes: R ranks, N rows, C channels.
+Shapes: R = ranks, N = rows, C = channels.
 """
 
 import torch
@@ -18,12 +18,13 @@ from kernels import triton, usable
 
 
 def pending_layer_norm(base, pending, out, weight, bias, last: bool):
-    """LayerNorm of base + pending + out, and what is carried on.
+    """Return (LayerNorm of base + pending + out (R, N, C), carried sums).
 
-    base: (N, C); pending: (R, N, C), or None for zeros; out: (R, N, C); weight, bias: (C,), bias may be None;
-    last: the ranks synchronise after the sublayer that takes this. Returns normed (R, N, C) and, if last, the
-    sum (N, C) of pending + out over ranks, else those (R, N, C). Differentiable in all tensors. Under
-    autocast `normed` is in autocast's dtype, else in base's.
+    The carried sums are pending + out, (R, N, C). If `last`, they are summed over ranks, (N, C). The
+    LayerNorm is in autocast's dtype under autocast, else in base's dtype. Differentiable in all tensors.
+
+    base: (N, C). pending: (R, N, C), None for zeros. out: (R, N, C). weight: (C,). bias: (C,) or None.
+    last: True if the ranks synchronise after the sublayer that reads the LayerNorm.
     """
     if usable(base):
         normed, new, total, _, _ = _forward(base, pending, out, weight, bias, last)
@@ -36,8 +37,10 @@ def pending_layer_norm(base, pending, out, weight, bias, last: bool):
 def _forward(base: torch.Tensor, pending: torch.Tensor | None, out: torch.Tensor, weight: torch.Tensor,
              bias: torch.Tensor | None, last: bool
              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """normed, pending + out (empty if that is `out` and nobody carries it on), their sum (empty unless
-    last), mean and reciprocal deviation (R, N)."""
+    """Return normed, pending + out, their sum over ranks, mean and reciprocal deviation (R, N) fp32.
+
+    pending + out is empty if `last` and pending is None. The sum is empty unless `last`.
+    """
     R, N, C = out.shape
     base, out = base.contiguous(), out.contiguous()
     pending = pending if pending is None else pending.contiguous()
@@ -62,7 +65,7 @@ def _shapes(base, pending, out, weight, bias, last):
 def _backward(grad_normed: torch.Tensor, grad_carried: torch.Tensor, base: torch.Tensor, new: torch.Tensor,
               weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, last: bool, has_bias: bool
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of base (N, C), of out and pending alike (R, N, C), of weight and bias (C,)."""
+    """Return the gradients of base (N, C), of out and equally pending (R, N, C), of weight and bias (C,)."""
     R, N, C = new.shape
     programs = min(N, 8 * _multiprocessors(new.device))
     grad_base, grad_new = torch.empty_like(base), torch.empty_like(new)
@@ -101,7 +104,7 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _warps(C: int) -> int:
-    """One as long as a row fits its registers: then no sum over a row has to wait for other warps."""
+    """Return the warps of a program: 1 if a row fits its registers, so that sums wait for no other warp."""
     return 1 if C <= 1024 else 2 if C <= 2048 else 4 if C <= 4096 else 8
 
 
@@ -123,7 +126,7 @@ if triton is not None:
         N, C, R: tl.constexpr, PENDING: tl.constexpr, NEW: tl.constexpr, LAST: tl.constexpr,
         BIAS: tl.constexpr, BLOCK: tl.constexpr,
     ):
-        """One program a row, of all ranks. Statistics and sums in fp32."""
+        """Process one row of all ranks per program. Statistics and sums are in fp32."""
         row = tl.program_id(0).to(tl.int64)
         c = tl.arange(0, BLOCK)
         mask = c < C
@@ -135,7 +138,7 @@ if triton is not None:
             d = tl.load(out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             if PENDING:
                 d += tl.load(pending_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-                d = d.to(out_ptr.dtype.element_ty).to(tl.float32)  # as it is stored, for the backward pass
+                d = d.to(out_ptr.dtype.element_ty).to(tl.float32)  # rounded, as the backward pass reads it
             if NEW:
                 tl.store(new_ptr + offsets, d.to(new_ptr.dtype.element_ty), mask=mask)
             total += d
@@ -162,10 +165,10 @@ if triton is not None:
         mean_ptr, rstd_ptr,  # (R, N) fp32
         grad_base_ptr,  # (N, C)
         grad_new_ptr,  # (R, N, C)
-        partial_ptr,  # (2 if BIAS else 1, programs, C) fp32: of weight and bias, to be summed over programs
+        partial_ptr,  # (2 if BIAS else 1, programs, C) fp32: each program's part of the (C,) gradients
         N, C, R: tl.constexpr, LAST: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
     ):
-        """One program every so many rows, of all ranks; sums of the weight's gradient stay in registers."""
+        """Process every `programs`-th row of all ranks per program; sums over rows stay in registers."""
         program, programs = tl.program_id(0), tl.num_programs(0)
         c = tl.arange(0, BLOCK)
         mask = c < C

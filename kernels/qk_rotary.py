@@ -1,19 +1,20 @@
-"""QK-norm and rotary embedding in one kernel each way, from a fused q, k, v projection to attention.
+"""QK-norm and rotary embedding between a fused q, k, v projection and attention: one kernel each way.
 
     x_hat = x / sqrt(mean(x^2) + eps)               for each head of q and k (RMSNorm without a weight)
     y[i], y[i + D / 2] = x_hat[i] cos + x_hat[i + D / 2] sin, x_hat[i + D / 2] cos - x_hat[i] sin
 
-and v as it is, copied, so that backward can write the gradient of q, k and v side by side, which the
-projection takes, in one pass. Both ways cost the bytes that they move: a head lies in registers between its
-one read and its one write, and statistics are fp32. Backward needs no input of forward: a rotation keeps
-scalar products, so with g the gradient of y
+v is copied. So the backward pass can write the gradients of q, k and v into one tensor, as the projection
+needs it, in one pass. The time of both passes is the bytes that they move. A head stays in registers between
+its one read and its one write, and statistics are fp32. The backward pass needs no input of the forward pass.
+A rotation preserves scalar products, so with the gradient g of y
 
     gradient of x = rotate_back(g - y mean(g y)) / sqrt(mean(x^2) + eps)
 
-and y is kept for attention anyway. (RMSNorm: arXiv 1910.07467; rotary embedding: arXiv 2104.09864, with pairs
-half a head apart.) Where no kernel can run it is plain PyTorch.
+and attention keeps y anyway. (RMSNorm: arXiv 1910.07467; rotary embedding: arXiv 2104.09864, with pairs half
+a head apart.) If no kernel can run, PyTorch's code runs.
 
-Shapes: B sequences of T tokens, H heads of D, N = B T H rows of each of q, k and v.
+Shapes: B = sequences, T = tokens of a sequence, H = heads, D = channels of a head, N = B T H = rows of each
+of q, k and v.
 """
 
 import torch
@@ -21,17 +22,20 @@ import torch.nn.functional as F
 
 from kernels import INTERPRETED, triton, usable
 
-triton_op = torch.library.custom_op if triton is None else torch.library.triton_op  # which would warn, unused
+# without Triton, triton_op would warn
+triton_op = torch.library.custom_op if triton is None else torch.library.triton_op
 wrap_triton = (lambda kernel: kernel) if INTERPRETED else torch.library.wrap_triton
-EPS = 1e-6  # bfloat16's own, 0.008, would drown the embedding of a new model
-ROWS = 16  # of a program: 16 values a thread
+EPS = 1e-6  # PyTorch's default for bfloat16, 0.008, is large beside the embedding of a new model
+ROWS = 16  # rows of a program; gives 16 values per thread
 
 
 def qk_norm_rotary(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """qkv (B, T, 3, H, D), cos and sin (T, D / 2) fp32 -> q, k, v, each (B, T, H, D) in qkv's dtype.
+    """Normalise and rotate q and k; return q, k, v, each (B, T, H, D) in qkv's dtype.
 
     Differentiable once in qkv.
+
+    qkv: (B, T, 3, H, D). cos, sin: (T, D / 2) fp32.
     """
     interpreted_trace = INTERPRETED and torch.compiler.is_compiling()  # the interpreter needs values
     if usable(qkv) and not interpreted_trace:
@@ -41,12 +45,12 @@ def qk_norm_rotary(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 
 
 def rms_norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm without a weight over the last dimension, in x's dtype also under autocast."""
+    """Return the RMSNorm over the last dimension, without a weight, in x's dtype even under autocast."""
     return F.rms_norm(x, (x.size(-1),), eps=EPS).to(x.dtype)
 
 
 def _rotate(x, cos, sin):
-    """x (B, T, H, D) by cos and sin (T, D / 2)."""
+    """Rotate x (B, T, H, D) by cos and sin (T, D / 2)."""
     a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
@@ -57,7 +61,7 @@ if triton is not None:
 
     @triton.jit
     def _load(ptr, offsets, HALF: tl.constexpr, mask):
-        """Both halves of heads, (ROWS, BLOCK) each."""
+        """Load both halves of heads, (ROWS, BLOCK) each."""
         a = tl.load(ptr + offsets, mask=mask, other=0.0)
         return a, tl.load(ptr + offsets + HALF, mask=mask, other=0.0)
 
@@ -71,10 +75,10 @@ if triton is not None:
         qkv_ptr,  # (B, T, 3, H, D)
         cos_ptr, sin_ptr,  # (T, HALF) fp32
         q_ptr, k_ptr, v_ptr,  # (B, T, H, D)
-        scale_ptr,  # (2, N) fp32: of q and k, 1 / sqrt(mean(x^2) + eps)
+        scale_ptr,  # (2, N) fp32: 1 / sqrt(mean(x^2) + eps) of q and k
         N, T, H, HALF: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ):
-        """One program: ROWS heads of q, of k or of v."""
+        """Process ROWS heads of q, k or v per program."""
         which = tl.program_id(1)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         token = row // H
@@ -101,13 +105,13 @@ if triton is not None:
     @triton.jit
     def _backward_kernel(
         grad_q_ptr, grad_k_ptr, grad_v_ptr,  # (B, T, H, D)
-        q_ptr, k_ptr,  # (B, T, H, D), as forward made them
+        q_ptr, k_ptr,  # (B, T, H, D), results of the forward pass
         cos_ptr, sin_ptr,  # (T, HALF) fp32
         scale_ptr,  # (2, N) fp32
         grad_ptr,  # (B, T, 3, H, D)
         N, T, H, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ):
-        """One program: ROWS heads of q, of k or of v."""
+        """Process ROWS heads of q, k or v per program."""
         which = tl.program_id(1)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         token = row // H
@@ -136,7 +140,7 @@ if triton is not None:
 
 
 def _launch(B: int, T: int, H: int, D: int) -> tuple[tuple, dict]:
-    """Grid and constants of both kernels."""
+    """Return grid and constants of both kernels."""
     N, half = B * T * H, D // 2
     return (triton.cdiv(N, ROWS), 3), dict(N=N, T=T, H=H, HALF=half, BLOCK=triton.next_power_of_2(half),
                                            ROWS=ROWS, num_warps=4)
@@ -145,7 +149,7 @@ def _launch(B: int, T: int, H: int, D: int) -> tuple[tuple, dict]:
 @triton_op("nanosync::qk_norm_rotary", mutates_args=())
 def _forward(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v, and what q and k were multiplied by, (2, B, T, H) fp32."""
+    """Return q, k, v, and the scale factors of q and k, (2, B, T, H) fp32."""
     B, T, _, H, D = qkv.shape
     q, k, v = (qkv.new_empty(B, T, H, D) for _ in range(3))
     scale = qkv.new_empty(2, B, T, H, dtype=torch.float32)
@@ -158,7 +162,7 @@ def _forward(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 @triton_op("nanosync::qk_norm_rotary_backward", mutates_args=())
 def _backward(grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor, q: torch.Tensor,
               k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The gradient of qkv (B, T, 3, H, D)."""
+    """Return the gradient of qkv, (B, T, 3, H, D)."""
     B, T, H, D = q.shape
     grad = q.new_empty(B, T, 3, H, D)
     grid, constants = _launch(B, T, H, D)

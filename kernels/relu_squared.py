@@ -1,19 +1,19 @@
-"""ReLU^2 and the MLP around it, with ReLU^2 inside the matrix products on Hopper.
+"""ReLU^2 and the MLP around it, with ReLU^2 fused into the matrix products on Hopper.
 
     y = relu(x @ w_in.T)^2,   out = y @ w_out.T
 
-ReLU^2 (arXiv 2109.08668) keeps nothing but its output, which the product after it keeps anyway: twice the
-root of that is the derivative, 2 relu(x). On its own it is bytes and nothing else: forward it reads and
-writes what the first product has just written, backward it reads two tensors of that size and writes a third.
-Here both products end with it while their sums are still in registers, so that y and the gradient of
-x @ w_in.T are written once and nothing else of that size is. All other products of the backward pass are
-PyTorch's; where no kernel can run, and in fp32 and fp64, everything is PyTorch's. (In fp16 the root of the
-output is 0 where x is below 1.7e-4; bfloat16 has fp32's range.)
+ReLU^2 (arXiv 2109.08668) needs only its output for the backward pass, and the next product keeps this output
+anyway. The derivative 2 relu(x) is twice the root of the output. The time of a separate ReLU^2 is the bytes
+that it moves: forward it reads and writes one tensor of the size of y, backward it reads two and writes one.
+Here both products apply it while their sums are in registers. So y and the gradient of x @ w_in.T are written
+once, and no other tensor of this size exists. PyTorch computes the other products of the backward pass. If no
+kernel can run, and in fp32 and fp64, PyTorch computes everything. (In fp16 the root of the output is 0 for x
+below 1.7e-4; bfloat16 has fp32's range.)
 
-Both kernels are one: as many programs as the GPU has multiprocessors, each of which goes through tiles of the
-output and loads the next one's operands (TMA) while it ends the one before.
+One persistent kernel serves both passes. It has as many programs as the GPU has multiprocessors. Each program
+iterates over tiles of the output, and loads the operands of the next tile (TMA) while it finishes a tile.
 
-Shapes: N tokens, C channels, H hidden units.
+Shapes: N = tokens, C = channels, H = hidden units.
 """
 
 import torch
@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from kernels import INTERPRETED, triton
 
-# tile of the output, length of a piece of the sum, pieces in flight, warps: the best of those tried on H100,
-# at N = 65536, C = 768, H = 3072; see records/2026-11-25-speedrun-h100
+# tile of the output, length of a piece of the sum, pieces in flight, warps: the fastest of those measured on
+# H100 at N = 65536, C = 768, H = 3072; see records/2026-11-25-speedrun-h100
 CONFIGS = {
     "forward": dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_stages=4, num_warps=8),
     "backward": dict(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_stages=3, num_warps=8),
@@ -31,12 +31,12 @@ CONFIGS = {
 
 
 class ReluSquared(torch.autograd.Function):
-    """By itself: x of any shape -> relu(x)^2 in x's dtype."""
+    """Separate ReLU^2: x of any shape -> relu(x)^2 in x's dtype."""
 
     @staticmethod
     def forward(ctx, x):
         y = F.relu(x)
-        y = y * y  # in x's dtype; square() would be fp32 under CUDA's autocast
+        y = y * y  # in x's dtype; square() would return fp32 under CUDA's autocast
         ctx.save_for_backward(y)
         return y
 
@@ -50,13 +50,16 @@ relu_squared = ReluSquared.apply
 
 
 def relu_squared_mlp(x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor) -> torch.Tensor:
-    """x (..., C), w_in (H, C), w_out (C, H) -> relu(x @ w_in.T)^2 @ w_out.T, (..., C) in x's dtype, which
-    weights are cast to. Under autocast x is taken in autocast's dtype. Differentiable once in all three.
-    Raises ValueError for other shapes.
+    """Return relu(x @ w_in.T)^2 @ w_out.T, (..., C), in x's dtype.
+
+    Differentiable once in all arguments. Raises ValueError for other shapes.
+
+    x: (..., C), cast to autocast's dtype under autocast.
+    w_in, w_out: (H, C) and (C, H), cast to x's dtype.
     """
     if x.shape[-1:] != w_in.shape[1:] or w_out.shape != w_in.shape[::-1]:
-        raise ValueError(f"x {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)} are "
-                         f"not (..., C), (H, C) and (C, H)")
+        raise ValueError(f"x {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)} must "
+                         f"have the shapes (..., C), (H, C) and (C, H)")
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
@@ -66,14 +69,14 @@ def relu_squared_mlp(x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor) -
 
 
 def fusible(x: torch.Tensor, w_in: torch.Tensor) -> bool:
-    """True where the kernels run: on Hopper, in 16 bits, where TMA can address the rows; or interpreted."""
+    """Return True if the kernel can run: on Hopper or interpreted, in 16 bits, with rows for TMA."""
     if triton is None or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     if any(n == 0 or n % 8 for n in w_in.shape):
         return False
     if x.is_cuda:
         return torch.cuda.get_device_properties(x.device).major == 9
-    # the interpreter needs values, and takes bfloat16's bits for integers in a product
+    # the interpreter needs values, and treats bfloat16 as integers in a product
     return INTERPRETED and x.dtype == torch.float16 and not torch.compiler.is_compiling()
 
 
@@ -94,10 +97,10 @@ class ReluSquaredMLP(torch.autograd.Function):
                 grad.T @ y if of_w_out else None)
 
 
-# Opaque operators: a tensor descriptor holds an address, and while torch.compile traces there is none.
+# opaque operators, because a tensor descriptor needs an address, which a trace of torch.compile lacks
 @torch.library.custom_op("nanosync::linear_relu_squared", mutates_args=())
 def _linear_relu_squared(x: torch.Tensor, w_in: torch.Tensor) -> torch.Tensor:
-    """relu(x @ w_in.T)^2 (N, H) of x (N, C) and w_in (H, C)."""
+    """Return relu(x @ w_in.T)^2, (N, H), for x (N, C) and w_in (H, C)."""
     y = x.new_empty(x.shape[0], w_in.shape[0])
     _launch(x, w_in, y, y, backward=False)
     return y
@@ -105,7 +108,10 @@ def _linear_relu_squared(x: torch.Tensor, w_in: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("nanosync::linear_relu_squared_backward", mutates_args=())
 def _linear_relu_squared_backward(grad: torch.Tensor, w_out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The gradient of x @ w_in.T, (grad @ w_out) 2 sqrt(y) (N, H), of grad (N, C), w_out (C, H), y (N, H)."""
+    """Return the gradient of x @ w_in.T, (N, H): (grad @ w_out) 2 sqrt(y).
+
+    grad: gradient of out, (N, C). w_out: (C, H). y: (N, H).
+    """
     grad_h = y.new_empty(y.shape)
     _launch(grad, w_out, y, grad_h, backward=True)
     return grad_h
@@ -127,9 +133,9 @@ if triton is not None:
 
     @triton.jit
     def _kernel(
-        a_desc,  # (N, C): x, or the gradient of out
-        b_desc,  # (H, C): w_in; BACKWARD (C, H): w_out
-        y_desc,  # (N, H), read if BACKWARD
+        a_desc,  # (N, C): x; if BACKWARD, gradient of out
+        b_desc,  # (H, C): w_in; if BACKWARD, (C, H): w_out
+        y_desc,  # (N, H), read only if BACKWARD
         out_desc,  # (N, H)
         N, H: tl.constexpr, C: tl.constexpr, PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -139,13 +145,13 @@ if triton is not None:
         for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
             row, column = tile // across * BLOCK_M, tile % across * BLOCK_N
             sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for k in range(0, C, BLOCK_K):  # what lies outside a tensor is loaded as 0 and not stored
+            for k in range(0, C, BLOCK_K):  # TMA loads 0 outside a tensor, and stores nothing there
                 a = a_desc.load([row, k])
                 if BACKWARD:
                     sums = tl.dot(a, b_desc.load([k, column]), sums)
                 else:
                     sums = tl.dot(a, b_desc.load([column, k]).T, sums)
-            # half a tile at a time, for which there is shared memory beside the operands in flight
+            # half a tile at a time, as shared memory also has the operands in flight
             left, right = sums.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
             _end(left, y_desc, out_desc, row, column, BACKWARD)
             _end(right, y_desc, out_desc, row, column + BLOCK_N // 2, BACKWARD)
@@ -155,7 +161,7 @@ if triton is not None:
         if BACKWARD:
             sums *= 2 * tl.sqrt(y_desc.load([row, column]).to(tl.float32))
         else:
-            sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as PyTorch does
+            sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as in PyTorch
             sums *= sums
         out_desc.store([row, column], sums.to(out_desc.dtype))
 
@@ -167,14 +173,14 @@ def _launch(a: torch.Tensor, b: torch.Tensor, y: torch.Tensor, out: torch.Tensor
     M, W, K = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     tiles = triton.cdiv(N, M) * triton.cdiv(H, W)
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
-    with torch.cuda.device_of(a):  # Triton launches on the current one
+    with torch.cuda.device_of(a):  # Triton launches on the current device
         _kernel[min(tiles, programs),](
             _descriptor(a, M, K), _descriptor(b, K, W) if backward else _descriptor(b, W, K),
             _descriptor(y, M, W // 2), _descriptor(out, M, W // 2), N, H, C, programs, backward, **config)
 
 
 def _descriptor(z: torch.Tensor, rows: int, columns: int):
-    """Of blocks of a matrix, or of a copy of it: TMA's addresses are multiples of 16 bytes."""
+    """Make a descriptor of blocks of a matrix, or of its copy if its address is no multiple of 16 bytes."""
     z = z.contiguous()
     if z.data_ptr() % 16:
         z = z.clone()
