@@ -1,19 +1,21 @@
 # make demo    install the core, train a small GPT on the Python standard library's source and sample from it
 # make test    install everything, then run the tests
 # make lint    check style
-# make lock    write requirements.lock anew; keeps each version that still fits (needs uv)
+# make lock    write requirements.lock again; a version that still fits stays (needs uv)
 # make clean   delete the environment and what the demo wrote
 #
-# TORCH=cpu    take PyTorch's CPU build, for `make TORCH=cpu demo`; TORCH_INDEX=URL names the package index that has it
-# LOCKED=1     install all of requirements.lock and check its hashes; otherwise only its versions count, so that any
-#              build of a version will do
+# TORCH=cpu    install PyTorch's CPU build, as in `make demo TORCH=cpu`. TORCH_INDEX=URL names a package index that has
+#              this build, unless pip's settings do. The demo then goes without Triton, whose kernels need a GPU.
+# LOCKED=1     install all of requirements.lock and check its hashes. Without LOCKED, pip takes the versions of the lock
+#              but accepts any build of them.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH_PIN = $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.lock)
 STARTED := $(shell date +%s)
 
-# The stamps of an installation; one without TORCH and LOCKED is there after any installation.
+# Stamps. Every installation writes those without a suffix: plain `make` accepts what is installed.
 CORE := .venv/core$(TORCH:%=-%)$(LOCKED:%=-locked)
 ALL := .venv/all$(TORCH:%=-%)$(LOCKED:%=-locked)
 
@@ -21,7 +23,7 @@ ifneq ($(filter-out cpu,$(TORCH)),)
 $(error TORCH=$(TORCH) is unknown: use TORCH=cpu, or leave it out for the build that pip finds)
 endif
 ifneq ($(and $(TORCH),$(LOCKED)),)
-$(error LOCKED=1 has the hash of the build on PyPI: leave out TORCH=$(TORCH) or LOCKED=$(LOCKED))
+$(error TORCH=$(TORCH) is another build than that of requirements.lock: leave out TORCH or LOCKED)
 endif
 
 .PHONY: demo test test-processes test-rest test-kernels lint lock clean .venv
@@ -43,8 +45,8 @@ demo: $(CORE)
 
 .venv: $(ALL)
 
-# Made again from nothing when the core or the lock has changed; the stamp comes last, so a broken install is not taken
-# for a whole one.
+# Start from an empty environment when the core or the lock has changed. The stamp comes last: a failed installation is
+# not taken for a complete one.
 $(CORE): requirements.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || \
 		{ echo "error: $(PYTHON) is missing, too old or too new; name a Python from 3.10 to 3.14: make PYTHON=python3.12 ..." >&2; exit 2; }
@@ -53,14 +55,14 @@ $(CORE): requirements.txt requirements.lock
 	$(PYTHON) -m venv --clear .venv
 	@sed -e '/^ *--hash=/d' -e 's/ *\\$$//' requirements.lock > .venv/constraints.txt
 ifdef TORCH
-	$(PIP_INSTALL) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' .venv/constraints.txt)+$(TORCH)" -c .venv/constraints.txt \
-		$(TORCH_INDEX:%=--extra-index-url %) || { echo "error: no CPU build of PyTorch was installed; if pip knows no" \
-		"package index that has it, name one: make TORCH=cpu TORCH_INDEX=URL ..." >&2; exit 2; }
+	$(PIP_INSTALL) --no-deps $(TORCH_INDEX:%=--extra-index-url %) $(TORCH_PIN)+$(TORCH) || { echo "error: pip found no CPU" \
+		"build of PyTorch; name a package index that has it: make TORCH=cpu TORCH_INDEX=URL ..." >&2; exit 2; }
 endif
 ifdef LOCKED
 	$(PIP_INSTALL) --require-hashes -r requirements.lock
 else
-	$(PIP_INSTALL) -r requirements.txt -c .venv/constraints.txt
+	@grep -v '^$(if $(TORCH),triton,#)' requirements.txt > .venv/requirements.txt
+	$(PIP_INSTALL) -r .venv/requirements.txt -c .venv/constraints.txt
 endif
 	@echo "$(STARTED) $$(ls -d .venv/lib/python*/site-packages/*.dist-info | wc -l | tr -d ' ') packages," \
 		"$$(du -sm .venv | cut -f1) MB, in $$(($$(date +%s) - $(STARTED))) s" > .venv/core

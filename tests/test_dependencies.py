@@ -1,4 +1,4 @@
-"""Dependencies are declared in pyproject.toml; the requirements files and the lock must agree with it. Milliseconds."""
+"""The requirements files and the lock agree with the dependencies of pyproject.toml. CPU; milliseconds."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # of pytest
+    import tomli as tomllib  # a dependency of pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -39,8 +39,8 @@ def test_requirements_files_repeat_pyproject():
 
 @pytest.mark.parametrize("minor", range(10, 15))
 def test_lock_pins_each_requirement_once(minor):
-    environment = {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.0", "sys_platform": "linux",
-                   "platform_system": "Linux", "platform_machine": "x86_64"}
+    environment = {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.0",
+                   "sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
     for requirement in map(Requirement, CORE + EXTRAS):
         pins = locked(requirement.name, environment)
         assert len(pins) == 1, requirement
