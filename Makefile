@@ -1,40 +1,82 @@
-# make demo    set up, then train a small GPT on the Python standard library's source and sample from it
-# make test    set up, then run the tests
+# make demo    install the core, train a small GPT on the Python standard library's source and sample from it
+# make test    install everything, then run the tests
 # make lint    check style
+# make lock    write requirements.lock again; a version that still fits stays (needs uv)
 # make clean   delete the environment and what the demo wrote
+#
+# TORCH=cpu    install PyTorch's CPU build, as in `make demo TORCH=cpu`. TORCH_INDEX=URL names a package index that has
+#              this build, unless pip's settings do. The demo then goes without Triton, whose kernels need a GPU.
+# LOCKED=1     install all of requirements.lock and check its hashes. Without LOCKED, pip takes the versions of the lock
+#              but accepts any build of them.
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALLED := .venv/installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH_PIN = $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.lock)
+STARTED := $(shell date +%s)
 
-.PHONY: demo test test-processes test-rest test-kernels lint clean .venv
+# Stamps. Every installation writes those without a suffix: plain `make` accepts what is installed.
+CORE := .venv/core$(TORCH:%=-%)$(LOCKED:%=-locked)
+ALL := .venv/all$(TORCH:%=-%)$(LOCKED:%=-locked)
 
-.venv: $(INSTALLED)
+ifneq ($(filter-out cpu,$(TORCH)),)
+$(error TORCH=$(TORCH) is unknown: use TORCH=cpu, or leave it out for the build that pip finds)
+endif
+ifneq ($(and $(TORCH),$(LOCKED)),)
+$(error TORCH=$(TORCH) is another build than that of requirements.lock: leave out TORCH or LOCKED)
+endif
 
-# Made again when what is required has changed; the stamp comes last, so a broken install is not taken for a whole one.
-$(INSTALLED): requirements.txt constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || \
-		{ echo "error: $(PYTHON) is missing, too old or too new; name a Python from 3.10 to 3.14: make PYTHON=python3.12 ..." >&2; exit 2; }
-	@$(PYTHON) -c 'import venv, ensurepip' || \
-		{ echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
-	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
-	@touch $@
+.PHONY: demo test test-processes test-rest test-kernels lint lock clean .venv
 
-demo: .venv
+demo: $(CORE)
 	$(BIN)/python data/python_source/prepare.py
+	@date +%s > .venv/training
 	$(BIN)/python train.py config/train_python_char.py
+	@echo $$(($$(date +%s) - $$(cat .venv/training))) > .venv/training
 	@echo
 	$(BIN)/python sample.py --out_dir=out-python-char --start="def " --num_samples=3 --max_new_tokens=400
 	@echo
+	@read started installed < .venv/core; test $$started = $(STARTED) || earlier=" earlier"; \
+		echo "Installed$$earlier: $$installed. Trained in $$(cat .venv/training) s."
 	@echo "That was a GPT of 0.8M parameters after some minutes. What to try next:"
 	@echo "  $(BIN)/python sample.py --out_dir=out-python-char --start='class Test' --temperature=0.6"
 	@echo "  $(BIN)/python train.py config/train_python_char.py --n_embd=256 --out_dir=out-wider"
 	@echo "  $(BIN)/python train.py --help"
 
+.venv: $(ALL)
+
+# Start from an empty environment when the core or the lock has changed. The stamp comes last: a failed installation is
+# not taken for a complete one.
+$(CORE): requirements.txt requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || \
+		{ echo "error: $(PYTHON) is missing, too old or too new; name a Python from 3.10 to 3.14: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' || \
+		{ echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv --clear .venv
+	@sed -e '/^ *--hash=/d' -e 's/ *\\$$//' requirements.lock > .venv/constraints.txt
+ifdef TORCH
+	$(PIP_INSTALL) --no-deps $(TORCH_INDEX:%=--extra-index-url %) $(TORCH_PIN)+$(TORCH) || { echo "error: pip found no CPU" \
+		"build of PyTorch; name a package index that has it: make TORCH=cpu TORCH_INDEX=URL ..." >&2; exit 2; }
+endif
+ifdef LOCKED
+	$(PIP_INSTALL) --require-hashes -r requirements.lock
+else
+	@grep -v '^$(if $(TORCH),triton,#)' requirements.txt > .venv/requirements.txt
+	$(PIP_INSTALL) -r .venv/requirements.txt -c .venv/constraints.txt
+endif
+	@echo "$(STARTED) $$(ls -d .venv/lib/python*/site-packages/*.dist-info | wc -l | tr -d ' ') packages," \
+		"$$(du -sm .venv | cut -f1) MB, in $$(($$(date +%s) - $(STARTED))) s" > .venv/core
+	@touch $@
+
+$(ALL): $(CORE) requirements-extras.txt
+ifndef LOCKED
+	$(PIP_INSTALL) -r requirements.txt -r requirements-extras.txt -c .venv/constraints.txt
+endif
+	@touch .venv/all $@
+
 # Side by side, as most tests keep one core busy: those of several processes, and all others; last, whichever is done
 # first, the kernels in Triton's interpreter.
-test: .venv
+test: $(ALL)
 	@$(MAKE) --no-print-directory -j2 test-processes test-rest test-kernels
 
 test-processes:
@@ -46,8 +88,12 @@ test-rest:
 test-kernels:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
 
-lint: .venv
+lint: $(ALL)
 	$(BIN)/ruff check .
+
+lock:
+	uv pip compile pyproject.toml --all-extras --universal --python-version=3.10 --no-python-downloads --generate-hashes \
+		--annotation-style=line --custom-compile-command="make lock" --quiet --output-file=requirements.lock
 
 clean:
 	rm -rf .venv out-python-char data/python_source/*.bin data/python_source/meta.json .pytest_cache .ruff_cache
