@@ -54,7 +54,8 @@ from nanosync.optim import build_adamw
 from nanosync.parallelism import Parallelism
 from nanosync.rank_decoder import check_all_reduce
 from nanosync.ranks import ranks_on
-from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, SyncSchedule
+from nanosync.sync_schedule import SyncSchedule
+from tensor_parallel_model import DistributedGPT, DistributedGPTConfig
 
 # -----------------------------------------------------------------------------
 mode = "train"  # 'train', 'memory', 'generate', 'kernels', or, under torchrun, 'decode' or 'prefill'

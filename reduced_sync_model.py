@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from nanosync.distributed import env_rank
 from nanosync.errors import UserError
 from nanosync.ranks import Ranks
-from tensor_parallel_model import DistributedGPT, RanksConfig, SyncSchedule
+from nanosync.sync_schedule import SyncSchedule
+from tensor_parallel_model import DistributedGPT, RanksConfig
 
 STRATEGIES = {  # name -> function of the configuration that returns the sublayers to synchronise after
     "standard": lambda c: range(2 * c.n_layer),

@@ -14,11 +14,9 @@ pending sum of each rank r, `d[r]`:
     after the last sublayer: the same sync, if sums are pending
 
 A `SyncSchedule` lists the sublayers that synchronise. If all do, the model is the dense GPT. Fewer syncs
-compute another function, so train a model with the schedule with which it will run.
-
-tp_size is part of the architecture. The number of processes that hold the ranks is not, see `Ranks`.
-Parameters have the dense model's names and shapes, or are this process's part of them. So any checkpoint fits
-any variant.
+compute another function, so train a model with the schedule with which it will run. tp_size is part of the
+architecture. The number of processes that hold the ranks is not, see `Ranks`. Parameters have the dense
+model's names and shapes, or are this process's part of them. So any checkpoint fits any variant.
 
 Shapes: m = number of local ranks whose streams differ; 1 while nothing is pending, because the local ranks
 then agree and act as one. R = tp_size, P = processes of a group, B = batch, T = tokens, C = n_embd,
@@ -51,70 +49,17 @@ from nanosync.ranks import (
     split_dimension,
 )
 from nanosync.sharding import local_part
+from nanosync.sync_schedule import SyncSchedule
 
 BLOCK_TYPES = ("tp", "spd", "parallel")
-
-
-@dataclass(frozen=True)
-class Sublayer:
-    """The communication after an attention or an MLP."""
-
-    sync: bool  # True: all ranks add up their pending sums
-
-
-@dataclass(frozen=True)
-class SyncSchedule:
-    """One entry per sublayer: attention of layer 0, MLP of layer 0, attention of layer 1, ..."""
-
-    sublayers: tuple[Sublayer, ...]
-
-    @classmethod
-    def at(cls, n_layer: int, points) -> "SyncSchedule":
-        """Make the schedule that synchronises after the sublayers in `points`, from 0 to 2 n_layer - 1."""
-        return cls(tuple(Sublayer(j in set(points)) for j in range(2 * n_layer)))
-
-    @classmethod
-    def evenly(cls, n_layer: int, syncs: int) -> "SyncSchedule":
-        """Make the schedule of `syncs` equally spaced syncs, the last after the last sublayer.
-
-        Raises UserError if `syncs` does not divide the number of sublayers.
-        """
-        if syncs < 1 or 2 * n_layer % syncs:
-            raise UserError(f"{syncs} syncs do not divide the {2 * n_layer} sublayers of n_layer={n_layer}")
-        return cls.at(n_layer, range(2 * n_layer // syncs - 1, 2 * n_layer, 2 * n_layer // syncs))
-
-    @classmethod
-    def from_block_types(cls, block_types: list[str]) -> "SyncSchedule":
-        """Make the schedule of a kind of block per layer.
-
-        'tp' synchronises after attention and MLP, 'spd' after the MLP, a run of 'parallel' blocks at its end.
-        """
-        points = []
-        for i, kind in enumerate(block_types):
-            run_continues = kind == "parallel" and block_types[i + 1:i + 2] == ["parallel"]
-            points += [2 * i] * (kind == "tp") + [2 * i + 1] * (not run_continues)
-        return cls.at(len(block_types), points)
-
-    @property
-    def points(self) -> list[int]:
-        """Numbers of the sublayers after which ranks synchronise."""
-        return [j for j, sublayer in enumerate(self.sublayers) if sublayer.sync]
-
-    @property
-    def unsynchronised(self) -> list[int]:
-        """Numbers of the sublayers after which ranks do not synchronise."""
-        return [j for j, sublayer in enumerate(self.sublayers) if not sublayer.sync]
 
 
 class Residual:
     """The residual stream between two sublayers: base, biases and pending sums."""
 
     def __init__(self, ranks: Ranks, dropout, state: tuple):
-        """Restore a stream from its state.
-
-        dropout: function (*tensors) -> tensors that applies one mask to all of them, the same on all ranks.
-        state: `state` of the stream, or (base,), base (B, T, C).
-        """
+        """Restore a stream. dropout: function (*tensors) -> tensors, with one mask for all tensors and ranks;
+        state: `state` of the stream, or (base,), base (B, T, C)."""
         self.ranks, self.dropout = ranks, dropout
         if len(state) == 1:
             self._restart(*state)
@@ -135,10 +80,7 @@ class Residual:
         self.total = None  # (1, B, T, C): pending sums over local ranks, if a sync is next
 
     def normed(self, norm: nn.Module, sync: bool):
-        """Return the LayerNorm of the ranks' streams, (m, B, T, C), as input of a sublayer.
-
-        sync: True if the ranks synchronise after the sublayer.
-        """
+        """Return the LayerNorm of the ranks' streams, (m, B, T, C). sync: True if a sync comes next."""
         x = self.shared if self.biases is None else self.shared + self.biases
         if self.latest is None:
             return norm(x)
@@ -190,7 +132,7 @@ def split_attention(attn, x, cache=None):
     """Attend with the heads of each rank: x (m, B, T, C) -> (m, B, T, K / m).
 
     cache: tensor (local, 2, B, H / R, block_size, D) into which each rank's k and v are written. Without the
-        first dimension it is the cache of one rank of the joint width. None in training.
+    first dimension it is the cache of one rank of the joint width. None in training.
     """
     m, B, T, C = x.shape
     D = C // attn.n_head
@@ -211,10 +153,8 @@ class RankBlock(Block):
     """A block with the dense block's parameters, of which each rank applies its part to its own stream."""
 
     def compute(self, state, sublayers, ranks: Ranks, dropout, cache=None):
-        """Map the state of a Residual before the layer to the state after it.
-
-        sublayers: the layer's two Sublayer entries. dropout: see Residual. cache: see split_attention.
-        """
+        """Map the state of a Residual before the layer to the state after it. sublayers: the layer's two
+        entries of the schedule; dropout: see Residual; cache: see split_attention."""
         residual, (after_attention, after_mlp) = Residual(ranks, dropout, state), sublayers
         x = residual.normed(self.ln_1, after_attention.sync)
         y = split_attention(self.attn, x, cache)
@@ -269,12 +209,10 @@ class DistributedGPT(GPT):
     block_class = RankBlock
 
     def __init__(self, config: RanksConfig, ranks: Ranks | None = None):
-        """Build and initialise the model. Raises UserError.
+        """Build and initialise the model. ranks: None simulates all ranks on this process. Raises UserError.
 
         On real ranks every process draws all weights, as the dense model does, and keeps its own part. So the
         caller must seed all processes alike.
-
-        ranks: ranks on this process. None simulates all ranks on this process.
         """
         if ranks is not None and ranks.size != config.tp_size:
             raise UserError(f"{ranks.processes} processes with {ranks.local} ranks each do not make "
@@ -316,10 +254,8 @@ class DistributedGPT(GPT):
         self.ranks = ranks
 
     def hidden(self, idx, cache=None):
-        """Map token ids (B, T) to the hidden states after ln_f (B, T, C).
-
-        cache: for each layer the `cache` of split_attention, or None.
-        """
+        """Map token ids (B, T) to the hidden states after ln_f (B, T, C). cache: one of split_attention for
+        each layer, or None."""
         base = self._residual_dropout(self.embed(idx)[None])[0].squeeze(0)
         dropout, sublayers = self._residual_dropout, self.schedule.sublayers
         state = Residual(self.ranks, dropout, (base,)).state
@@ -329,11 +265,8 @@ class DistributedGPT(GPT):
         return self.transformer.ln_f(Residual(self.ranks, dropout, state).close())
 
     def forward(self, idx, targets=None, all_logits: bool = False):
-        """Map token ids (B, T) to (logits, loss), see GPT.forward.
-
-        On real ranks each process computes the logits of its part of the vocabulary. Without targets the
-        logits of all processes are gathered.
-        """
+        """Map token ids (B, T) to (logits, loss), see GPT.forward. On real ranks each process computes the
+        logits of its part of the vocabulary. Without targets the logits of all processes are gathered."""
         if self.ranks.group is None:
             return super().forward(idx, targets, all_logits)
         one = self.ranks.as_one
@@ -382,11 +315,9 @@ class DistributedGPT(GPT):
         return tuple(None if t is None else t * keep for t in tensors)
 
     def share_dropout(self, seed: int, dp_rank: int, device) -> torch.Generator:
-        """Make the generator of the dropout masks that the processes of this model share.
+        """Make the generator of the dropout masks that the processes of model number dp_rank share.
 
         Its seed differs from the seeds of the processes, seed + global rank.
-
-        dp_rank: number of this model among the data-parallel models.
         """
         self.shared_generator = torch.Generator(device).manual_seed((seed + 2**40 + dp_rank) % 2**63)
         for block in self.transformer.h:
@@ -402,10 +333,8 @@ class DistributedGPT(GPT):
         return [p for name, p in self.named_parameters() if split_dimension(name) is not None]
 
     def partial_gradients(self) -> list[nn.Parameter]:
-        """Return the undivided parameters of whose gradient each process has only its own ranks' share.
-
-        These are the LayerNorms behind f, and the biases that ranks use before the next sync.
-        """
+        """Return the undivided parameters of whose gradient each process has only its own ranks' share: the
+        LayerNorms behind f, and the biases that ranks use before the next sync."""
         names = [f"transformer.h.{i}.ln_{n}." for i in range(self.config.n_layer) for n in (1, 2)]
         names += [f"transformer.h.{j // 2}.{('attn', 'mlp')[j % 2]}.c_proj.bias"
                   for j in self.schedule.unsynchronised]
@@ -424,10 +353,8 @@ class DistributedGPT(GPT):
 
     @torch.no_grad()
     def align_replicas(self, optimizer) -> None:
-        """Broadcast undivided parameters and their optimizer state from the group's first process.
-
-        GPUs add up the gradient of the embedding in no fixed order, so replicas drift apart by rounding.
-        """
+        """Broadcast undivided parameters and their optimizer state from the group's first process. GPUs add
+        up the gradient of the embedding in no fixed order, so replicas drift apart by rounding."""
         if self.ranks.group is None:
             return
         divided = {id(p) for p in self.split_parameters()}
@@ -437,10 +364,8 @@ class DistributedGPT(GPT):
                     dist.broadcast(local_part(tensor), group_src=0, group=self.ranks.group)
 
     def save_pretrained(self, folder: str) -> None:
-        """Write these weights as a dense GPT-2, see GPT.save_pretrained. Raises UserError on real ranks.
-
-        Warn if this model's schedule computes another function of the weights.
-        """
+        """Write these weights as a dense GPT-2, see GPT.save_pretrained. Warn if this model's schedule
+        computes another function of the weights. Raises UserError on real ranks."""
         if self.ranks.group is not None:
             raise UserError("the model is divided over several processes: save a checkpoint, and load it in "
                             "one process")

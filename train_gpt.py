@@ -41,8 +41,8 @@ from nanosync.run import Run
 from nanosync.sharding import Replicated
 from nanosync.step_clock import StepClock
 from nanosync.step_schedules import Curriculum, DepthWarm, Plan, Schedule
+from nanosync.sync_schedule import SyncSchedule
 from reduced_sync_model import GPTConfig as SyncStrategy
-from tensor_parallel_model import SyncSchedule
 
 # -----------------------------------------------------------------------------
 # The defaults are the speedrun's baseline.
@@ -81,7 +81,7 @@ curriculum_lengths: list | None = None  # e.g. [256, 512, 768, 1024]; None: quar
 curriculum_shares: list | None = None  # share of the steps at which each length ends; None: 0.1, 0.2, ...
 curriculum_plateau_steps = 50  # steps of each mean loss in the test for a plateau; 0: no test
 curriculum_plateau_gain = 0.01  # a length ends early if the mean loss fell by less than this value
-# variant=depth_warm: layers join one after the other
+# variant=depth_warm: layers join one by one
 depth_warm_layers = 4  # number of layers in the first step
 depth_warm_share = 0.2  # share of the steps after which all layers take part in every step
 depth_warm_survival = 0.5  # probability with which a new layer takes part in a step

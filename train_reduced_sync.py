@@ -85,7 +85,7 @@ beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient, 0 for no limit
 # Muon
 optimizer = "adamw"  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for all other parameters
-muon_learning_rate = 6e-4  # highest value, comparable with AdamW's; the schedule scales both alike
+muon_learning_rate = 6e-4  # highest value, comparable with AdamW's; both follow the same schedule
 muon_momentum = 0.95
 # learning-rate schedule
 decay_lr = True  # cosine from learning_rate to min_lr; False: constant
@@ -183,7 +183,7 @@ for it in run.iterations():
         scaler.scale(loss / micro_steps).backward()
         loss_sum += loss.detach()
 
-    # update; the run ends if loss or norm is not finite (with float16 the scaler skips such an update)
+    # update; the run ends if loss or norm is not finite (with float16 the scaler skips the update)
     model.reduce_partial_gradients()
     scaler.unscale_(optimizer)
     norm = parallel.clip(model, grad_clip)

@@ -16,7 +16,8 @@ from model import GPT, GPTConfig
 from nanosync.errors import UserError
 from nanosync.generation import capture_graph
 from nanosync.ranks import Ranks
-from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, SyncSchedule
+from nanosync.sync_schedule import SyncSchedule
+from tensor_parallel_model import DistributedGPT, DistributedGPTConfig
 
 MODES = ("decode", "prefill")
 ONE_GPU, NO_SYNCS = "TP=1", "0 syncs"

@@ -11,8 +11,9 @@ if __name__ == "__main__":
 from configurator import Parser
 from nanosync.errors import UserError
 from nanosync.files import check_can_write
+from nanosync.sync_schedule import SyncSchedule
 from reduced_sync_model import GPTConfig
-from tensor_parallel_model import DistributedGPTConfig, SyncSchedule
+from tensor_parallel_model import DistributedGPTConfig
 
 
 def schedules(n_layer: int) -> list[tuple[str, SyncSchedule]]:

@@ -107,7 +107,7 @@ def _sync(path: str) -> None:
 
 
 def _prune(out_dir: str, keep: int, protect: tuple[int, ...], verified: dict[int, bool]) -> None:
-    """Delete old checkpoints and what interrupted saves left.
+    """Delete old checkpoints and the rest of interrupted saves.
 
     keep, protect: see save.
     verified: step -> True if its checkpoint is valid. Steps that are missing here are verified and added.

@@ -230,7 +230,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run of Weights & Biases. wandb rejects a step that it has already, so such steps are not sent."""
+    """A run of Weights & Biases. wandb rejects a step that it has already, so these steps are not sent."""
 
     def __init__(self, warn, project: str, name: str, config: dict, out_dir: str, mode: str, resumed: bool):
         """Start the run, or resume the run of out_dir/wandb_id if `resumed`. Raises UserError.

@@ -16,7 +16,7 @@ from nanosync.errors import UserError
 
 @dataclass(frozen=True)
 class ModelKind:
-    """How a kind of model is built, and what a run takes from its checkpoints."""
+    """Construction of a kind of model, and the settings that its checkpoints decide."""
 
     script: str  # trains this kind
     config: type | None = None  # dataclass of the architecture; None: only the script can use the kind

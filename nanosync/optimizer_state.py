@@ -69,7 +69,7 @@ def gather_state(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool)
 @torch.no_grad()
 def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
                        state: dict[str, torch.Tensor]) -> None:
-    """Load the state of all parameters, as `state_by_name` returns it; keep only what this process owns.
+    """Load the state of all parameters, as `state_by_name` returns it; keep only this process's shard.
 
     Raises UserError if names or shapes do not fit the model's parameters.
     """

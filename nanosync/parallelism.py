@@ -194,8 +194,8 @@ def settle_buckets(trained: nn.Module, shape: tuple[int, int], device: torch.dev
     DDP reorders its buckets after its first pass. The place of a gradient in a bucket decides the order in
     which an all-reduce adds up the processes' gradients. Without the extra passes a resumed run would add up
     its first step in another order than the run that was not interrupted. The passes also run before the
-    optimizer has moments, when memory has room for DDP's first and final buckets. All random states stay as
-    they are.
+    optimizer has moments, when memory has room for DDP's first and final buckets. Random states do not
+    change.
 
     shape: (B, T) of the tokens.
     shared: generator that the processes of one model share, None without.

@@ -1,4 +1,4 @@
-"""Resuming: what a run takes from its checkpoint, and checks that settings and data agree with it."""
+"""Resuming: settings and state that a run takes from its checkpoint, and checks against it."""
 
 import torch
 
@@ -25,7 +25,7 @@ def resume_of(config: Config) -> str:
 
 
 def _scripts_own(kind: str | None, kinds: dict[str, ModelKind]) -> bool:
-    """True if only the script that trains the kind can use its weights."""
+    """Return True if only the script that trains the kind can use its weights."""
     return kind in kinds and (kinds[kind].config is None or kinds[kind].settings_entry == "config")
 
 
@@ -90,7 +90,7 @@ def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict,
     weights = "" if _scripts_own(checkpoint.state.get("model", {}).get("kind"), kinds) else \
         f" from its weights with --init_from={checkpoint.path}"
     if not all(isinstance(then.get(key), int) for key in tokens):
-        raise UserError(f"{checkpoint.path} does not say what data it was trained on: start a new "
+        raise UserError(f"{checkpoint.path} does not say on which data it was trained: start a new "
                         f"run{weights}")
     differ = [f"{then[key]:,} {key.replace('_', ' ')} then, {fingerprint[key]:,} now"
               for key in tokens if then[key] != fingerprint[key]]

@@ -80,7 +80,7 @@ class Run:
         return on_main(function, self.processes.group)
 
     def check_data(self, data: DataSet) -> None:
-        """Keep the data set. Raises UserError if the checkpoint was trained on another one."""
+        """Keep the data set. Raises UserError if the checkpoint was trained on another data set."""
         self.data = data
         if self.resumed is not None and self.writes:
             check_same_data(self.resumed, data.folder, data.fingerprint, self.kinds)
@@ -154,10 +154,8 @@ class Run:
             self.saver.poll()
 
     def due(self, interval: int) -> bool:
-        """Return True if the caller must do now what it does every `interval` steps and at the end.
-
-        Return False while the run is stopping. The resumed run then does what is skipped here.
-        """
+        """Return True if work that is due every `interval` steps and at the end must be done now. While the
+        run is stopping, return False; the resumed run does what is skipped here."""
         due = self.is_due(interval)
         self.stopwatch.pause()  # until `proceed`
         self._skipped |= due and self.stopping
@@ -180,10 +178,8 @@ class Run:
                       f"iteration {self.step}")
 
     def stop_anywhere(self) -> bool:
-        """Return True if any process was asked to stop; for use between the batches of an evaluation.
-
-        All processes must call this method. If it returns True, the resumed run repeats the evaluation.
-        """
+        """Return True if any process was asked to stop; the resumed run then repeats the evaluation. All
+        processes must call this method between batches of an evaluation."""
         if any(all_values(self.signals.received, self.processes.group)):
             self.stopping = self._skipped = True
         return self.stopping
@@ -195,10 +191,8 @@ class Run:
     def proceed(self, save: bool | None = None) -> bool:
         """Save what is due; return False after the last update, or if the run stops here.
 
-        An interrupted run is always saved, unless save_checkpoint is False.
-
-        save: True if a checkpoint is due. None: a checkpoint is due if the val loss improved, or by
-            checkpoint_interval or always_save_checkpoint.
+        save: True if a checkpoint is due; None: it is due if the val loss improved, or by checkpoint_interval
+        or always_save_checkpoint. An interrupted run is always saved, unless save_checkpoint is False.
         """
         config, saved_here = self.config, self.step == self.first_step and self.continues
         if self.stopping:
@@ -224,10 +218,9 @@ class Run:
         return self._stop_reason is None and self.step < self.last_step
 
     def _save(self, evaluated: bool, best: bool) -> None:
-        """Copy the state of the run and start to write it; all processes must call this method.
+        """Copy the state of the run and start to write it. All processes must call this method.
 
-        evaluated: False if the evaluation due at this step was skipped.
-        best: True if val_loss is the lowest so far.
+        evaluated: False if the evaluation due at this step was skipped; best: True for the lowest val_loss.
         """
         started = time.perf_counter()
         if self.processes.main:
@@ -241,12 +234,9 @@ class Run:
     def agree(self, loss_sum: torch.Tensor, norm: torch.Tensor, micro_batches: int) -> tuple[float, float]:
         """All-reduce loss, norm and stop request together; return mean loss and norm.
 
-        Waits for the device. Raises UserError, which ends the run, if loss or norm is not finite on any
-        process. With a loss scaler the norm may overflow, as the scaler then skips the update.
-
-        loss_sum: sum over this process's micro-batches, a scalar.
-        norm: norm of the gradient, a scalar.
-        micro_batches: number of micro-batches over all models.
+        Waits for the device. Raises UserError, which ends the run, if a value is not finite on any process.
+        (With a loss scaler the norm may overflow: the scaler skips the update.) loss_sum: over this process's
+        micro-batches; micro_batches: their number over all models.
         """
         loss_sum, norm, self.stopping = agree(loss_sum, norm, self.signals.received > 0, self.processes)
         loss = loss_sum / micro_batches
@@ -255,10 +245,7 @@ class Run:
         return loss, norm
 
     def fail(self, problem: str, kept: str = "the update was skipped and no checkpoint has it") -> None:
-        """End the run because a value is not finite. Raises UserError.
-
-        problem: values that are not finite. kept: state of update and checkpoints, for the message.
-        """
+        """Raise UserError because a value is not finite. kept: state of update and checkpoints."""
         self.status = "non_finite"
         raise UserError(f"{problem}: {kept}; resume an earlier one (--list_checkpoints shows them) with "
                         f"--resume=STEP and a lower learning_rate")
@@ -284,10 +271,7 @@ class Run:
                        tokens=self.step * self.tokens, **self._extra_status())
 
     def end(self, *notes: str) -> None:
-        """End the run and this process. Raises UserError if the last checkpoint cannot be saved.
-
-        notes: lines for the log.
-        """
+        """End the run and this process. notes: lines for the log. Raises UserError if saving fails."""
         self.on_main(lambda: self.saver.wait(final=True))
         if self.status == "interrupted":
             saved = self.config.get("save_checkpoint", True)

@@ -36,7 +36,7 @@ class Replicated(nn.Module):
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Reshard what FSDP keeps whole for a backward pass; called when no backward pass follows.
+    """Reshard the parameters that FSDP keeps whole for a backward pass, when no backward pass follows.
 
     Until then the model's parameters are not the objects that the optimizer has.
     """

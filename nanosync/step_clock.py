@@ -66,7 +66,7 @@ class StepClock:
         self.train_seconds, self.train_loss = state["train_seconds"], state["train_loss"]
 
     def start(self) -> None:
-        """Start to measure; the time so far, such as for compiling, does not count."""
+        """Start to measure; the time so far, e.g. for compiling, does not count."""
         self.run.stopwatch.lap()
 
     def timing(self, done: int) -> dict:

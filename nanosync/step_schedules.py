@@ -106,7 +106,7 @@ class Curriculum(Schedule):
 
 
 class DepthWarm(Schedule):
-    """A warm-up of the depth: layers join one after the other, from the bottom.
+    """A warm-up of the depth: layers join one by one, from the bottom.
 
     A layer that has joined takes part in a step with a probability that grows to 1 (stochastic depth, arXiv
     1603.09382). Other layers are neither computed nor sent. A new layer adds zero to the residual stream at

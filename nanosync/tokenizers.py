@@ -41,7 +41,7 @@ class CharTokenizer:
         return "".join(self.chars[i] for i in ids)
 
     def stream(self):
-        """Return a function that decodes one id after the other."""
+        """Return a function that decodes the ids of a stream, one per call."""
         return lambda token: self.chars[token]
 
     def meta(self) -> dict:
@@ -76,7 +76,10 @@ class GPT2Tokenizer:
         return self._encoding.decode([int(i) for i in ids], errors="replace")
 
     def stream(self):
-        """Return a function that decodes one id after the other; a character comes with its last byte."""
+        """Return a function that decodes the ids of a stream, one per call.
+
+        It returns a character when the last byte of the character has come.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda token: decoder.decode(self._encoding.decode_single_token_bytes(token))
 

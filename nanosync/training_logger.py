@@ -99,7 +99,7 @@ class TrainingLogger:
 
     def start_wandb(self, project: str, name: str, config: dict, out_dir: str = ".", mode: str = "online",
                     resumed: bool = False) -> None:
-        """Also send events to Weights & Biases; call it before `open_files`. Raises UserError.
+        """Send events to Weights & Biases from now on; call it before `open_files`. Raises UserError.
 
         If wandb is not reachable, the run logs offline.
 

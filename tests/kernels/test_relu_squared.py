@@ -93,7 +93,7 @@ def test_no_hidden_units():
 def test_shapes_that_do_not_fit(dtype):
     x, w_in, w_out = (torch.ones(shape, dtype=dtype) for shape in ((8, 16), (32, 24), (16, 32)))
     for wrong in ((x, w_in, w_out), (x, w_in[:, :16], w_out.T), (x, w_in[:, :16], w_out[:8])):
-        with pytest.raises(ValueError, match=r"are not \(\.\.\., C\), \(H, C\) and \(C, H\)"):
+        with pytest.raises(ValueError, match=r"must have the shapes \(\.\.\., C\), \(H, C\) and \(C, H\)"):
             relu_squared_mlp(*wrong)
 
 

@@ -172,7 +172,7 @@ def test_nanogpt_folder_without_meta(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no data set 'yours'"):
         open_dataset("yours", T)
     (tmp_path / "data" / "cached_yours.py").touch()
-    monkeypatch.setattr(dataloader, "__file__", str(tmp_path / "dataloader.py"))
+    monkeypatch.setattr(dataloader, "ROOT", str(tmp_path))
     with pytest.raises(UserError, match=r"there is no folder data/yours \(run python data/cached_yours.py\)"):
         open_dataset("yours", T)
 
