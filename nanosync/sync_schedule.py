@@ -1,4 +1,4 @@
-"""Sync schedules: after which sublayers the tensor-parallel ranks of a model add up what they have pending."""
+"""Sync schedules: after which sublayers the tensor-parallel ranks of a model add up their pending sums."""
 
 from dataclasses import dataclass
 

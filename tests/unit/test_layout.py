@@ -1,5 +1,5 @@
-"""The layout of the repository: imports between folders go one way, files and functions stay short, the training
-scripts share settings and the training step only. CPU; a second.
+"""The layout of the repository: imports go one way, files and functions stay short, the training scripts share
+settings and the training step only. CPU; a second.
 
     python -m pytest tests/unit/test_layout.py
 """
