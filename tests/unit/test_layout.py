@@ -1,4 +1,4 @@
-"""The layout of the repository: imports go one way, files and functions stay short, the training scripts share
+"""The layout of the repository: imports go one way, files and functions are short, training scripts share
 settings and the training step only. CPU; a second.
 
     python -m pytest tests/unit/test_layout.py
