@@ -31,6 +31,7 @@ from nanosync.training_logger import TrainingLogger
 from tensor_parallel_model import DistributedGPT, DistributedGPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 1200.0  # seconds that a test waits for a process; a busy machine is many times slower
 SHARED = ROOT.parent / "shared"
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4", "--device=cpu",
@@ -142,7 +143,7 @@ def _launcher_process(options: list[str], script: str, args: list[str], cwd: str
     run.main([*options, "--", script])
 
 
-def python(script: str, *args: str, cwd: Path, timeout: float = 300, **env: str) -> Result:
+def python(script: str, *args: str, cwd: Path, timeout: float = PATIENCE, **env: str) -> Result:
     """Run a script of this repository in one process, which is forked from one that has imported torch."""
     return _finished(_script_process, timeout, str(ROOT / script), list(map(str, args)), str(cwd), env)
 
@@ -156,14 +157,14 @@ def _finished(body, timeout: float, *command) -> Result:
         process.join(timeout)
         if process.is_alive():
             process.terminate()  # a launcher ends its workers
-            process.join(60)
+            process.join(PATIENCE)
             process.kill()
             raise AssertionError(f"{command[:3]} still ran after {timeout} s: {err.read_text()}")
         return Result(process.exitcode, out.read_text(), err.read_text())
 
 
 def torchrun(n: int, script: str, *args: str, cwd: Path, launcher: tuple[str, ...] = ("--standalone",),
-             timeout: float = 300, **env: str) -> Result:
+             timeout: float = PATIENCE, **env: str) -> Result:
     """Run a script of this repository in n processes under PyTorch's launcher, all of them forked likewise.
 
     The command itself, which imports for seconds in each of them, is in tests/processes/test_long_runs.py.
@@ -216,7 +217,7 @@ def _group_process(function, rank: int, world: int, folder: str, args: tuple) ->
     os._exit(1 if problem else 0)
 
 
-def run_processes(world: int, function, folder: Path, *args, timeout: float = 300) -> None:
+def run_processes(world: int, function, folder: Path, *args, timeout: float = PATIENCE) -> None:
     """Call function(rank, world, *args) in real processes of a gloo group; fail with what any of them raised.
 
     They are forked from a server that has imported torch, which saves the seconds that a launch costs.

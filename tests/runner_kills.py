@@ -132,9 +132,9 @@ def kill_once(folder: Path, args: tuple[str, ...], number: int, after: float) ->
     at_most = len(processes_of(logs))
     runner.send_signal(number)
     killed = time.monotonic()
-    while (left := processes_of(logs) or runner.poll() is None) and time.monotonic() < killed + 20:
+    while (left := processes_of(logs) or runner.poll() is None) and time.monotonic() < killed + 600:
         time.sleep(0.02)
-    code = runner.wait(20)
+    code = runner.wait(600)
     return {"signal": signal.Signals(number).name, "after": round(after, 2), "processes": at_most,
             "seconds": round(time.monotonic() - killed, 2), "left": len(processes_of(logs)) if left else 0,
             "code": code}
@@ -153,7 +153,7 @@ def campaign(folder: Path, kills: int, seed: int, longest: float = 8.0) -> list[
         assert all(now[run_id] == row for run_id, row in done.items()), "what was done was done again"
         done = now
         cases[-1]["done"] = len(done)
-    assert start(folder, *args).wait(600) == 0
+    assert start(folder, *args).wait(1200) == 0
     now = results(folder)
     assert sorted(now) == list(range(n_runs)) and all(row["success"] for row in now.values()), now
     assert all(now[run_id] == row for run_id, row in done.items()), "what was done was done again"

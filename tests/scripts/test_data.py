@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import NO_NETWORK, ROOT, needs_gpt2_tokenizer, tinyshakespeare
+from helpers import NO_NETWORK, PATIENCE, ROOT, needs_gpt2_tokenizer, tinyshakespeare
 
 from nanosync import tokenizers
 from nanosync.token_files import open_tokens, read_meta, split_files
@@ -24,7 +24,7 @@ from nanosync.token_files import open_tokens, read_meta, split_files
 
 def prepare(script, *args, env=None):
     return subprocess.run([sys.executable, str(ROOT / "data" / script), *map(str, args)], capture_output=True,
-                          text=True, timeout=240, env=os.environ | (env or {}))
+                          text=True, timeout=PATIENCE, env=os.environ | (env or {}))
 
 
 def script_module(script):
@@ -156,7 +156,7 @@ def test_interrupted(tmp_path):
         while not list(out.glob("*.tmp")) and process.poll() is None:
             time.sleep(0.001)
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
         if process.returncode != 0:
             break
         shutil.rmtree(tmp_path / "new")

@@ -11,7 +11,7 @@ import shutil
 import signal
 
 import pytest
-from helpers import TINY
+from helpers import PATIENCE, TINY
 from helpers import save_random_model as save
 
 from nanosync import checkpoint, checkpoint_writer, run_dir
@@ -32,7 +32,7 @@ def test_killed_at_each_point_of_saving(tmp_path, point):
     save(tmp_path, 1)
     process = multiprocessing.get_context("fork").Process(target=save_twice_and_die, args=(tmp_path, point))
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     held = run_dir.lock(str(tmp_path), make=True)  # as a run does that goes on
     found = checkpoint.find(str(tmp_path), warn=pytest.fail)

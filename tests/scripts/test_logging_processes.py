@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from helpers import ROOT
+from helpers import PATIENCE, ROOT
 from helpers import event_steps as steps
 from helpers import logged_events as said
 
@@ -46,7 +46,7 @@ wandb_run(Path("out"), 2, 6, resumed=2, mode="offline")
 def test_wandb_itself_offline(tmp_path):
     env = {name: value for name, value in os.environ.items() if "WANDB" not in name} | PATHS
     done = subprocess.run([sys.executable, "-c", WITH_WANDB], cwd=tmp_path, env=env, capture_output=True,
-                          text=True, timeout=120)
+                          text=True, timeout=PATIENCE)
     assert done.returncode == 0 and "warning" not in done.stdout, done.stderr
     assert "Steps must be monotonically increasing" not in done.stderr
     name = (tmp_path / "out" / "wandb_id").read_text().strip()

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, TINY, events, save_checkpoint
+from helpers import PATIENCE, ROOT, TINY, events, save_checkpoint
 
 from model import GPT, GPTConfig
 from models import weights
@@ -244,7 +244,7 @@ def test_sample_from_a_folder(run_script, tmp_path):
     assert done.code == 0, done.err
     assert re.fullmatch(r".*step 1, val loss 1\.0000\nA[ABC]{50}\n-+\n", done.out)
     pipe = f"{sys.executable} {ROOT / 'sample.py'} --init_from=run --device=cpu --start=A | head -n1"
-    piped = subprocess.run(["sh", "-c", pipe], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    piped = subprocess.run(["sh", "-c", pipe], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert piped.stdout == "run/ckpt/step-00000001: step 1, val loss 1.0000\n" and not piped.stderr
 
 

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, TINY, torchrun
+from helpers import PATIENCE, ROOT, TINY, torchrun
 
 import train_gpt
 from nanosync import checkpoint
@@ -203,12 +203,12 @@ def test_asked_to_end(tiny_data, tmp_path):
     with open(tmp_path / "text", "w") as text:
         process = subprocess.Popen(command, stdout=text, stderr=text,
                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while "step:5/" not in (tmp_path / "text").read_text() and time.monotonic() < end:
             time.sleep(0.05)
         assert status(out)["status"] == "running"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0, (tmp_path / "text").read_text()
+        assert process.wait(PATIENCE) == 0, (tmp_path / "text").read_text()
     reached = status(out)
     assert reached["status"] == "interrupted" and checkpoint.steps_in(str(out)) == [reached["step"]]
 
