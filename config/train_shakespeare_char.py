@@ -1,4 +1,4 @@
-# A character-level GPT on tiny Shakespeare: 10.7M parameters, 90 s on one H200.
+# A character-level GPT on tiny Shakespeare: 10.7M parameters, about a minute on a recent GPU.
 # First: python data/shakespeare_char/prepare.py
 # On a CPU add --device=cpu --compile=False, and make the model smaller as README shows.
 
