@@ -1,5 +1,6 @@
 """What tests share: small models, data sets and checkpoints, and scripts run as a user runs them."""
 
+import ast
 import json
 import math
 import multiprocessing
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import configurator
 import kernels
 import reduced_sync_model
 import train_gpt
@@ -171,6 +173,30 @@ def torchrun(n: int, script: str, *args: str, cwd: Path, launcher: tuple[str, ..
     """
     return _finished(_launcher_process, timeout, [*launcher, f"--nproc_per_node={n}"], str(ROOT / script),
                      list(map(str, args)), str(cwd), {**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def settings_error(script: str, *args: str) -> str | None:
+    """Return what `configure` and a script's check_settings say of arguments, None if they accept them.
+
+    Only the script's imports, its assignments before `configure` and its functions are executed, here.
+    """
+    path, kept, configured = ROOT / script, [], False
+    for node in ast.parse(path.read_text()).body:
+        configured |= any(isinstance(n, ast.Name) and n.id == "configure" for n in ast.walk(node))
+        definition = isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+        if definition or (not configured and isinstance(node, (ast.Assign, ast.AnnAssign))):
+            kept.append(node)
+    namespace, hook = {"__file__": str(path), "__name__": "settings"}, sys.excepthook
+    try:
+        exec(compile(ast.Module(kept, []), str(path), "exec"), namespace)
+        config = configurator.configure(namespace, list(args))
+        if "check_settings" in namespace:
+            namespace["check_settings"](config)
+    except UserError as error:
+        return str(error)
+    finally:
+        sys.excepthook = hook
+    return None
 
 
 def save_checkpoint(out_dir: Path, step: int, weights, keep: int = 10, best: bool = False, **state) -> str:

@@ -20,6 +20,7 @@ from helpers import (
     damage_flip,
     needs_gpt2_tokenizer,
     random_model,
+    settings_error,
     write_dataset,
     write_shard,
 )
@@ -126,7 +127,8 @@ TRAIN = [  # arguments after TINY and the good data set, words of the line
     (["--init_from=resume", "--out_dir=run", "--bias=False"], "has bias=True: leave bias out"),
     (["--init_from=resume", "--out_dir=run", "--dataset=shorter"],
      "not the data set that run/ckpt/step-00000003 was trained on (400 train tokens then, 300 now)"),
-    (["--init_from=run", "--resume=latest"], "init_from='run' starts a new run and resume='latest' goes on"),
+    (["--init_from=run", "--resume=latest"],
+     "init_from='run' starts a new run and resume='latest' resumes one"),
     (["--init_from=run", "--block_size=32"], "block_size=32 must be between 1 and the model's 16 positions"),
     (["--init_from=run", "--n_head=4"], "n_head=4 (command line), but run has n_head=2: leave n_head out"),
     (["--init_from=damaged/ckpt/step-00000003"], "model.safetensors does not match its SHA-256"),
@@ -168,7 +170,7 @@ REDUCED_SYNC = [
     (["--layers_per_group=1"], "layers_per_group=1 is for sync_strategy='grouped'"),
     (["--init_from=resume", "--out_dir=run"], "step-00000003 holds a model of kind 'gpt': resume it with"),
     (["--init_from=run", "--n_layer=3"], "n_layer=3 (command line), but run has n_layer=2"),
-    (["--init_from=run", "--resume=3"], "init_from='run' starts a new run and resume='3' goes on"),
+    (["--init_from=run", "--resume=3"], "init_from='run' starts a new run and resume='3' resumes one"),
 ]
 
 SAMPLE = [
@@ -273,31 +275,50 @@ def check(result, words, before, folder):
     assert listing(folder) == before  # nothing written, nothing lost
 
 
+# of the cases that check_settings answers, those that are tried as a user would, too
+END_TO_END = (["--batchsize=8"], ["bad_key.py"], ["bad_syntax.py"], ["no_such_config.py"],
+              ["--batch_size=big"], ["--seed=99999999999999999999"], ["nan.py"],
+              ["--use_fsdp", "--use_zero1"], ["--stop_if=3.8"], ["--mode=fly"])
+
+
+@pytest.fixture
+def check_error(run_script, sets, monkeypatch):
+    """check_error(script, options, args, words): the error of settings in this process, if check_settings
+    has it; else, and for END_TO_END, the script's."""
+
+    def check_one(script, options, args, words, **env):
+        monkeypatch.chdir(sets)
+        error = settings_error(script, *options, *args)
+        if error is not None:
+            assert words in error and "\n" not in error, error
+        if error is None or args in END_TO_END:
+            before = listing(sets)
+            result = run_script(script, *options, *args, cwd=sets, **env)
+            check(result, words, before, sets)
+            return result
+
+    return check_one
+
+
 def listing(folder):
     return sorted((root, tuple(sorted(files))) for root, _, files in os.walk(folder))
 
 
 @pytest.mark.parametrize("args, words", TRAIN, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
-def test_train(run_script, sets, args, words):
-    before = listing(sets)
-    result = run_script("train.py", *TINY, "--dataset=good", *args, cwd=sets, HF_HUB_OFFLINE="1")
+def test_train(check_error, args, words):
+    result = check_error("train.py", [*TINY, "--dataset=good"], args, words, HF_HUB_OFFLINE="1")
     if {"--out_dir=damaged", "--init_from=damaged"} & set(args):  # which also warns, on stdout, of each
         assert result.out.count("warning: ") == 1
-    check(result, words, before, sets)
 
 
 @pytest.mark.parametrize("args, words", RANKS, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
-def test_ranks(run_script, sets, args, words):
-    before = listing(sets)
-    args = ["--dataset=good", "--model_type=distributed_gpt", *args]
-    check(run_script("train.py", *TINY, *args, cwd=sets), words, before, sets)
+def test_ranks(check_error, args, words):
+    check_error("train.py", [*TINY, "--dataset=good", "--model_type=distributed_gpt"], args, words)
 
 
 @pytest.mark.parametrize("args, words", REDUCED_SYNC, ids=lambda v: " ".join(v) * isinstance(v, list))
-def test_train_reduced_sync(run_script, sets, args, words):
-    before = listing(sets)
-    result = run_script("train_reduced_sync.py", *TINY, "--dataset=good", *args, cwd=sets)
-    check(result, words, before, sets)
+def test_train_reduced_sync(check_error, args, words):
+    check_error("train_reduced_sync.py", [*TINY, "--dataset=good"], args, words)
 
 
 @pytest.mark.parametrize("env, words", ENVIRONMENT, ids=lambda v: " ".join(v) if isinstance(v, dict) else "")
@@ -352,6 +373,5 @@ def test_hellaswag(run_script, sets, args, words):
 
 
 @pytest.mark.parametrize("args, words", BENCH, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
-def test_bench(run_script, sets, args, words):
-    before = listing(sets)
-    check(run_script("bench.py", "--device=cpu", *args, cwd=sets), words, before, sets)
+def test_bench(check_error, args, words):
+    check_error("bench.py", ["--device=cpu"], args, words)
