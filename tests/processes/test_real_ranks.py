@@ -22,7 +22,9 @@ from helpers import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.exchange import GroupSum
+from nanosync.distributed import all_values
 from nanosync.errors import UserError
+from nanosync.rank_decoder import check_all_reduce
 from nanosync.ranks import Ranks
 
 # Real processes
@@ -114,7 +116,7 @@ def check_oneshot_fallback(rank: int, world: int) -> None:
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         for _ in range(3):
-            total = GroupSum("oneshot", torch.zeros(2, 3), torch.distributed.group.WORLD)
+            total = GroupSum("oneshot", torch.zeros(2, 3), torch.distributed.group.WORLD, all_values)
     said = printed.getvalue()
     assert total.kind == "nccl" and said.count("\n") == (rank == 0)
     assert rank or "tp_allreduce='oneshot' does not work here (it needs CUDA)" in said
@@ -130,7 +132,7 @@ def check_oneshot_fallback(rank: int, world: int) -> None:
 def test_oneshot_falls_back(tmp_path):
     run_processes(2, check_oneshot_fallback, tmp_path)
     with pytest.raises(UserError, match="tp_allreduce='ring' is unknown"):
-        GroupSum("ring", torch.zeros(1), None)
+        check_all_reduce("ring")
 
 
 def test_top_k_from_each_process(tmp_path):
