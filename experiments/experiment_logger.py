@@ -315,7 +315,7 @@ def check_installation() -> list[tuple[str, bool, str]]:
         try:
             found.append((package, True, importlib.import_module(package).__version__))
         except ImportError as e:
-            found.append((package, False, f"{e}: pip install -r requirements.txt"))
+            found.append((package, False, f"{e}: pip install -r requirements-extras.txt"))
     script = os.path.join(ROOT, "train_gpt.py")
     found.append(("train_gpt.py", os.path.isfile(script), script))
     git, gpus = git_info(), gpu_info()
