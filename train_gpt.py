@@ -393,10 +393,10 @@ if __name__ == "__main__":
         raise UserError(f"{batch_size=} is the total over all processes and must be a multiple of {at_once}, "
                         f"{device_batch_size=} times the number of processes, {processes.world_size}")
     micro_steps, share = batch_size // at_once, device_batch_size / batch_size  # weight in the mean loss
-    tokens_per_step = batch_size * sequence_length
 
     # a resumed checkpoint decides the architecture
     run = Run(config, processes, kinds, own=(models.SPEEDRUN,), steps="num_iterations")
+    tokens_per_step = batch_size * sequence_length
     check_variant(config)
     schedule = VARIANTS[variant][1](config)
     data = open_dataset(dataset, sequence_length, "sequence_length")

@@ -28,6 +28,7 @@ from nanosync.errors import UserError
 from nanosync.evaluations import prepare_evaluations
 from nanosync.model_kind import schedule_description
 from nanosync.optim import build_optimizer, cosine_learning_rate, set_learning_rate
+from nanosync.resuming import resume_of
 from nanosync.run import Run
 from reduced_sync_model import parse_stop_if
 
@@ -117,7 +118,7 @@ def check_settings(config: dict) -> None:
     setup.check_training_settings(config)
     parse_stop_if(config["stop_if"])
     strategy = config["sync_strategy"]
-    if config.origin["layers_per_group"] and strategy != "grouped" and not config["resume"]:
+    if config.origin["layers_per_group"] and strategy != "grouped" and not resume_of(config):
         raise UserError(f"layers_per_group={config['layers_per_group']} is for sync_strategy='grouped', "
                         f"but sync_strategy is {strategy!r}: leave layers_per_group out")
 

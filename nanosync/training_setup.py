@@ -16,6 +16,7 @@ from nanosync.model_kind import ModelKind
 from nanosync.optim import check_optimizer
 from nanosync.parallelism import Parallelism, check_parallelism, parallelism_of, settle_buckets
 from nanosync.recompute import ACTIVATION_CHECKPOINTING
+from nanosync.resuming import resume_of
 from nanosync.run import Run
 from nanosync.sharding import reshard
 
@@ -33,6 +34,7 @@ def check_training_settings(config: dict) -> None:
     check_seed(config)
     check_parallelism(config)
     check_optimizer(config)
+    resume_of(config)  # init_from may contradict it
 
 
 def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallelism, int]:
