@@ -1,4 +1,4 @@
-"""What tests share: small models, data sets and checkpoints, and scripts run as a user runs them."""
+"""Helpers of all tests: small models, data sets and checkpoints, and scripts run as a user runs them."""
 
 import ast
 import json
@@ -53,7 +53,7 @@ class Result:
 
     @property
     def losses(self) -> list[float]:
-        """Of the `iter` lines, to four digits."""
+        """The losses of the `iter` lines, to four digits."""
         return [float(line.split("loss ")[1].split(",")[0]) for line in self.out.splitlines()
                 if line.startswith("iter ")]
 
@@ -151,7 +151,7 @@ def python(script: str, *args: str, cwd: Path, timeout: float = PATIENCE, **env:
 
 
 def _finished(body, timeout: float, *command) -> Result:
-    """Of a process and those that it has forked."""
+    """Run a function in a forked process, wait for it and its children, and return its Result."""
     with tempfile.TemporaryDirectory() as printed:
         out, err = Path(printed, "out"), Path(printed, "err")
         process = forking().Process(target=body, args=(*command, str(out), str(err)))
@@ -284,7 +284,7 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 
 
 def losses_and_norms(out_dir):
-    """Of every iteration, and (train, val) of every evaluation, in full precision."""
+    """Read the loss of each iteration, and (train, val) of each evaluation, in full precision."""
     events = [json.loads(line) for line in sorted(out_dir.glob("run_*.jsonl"))[-1].read_text().splitlines()]
     return ([e["loss"] for e in events if e["event"] == "iter"],
             [loss for e in events if e["event"] == "eval" for loss in (e["train_loss"], e["val_loss"])],
@@ -450,7 +450,7 @@ def compare_decoder(model, decoder, prompt, n: int) -> float:
 
 
 def events(out_dir, kind):
-    """Of the newest JSON Lines file."""
+    """Read the events of a kind from the newest JSON Lines file."""
     file = sorted(out_dir.glob("run_*.jsonl"))[-1]
     return [e for e in map(json.loads, file.read_text().splitlines()) if e["event"] == kind]
 

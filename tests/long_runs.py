@@ -104,7 +104,7 @@ def left_behind(out_dir: Path) -> list[int]:
 
 
 def same(out_dir: Path, reference: Path) -> bool:
-    """Whether two finished runs are the same, bit for bit."""
+    """Return True if two finished runs are the same, bit for bit."""
     return (newest(out_dir) == newest(reference) and losses(out_dir) == losses(reference)
             and evaluations(out_dir) == evaluations(reference))
 

@@ -116,7 +116,7 @@ def start(folder: Path, *args: str) -> subprocess.Popen:
 
 
 def results(folder: Path) -> dict[int, dict]:
-    """Of the one experiment in it."""
+    """Read the results of the only experiment in a folder, by run_id."""
     lines = next((folder / "experiment_logs").iterdir()) / "results.jsonl"
     rows = map(json.loads, lines.read_text().splitlines() if lines.exists() else [])
     return {row["run_id"]: row for row in rows}

@@ -45,7 +45,7 @@ def test_values_and_gradients(B, T, H, D, dtype, tolerance):
 
 @pytest.mark.skipif(not usable(torch.empty(0, device=DEVICE)), reason="no Triton kernel runs here")
 def test_gradients_in_any_layout():
-    """What attention hands back need not be contiguous."""
+    """Gradients that attention returns need not be contiguous."""
     qkv = torch.randn(2, 4, 3, 2, 8, device=DEVICE, requires_grad=True)
     cos, sin = (f(torch.outer(torch.arange(4.0), torch.ones(4))).to(DEVICE) for f in (torch.cos, torch.sin))
     y = torch.stack([part.transpose(1, 2) for part in qk_norm_rotary(qkv, cos, sin)])

@@ -44,7 +44,7 @@ def check_processes(rank: int, world: int) -> None:
 
 
 def stop_together(group, wanted: bool = False) -> bool:
-    """Whether any process wants to stop; it hangs unless all ask."""
+    """Return True if any process wants to stop; hangs unless all processes call it."""
     flag = torch.tensor(float(wanted))
     torch.distributed.all_reduce(flag, group=group)
     return bool(flag)

@@ -1,4 +1,4 @@
-"""What a script prints when it fails, and when its output is a closed pipe. No torch; seconds.
+"""The output of a script that fails, or that writes into a closed pipe. No torch; seconds.
 
     python -m pytest tests/scripts/test_error_output.py
 """
@@ -63,7 +63,7 @@ def test_help_into_a_pipe_that_is_closed(tmp_path):
      "error: out of memory: use a smaller device_batch_size or model ("),
 ])
 def test_errors_that_are_one_line(raised, words):
-    """What memory can be saved by are settings that the script has, here those named in a comment."""
+    """The hint at smaller settings names only settings that the script has."""
     settings = raised.partition("  # ")[2].split()
     code = f"from configurator import *\ninstall_error_hook(0, {settings})\nraise {raised}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

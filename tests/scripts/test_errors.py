@@ -1,4 +1,4 @@
-"""What a user can get wrong in train.py, sample.py, hellaswag.py and bench.py: one line that names cause and
+"""Wrong inputs of train.py, sample.py, hellaswag.py and bench.py: one line that names cause and
 fix, exit code 2, and nothing written. CPU; a few seconds for all.
 
     python -m pytest tests/scripts/test_errors.py

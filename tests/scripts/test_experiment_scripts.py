@@ -27,7 +27,7 @@ TOY = ["--device=cpu", "--compile=False", "--n_layer=5", "--n_head=2", "--n_embd
 
 
 def run(script: str, *args, cwd: Path, code: int = 0) -> str:
-    """What an experiments/ script printed."""
+    """Run a script of experiments/ and return what it printed."""
     command = [sys.executable, str(ROOT / "experiments" / script), *map(str, args)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -121,7 +121,7 @@ def test_errors_are_one_line(train, tmp_path, args, message):
 
 
 def same_run(first, second, step: int) -> bool:
-    """Whether two out_dirs have the same checkpoint of a step, to the last bit."""
+    """Return True if two out_dirs have the same checkpoint of a step, to the last bit."""
     return all((checkpoint_file(first, step, which)) == (checkpoint_file(second, step, which))
                for which in ("model", "optim"))
 

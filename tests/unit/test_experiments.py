@@ -140,7 +140,7 @@ def test_planner_proves_the_best():
 
 
 def test_planner_pivots_and_keeps_the_baseline():
-    """What screening promised is worse in validation; the next of the ranking is no better."""
+    """The winner of screening is worse in validation, and the next in the ranking is no better."""
     truth = {"baseline": (3.5, 3.3, 3.27), "first": (3.40, 3.35, 0.0), "second": (3.45, 3.4, 0.0)}
     decisions, batches, outcome = play(plan_of("first", "second"), truth)
     assert outcome["best"] == "baseline" and not outcome["proved"]
@@ -219,7 +219,7 @@ def test_what_a_probe_says():
 
 
 def test_a_stage_is_judged_by_the_same(tmp_path):
-    """What an experiment does not say is the script's default."""
+    """A setting that the experiment leaves out has the script's default."""
     plan = {"baseline": "a", "variants": ["b"],
             "stages": [{"stage": A, "config": "{variant}_" + A + ".json"}]}
     for words, more, overrides in (
@@ -348,7 +348,7 @@ def test_wrong_files_and_arguments(tmp_path, monkeypatch):
 
 
 def test_odd_events():
-    """What is no number fails loudly, what is not finite is null, steps are counted in one way."""
+    """A value that is not a number raises an error; one that is not finite is null; steps count updates."""
     clock = {"train_time_ms": 5.0, "step_avg_ms": math.nan}
     rows = [runner.metric({"event": name, "step": step, key: loss, **clock})
             for name, step, key, loss in (("iter", 4, "loss", 10**400), ("eval", 5, "val_loss", math.inf))]
@@ -412,7 +412,7 @@ def test_failed_runs_are_tried_again(tmp_path, monkeypatch):
 
 
 def test_a_run_that_fails_first_does_not_end_its_neighbours(tmp_path, monkeypatch):
-    """Of three runs at a time, only three that did not get to a step keep the others from starting."""
+    """With three runs at a time, the others do not start only if three ended before their first step."""
     config = load_config(str(runner_kills.write_experiment(tmp_path)))
     log = ExperimentLogger.create(config, str(tmp_path / "logs"), 5, 3, say=lambda text: None)
     answers = []

@@ -222,7 +222,7 @@ def test_sync_by_its_definition(points, syncs):
 
 
 class SumsInFp32(TorchFunctionMode):
-    """What CUDA's autocast does, and the CPU's does not: a sum is in fp32 unless it is told otherwise."""
+    """CUDA's autocast, unlike the CPU's, computes a sum in fp32 unless the sum names a dtype."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

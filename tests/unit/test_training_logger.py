@@ -1,5 +1,5 @@
-"""What a run writes, also when it is resumed or killed, its disk full or its console gone; TensorBoard and
-wandb; the peaks that MFU is a share of. CPU; seconds.
+"""The files that a run writes, also after a resume, a kill, on a full disk, or without a console; TensorBoard
+and wandb; the peak FLOP/s for MFU. CPU; seconds.
 
     python -m pytest tests/unit/test_training_logger.py
 """

@@ -37,7 +37,7 @@ def end(step: int) -> dict:
 
 
 def said(events: list[dict]) -> list[tuple]:
-    """What the events are, without a loss for those that have none."""
+    """Return kind, step and loss of the events, without a loss for events that have none."""
     return [(e["event"], e["step"], *[e[k] for k in ("loss", "val_loss") if k in e])
             for e in events if "step" in e]
 
@@ -117,7 +117,7 @@ def test_a_long_run_is_not_dwarfed_by_its_first_steps(tmp_path):
 
 @pytest.mark.parametrize("names, steps", [("a", 1), ("a", 3), ("abc", 20), ("abcdefghijkl", 20)])
 def test_every_panel_has_room(tmp_path, names, steps):
-    """Of few steps, whose norms span no power of 10, and of many runs with long names."""
+    """Pictures of few steps, with norms inside one power of 10, and of many runs with long names."""
     runs = []
     for name in names:
         log = write(tmp_path / (name * 40) / "run_1.jsonl", start(1), evaluation(0, 4.0),
