@@ -16,6 +16,12 @@ except ImportError:  # macOS, Windows, CPU-only installs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# torch.compile sees the kernels of a triton_op. To define one imports PyTorch's compiler, which takes 2 s, so
+# without a GPU, where the kernels never run, the operator is an ordinary one.
+triton_op = torch.library.triton_op if triton is not None and (INTERPRETED or torch.cuda.is_available()) \
+    else torch.library.custom_op
+wrap_triton = (lambda kernel: kernel) if INTERPRETED else torch.library.wrap_triton
+
 
 def usable(x: torch.Tensor) -> bool:
     """Return True if a Triton kernel can run on `x`.

@@ -26,11 +26,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from kernels import INTERPRETED, triton, usable
+from kernels import INTERPRETED, triton, triton_op, usable, wrap_triton
 
-# without Triton, triton_op would warn
-triton_op = torch.library.custom_op if triton is None else torch.library.triton_op
-wrap_triton = (lambda kernel: kernel) if INTERPRETED else torch.library.wrap_triton
 EPS = 1e-5
 PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}  # not DTensor and other subclasses
 MAX_WIDTH = 16384  # wider rows do not fit the registers of one program

@@ -20,11 +20,8 @@ of q, k and v.
 import torch
 import torch.nn.functional as F
 
-from kernels import INTERPRETED, triton, usable
+from kernels import INTERPRETED, triton, triton_op, usable, wrap_triton
 
-# without Triton, triton_op would warn
-triton_op = torch.library.custom_op if triton is None else torch.library.triton_op
-wrap_triton = (lambda kernel: kernel) if INTERPRETED else torch.library.wrap_triton
 EPS = 1e-6  # PyTorch's default for bfloat16, 0.008, is large beside the embedding of a new model
 ROWS = 16  # rows of a program; gives 16 values per thread
 

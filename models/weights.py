@@ -5,7 +5,6 @@ from collections import deque
 
 import torch
 import torch.nn as nn
-from torch.distributed.fsdp import FSDPModule
 
 from model import (
     GPT,
@@ -25,7 +24,7 @@ from nanosync.ranks import ranks_on
 from nanosync.recompute import use_activation_checkpointing
 from nanosync.resuming import take_values
 from nanosync.run import Run
-from nanosync.sharding import whole_tensor
+from nanosync.sharding import is_fsdp, whole_tensor
 from tensor_parallel_model import DistributedGPT
 
 
@@ -133,7 +132,7 @@ def unsharded(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.dev
 
     dtype, device: of the copy.
     """
-    if not isinstance(model, FSDPModule):
+    if not is_fsdp(model):
         return model
     with torch.device("meta"):
         copy = build_model(model_description(kind, model)).to(dtype)

@@ -11,6 +11,10 @@ from collections.abc import Collection
 
 before_exit = []  # functions to call when an error ends the process
 
+# Modules of the packages in requirements-extras.txt that scripts import
+EXTRAS = ("datasets", "huggingface_hub", "matplotlib", "pyarrow", "requests", "scipy", "tensorboard",
+          "tiktoken", "transformers", "wandb")
+
 
 class UserError(ValueError):
     """An error that the user can fix. Scripts print it as one line and exit with code 2."""
@@ -19,9 +23,9 @@ class UserError(ValueError):
 def install_error_hook(rank: int = 0, settings: Collection[str] = (), forks: bool = False) -> None:
     """Install the hook that ends the process on an error that the user can fix.
 
-    On a UserError, and when memory runs out, the process prints one line on stderr and exits with code 2. On
-    Ctrl-C it prints one line and exits with 130. If `| head` closed stdout it exits silently. Other errors
-    keep their traceback.
+    On a UserError, when one of the extras is not installed and when memory runs out, the process prints one
+    line on stderr and exits with code 2. On Ctrl-C it prints one line and exits with 130. If `| head` closed
+    stdout it exits silently. Other errors keep their traceback.
 
     Most errors occur on every process. Rank 0 prints at once. The other processes wait, and the launcher ends
     them when rank 0 has exited. So they print only an error that rank 0 does not have.
@@ -103,6 +107,8 @@ def _message_for_user(kind: type, error: BaseException, settings: Collection[str
         return str(error)
     if issubclass(kind, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in EXTRAS:
+        return f"{error.name} is not installed: pip install -r requirements-extras.txt"
     # by name, because PyTorch is not imported here; on a CPU PyTorch raises a RuntimeError
     if kind.__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
         # a script with device_batch_size has only so many sequences in memory at a time

@@ -7,7 +7,6 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
 from nanosync.distributed import (
     all_reduce_sum,
@@ -17,7 +16,7 @@ from nanosync.distributed import (
 )
 from nanosync.errors import UserError
 from nanosync.optimizer_state import ADAMW_ENTRIES
-from nanosync.sharding import local_part
+from nanosync.sharding import is_sharded, local_part
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -350,7 +349,7 @@ def clip_gradients(parameters, max_norm: float, split=(), group=None) -> torch.T
     """
     parameters = [p for p in parameters if p.grad is not None]
     gradients = [local_part(p.grad) for p in parameters]
-    sharded = [p.grad.device_mesh for p in parameters if isinstance(p.grad, DTensor)]
+    sharded = [p.grad.device_mesh for p in parameters if is_sharded(p.grad)]
     if group is None and not sharded:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     else:

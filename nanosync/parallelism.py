@@ -10,19 +10,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
 from torch.nn.parallel import DistributedDataParallel
 
 from nanosync.distributed import Processes
 from nanosync.errors import UserError
 from nanosync.optim import clip_gradients
+from nanosync.sharding import is_fsdp
 
 
 @dataclass(frozen=True)
@@ -100,6 +93,14 @@ class Parallelism:
 
     def _shard(self, modules, reshard_after_forward: bool) -> None:
         """Shard the parameters of a module, or of the modules of a unit."""
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+        )
+
         # the warning concerns in-place writes to results, which tensor-parallel blocks do not make
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         low = self.dtype != torch.float32
@@ -123,7 +124,7 @@ class Parallelism:
         """
         if compiled:
             compile_blocks(model) if self.sharded else model.compile()
-        if self.processes.dp_group is None or isinstance(model, FSDPModule):
+        if self.processes.dp_group is None or is_fsdp(model):
             return model
         device = self.processes.device
         return DistributedDataParallel(
@@ -139,7 +140,7 @@ class Parallelism:
         """
         if isinstance(trained, DistributedDataParallel):
             trained.require_backward_grad_sync = now
-        elif isinstance(trained, FSDPModule):
+        elif is_fsdp(trained):
             trained.set_requires_gradient_sync(now or self.accumulate_sharded)
             if not self.reshard_after_forward:
                 trained.set_reshard_after_backward(now)

@@ -1,9 +1,11 @@
-"""Models and tensors that are divided over processes: gathering whole tensors, and a process's part."""
+"""Models and tensors that are divided over processes: gathering whole tensors, and a process's part.
+
+What FSDP made is recognised by its methods: to import FSDP2 and DTensor takes more than a second, and most
+processes never use them.
+"""
 
 import torch
 import torch.nn as nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 
 class Replicated(nn.Module):
@@ -35,19 +37,29 @@ class Replicated(nn.Module):
         """Make undivided parameters and their optimizer state equal to the last bit on all processes."""
 
 
+def is_fsdp(module: nn.Module) -> bool:
+    """Return True for a module that FSDP shards."""
+    return hasattr(module, "reshard") and hasattr(module, "set_requires_gradient_sync")
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Return True for a DTensor, as FSDP makes of a parameter."""
+    return hasattr(tensor, "placements")
+
+
 def reshard(model: torch.nn.Module) -> None:
     """Reshard the parameters that FSDP keeps whole for a backward pass, when no backward pass follows.
 
     Until then the model's parameters are not the objects that the optimizer has.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_fsdp(module):
             module.reshard()
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process's part of a tensor that FSDP sharded, or the tensor itself if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -55,8 +67,10 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
     All processes of the group must call this function.
     """
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tensor
+    from torch.distributed.tensor import DTensor
+
     mesh = tensor.device_mesh
     local = tensor.to_local().to(mesh.device_type)  # with cpu_offload it is in the CPU's memory
     return DTensor.from_local(local, mesh, tensor.placements, run_check=False, shape=tensor.shape,
@@ -68,8 +82,10 @@ def part_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
     like: tensor with the wanted sharding. If it is not sharded, or `whole` is a scalar, the copy is whole.
     """
-    if not isinstance(like, DTensor) or whole.dim() == 0:
+    if not is_sharded(like) or whole.dim() == 0:
         return whole.to(like.device, copy=True)
+    from torch.distributed.tensor import DTensor
+
     mesh, local = like.device_mesh, like.to_local()
     rows = -(-whole.shape[0] // mesh.size())
     first = min(mesh.get_local_rank() * rows, whole.shape[0])

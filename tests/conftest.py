@@ -1,6 +1,8 @@
 """Fixtures and settings of the tests; the folder of a test is also its marker."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Models here are tiny, and threads that wait for each other on busy cores cost more than they give.
@@ -10,11 +12,18 @@ import numpy as np
 import pytest
 from helpers import SHARED, Result, python, write_dataset
 
+# A killed process can leave half a file in Inductor's cache, on which later runs would fail.
+COMPILED = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+
 if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
 
 FOLDERS = ("unit", "scripts", "processes", "kernels", "compile")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -3,16 +3,20 @@
     python -m pytest tests/compile/test_kernels_compile.py
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import KERNEL_DEVICE as DEVICE
+from helpers import ROOT
 
 import kernels
 from kernels import cross_entropy, decode, exchange, layer_norm, pending_norm, relu_squared
 from kernels.layer_norm import add_layer_norm
 
 COMPILED = pytest.mark.skipif(kernels.triton is None or kernels.INTERPRETED, reason="no Triton compiler")
-
 
 
 @COMPILED
@@ -90,11 +94,8 @@ def test_layer_norm_compiles_without_a_gpu(dtype, C, capability):
             assert "st.global.v4.b32" in ptx and "st.global.b16" not in ptx and "ld.global.b16" not in ptx
 
 
-@COMPILED
-@pytest.mark.skipif(DEVICE == "cuda", reason="pretends to have a GPU")
-def test_graph_without_a_gpu(monkeypatch):
-    """What torch.compile makes of it: the three kernels, in one graph each way, and nothing but their results
-    is taken for written, which would cost a copy."""
+def check_graph() -> None:
+    """Run in a process in which PyTorch says at the start that it has a GPU."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -111,9 +112,8 @@ def test_graph_without_a_gpu(monkeypatch):
         written.append([n.kwargs["tensors_to_clone"] for n in calls])
         return make_boxed_func(graph.forward)
 
-    monkeypatch.setattr(kernels.layer_norm, "usable", lambda x: True)
-    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", Driver())
-    torch.compiler.reset()
+    kernels.layer_norm.usable = lambda x: True
+    kernels.triton.runtime.driver._active = Driver()
     with FakeTensorMode():
         x, out = (torch.empty(2, 8, 768, requires_grad=True) for _ in range(2))
         weight, bias = (torch.empty(768, requires_grad=True) for _ in range(2))
@@ -122,6 +122,23 @@ def test_graph_without_a_gpu(monkeypatch):
         (s.sum() + y.sum()).backward()
     assert written == [[["s_ptr", "y_ptr", "stats_ptr"]],
                        [["grad_x_ptr", "partial_ptr"], ["grad_weight_ptr", "grad_bias_ptr"]]]
+
+
+@COMPILED
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends to have a GPU")
+def test_graph_without_a_gpu():
+    """What torch.compile makes of it: the three kernels, in one graph each way, and nothing but their results
+    is taken for written, which would cost a copy."""
+    code = """import torch
+there, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+import kernels.layer_norm
+torch.cuda.is_available = there
+import test_kernels_compile
+test_kernels_compile.check_graph()"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "compile")])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
 
 
 @COMPILED

@@ -12,6 +12,7 @@ from helpers import MODEL_VARIANTS as VARIANTS
 from helpers import ROOT, TINY, build, run_processes, tokens, torchrun
 from helpers import losses_and_norms as losses
 
+from models.weights import load_parameters
 from nanosync import checkpoint
 from nanosync.ranks import Ranks
 
@@ -66,7 +67,7 @@ def check_checkpoints(rank: int, world: int, folder: str) -> None:
     pairs = [torch.distributed.new_group(pair) for pair in ([0, 1], [2, 3])]
     groups = {1: None, 2: pairs[rank // 2], 4: torch.distributed.group.WORLD}
     idx = tokens(2, 16)
-    weights = dict(build(None, dtype=torch.float32).named_parameters())
+    dense = dict(build(None, dtype=torch.float32).named_parameters())
     for kind, fields in VARIANTS.items():
         for R in (1,) if kind == "gpt" else (1, 2, 4):
             simulated = build(fields, R, torch.float32)
@@ -75,14 +76,14 @@ def check_checkpoints(rank: int, world: int, folder: str) -> None:
                 if R % P:
                     continue
                 model = build(fields, R, torch.float32, seed=2)  # other weights
-                weights.load_parameters(model, weights, "the dense model")
+                load_parameters(model, dense, "the dense model")
                 if P > 1:
                     model.place(Ranks(R // P, groups[P]))
                 case = kind, R, P
                 assert (model(idx)[0] - expected).abs().max() < 1e-5, case
                 tensors = model.whole({name: p.detach() for name, p in model.named_parameters()})
-                assert all(torch.equal(t, weights[name]) for name, t in tensors.items()), case
-                assert len(tensors) == len(weights)
+                assert all(torch.equal(t, dense[name]) for name, t in tensors.items()), case
+                assert len(tensors) == len(dense)
 
 
 def test_checkpoints_fit_every_number_of_processes(tmp_path):

@@ -124,12 +124,12 @@ def all_weights(run: Run) -> torch.Tensor:
 def check_training(rank: int, world: int) -> None:
     """Rounding differs by about 1e-7 an update, in fp32; ZeRO-1 has the bits of DDP."""
     mine, alone = processes_of_divisions(rank), Run(Division(1), ALONE)
-    expected = [alone.step(it) for it in range(50)]
+    expected = [alone.step(it) for it in range(20)]
     for division in mine:
         run, plain = Run(division, mine[division]), None
         if division.zero1:
             plain = Run(Division(division.processes, division.tp), mine[division])
-        for it in range(50 if division.processes > 1 else 0):
+        for it in range(20 if division.processes > 1 else 0):
             values = run.step(it)
             assert values == pytest.approx(expected[it], rel=1e-6), (division, it)
             if plain is not None and it < 10:
@@ -266,7 +266,7 @@ def check_scaler(rank: int, world: int) -> None:
 
 def check_checkpoints(rank: int, world: int) -> None:
     """What is saved is whole tensors by name. Loaded in any division and saved again it has the same bits, so
-    whose they were cannot matter to the next losses, which are those of one process to 1e-6. Of some sources,
+    whose they were cannot matter to the next losses, which are those of one process to 1e-6. Of some pairs,
     for time."""
     mine, saved = processes_of_divisions(rank), {}
     for division in (Division(1), Division(4, zero1=True), Division(2, tp=2), Division(4, tp=2, fsdp=True)):
@@ -278,14 +278,14 @@ def check_checkpoints(rank: int, world: int) -> None:
         box = [saved.get(division)]
         dist.broadcast_object_list(box, src=0)
         saved[division] = box[0]
-    for source, tensors in saved.items():
+    for i, (source, tensors) in enumerate(saved.items()):
         assert len(tensors["optim"]) == 3 * len(tensors["model"])
-        expected = []
+        expected, targets = [], DIVISIONS[i::3]  # every division loads one of the first three
         if source == Division(4, tp=2, fsdp=True):
-            alone = Run(Division(1), ALONE, tensors)
+            alone, targets = Run(Division(1), ALONE, tensors), DIVISIONS
             expected = [alone.step(it) for it in range(3, 13)]
-        for division, processes in mine.items():
-            case, run = (source, division), Run(division, processes, tensors)
+        for division in (d for d in targets if d in mine):
+            case, run = (source, division), Run(division, mine[division], tensors)
             again = run.snapshot()
             for which in ("model", "optim") if rank == 0 else ():
                 assert set(again[which]) == set(tensors[which]), case

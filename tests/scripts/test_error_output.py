@@ -68,3 +68,40 @@ def test_errors_that_are_one_line(raised, words):
     code = f"from configurator import *\ninstall_error_hook(0, {settings})\nraise {raised}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith(words) and done.stderr.count("\n") == 1
+
+
+WITHOUT_EXTRAS = """
+import runpy, sys
+from nanosync.errors import EXTRAS
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in EXTRAS:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, NotInstalled())
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("command, package", [
+    ("visualize_training.py run", "matplotlib"),
+    ("experiments/run_stages.py --plan=experiments/configs/plan.json --dry_run", "scipy"),
+    ("experiments/draw_schedules.py", "matplotlib"),
+    ("data/shakespeare/prepare.py --input=README.md", "tiktoken"),
+    ("data/openwebtext/prepare.py", "tiktoken"),
+    ("data/cached_fineweb10B.py 1", "huggingface_hub"),
+    ("train.py --init_from=gpt2 --dataset=letters", "huggingface_hub"),
+])
+def test_an_extra_that_is_not_installed(command, package, tiny_data, tmp_path):
+    """The core suffices for training; other scripts name the package that they miss and what installs it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run_1.jsonl").write_text(
+        '{"event": "start", "time": 1}\n{"event": "train", "iter": 1, "loss": 2.0, "time": 2}\n')
+    script, *args = command.split()
+    args = [arg.replace("README.md", str(ROOT / "README.md")).replace("experiments/", f"{ROOT}/experiments/")
+            .replace("letters", str(tiny_data)) for arg in args]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS, str(ROOT / script), *args], text=True,
+                          capture_output=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"error: {package} is not installed: pip install -r requirements-extras.txt\n"
