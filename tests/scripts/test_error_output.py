@@ -3,6 +3,7 @@
     python -m pytest tests/scripts/test_error_output.py
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -91,13 +92,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ("data/shakespeare/prepare.py --input=README.md", "tiktoken"),
     ("data/openwebtext/prepare.py", "tiktoken"),
     ("data/cached_fineweb10B.py 1", "huggingface_hub"),
-    ("train.py --init_from=gpt2 --dataset=letters", "huggingface_hub"),
+    ("train.py --init_from=gpt2 --block_size=16 --dataset=letters", "huggingface_hub"),
 ])
 def test_an_extra_that_is_not_installed(command, package, tiny_data, tmp_path):
     """The core suffices for training; other scripts name the package that they miss and what installs it."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run_1.jsonl").write_text(
-        '{"event": "start", "time": 1}\n{"event": "train", "iter": 1, "loss": 2.0, "time": 2}\n')
+    start = {"event": "start", "time": 1.0, "config": {"max_iters": 2}, "environment": {}, "resumed": False}
+    steps = [{"event": "iter", "time": 2.0, "step": i, "loss": 2.0, "lr": 0.1, "norm": 1.0, "seconds": 1.0,
+              "tokens_per_second": 1.0, "mfu": None} for i in range(2)]
+    (tmp_path / "run" / "run_1.jsonl").write_text("".join(json.dumps(e) + "\n" for e in (start, *steps)))
     script, *args = command.split()
     args = [arg.replace("README.md", str(ROOT / "README.md")).replace("experiments/", f"{ROOT}/experiments/")
             .replace("letters", str(tiny_data)) for arg in args]

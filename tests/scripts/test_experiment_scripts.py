@@ -40,7 +40,7 @@ def run(script: str, *args, cwd: Path, code: int = 0, **env: str) -> str:
 def light_launcher(tmp_path) -> dict[str, str]:
     """Variables with which one process is launched without torchrun, which imports PyTorch for 3 seconds.
 
-    The fake script does without PyTorch, too. test_runs_that_go_wrong and test_killed_runners have torchrun.
+    The fake script does without PyTorch, too. The tests without this fixture have torchrun.
     """
     folder = tmp_path / "launcher" / "torch" / "distributed"
     folder.mkdir(parents=True)
@@ -66,12 +66,13 @@ def test_dry_run_prints_the_commands(tmp_path):
     assert not (tmp_path / "experiment_logs").exists()
 
 
-def test_runs_that_go_wrong(tmp_path):
+def test_runs_that_go_wrong(tmp_path, light_launcher):
     """Each is recorded as failed with its reason and the end of its output, and is in no statistic."""
     wrong = {43: "crash", 44: "other format", 45: "not finite", 46: "diverged", 47: "other settings",
              48: "stops early", 49: "refuse"}
     path = runner_kills.write_experiment(tmp_path, behaviours=wrong)
-    run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 9, "--parallel", 3, cwd=tmp_path)
+    run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 9, "--parallel", 3, cwd=tmp_path,
+        **light_launcher)
     folder = only(tmp_path / "experiment_logs")
     results = runner_kills.results(tmp_path)
     errors = {wrong[row["seed"]]: row["error"] for row in results.values() if not row["success"]}
@@ -87,7 +88,8 @@ def test_runs_that_go_wrong(tmp_path):
     assert results[7]["output_tail"] == ["error: no data set"]
     before = (folder / "results.jsonl").read_text()
     (folder / "results.jsonl").unlink()  # as if the runner had been killed before it could record
-    run("run_nanogpt_experiment.py", "--resume", folder.relative_to(tmp_path), cwd=tmp_path)
+    run("run_nanogpt_experiment.py", "--resume", folder.relative_to(tmp_path), cwd=tmp_path,
+        **light_launcher)
     assert (folder / "results.jsonl").read_text() == before and len(os.listdir(folder / "runs")) == 9
     summary = json.loads((folder / "summary.json").read_text())["statistics"]
     good = [results[i]["final_val_loss"] for i in (0, 8)]
@@ -96,6 +98,15 @@ def test_runs_that_go_wrong(tmp_path):
     said = run("analyze_results.py", folder, cwd=tmp_path)
     assert "7 of 9 runs failed and are in no statistic" in said
     assert (folder / "loss_curves.png").stat().st_size > 1e4
+
+
+def test_torchrun_says_nothing_of_its_own(tmp_path):
+    """The end of the output is the script's, not the launcher's report."""
+    path = runner_kills.write_experiment(tmp_path, behaviours={43: "crash"})
+    run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 2, "--parallel", 2, cwd=tmp_path)
+    found = runner_kills.results(tmp_path)[1]
+    assert found["output_tail"][-1] == "RuntimeError: the GPU has fallen off the bus"
+    assert "crashed at step 7 (exit code 1)" in found["error"]
 
 
 def test_nothing_that_trains_is_loud(tmp_path):
