@@ -48,10 +48,13 @@ class Config(dict):
     Assigning to a setting also assigns to the script's global of the same name.
     """
 
-    def __init__(self, values: dict, origin: dict[str, str], namespace: dict | None = None):
-        """Store values and origins. namespace: globals() of the script."""
+    def __init__(self, values: dict, origin: dict[str, str], namespace: dict | None = None,
+                 settings: dict[str, Setting] | None = None):
+        """Store values and origins. namespace: globals() of the script; settings: by name, for their types.
+        """
         super().__init__(values)
         self.origin, self._namespace = origin, {} if namespace is None else namespace
+        self.settings = settings or {}
 
     def __setitem__(self, name: str, value) -> None:
         super().__setitem__(name, value)
@@ -106,7 +109,7 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
         name, value = parse_argument(arg, settings)
         values[name], origin[name] = value, "command line"
     namespace.update({name: values[name] for name in own})
-    return Config(values, origin, namespace)
+    return Config(values, origin, namespace, settings)
 
 
 def read_settings(namespace: dict) -> list[Setting]:

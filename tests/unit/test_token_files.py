@@ -101,8 +101,14 @@ def test_malformed_npy(tmp_path):
 
 @pytest.mark.parametrize("text", [
     "", "{", "[]", '{"vocab_size": 3}', '{"vocab_size": "3", "tokenizer": "char"}',
-    '{"vocab_size": 0, "tokenizer": "char"}', '{"vocab_size": 3, "tokenizer": "char", "dtype": "uint32"}',
-    '{"vocab_size": 65537, "tokenizer": "char"}'])
+    '{"vocab_size": 0, "tokenizer": "char"}', '{"vocab_size": 3, "tokenizer": "char", "dtype": "int64"}',
+    '{"vocab_size": 65537, "tokenizer": "char"}',
+    '{"vocab_size": 2147483649, "tokenizer": "own", "dtype": "uint32"}', '{"vocab_size": 3, "vocab_size": 3}',
+    '{"vocab_size": 3, "tokenizer": "a\\u0000"}', '{"vocab_size": 3, "tokenizer": "a\\ud800"}',
+    '{"vocab_size": 3, "tokenizer": "own", "x": NaN}', '{"vocab_size": 3, "tokenizer": "own", "x": 1e999}',
+    '{"vocab_size": 3, "tokenizer": "own", "x": ' + "[" * 10**5,
+    '{"vocab_size": 3, "tokenizer": "own", "x": ' + "[" * 60 + "]" * 60 + "}",
+    '{"vocab_size": 1' + "0" * 5000 + "}"])
 def test_malformed_meta(tmp_path, text):
     (tmp_path / "meta.json").write_text(text)
     with pytest.raises(UserError):
