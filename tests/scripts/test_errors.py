@@ -91,7 +91,7 @@ TRAIN = [  # arguments after TINY and the good data set, words of the line
     (["--learning_rate=-1"], "learning_rate=-1.0 must not be negative"),
     (["--beta2=1"], "beta2=1.0 must be at least 0 and below 1"),
     (["--learning_rate=1e999"], "learning_rate=inf (the command line) must be a finite number"),
-    (["--seed=99999999999999999999"], "seed=99999999999999999999 does not fit into 64 bits"),
+    (["--seed=99999999999999999999"], "seed=99999999999999999999 (the command line) does not fit into 64"),
     (["latin1.py"], "cannot read config file latin1.py: byte 5 is not UTF-8"),
     (["nan.py"], "weight_decay=nan (nan.py) must be a finite number"),
     (["--n_embd=100000000"], "GB of memory: choose a smaller model"),

@@ -34,7 +34,7 @@ def trained():
 
 
 STATES = [  # what is changed in an optimizer's state, words of the error
-    (lambda s: s | {f"{WEIGHT}.exp_avg": torch.tensor(0.0)}, r"exp_avg is \(\) and the parameter \(128, 32\)"),
+    (lambda s: s | {f"{WEIGHT}.exp_avg": torch.tensor(0.0)}, r"avg is \(\) and the parameter \(128, 32\)"),
     (lambda s: s | {f"{WEIGHT}.exp_avg_sq": torch.zeros(128, 31)}, r"exp_avg_sq is \(128, 31\)"),
     (lambda s: s | {f"{WEIGHT}.exp_avg": s[f"{WEIGHT}.exp_avg"].T}, r"exp_avg is \(32, 128\)"),
     (lambda s: s | {f"{WEIGHT}.step": torch.zeros(128, 32)}, "it must be a scalar"),
@@ -85,8 +85,9 @@ def test_values(name, value, words):
 
 def reseal(folder):
     """Write a manifest for the files as they are now."""
-    manifest = {name: {"size": os.path.getsize(os.path.join(folder, name)),
-                       "sha256": checkpoint.sha256_of(os.path.join(folder, name))} for name in checkpoint.FILES}
+    paths = {name: os.path.join(folder, name) for name in checkpoint.FILES}
+    manifest = {name: {"size": os.path.getsize(path), "sha256": checkpoint.sha256_of(path)}
+                for name, path in paths.items()}
     with open(os.path.join(folder, "MANIFEST.json"), "w") as f:
         f.write(json_text(manifest))
 
@@ -156,7 +157,8 @@ STATE_CHANGES = [
     dict(sample=2**53), dict(epoch=2**60), dict(evaluated=1), dict(val_loss="2.0"), dict(scaler=[]),
     dict(meta={}), dict(meta={"vocab_size": 61}), dict(meta={"vocab_size": 61.5, "tokenizer": "char"}),
     dict(meta={"vocab_size": 10**30, "tokenizer": "char"}), dict(meta=[]), dict(tp_processes=0),
-    dict(schedule={"sublayers": 3}), dict(schedule={"syncs": 1, "sublayers": [{"sync": 2}]}), dict(model="gpt"),
+    dict(schedule={"sublayers": 3}), dict(schedule={"syncs": 1, "sublayers": [{"sync": 2}]}),
+    dict(model="gpt"),
     dict(model={"kind": ["gpt"], "config": {}}), dict(model={"kind": "gpt\x1b[2J", "config": {}}),
     *(dict(model={"kind": "gpt", "config": {name: value}}) for name, value in (
         ("n_layer", 1.5), ("n_layer", 10**9), ("n_layer", "2"), ("n_embd", 2**40), ("n_head", True),
@@ -195,8 +197,8 @@ def test_state_that_is_no_state(tmp_path, text):
 
 def test_names_that_are_no_step(tmp_path):
     save(tmp_path, 7)
-    for name in ("step-000000099", "step-0000009", "step-00000\N{ARABIC-INDIC DIGIT NINE}09", "step-" + "9" * 200,
-                 "step-00000009.bak", "step-1e000000"):
+    for name in ("step-000000099", "step-0000009", "step-00000\N{ARABIC-INDIC DIGIT NINE}09",
+                 "step-" + "9" * 200, "step-00000009.bak", "step-1e000000"):
         (tmp_path / "ckpt" / name).mkdir()
     (tmp_path / "ckpt" / "step-123456789").mkdir()
     assert checkpoint.steps_in(str(tmp_path)) == [7, 123456789]
