@@ -29,7 +29,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from nanosync.errors import UserError, install_error_hook, shortened, shown
-from nanosync.files import is_utf8, nearest_file, open_regular, read_file
+from nanosync.files import check_json, is_utf8, nearest_file, open_regular, read_file
 
 MAX_LITERAL = 10_000  # characters of a literal
 MAX_VALUES = 100_000  # values in the lists of a literal, and characters of its texts
@@ -362,6 +362,10 @@ def check_type(setting: Setting, value, where: str):
         raise UserError(f"{setting.name}={shown(value)} ({where}) does not fit into 64 bits")
     if type(value) is str and not is_utf8(value):
         raise UserError(f"{setting.name}={shown(value)} ({where}) is not UTF-8")
+    try:
+        check_json(value, setting.name)  # logs and checkpoints keep it
+    except ValueError as e:
+        raise UserError(f"{e} ({where})") from None
     if not allowed or type(value) in allowed:
         return value
     names = {bool: "True/False", type(None): "None"}
