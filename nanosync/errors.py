@@ -157,5 +157,6 @@ def _message_for_user(kind: type, error: BaseException, settings: Collection[str
         switches = [f"--{name}" for name in ("activation_checkpointing=block", "use_fsdp")
                     if name.partition("=")[0] in settings]
         others = f", or {' or '.join(switches)}" if switches else ""
-        return f"out of memory: use a smaller {smaller}{others} ({str(error).splitlines()[0]})"
+        reason = (str(error).splitlines() or [kind.__name__])[0]
+        return f"out of memory: use a smaller {smaller}{others} ({reason})"
     return None
