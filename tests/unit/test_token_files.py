@@ -156,10 +156,10 @@ def test_uint32_tokens_in_three_formats(tmp_path):
             assert np.array_equal(found, tokens) and found.dtype == np.uint32
             if kind != "bin":
                 assert np.array_equal(open_tokens(str(tmp_path / name), kind), tokens)
-                with pytest.raises(UserError, match="holds uint32 tokens, .* meta.json says uint16"):
+                with pytest.raises(UserError, match=r"holds uint32 tokens, .* meta\.json says uint16"):
                     open_tokens(str(tmp_path / name), kind, "uint16")
     write_shard(tmp_path / "x_train_0.bin", range(10))
-    with pytest.raises(UserError, match="holds uint16 tokens, and its folder's meta.json says uint32"):
+    with pytest.raises(UserError, match=r"holds uint16 tokens, and its folder's meta\.json says uint32"):
         open_tokens(str(tmp_path / "x_train_0.bin"), "shards", "uint32")
     (tmp_path / "train.bin").write_bytes(bytes(6))
     with pytest.raises(UserError, match="6 bytes, and uint32 tokens need a positive multiple of 4"):
@@ -206,7 +206,7 @@ def test_only_regular_files_are_opened(tmp_path, name, kind):
         (tmp_path / "meta.json").symlink_to(special)
         if special == "pipe":
             os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(UserError, match="meta.json: it is not a regular file"):
+        with pytest.raises(UserError, match=r"meta\.json: it is not a regular file"):
             read_meta(str(tmp_path))
         (tmp_path / "meta.json").unlink()
 
