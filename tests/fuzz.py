@@ -50,6 +50,7 @@ from nanosync.resuming import check_same_data, load_scaler
 from nanosync.run_log import LogTail, RunLog
 
 SECONDS = 20.0  # limit of a case, also on a busy machine
+REFUSED = "refused"
 CPU = torch.device("cpu")
 ODD_VALUES = [None, True, False, 0, -1, 1, 1.5, 2**31, 2**40, -2**70, 10**30, 10**400, 1e308, -0.0, "", "6",
               "\x00", "\x1b[2J", "\ud800", "x" * 10**5, [], [1], [[]] * 3, {}, {"a": {}}, [0] * 10**5]
@@ -157,8 +158,8 @@ def mutate_tensors(content: bytes, draw: random.Random) -> bytes:
     elif what == 3:
         del entries[name]
     elif what == 4:
-        new_name = draw.choice((f"transformer.{name}", name.removeprefix("transformer."), name + "x", "", "\0"))
-        entries[new_name] = entries.pop(name)
+        others = f"transformer.{name}", name.removeprefix("transformer."), name + "x", "", "\0"
+        entries[draw.choice(others)] = entries.pop(name)
     elif what == 5:
         entries[name], entries[other] = entries[other], entries[name]
     elif what == 6:  # a scalar in place of a tensor, at the end of the data
@@ -360,51 +361,51 @@ def make_good_files(folder: Path) -> None:
     read_run(folder / "run")  # also writes the manifest that fits
 
 
-def in_child(read: Callable, folder: Path, report: Path) -> str | None:
-    """Read in a forked child; return the finding, None if it was read or refused as it should be."""
+def in_child(read: Callable, folder: Path, report: Path, seconds: float = SECONDS) -> str:
+    """Read in a forked child; return '' if it was read, REFUSED, or else the finding."""
     child = os.fork()
     if child == 0:
-        finding = ""
+        result = ""
         try:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)  # SIGALRM ends the child, also inside C code
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the child, also inside C code
+            signal.setitimer(signal.ITIMER_REAL, seconds)
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 read(folder)
-        except UserError as e:
-            if "\n" in str(e).strip() or len(one_line(str(e))) > MAX_MESSAGE + 10:
-                finding = f"a message of several lines: {e!r}"
-        except MemoryError:
-            pass
+        except (UserError, MemoryError) as e:
+            long = len(one_line(str(e))) > MAX_MESSAGE
+            result = f"a message of several lines: {e!r:.1000}" if "\n" in str(e) or long else REFUSED
         except SystemExit:
-            pass
+            result = REFUSED
         except BaseException:
-            finding = traceback.format_exc()
-        report.write_text(finding)
+            result = traceback.format_exc()
+        report.write_text(result)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        return f"hang of {SECONDS} s" if number == signal.SIGALRM else signal.Signals(number).name
-    return report.read_text() or None
+        return f"hang of {seconds} s" if number == signal.SIGALRM else signal.Signals(number).name
+    return report.read_text()
 
 
-def fuzz(kinds: list[str], n: int, seed: int, folder: Path, keep: Path | None = None,
-         say=functools.partial(print, flush=True)) -> list[str]:
+def fuzz(kinds: list[str], n: int, seed: int, folder: Path, keep: Path | None = None) -> list[str]:
     """Try n mutations of each kind; return the findings."""
+    say = functools.partial(print, flush=True)
     torch.set_num_threads(1)  # a forked child has no other threads
     with contextlib.redirect_stdout(io.StringIO()):
         make_good_files(folder)
     findings, report = [], folder / "report.txt"
     for kind in kinds:
         name, mutate, read = KINDS[kind]
-        path, began, found = folder / name, time.monotonic(), 0
+        path, began, found, refused = folder / name, time.monotonic(), 0, 0
         good = path.read_bytes()
         spare = (folder / STEP / "MANIFEST.json").read_bytes(), (folder / "run" / "best.json").read_bytes()
-        assert in_child(read, folder, report) is None, report.read_text()
+        assert in_child(read, folder, report) == "", "a good file is refused"
         for i in range(n):
             content = mutate(good, random.Random(f"{kind} {seed} {i}"))
             path.write_bytes(content)
             finding = in_child(read, folder, report)
-            if finding is not None:
+            refused += finding == REFUSED
+            if finding not in ("", REFUSED):
                 found += 1
                 findings.append(f"{kind} {i}: {finding}")
                 say(findings[-1])
@@ -414,12 +415,12 @@ def fuzz(kinds: list[str], n: int, seed: int, folder: Path, keep: Path | None = 
             path.write_bytes(good)
             (folder / STEP / "MANIFEST.json").write_bytes(spare[0])
             (folder / "run" / "best.json").write_bytes(spare[1])
-        say(f"{kind}: {n} mutations, {found} findings, {time.monotonic() - began:.0f} s")
+        say(f"{kind}: {n} mutations, {refused} refused, {found} findings, {time.monotonic() - began:.0f} s")
     return findings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--n", type=int, default=500, help="mutations of each kind")
     parser.add_argument("--kinds", default=",".join(KINDS), help="some of them, with commas between")
     parser.add_argument("--seed", type=int, default=0)
