@@ -123,6 +123,9 @@ def check_settings(config: dict) -> None:
                 raise UserError(f"{name} has {number!r}: its entries are whole numbers from 1")
     if config["syncs"] is not None and config["block_types"] is not None:
         raise UserError("syncs and block_types both name schedules: give one of them")
+    for width in config["widths"] if mode in latency.MODES else [config["n_embd"]]:
+        sizes = {name: config[name] for name in ("block_size", "vocab_size", "n_layer")}
+        check_size(GPTConfig(**sizes, n_head=1, n_embd=width))
     latency.check_latency(config)
     evenly_spaced_schedules(config)
     kernels.check_kernels(config)
@@ -185,7 +188,6 @@ if mode == "kernels":
 if compile and mode in ("train", "memory"):
     check_compile(device)
 data = open_dataset(dataset, block_size) if dataset else None
-check_size(GPTConfig(**bench.architecture))
 if (model_type == "distributed_gpt" or block_types is not None) and not (schedules or compared):
     ranks = processes.world_size if mode in latency.MODES else tp_size
     blocks = DistributedGPTConfig(**bench.architecture, tp_size=ranks, block_types=block_types)

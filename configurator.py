@@ -28,8 +28,14 @@ import typing
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from nanosync.errors import UserError, install_error_hook
-from nanosync.files import is_utf8, nearest_file
+from nanosync.errors import UserError, install_error_hook, shortened, shown
+from nanosync.files import check_json, is_utf8, nearest_file, open_regular, read_file
+
+MAX_LITERAL = 10_000  # characters of a literal
+MAX_VALUES = 100_000  # values in the lists of a literal, and characters of its texts
+MAX_NESTING = 100  # operations and lists of a literal inside each other
+MAX_BITS = 4096  # of an integer; 401 digits have 1330
+MAX_CONFIG_FILE = 2**24  # bytes
 
 
 @dataclass
@@ -48,10 +54,13 @@ class Config(dict):
     Assigning to a setting also assigns to the script's global of the same name.
     """
 
-    def __init__(self, values: dict, origin: dict[str, str], namespace: dict | None = None):
-        """Store values and origins. namespace: globals() of the script."""
+    def __init__(self, values: dict, origin: dict[str, str], namespace: dict | None = None,
+                 settings: dict[str, Setting] | None = None):
+        """Store values and origins. namespace: globals() of the script; settings: by name, for their types.
+        """
         super().__init__(values)
         self.origin, self._namespace = origin, {} if namespace is None else namespace
+        self.settings = settings or {}
 
     def __setitem__(self, name: str, value) -> None:
         super().__setitem__(name, value)
@@ -106,7 +115,7 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
         name, value = parse_argument(arg, settings)
         values[name], origin[name] = value, "command line"
     namespace.update({name: values[name] for name in own})
-    return Config(values, origin, namespace)
+    return Config(values, origin, namespace, settings)
 
 
 def read_settings(namespace: dict) -> list[Setting]:
@@ -156,7 +165,7 @@ def literal_defaults(path: str) -> dict:
 
 def _read_assignments(path: str) -> tuple[str, list]:
     """Return the source of a script, and its top-level assignments before the call of `configure`."""
-    with open(path, encoding="utf-8") as f:
+    with open_regular(path, "r", encoding="utf-8") as f:
         source = f.read()
     nodes = []
     for node in ast.parse(source).body:
@@ -194,8 +203,7 @@ def help_text(namespace: dict, settings: dict[str, Setting]) -> str:
 def run_config_file(path: str, values: dict, settings: dict[str, Setting]) -> dict:
     """Run a config file on top of `values`; return the settings it assigned. Raises UserError."""
     try:
-        with open(path, encoding="utf-8") as f:
-            source = f.read()
+        source = read_file(path, MAX_CONFIG_FILE).decode("utf-8-sig")
     except OSError as e:
         hint = "; settings are given as --key=value" if not path.endswith(".py") else \
             nearest_file(path, ".py", "config")
@@ -236,7 +244,7 @@ def parse_argument(arg: str, settings: dict[str, Setting]) -> tuple[str, object]
     key, equals, text = arg.partition("=")
     name = key[2:]
     if not key.startswith("--") or not name:
-        raise UserError(f"cannot read argument {arg!r}: settings are given as --key=value")
+        raise UserError(f"cannot read argument {shown(arg)}: settings are given as --key=value")
     name = name if name in settings else name.replace("-", "_")
     if name not in settings:
         raise unknown_key(key[2:], settings, "the command line")
@@ -255,26 +263,78 @@ def read_value(setting: Setting, text: str, where: str):
     allowed = _allowed(setting)
     try:
         value = evaluate(text)
-    except (ValueError, SyntaxError, TypeError, ArithmeticError, MemoryError):
+    except TooLarge as e:
+        if str not in allowed:
+            raise UserError(f"{setting.name}={shortened(text, 80)} ({where}): {e}") from None
+        value = text
+    except (ValueError, SyntaxError, TypeError, ArithmeticError, MemoryError, RecursionError):
         value = text
     if str in allowed and type(value) not in allowed:
         value = text  # --out_dir=2026
     return check_type(setting, value, where)
 
 
+class TooLarge(ValueError):
+    """A literal that is too long, too deeply nested, or that would make too large a value."""
+
+
 def evaluate(text: str):
-    """Return the value of a literal that may contain + - * / //, such as "['spd']*6" or "5*8"."""
-    return _evaluate(ast.parse(text.strip(), mode="eval").body)
+    """Return the value of a literal that may contain + - * / //, such as "['spd']*6" or "5*8".
+
+    Raises TooLarge before it makes a value above the limits at the top of this file.
+    """
+    if len(text) > MAX_LITERAL:
+        raise TooLarge(f"it has {len(text):,} characters, and a literal may have {MAX_LITERAL:,}")
+    return _evaluate(ast.parse(text.strip(), mode="eval").body, 0)
 
 
-def _evaluate(node):
+def _evaluate(node, depth: int):
+    if depth > MAX_NESTING:
+        raise TooLarge(f"it has more than {MAX_NESTING} operations or lists inside each other")
+    if isinstance(node, ast.BinOp):
+        a, b = _evaluate(node.left, depth + 1), _evaluate(node.right, depth + 1)
+        return _operate(node.op, a, b)
+    if isinstance(node, (ast.List, ast.Tuple)):
+        items = [_evaluate(item, depth + 1) for item in node.elts]
+        _check_values(sum(map(_values, items)))
+        return items
+    return _bounded(ast.literal_eval(node))
+
+
+def _operate(op, a, b):
+    """Return a op b. Raises TooLarge without making a value that is too large."""
     operations = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
                   ast.Div: lambda a, b: a / b, ast.FloorDiv: lambda a, b: a // b}
-    if isinstance(node, ast.BinOp) and type(node.op) in operations:
-        return operations[type(node.op)](_evaluate(node.left), _evaluate(node.right))
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return [_evaluate(item) for item in node.elts]
-    return ast.literal_eval(node)
+    if type(op) not in operations:
+        raise ValueError("an operator that literals do not have")
+    if type(op) is ast.Mult:
+        for many, times in ((a, b), (b, a)):
+            if isinstance(many, (list, str, bytes)) and isinstance(times, int):
+                _check_values(_values(many) * max(times, 0))
+        if isinstance(a, int) and isinstance(b, int) and a.bit_length() + b.bit_length() > MAX_BITS:
+            raise TooLarge("its numbers have too many digits")
+    elif type(op) is ast.Add and isinstance(a, (list, str, bytes)):
+        _check_values(_values(a) + _values(b))
+    return _bounded(operations[type(op)](a, b))
+
+
+def _values(value) -> int:
+    """Return the number of values in a list and in the lists in it, of characters in a text, 1 for others."""
+    if isinstance(value, list):
+        return max(sum(map(_values, value)), 1)
+    return len(value) if isinstance(value, (str, bytes)) else 1
+
+
+def _check_values(number: int) -> None:
+    if number > MAX_VALUES:
+        raise TooLarge(f"it makes {number:,} values, and a setting may have {MAX_VALUES:,}"
+                       if number < 10**15 else "it makes too many values")
+
+
+def _bounded(value):
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise TooLarge("its numbers have too many digits")
+    return value
 
 
 def _allowed(setting: Setting) -> tuple[type, ...]:
@@ -298,13 +358,19 @@ def check_type(setting: Setting, value, where: str):
         value = float(value) if abs(value) < sys.float_info.max else math.inf
     if float in allowed and type(value) is float and not math.isfinite(value):
         raise UserError(f"{setting.name}={value!r} ({where}) must be a finite number")
+    if type(value) is int and not -2**63 <= value < 2**63:
+        raise UserError(f"{setting.name}={shown(value)} ({where}) does not fit into 64 bits")
     if type(value) is str and not is_utf8(value):
-        raise UserError(f"{setting.name}={value!r} ({where}) is not UTF-8")
+        raise UserError(f"{setting.name}={shown(value)} ({where}) is not UTF-8")
+    try:
+        check_json(value, setting.name)  # logs and checkpoints keep it
+    except ValueError as e:
+        raise UserError(f"{e} ({where})") from None
     if not allowed or type(value) in allowed:
         return value
     names = {bool: "True/False", type(None): "None"}
     expected = " or ".join(names.get(t, t.__name__) for t in allowed)
-    raise UserError(f"{setting.name}={value!r} ({where}) is of type {type(value).__name__}; "
+    raise UserError(f"{setting.name}={shown(value)} ({where}) is of type {type(value).__name__}; "
                     f"it must be {expected}")
 
 
@@ -327,7 +393,7 @@ def check_choice(config: dict, name: str, choices: Collection[str]) -> None:
     if config[name] not in choices:
         *most, last = choices
         known = f"{', '.join(most)} or {last}" if len(choices) == 2 else ", ".join(choices)
-        raise UserError(f"{name}={config[name]!r} is unknown: use {known}")
+        raise UserError(f"{name}={shown(config[name])} is unknown: use {known}")
 
 
 def check_seed(config: dict) -> None:
@@ -338,9 +404,9 @@ def check_seed(config: dict) -> None:
 
 def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserError:
     """Make the error for a key that is no setting; it names the nearest setting."""
-    near = difflib.get_close_matches(name, settings, 1)
+    near = difflib.get_close_matches(name[:80], settings, 1)
     hint = f": did you mean {near[0]!r}?" if near else ""
-    return UserError(f"unknown key {name!r} in {where}{hint} (--help lists all)")
+    return UserError(f"unknown key {shown(name)} in {where}{hint} (--help lists all)")
 
 
 class Parser(argparse.ArgumentParser):

@@ -20,6 +20,7 @@ from kernels.layer_norm import add_layer_norm, layer_norm
 from nanosync import huggingface, recompute
 from nanosync.errors import UserError
 from nanosync.generation import Decoder
+from nanosync.model_kind import check_size
 from nanosync.sharding import Replicated
 
 
@@ -273,7 +274,9 @@ class GPT(Replicated):
             folder with config.json and model.safetensors.
         """
         folder = huggingface.find_folder(name)
-        model = cls(GPTConfig(**huggingface.read_config(folder), dropout=dropout))
+        config = GPTConfig(**huggingface.read_config(folder), dropout=dropout)
+        check_size(config)
+        model = cls(config)
         huggingface.load_weights(model, folder)
         return model
 

@@ -20,6 +20,7 @@ from nanosync import tokenizers
 from nanosync.distributed import env_rank, finish
 from nanosync.distributed import start as start_processes
 from nanosync.errors import UserError
+from nanosync.files import read_file
 from nanosync.generation import Sampling
 from nanosync.hardware import pick_dtype
 from nanosync.rank_decoder import check_all_reduce
@@ -50,14 +51,15 @@ check_at_least(config, 1, "num_samples")
 check_at_least(config, 0, "max_new_tokens")
 check_seed(config)
 check_all_reduce(tp_allreduce)
+MAX_PROMPT = 2**24  # bytes
 
 # prompt and model
 if start.startswith("FILE:"):
     try:
-        with open(start[5:], encoding="utf-8") as f:
-            start = f.read()
+        start = read_file(start[5:], MAX_PROMPT).decode()
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the prompt from {start[5:]}: {e}") from None
+        raise UserError(f"cannot read the prompt from {start[5:]}: {getattr(e, 'strerror', None) or e}"
+                        ) from None
 processes = start_processes(device, tp_processes=tp_processes)
 if processes.dp_size > 1:
     raise UserError(f"the number of processes, {processes.world_size}, is not tp_processes={tp_processes}: "

@@ -175,7 +175,7 @@ class RanksConfig(GPTConfig):
         super().__post_init__()
         if self.tp_size < 1 or self.n_head % self.tp_size:
             raise UserError(f"tp_size={self.tp_size} must divide n_head={self.n_head}: choose one of "
-                            f"{[r for r in range(1, self.n_head + 1) if self.n_head % r == 0]}")
+                            f"{[r for r in range(1, min(self.n_head, 512) + 1) if self.n_head % r == 0]}")
 
     def schedule(self) -> SyncSchedule:
         """Make the sync schedule of the configuration."""

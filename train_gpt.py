@@ -33,7 +33,7 @@ from nanosync.dataloader import DataLoader, evaluate, evaluation_batches, open_d
 from nanosync.distributed import env_rank, start
 from nanosync.errors import UserError
 from nanosync.hardware import check_compile, make_deterministic, peak_memory, pick_dtype
-from nanosync.model_kind import ModelKind, check_size, schedule_description
+from nanosync.model_kind import MAX_LAYERS, ModelKind, check_size, schedule_description
 from nanosync.optim import build_muon, set_learning_rate, trapezoidal_learning_rate
 from nanosync.random_states import seed_random_states
 from nanosync.ranks import Ranks, column_parallel, f_op, g_op, row_parallel
@@ -124,6 +124,8 @@ class GPTConfig:
     def __post_init__(self):
         if self.variant not in VARIANTS:
             raise UserError(f"variant={self.variant!r} is unknown: use {', '.join(VARIANTS)}")
+        check_at_least(vars(self), 1, "sequence_length", "vocab_size", "n_layer", "n_head", "n_embd",
+                       "tp_size")
         if self.n_embd % (2 * self.n_head):
             raise UserError(f"n_embd={self.n_embd} and n_head={self.n_head} do not give heads of even width: "
                             f"choose n_embd as a multiple of {2 * self.n_head}")
@@ -335,6 +337,7 @@ def model_config(config: Config, sequence_length: int, used_vocab_size: int, voc
     """Make the architecture that the settings name. Raises UserError."""
     shape = {name: config[name] for name in ("n_layer", "n_head", "n_embd")}
     shared = dict(sequence_length=sequence_length, vocab_size=vocab_size, used_vocab_size=used_vocab_size)
+    check_size(GPTConfig(**shape, **shared))
     if config["variant"] != "sync":
         return GPTConfig(**shape, **shared, variant=config["variant"])
     strategy = SyncStrategy(**shape, **{name: config[name] for name in VARIANTS["sync"][2]})
@@ -351,7 +354,9 @@ def model_of(config: GPTConfig) -> GPT:
 SPEEDRUN = ModelKind(
     "train_gpt.py", GPTConfig, model_of, settings_entry="config",
     settings=("sequence_length", "n_layer", "n_head", "n_embd", "variant",
-              *(name for _, _, names in VARIANTS.values() for name in names)))
+              *(name for _, _, names in VARIANTS.values() for name in names)),
+    state={"variant": dict, "train_seconds": float, "train_loss": float | None, "last_val_loss": float | None,
+           "last_val_step": int | None})
 
 
 def check_settings(config: dict) -> None:
@@ -361,6 +366,7 @@ def check_settings(config: dict) -> None:
     check_at_least(config, 0, "num_iterations", "warmup_iters", "warmdown_iters", "val_loss_every",
                    "checkpoint_interval", "curriculum_plateau_steps", "muon_lr_ratio")
     check_at_most(config, 1e6, "timeout")
+    check_at_most(config, MAX_LAYERS, "n_layer")
     check_seed(config)
 
 
@@ -402,7 +408,6 @@ if __name__ == "__main__":
     data = open_dataset(dataset, sequence_length, "sequence_length")
     run.check_data(data)
     architecture = model_config(config, sequence_length, *padded_vocab_size(data.meta))
-    check_size(architecture)
     data.check_tokens(architecture.vocab_size)
 
     # model and optimizer; every process has all weights, and the momentum of its own matrices

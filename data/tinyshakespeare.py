@@ -5,7 +5,7 @@ import os
 from configurator import Parser
 from data.token_writer import check_out, dataset_writers, is_published, publish_dataset
 from nanosync.errors import UserError
-from nanosync.files import fetch, made_folder, os_error_as_user_error, replace_file
+from nanosync.files import fetch, made_folder, open_regular, os_error_as_user_error, replace_file
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -45,7 +45,7 @@ def read_text(path: str, download: bool) -> str:
         with made_folder(os.path.dirname(path)):
             replace_file(path, content)
     try:
-        with os_error_as_user_error(f"cannot read {path}"), open(path, encoding="utf-8") as f:
+        with os_error_as_user_error(f"cannot read {path}"), open_regular(path, "r", encoding="utf-8") as f:
             return f.read()
     except UnicodeDecodeError as e:
         raise UserError(f"cannot read {path}: byte {e.start} is not UTF-8") from None

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     import root_path  # noqa: F401
 
 from configurator import Parser
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 from nanosync.files import check_can_write
 from nanosync.run_log import RunLog
 
@@ -39,6 +39,11 @@ def summary_of(out_dir: str) -> dict:
     if not losses:
         raise UserError(f"{out_dir} has no evaluation in its logs: let the run get to its first")
     config = log.config if log.starts[0]["resumed"] else log.starts[0]["config"]
+    for name in ("n_layer", "tp_size"):
+        if type(config.get(name, 1)) is not int or config.get(name, 1) < 1:
+            raise UserError(f"{out_dir} has {name}={shown(config[name])} in its log: it must be at least 1")
+    if "n_layer" not in config:
+        raise UserError(f"{out_dir} has no n_layer in its log: it is not the run of a model with layers")
     final, dense = max(losses), 2 * config["n_layer"]  # a dense model on ranks synchronises everywhere
     return {"run": os.path.basename(os.path.normpath(out_dir)), "config": config,
             "syncs": log.last("schedule").get("syncs", dense), "step": final, "val_loss": losses[final],

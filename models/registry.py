@@ -36,6 +36,5 @@ def build_model(description: dict, kinds: dict[str, ModelKind] = KINDS, **overri
     overrides: fields of the configuration.
     """
     config = model_config(description, kinds, **overrides)
-    if torch.get_default_device().type != "meta":
-        check_size(config)
+    check_size(config, whole=torch.get_default_device().type != "meta")
     return kinds[description["kind"]].build(config)

@@ -17,7 +17,7 @@ from models.registry import ARCHITECTURE, KINDS, build_model
 from nanosync.checkpoint import Checkpoint, find, find_weights
 from nanosync.distributed import Processes
 from nanosync.errors import UserError
-from nanosync.model_kind import check_size, model_description, schedule_description
+from nanosync.model_kind import check_size, model_config, model_description, schedule_description
 from nanosync.parallelism import Parallelism
 from nanosync.random_states import seed_random_states
 from nanosync.ranks import ranks_on
@@ -199,8 +199,6 @@ def model_for_training(run: Run, kind: str, parallel: Parallelism, evaluations: 
     model, weights, source = _model_and_weights(run, kind)
     for evaluation in evaluations:
         evaluation.check(model)
-    if processes.device.type == "cpu":
-        check_size(model.config)
     if config["tp_processes"] > 1:
         model.place(ranks_on(processes.tp_group, config["tp_size"]))
     use_activation_checkpointing(model, config["activation_checkpointing"])
@@ -216,16 +214,14 @@ def _model_and_weights(run: Run, kind: str) -> tuple[nn.Module, object, str]:
     variant = {name: config[name] for name in KINDS[kind].variant}
     if run.resumed is not None:
         data.check_tokens(run.resumed.state["model"]["config"]["vocab_size"])
-        with torch.device("meta"):
-            model = build_model(run.resumed.state["model"], dropout=config["dropout"])
+        model = _without_values(run, run.resumed.state["model"], dropout=config["dropout"])
         weights, source = run.resumed.tensors("model"), run.resumed.path
     elif config["init_from"] == "scratch":
         used_vocab_size, vocab_size = padded_vocab_size(data.meta)
         data.check_tokens(vocab_size)
         shape = {name: config[name] for name in (*ARCHITECTURE, "dropout")}
         shape |= {"vocab_size": vocab_size, "used_vocab_size": used_vocab_size}
-        with torch.device("meta"):
-            model = build_model({"kind": kind, "config": shape | variant})
+        model = _without_values(run, {"kind": kind, "config": shape | variant})
         weights, source = initial_parameters(model), "scratch"
     else:
         model = load_weights(config["init_from"], kind, variant, warn=run.line, group=run.processes.group,
@@ -236,6 +232,13 @@ def _model_and_weights(run: Run, kind: str) -> tuple[nn.Module, object, str]:
         take_values(config, vars(model.config), config["init_from"], ARCHITECTURE)
         weights, source = list(model.named_parameters()), config["init_from"]
     return model, weights, source
+
+
+def _without_values(run: Run, description: dict, **overrides) -> nn.Module:
+    """Build the model of a `model` entry on the meta device, if the run's device can hold it."""
+    check_size(model_config(description, KINDS, **overrides), whole=run.processes.device.type == "cpu")
+    with torch.device("meta"):
+        return build_model(description, **overrides)
 
 
 def run_evaluations(due: list, model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -14,29 +14,33 @@ match its manifest. Tensors are safetensors and the rest is JSON: loading never 
 """
 
 import contextlib
-import json
 import math
 import os
 import re
 import time
+import typing
 from dataclasses import dataclass
 
 import torch
 
 from nanosync.distributed import env_rank, on_main
-from nanosync.errors import UserError
-from nanosync.files import json_text, replace_file, sha256_of, write_json
+from nanosync.errors import UserError, shown
+from nanosync.files import MAX_JSON, json_text, parse_json, read_file, replace_file, sha256_of, write_json
 from nanosync.model_kind import ModelKind, model_config
+from nanosync.tensor_files import check_values, read_tensors
+from nanosync.token_files import check_meta
 
 FORMAT = 1
 FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json")
-STEP_NAME = re.compile(r"step-(\d{8,})")
-MAX_JSON = 64 * 2**20  # bytes
+STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,14})")  # the names that step_name makes
+MAX_COUNT = 2**53  # of steps, samples, processes
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # entries of state.json that a resumed run needs, and their types
 STATE = {"step": int, "sample": int, "epoch": int, "seed": int, "world_size": int, "evaluated": bool,
-         "val_loss": (float, type(None)), "best_val_loss": (float, type(None)), "scaler": dict, "model": dict,
-         "data": dict, "meta": (dict, type(None)), "config": dict}
+         "val_loss": float | None, "best_val_loss": float | None, "scaler": dict, "model": dict,
+         "data": dict, "meta": dict | None, "config": dict}
+OTHER_STATE = {"tp_processes": int, "schedule": dict | None}  # entries that only some scripts write
+LEAST = {"seed": -2**63, "world_size": 1, "tp_processes": 1}  # 0 for all other integers
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,15 @@ class Checkpoint:
         return f"step {self.step}, val loss {'not measured' if val_loss is None else f'{val_loss:.4f}'}"
 
     def tensors(self, which: str) -> dict[str, torch.Tensor]:
-        """Load tensors by name on the CPU; a tensor is read from disk when it is used. Raises UserError.
+        """Load tensors by name on the CPU. Raises UserError, also if weights or moments are not finite.
 
         which: 'model', 'optim' or 'rng'.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         path = os.path.join(self.path, f"{which}.safetensors")
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as e:  # the folder may be missing on another machine of the run
-            raise UserError(f"cannot read {path}: {e}") from None
+        tensors = read_tensors(path)  # the folder may be missing on another machine of the run
+        if which != "rng":
+            check_values(tensors, path)
+        return tensors
 
 
 def step_name(step: int) -> str:
@@ -80,19 +81,20 @@ def write_latest(out_dir: str, step: int) -> None:
     replace_file(os.path.join(out_dir, "latest"), f"{step_name(step)}\n".encode())
 
 
-def _read_json(path: str):
-    """Read a JSON file of a checkpoint. Raises ValueError or OSError.
+def _read(path: str) -> bytes:
+    """Read a JSON file of a checkpoint. Raises ValueError or OSError, also for a link."""
+    if os.path.islink(path):
+        raise ValueError(f"{path} is a link")
+    return read_file(path, MAX_JSON)
 
-    Links, devices, pipes and files above MAX_JSON bytes are not read.
-    """
-    if os.path.islink(path) or not os.path.isfile(path) or os.path.getsize(path) > MAX_JSON:
-        raise ValueError(f"{path} is not a regular file, or too large")
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+
+def _read_json(path: str):
+    return parse_json(_read(path))
 
 
 def steps_in(out_dir: str) -> list[int]:
-    """Return the steps that have a checkpoint folder, valid or not, in ascending order."""
+    """Return the steps that have a checkpoint folder, valid or not, in ascending order. Other names in ckpt/
+    are ignored."""
     folder = os.path.join(out_dir, "ckpt")
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(int(m[1]) for m in map(STEP_NAME.fullmatch, names) if m)
@@ -106,9 +108,10 @@ def write_best(out_dir: str, step: int, val_loss: float) -> None:
 def best_step(out_dir: str) -> int | None:
     """Return the step that best.json names, None if best.json cannot be read."""
     try:
-        return int(_read_json(os.path.join(out_dir, "best.json"))["step"])
+        step = _read_json(os.path.join(out_dir, "best.json"))["step"]
     except UNREADABLE:
         return None
+    return step if type(step) is int else None
 
 
 def repair_best(out_dir: str) -> None:
@@ -137,24 +140,26 @@ def verify(path: str) -> str | None:
     if os.path.islink(path) or not os.path.isdir(path):
         return "it is not a folder"
     try:
-        manifest = _read_json(os.path.join(path, "MANIFEST.json"))
-        with open(os.path.join(path, "MANIFEST.json"), encoding="utf-8") as f:
-            text = f.read()
+        text = _read(os.path.join(path, "MANIFEST.json"))
+        manifest = parse_json(text)
         entries = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
-        if text != json_text(manifest):  # the manifest has no checksum, so its text must be canonical
+        if text != json_text(manifest).encode():  # it has no checksum, so its text is canonical
             raise ValueError
     except UNREADABLE:
         return "its MANIFEST.json is missing or unreadable"
     if set(entries) != set(FILES):
-        return f"its MANIFEST.json lists {sorted(entries)}"
+        return f"its MANIFEST.json lists {shown(sorted(entries))}"
     for name, (size, digest) in entries.items():
         file = os.path.join(path, name)
         if os.path.islink(file) or not os.path.isfile(file):
             return f"{name} is missing"
         if os.path.getsize(file) != size:
             return f"{name} has {os.path.getsize(file)} bytes, not {size}"
-        if sha256_of(file) != digest:
-            return f"{name} does not match its SHA-256"
+        try:
+            if sha256_of(file) != digest:
+                return f"{name} does not match its SHA-256"
+        except OSError as e:
+            return f"{name} cannot be read: {e.strerror}"
     return None
 
 
@@ -170,25 +175,39 @@ def open_checkpoint(path: str, kinds: dict[str, ModelKind] | None = None) -> Che
     try:
         state = _read_json(os.path.join(path, "state.json"))
         if state.get("format") != FORMAT:
-            raise UserError(f"checkpoint {path} has format {state.get('format')!r}; this program reads "
-                            f"{FORMAT}")
+            raise UserError(f"it has format {shown(state.get('format'))}; this program reads {FORMAT}")
         state.setdefault("evaluated", True)  # older checkpoints lack it, and were saved after evaluations
-        for name, kind in STATE.items():
-            if not isinstance(state[name], kind):
-                raise ValueError(f"{name} is {state[name]!r}")
-        step = STEP_NAME.fullmatch(os.path.basename(os.path.abspath(path)))
-        if step is None or int(step[1]) != state["step"]:
+        _check_state(state, kinds)
+        if os.path.basename(os.path.abspath(path)) != step_name(state["step"]):
             raise ValueError(f"it is of step {state['step']}")
-        if not 0 <= state["sample"] < 2**53:
-            raise ValueError(f"sample is {state['sample']}")
-        if kinds is not None:
-            model_config(state["model"], kinds)
     except UserError as e:
         raise UserError(f"checkpoint {path} cannot be used: {e}") from None
     except UNREADABLE as e:
         raise UserError(f"checkpoint {path} cannot be used: its state.json is malformed "
                         f"({type(e).__name__}: {e})") from None
     return Checkpoint(path, state["step"], state)
+
+
+def _check_state(state: dict, kinds: dict[str, ModelKind] | None) -> None:
+    """Check types and ranges of the contents of state.json. Raises UNREADABLE or UserError."""
+    kind = state["model"]["kind"]
+    own = {} if kinds is None or type(kind) is not str or kind not in kinds else kinds[kind].state
+    for name, wanted in (STATE | OTHER_STATE | own).items():
+        if name not in state and name in OTHER_STATE:
+            continue
+        value, types = state[name], typing.get_args(wanted) or (wanted,)
+        if type(value) not in types:
+            raise ValueError(f"{name} is {shown(value)}")
+        if type(value) is int and not LEAST.get(name, 0) <= value < (2**63 if name == "seed" else MAX_COUNT):
+            raise ValueError(f"{name} is {value}")
+    if state["meta"] is not None:
+        check_meta(state["meta"], "its data set's meta.json")
+    schedule = state.get("schedule")
+    if schedule is not None and not (type(schedule["syncs"]) is int and all(
+            type(sublayer["sync"]) is bool for sublayer in schedule["sublayers"])):
+        raise ValueError("its schedule has sublayers that are not true or false")
+    if kinds is not None:
+        model_config(state["model"], kinds)
 
 
 def find_resumed(resume: str, out_dir: str, warn=print, group=None,
@@ -198,7 +217,7 @@ def find_resumed(resume: str, out_dir: str, warn=print, group=None,
     resume: 'latest', 'best' or a step of out_dir, or the path of a checkpoint or of another out_dir.
     warn, group: see find. kinds: see open_checkpoint.
     """
-    if resume in ("latest", "best") or resume.isdecimal():
+    if resume in ("latest", "best") or _is_step(resume):
         return find(out_dir, resume, warn, group, kinds)
     found = find_weights(resume, warn=warn, group=group, kinds=kinds)
     if found is None:
@@ -258,6 +277,10 @@ def find_weights(name: str, which: str | int = "latest", warn=print, group=None,
     return on_main(lambda: _find(name, which, warn, kinds) if steps_in(name) else None, group)
 
 
+def _is_step(text: str) -> bool:
+    return text.isdecimal() and len(text) < 16
+
+
 def _find(out_dir: str, which: str | int, warn, kinds) -> Checkpoint:
     steps = steps_in(out_dir)
     if not steps:
@@ -267,7 +290,7 @@ def _find(out_dir: str, which: str | int, warn, kinds) -> Checkpoint:
         warn(f"{out_dir} has no readable best.json, so its best checkpoint is unknown: using the latest")
         which = "latest"
     if which != "latest":
-        step = best_step(out_dir) if which == "best" else int(which) if str(which).isdecimal() else None
+        step = best_step(out_dir) if which == "best" else int(which) if _is_step(str(which)) else None
         if step not in steps:
             there = ", ".join(map(str, steps))
             raise UserError(f"{out_dir} has no checkpoint {which!r}; it has the steps {there}")

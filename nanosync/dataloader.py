@@ -33,16 +33,19 @@ CHECK_TOKENS = 500_000_000  # tokens of a split, evenly spread, that are compare
 class Split:
     """A split of a data set: its token files and the windows in them."""
 
-    def __init__(self, folder: str, split: str, block_size: int, length_key: str = "block_size"):
+    def __init__(self, folder: str, split: str, block_size: int, length_key: str = "block_size",
+                 dtype: str | None = None):
         """Open and check the files. Raises UserError.
 
         split: 'train' or 'val'.
         block_size: T, tokens.
         length_key: name of the script's setting for block_size, for error messages.
+        dtype: `dtype` of the folder's meta.json, None if it has none.
         """
         self.name, self.block_size = split, block_size
         self.kind, self.paths = split_files(folder, split)
-        self.files = [open_tokens(path, self.kind) for path in self.paths]
+        self.files = [open_tokens(path, self.kind, dtype) for path in self.paths]
+        self.dtype = max((f.dtype for f in self.files), key=lambda dtype: dtype.itemsize)
         T = block_size
         # evaluation uses all windows that fit; training leaves room for any grid offset below T, but uses at
         # least one window of a file that has one
@@ -74,8 +77,8 @@ class Split:
                                     f"{vocab_size}: the file was prepared with another tokenizer")
 
     def gather(self, places: np.ndarray) -> np.ndarray:
-        """Read windows: places (n, 2) of (file, start) -> tokens (n, T + 1) uint16."""
-        out = np.empty((len(places), self.block_size + 1), np.uint16)
+        """Read windows: places (n, 2) of (file, start) -> tokens (n, T + 1), uint16 or uint32."""
+        out = np.empty((len(places), self.block_size + 1), self.dtype)
         for row, (file, start) in zip(out, places):
             row[:] = self.files[file][start:start + self.block_size + 1]
         return out
@@ -169,8 +172,9 @@ def open_dataset(name: str, block_size: int, length_key: str = "block_size") -> 
                 hint = f"run python {script}"
             raise UserError(f"no data set {name!r}: there is no folder {folder} ({hint})")
         folder = os.path.join(ROOT, folder)
-    train, val = (Split(folder, split, block_size, length_key) for split in ("train", "val"))
     meta = read_meta(folder)
+    dtype = (meta or {}).get("dtype")
+    train, val = (Split(folder, split, block_size, length_key, dtype) for split in ("train", "val"))
     for split in (train, val):
         check_counts(folder, meta, split.name, split.n_tokens)
     return DataSet(folder, meta, train, val)

@@ -16,8 +16,31 @@ EXTRAS = ("datasets", "huggingface_hub", "matplotlib", "pyarrow", "requests", "s
           "tiktoken", "transformers", "wandb")
 
 
+MAX_MESSAGE = 2000  # characters of an error's line
+
+
 class UserError(ValueError):
     """An error that the user can fix. Scripts print it as one line and exit with code 2."""
+
+
+def shown(value, limit: int = 80) -> str:
+    """Return the repr of a value for an error message, shortened to about `limit` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits, or a deeply nested value
+        text = f"<{type(value).__name__}>"
+    return shortened(text, limit)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a text without its middle if it is longer than `limit` characters."""
+    return text if len(text) <= limit else f"{text[:limit * 2 // 3]}...{text[-limit // 4:]}"
+
+
+def one_line(text: str) -> str:
+    """Return an error message as one printable line of at most about MAX_MESSAGE characters."""
+    text = "".join(c if c.isprintable() or "\ud800" <= c <= "\udfff" else repr(c)[1:-1] for c in text)
+    return shortened(text, MAX_MESSAGE)
 
 
 def install_error_hook(rank: int = 0, settings: Collection[str] = (), forks: bool = False) -> None:
@@ -36,6 +59,7 @@ def install_error_hook(rank: int = 0, settings: Collection[str] = (), forks: boo
     all of them get Ctrl-C as well.
     """
     previous = sys.excepthook
+    _open_closed_streams()
     atexit.register(_flush_stdout)
     if forks:
         _interrupt_main_process_only()
@@ -58,7 +82,8 @@ def install_error_hook(rank: int = 0, settings: Collection[str] = (), forks: boo
         label = "error" if rank == 0 else f"error on rank {rank}"
         _flush_stdout()
         # not sys.stderr, which torch.distributed's hook delays; a file name need not be UTF-8
-        os.write(2, f"{label}: {text}\n".encode(errors="backslashreplace"))
+        with contextlib.suppress(OSError):  # stderr may be closed
+            os.write(2, f"{label}: {one_line(text)}\n".encode(errors="backslashreplace"))
         # running threads and process groups must not delay the exit
         os._exit(130 if issubclass(kind, KeyboardInterrupt) else 2)
 
@@ -86,6 +111,19 @@ def _follows_interrupt(error: BaseException | None) -> bool:
     return error is not None
 
 
+def _open_closed_streams() -> None:
+    """Open /dev/null in place of each standard stream that was closed when the process started, as by `>&-`.
+
+    Python has None in place of such a stream. The next file that the process opens would get the stream's
+    descriptor, and with it the output of libraries.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, the stream's
+            os.set_inheritable(nowhere, True)
+            setattr(sys, name, os.fdopen(nowhere, mode))
+
+
 def _flush_stdout() -> None:
     """Flush stdout. If its reader is gone, discard all later output."""
     try:
@@ -110,7 +148,8 @@ def _message_for_user(kind: type, error: BaseException, settings: Collection[str
     if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in EXTRAS:
         return f"{error.name} is not installed: pip install -r requirements-extras.txt"
     # by name, because PyTorch is not imported here; on a CPU PyTorch raises a RuntimeError
-    if kind.__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+    if issubclass(kind, MemoryError) or kind.__name__ == "OutOfMemoryError" \
+            or "DefaultCPUAllocator" in str(error):
         # a script with device_batch_size has only so many sequences in memory at a time
         sizes = ("device_batch_size", "sequence_length") if "device_batch_size" in settings else \
             ("batch_size", "block_size")
@@ -118,5 +157,6 @@ def _message_for_user(kind: type, error: BaseException, settings: Collection[str
         switches = [f"--{name}" for name in ("activation_checkpointing=block", "use_fsdp")
                     if name.partition("=")[0] in settings]
         others = f", or {' or '.join(switches)}" if switches else ""
-        return f"out of memory: use a smaller {smaller}{others} ({str(error).splitlines()[0]})"
+        reason = (str(error).splitlines() or [kind.__name__])[0]
+        return f"out of memory: use a smaller {smaller}{others} ({reason})"
     return None

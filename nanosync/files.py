@@ -1,16 +1,114 @@
-"""Files and folders: atomic writing, checks of paths, downloads."""
+"""Files and folders: bounded reading, atomic writing, checks of paths, downloads."""
 
 import contextlib
 import difflib
+import errno
 import glob
 import hashlib
 import json
+import math
 import os
+import stat
 import tempfile
+import unicodedata
 
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the repository
+MAX_JSON = 64 * 2**20  # bytes
+MAX_DEPTH = 50  # values inside each other in JSON
+FREE_TEXT = ("chars", "sample_prompt", "start", "stop_token", "text")  # may have control characters
+
+
+def open_regular(path: str, mode: str = "rb", **options):
+    """Open a regular file for reading. Raises OSError, also for a pipe or a device, without waiting for it.
+
+    options: of the function open.
+    """
+    try:
+        return open(path, mode, opener=_open_regular, **options)
+    except OSError:
+        raise
+    except ValueError as e:  # a NUL in the path
+        raise OSError(errno.EINVAL, first_line(e), path) from None
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # without O_NONBLOCK a pipe blocks until it is written
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
+    return descriptor
+
+
+def read_file(path: str, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes. Raises OSError."""
+    with open_regular(path) as f:
+        content = f.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", path)
+    return content
+
+
+def read_json(path: str):
+    """Read a JSON file that any program may have written. Raises OSError or ValueError, see parse_json."""
+    return parse_json(read_file(path, MAX_JSON))
+
+
+def parse_json(content: bytes):
+    """Parse JSON in UTF-8. Raises ValueError whose message is the problem.
+
+    Besides malformed JSON it refuses NaN and Infinity, numbers beyond 64 bits or fp64, an object with a key
+    twice, values nested deeper than MAX_DEPTH, and strings that are not Unicode or have control characters,
+    except under the keys FREE_TEXT.
+    """
+    try:
+        value = json.loads(content.decode(), object_pairs_hook=_object, parse_constant=_constant)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+    check_json(value)
+    return value
+
+
+def _object(pairs: list) -> dict:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has {shown(max(keys, key=keys.count))} twice in one object")
+    return value
+
+
+def _constant(name: str):
+    raise ValueError(f"it has the number {name}, which JSON does not have")
+
+
+def check_json(value, name: str = "its value", depth: int = 0) -> None:
+    """Raise ValueError for a value of JSON that `parse_json` refuses. name: key of the value."""
+    if depth > MAX_DEPTH:
+        raise ValueError("its values are nested too deeply")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_json(key, "a key", depth)
+            check_json(item, key, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            check_json(item, name, depth + 1)
+    elif isinstance(value, str):
+        if not is_utf8(value):
+            raise ValueError(f"{shown(name)} is not valid Unicode")
+        if not value.isprintable() and name not in FREE_TEXT and _has_control(value):
+            raise ValueError(f"{shown(name)} has control characters: {shown(value)}")
+    elif type(value) is int and not -2**63 <= value < 2**63:
+        raise ValueError(f"{shown(name)} is {shown(value)}, which does not fit into 64 bits")
+    elif type(value) is float and not math.isfinite(value):
+        raise ValueError(f"{shown(name)} is not a finite number")
+
+
+def _has_control(text: str) -> bool:
+    return any(unicodedata.category(c) == "Cc" and c not in "\n\t\r" for c in text)
 
 
 @contextlib.contextmanager
@@ -55,7 +153,7 @@ def existing_parent(folder: str) -> str:
 
 def sha256_of(path: str) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         while chunk := f.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()

@@ -20,7 +20,15 @@ import torch.nn.functional as F
 
 from nanosync.distributed import all_reduce_sum
 from nanosync.errors import UserError
-from nanosync.files import ROOT, fetch, first_line, made_folder, os_error_as_user_error, replace_file
+from nanosync.files import (
+    ROOT,
+    fetch,
+    first_line,
+    made_folder,
+    open_regular,
+    os_error_as_user_error,
+    replace_file,
+)
 from nanosync.tokenizers import GPT2Tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -66,7 +74,7 @@ def load(path: str = "", n_examples: int | None = None, setting: str = "input") 
         path = os.path.join(FOLDER, "hellaswag_val.jsonl")
         if not os.path.exists(path):
             download(path, setting)
-    with os_error_as_user_error(f"cannot read {path}"), open(path, "rb") as f:
+    with os_error_as_user_error(f"cannot read {path}"), open_regular(path) as f:
         records = parse_lines(f.read(), path)
     tokenizer = GPT2Tokenizer()
     return [Example(tokenizer.encode_ordinary(record["ctx"]),

@@ -6,7 +6,9 @@ import os
 import torch
 import torch.nn as nn
 
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shortened, shown
+from nanosync.files import first_line, read_json
+from nanosync.tensor_files import check_values, read_tensors
 
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
@@ -46,18 +48,22 @@ def read_config(folder: str) -> dict:
     """
     path = os.path.join(folder, "config.json")
     try:
-        with open(path, encoding="utf-8") as f:
-            c = json.load(f)
-        fields = dict(block_size=int(c["n_positions"]), vocab_size=int(c["vocab_size"]),
-                      n_layer=int(c["n_layer"]), n_head=int(c["n_head"]), n_embd=int(c["n_embd"]))
+        c = read_json(path)
+        fields = {name: c["n_positions" if name == "block_size" else name]
+                  for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+        for name, value in fields.items():
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise ValueError(f"{name} is {shown(value)}")
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is not the configuration of a GPT-2 ({type(e).__name__}: {e})") from None
+        problem = getattr(e, "strerror", None) or first_line(e)
+        raise UserError(f"{path} is not the configuration of a GPT-2 ({type(e).__name__}: {problem})"
+                        ) from None
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
               "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
               "tie_word_embeddings": True, "n_inner": None}
     for key, value in wanted.items():
         if c.get(key, value) != value and not (key == "n_inner" and c[key] == 4 * fields["n_embd"]):
-            raise UserError(f"{path} has {key}={c[key]!r}; this model supports only {value!r}")
+            raise UserError(f"{path} has {key}={shown(c[key])}; this model supports only {value!r}")
     return fields
 
 
@@ -65,20 +71,21 @@ def read_config(folder: str) -> dict:
 def load_weights(model: nn.Module, folder: str) -> None:
     """Copy a folder's model.safetensors into a model.
 
-    Raises UserError if a weight is missing, has another shape, or belongs to a layer that the model lacks.
+    Raises UserError if a weight is missing, there twice, has another shape, has values that are not finite,
+    or belongs to a layer that the model lacks.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = os.path.join(folder, "model.safetensors")
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
+    read = read_tensors(path)
     # the hub's GPT-2 files have names without "transformer.", and contain the causal masks
-    tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+    tensors = {name.removeprefix("transformer."): t for name, t in read.items()}
+    twice = [name for name in tensors if name in read and f"transformer.{name}" in read]
+    if twice:
+        raise UserError(f"{path} has both {shown(twice[0])} and {shown('transformer.' + twice[0])}: which of "
+                        f"them is the weight is unknown; write the file again")
     for name, p in model.named_parameters():
         tensor = tensors.get(name.removeprefix("transformer."))
+        if tensor is not None:
+            check_values({name: tensor}, path)
         if tensor is not None and name.endswith(CONV1D_WEIGHTS):
             tensor = tensor.T
         if tensor is None or tensor.shape != p.shape:
@@ -91,7 +98,7 @@ def load_weights(model: nn.Module, folder: str) -> None:
                     if name.startswith("h.") and not name.endswith(masks))
     if unused:
         raise UserError(f"{path} has {len(unused)} weights that the model of config.json has no place for, "
-                        f"such as {unused[0]}: the two files do not belong together")
+                        f"such as {shortened(unused[0], 80)}: the two files do not belong together")
 
 
 @torch.no_grad()

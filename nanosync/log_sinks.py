@@ -18,7 +18,7 @@ import sys
 import time
 
 from nanosync.errors import UserError
-from nanosync.files import first_line, replace_file
+from nanosync.files import first_line, open_regular, replace_file
 from nanosync.log_fields import curves_of
 
 BACKLOG = 20_000  # pending lines or records of a file on a full disk
@@ -310,7 +310,7 @@ def _user_can_fix(error: Exception) -> bool:
 def _read_id(path: str) -> str | None:
     """Read the id of a wandb run from a file, None if it has no valid id."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open_regular(path, "r", encoding="utf-8") as f:
             found = re.fullmatch(r"[\w-]{1,64}", f.read(100).strip())
     except (OSError, ValueError):
         return None

@@ -5,13 +5,18 @@ caller accepts are the argument `kinds`, name -> ModelKind: models.KINDS, or the
 """
 
 import dataclasses
+import math
 import os
+import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.nn as nn
 
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
+
+MAX_LAYERS = 10_000  # a layer is tens of kilobytes of Python objects, whatever its width
+MAX_FIELD = 2**31  # of an integer in a configuration
 
 
 @dataclass(frozen=True)
@@ -24,22 +29,43 @@ class ModelKind:
     settings: tuple[str, ...] = ()  # settings of the script that a checkpoint decides, besides the kind
     variant: tuple[str, ...] = ()  # the subset of `settings` that the dense GPT lacks
     settings_entry: str = "model"  # entry of state.json with their values: "model" or "config"
+    state: dict = field(default_factory=dict)  # entries that the script adds to state.json -> their types
 
 
 def model_config(description: dict, kinds: dict[str, ModelKind], **overrides):
     """Make the configuration of a `model` entry. Raises UserError."""
     kind = description.get("kind")
-    if kind not in kinds or kinds[kind].config is None:
+    if type(kind) is not str or kind not in kinds or kinds[kind].config is None:
         known = [name for name in kinds if kinds[name].config is not None]
-        hint = f"only {kinds[kind].script} can use it" if kind in kinds else \
+        hint = f"only {kinds[kind].script} can use it" if type(kind) is str and kind in kinds else \
             f"known kinds are {', '.join(known)}"
-        raise UserError(f"the checkpoint holds a model of kind {kind!r}: {hint}")
+        raise UserError(f"the checkpoint holds a model of kind {shown(kind)}: {hint}")
     config_class = kinds[kind].config
     try:
-        return config_class(**{**description["config"], **overrides})
+        fields = {**description["config"], **overrides}
+        check_fields(config_class, fields)
+        return config_class(**fields)
     except (TypeError, KeyError) as e:
         raise UserError(f"the checkpoint's model configuration does not fit {config_class.__name__}: {e}"
                         ) from None
+
+
+def check_fields(config_class: type, values: dict) -> None:
+    """Raise UserError for a value of another type than its field of a configuration, or of a size that no
+    model has. Fields that the class lacks are not checked.
+
+    config_class: a dataclass whose annotations are types.
+    """
+    for f in dataclasses.fields(config_class):
+        if f.name not in values:
+            continue
+        value, types = values[f.name], typing.get_args(f.type) or (f.type,)
+        if type(value) not in types and not (type(value) is int and float in types):
+            names = " or ".join("None" if t is type(None) else t.__name__ for t in types)
+            raise UserError(f"{f.name} is {shown(value)} and must be of type {names}")
+        size = len(value) if type(value) is list else value
+        if type(value) in (int, float, list) and not (math.isfinite(size) and abs(size) < MAX_FIELD):
+            raise UserError(f"{f.name} is {shown(value)}, which no model has")
 
 
 def model_description(kind: str, model: nn.Module) -> dict:
@@ -53,16 +79,22 @@ def schedule_description(model: nn.Module) -> dict | None:
     return None if schedule is None else {"syncs": model.syncs, **dataclasses.asdict(schedule)}
 
 
-def check_size(config) -> None:
-    """Raise UserError for a model whose parameters this machine's memory cannot hold, in fp32.
+def check_size(config, whole: bool = True) -> None:
+    """Raise UserError for a model whose parameters this machine's memory cannot hold, in fp32, or with more
+    than MAX_LAYERS layers. Call it before the model is built.
 
-    Linux grants the memory and later kills the process that uses it. config: a configuration with n_layer,
-    n_embd, vocab_size and, if positions are learned, block_size.
+    Linux grants the memory and later kills the process that uses it.
+
+    config: a configuration with n_layer, n_embd, vocab_size and, if positions are learned, block_size.
+    whole: False if the process never holds more than one parameter, as for a model that is built on the meta
+        device and filled on GPUs.
     """
     shape = {name: getattr(config, name) for name in ("n_layer", "n_embd", "vocab_size", "block_size")
              if hasattr(config, name)}
-    rows = shape["vocab_size"] + shape.get("block_size", 0)
-    n_bytes = 4 * (12 * shape["n_layer"] * shape["n_embd"]**2 + rows * shape["n_embd"])
+    if shape["n_layer"] > MAX_LAYERS:
+        raise UserError(f"n_layer={shape['n_layer']} is above {MAX_LAYERS}: choose a smaller model")
+    rows, C = shape["vocab_size"] + shape.get("block_size", 0), shape["n_embd"]
+    n_bytes = 4 * (12 * shape["n_layer"] * C**2 + rows * C) if whole else 4 * max(4 * C**2, rows * C)
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # the system does not report its memory

@@ -5,8 +5,9 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from nanosync.distributed import all_values
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 from nanosync.sharding import part_like, whole_tensor
+from nanosync.tensor_files import FLOATING
 
 ADAMW_ENTRIES = ("exp_avg", "exp_avg_sq", "step")
 
@@ -68,31 +69,39 @@ def gather_state(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool)
 
 @torch.no_grad()
 def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
-                       state: dict[str, torch.Tensor]) -> None:
-    """Load the state of all parameters, as `state_by_name` returns it; keep only this process's shard.
+                       state: dict[str, torch.Tensor], begun: bool = True) -> None:
+    """Load the whole state of all parameters, as in a checkpoint; keep only this process's part and shard.
 
-    Raises UserError if names or shapes do not fit the model's parameters.
+    Raises UserError if names, shapes or dtypes do not fit the model's parameters. A kernel that updates a
+    parameter with a state of another size or dtype writes beyond its memory.
+
+    begun: False if the optimizer may have made no update yet. AdamW's entries may then all be missing.
     """
     entries_of = getattr(optimizer, "state_entries", lambda parameter: ADAMW_ENTRIES)
-    saved = {key.rpartition(".")[2] for key in state}  # AdamW has no state before its first step
-    entries = {name: sorted(saved.intersection(entries_of(parameter)))
-               for name, parameter in model.named_parameters()}
-    expected = {f"{name}.{entry}" for name in entries for entry in entries[name]}
-    if expected != set(state):
-        mismatched = sorted(expected ^ set(state))
+    parameters = dict(model.named_parameters())
+    expected = {f"{name}.{entry}": (p, entry) for name, p in parameters.items() for entry in entries_of(p)}
+    if not begun and not any(key.endswith(tuple(f".{entry}" for entry in ADAMW_ENTRIES)) for key in state):
+        expected = {key: place for key, place in expected.items() if place[1] not in ADAMW_ENTRIES}
+    if set(expected) != set(state):
+        mismatched = sorted(set(expected) ^ set(state))
+        known = {entry for _, entry in expected.values()}.union(ADAMW_ENTRIES)
         hint = ": was it saved with another --optimizer?" if hasattr(optimizer, "state_entries") \
-            or saved.difference(ADAMW_ENTRIES) else ""
+            or {key.rpartition(".")[2] for key in state}.difference(known) else ""
         raise UserError(f"the optimizer's state does not fit the model: {len(mismatched)} entries differ, "
-                        f"such as {mismatched[0]}{hint}")
-    for name, parameter in model.named_parameters():
-        for entry in entries[name]:
-            shape = state[f"{name}.{entry}"].shape
-            if shape not in (parameter.shape, torch.Size()):  # a step counter is a scalar
-                raise UserError(f"the optimizer's state does not fit the model: {name}.{entry} is "
-                                f"{tuple(shape)} and the parameter {tuple(parameter.shape)}")
+                        f"such as {shown(mismatched[0])}{hint}")
     owns = getattr(optimizer, "owns", lambda parameter: True)
-    for name, parameter in model.named_parameters():
-        for entry in entries[name] if owns(parameter) else ():
-            value = state[f"{name}.{entry}"]
+    for key, (parameter, entry) in expected.items():
+        name, shape = key.removesuffix(f".{entry}"), torch.Size() if entry == "step" else parameter.shape
+        try:
+            value = model.own_part({name: state[key]})[name]
+        except (IndexError, RuntimeError):  # too few dimensions; the check below raises the error
+            value = state[key]
+        if value.shape != shape or value.dtype not in FLOATING:
+            expected_shape = f"the parameter {tuple(shape)}" if entry != "step" else "it must be a scalar"
+            problem = f"{tuple(value.shape)} and {expected_shape}" if value.shape != shape else \
+                f"{str(value.dtype).removeprefix('torch.')} and must be floating-point"
+            raise UserError(f"the optimizer's state does not fit the model: {key} is {problem}")
+        if owns(parameter):
             # a step counter is on the parameter's device, as fused AdamW needs it
-            optimizer.state[parameter][entry] = part_like(value, parameter)
+            dtype = torch.float32 if entry == "step" else parameter.dtype
+            optimizer.state[parameter][entry] = part_like(value.to(dtype), parameter)

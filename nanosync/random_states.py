@@ -7,7 +7,10 @@ import torch
 
 from nanosync.checkpoint import Checkpoint
 from nanosync.distributed import Processes
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
+
+WORDS = {"numpy": 624, "python": 625}  # generators of the Mersenne Twister -> words of 32 bits of a state
+RESTS = ("numpy_rest", "python_rest")  # what belongs to these states besides, three numbers each
 
 
 def seed_random_states(seed: int) -> None:
@@ -42,6 +45,7 @@ def set_random_states(states: dict[str, torch.Tensor], device: torch.device,
                       shared: torch.Generator | None = None) -> None:
     """Set the random states that `random_states` returned. Raises UserError if they are malformed."""
     try:
+        _check_states(states)
         torch.set_rng_state(states["torch"])
         position, has_gauss, cached = states["numpy_rest"].tolist()
         keys = states["numpy"].numpy().astype(np.uint32)
@@ -55,6 +59,27 @@ def set_random_states(states: dict[str, torch.Tensor], device: torch.device,
     except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as e:
         raise UserError(f"the checkpoint's rng.safetensors has no valid random states ({type(e).__name__}: "
                         f"{e})") from None
+
+
+def _check_states(states: dict[str, torch.Tensor]) -> None:
+    """Check dtypes, shapes and ranges. numpy takes any position, and then reads beyond its keys. Raises
+    ValueError or KeyError."""
+    if unknown := sorted(set(states) - {*WORDS, *RESTS, "torch", "cuda", "shared"}):
+        raise ValueError(f"{shown(unknown[0])} is no random state")
+    for name, size in WORDS.items():
+        words = states[name]
+        if words.dtype != torch.int64 or words.shape != (size,) \
+                or not 0 <= words.min() <= words.max() < 2**32:
+            raise ValueError(f"{name} is not {size} words of 32 bits")
+    for name in RESTS:
+        rest = states[name]
+        if rest.dtype != torch.float64 or rest.shape != (3,) or not rest.isfinite().all():
+            raise ValueError(f"{name} is not 3 finite numbers")
+    if not 0 <= states["numpy_rest"][0] <= 624 or states["python"][-1] > 624:
+        raise ValueError("a position is not between 0 and 624")
+    for name in {"torch", "cuda", "shared"} & set(states):
+        if states[name].dtype != torch.uint8 or states[name].dim() != 1:
+            raise ValueError(f"{name} is not bytes")
 
 
 def resume_random_states(resumed: Checkpoint, processes: Processes, shared: torch.Generator | None,

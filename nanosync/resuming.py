@@ -1,10 +1,12 @@
 """Resuming: settings and state that a run takes from its checkpoint, and checks against it."""
 
+import math
+
 import torch
 
-from configurator import Config
+from configurator import Config, check_type
 from nanosync.checkpoint import UNREADABLE, Checkpoint
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 from nanosync.model_kind import ModelKind, model_config
 
 
@@ -68,6 +70,8 @@ def take_values(config: Config, values: dict, path: str, names: tuple[str, ...])
             raise UserError(f"{path} has no {name}: another version of this script wrote it; resume with "
                             f"that version")
         value = values[name]
+        if name in config.settings:
+            value = check_type(config.settings[name], value, path)
         if config.origin[name] and config[name] != value:
             hint = f"leave {name} out to keep the checkpoint's value"
             if name == "block_size" and config[name] < value:
@@ -89,7 +93,7 @@ def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict,
     then, tokens = checkpoint.state["data"], ("train_tokens", "val_tokens")
     weights = "" if _scripts_own(checkpoint.state.get("model", {}).get("kind"), kinds) else \
         f" from its weights with --init_from={checkpoint.path}"
-    if not all(isinstance(then.get(key), int) for key in tokens):
+    if not all(type(then.get(key)) is int for key in tokens):
         raise UserError(f"{checkpoint.path} does not say on which data it was trained: start a new "
                         f"run{weights}")
     differ = [f"{then[key]:,} {key.replace('_', ' ')} then, {fingerprint[key]:,} now"
@@ -105,10 +109,15 @@ def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict,
 
 def load_scaler(scaler: torch.amp.GradScaler | None, resumed: Checkpoint) -> None:
     """Load a GradScaler's state, if the checkpoint has a state, as with float16. Raises UserError."""
-    if scaler is None or not resumed.state["scaler"]:
+    state = resumed.state["scaler"]
+    if scaler is None or not state:
         return
     try:
-        scaler.load_state_dict(resumed.state["scaler"])
+        for name in scaler.state_dict():
+            least = 0 if name == "_growth_tracker" else 1e-30
+            if type(state[name]) not in (int, float) or not least <= state[name] < math.inf:
+                raise ValueError(f"{name} is {shown(state[name])}")
+        scaler.load_state_dict(state)
         float(scaler.get_scale())
     except (RuntimeError, *UNREADABLE) as e:
         raise UserError(f"{resumed.path} has an invalid state of the loss scaler ({type(e).__name__}: {e})"

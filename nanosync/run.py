@@ -91,9 +91,10 @@ class Run:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         if self.resumed is None:
             return
-        load_state_by_name(optimizer, model, model.own_part(self.resumed.tensors("optim")))
-        load_scaler(scaler, self.resumed)
         state = self.resumed.state
+        begun = state["step"] > 0 and not state["scaler"]  # a loss scaler may have skipped all updates so far
+        load_state_by_name(optimizer, model, self.resumed.tensors("optim"), begun)
+        load_scaler(scaler, self.resumed)
         self.step = self.first_step = state["step"]
         self.sample, self.was_evaluated = state["sample"], state["evaluated"]
         if state["best_val_loss"] is not None:

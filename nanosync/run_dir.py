@@ -26,7 +26,7 @@ def check_out_dir(out_dir: str) -> None:
             raise UserError(f"{path} is a link, and a run writes only inside its out_dir: remove the link, "
                             f"or name another out_dir")
         is_folder = name in ("ckpt", "tensorboard")
-        if os.path.lexists(path) and os.path.isdir(path) != is_folder:
+        if os.path.lexists(path) and not (os.path.isdir(path) if is_folder else os.path.isfile(path)):
             kind = "folder" if is_folder else "file"
             raise UserError(f"{path} must be a {kind} of the run: move it, or name another out_dir")
     check_can_write(os.path.join(out_dir, "ckpt"), "out_dir")

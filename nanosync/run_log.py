@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanosync.errors import UserError
-from nanosync.log_fields import EVALUATION_EVENTS, required_fields
+from nanosync.files import check_json, open_regular
+from nanosync.log_fields import EVALUATION_EVENTS, FIELDS, required_fields
+
+MAX_LOG, MAX_LINE = 2**34, 2**24  # bytes
+MOST = {"time": 1e11, "seconds": 1e11, "tokens_per_second": 1e18, "step": 2**53}  # of values from 0
+MOST_OTHER = 1e100  # of the size of other numbers of FIELDS; fp32 ends at 3e38
+NUMBERS = {*MOST, "reached", "resumed_step", *(field.name for field in FIELDS)}
+TYPES = {"step": int, "resumed_step": int, "reached": int, "syncs": int, "text": str, "status": str,
+         "config": dict, "environment": dict, "resumed": bool, "evaluated": bool}  # of entries, if present
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class LogTail:
         if self._file is None:
             with contextlib.suppress(OSError):
                 paths = log_paths(self.out_dir)
-                self._file = open(max(paths), "rb") if paths else None
+                self._file = open_regular(max(paths)) if paths else None
         if self._file is None:
             return []
         *lines, self._partial = (self._partial + self._file.read()).split(b"\n")
@@ -157,8 +165,12 @@ def read_events(path: str) -> list[dict]:
     """Read and check the events of one log. Raises UserError."""
     events = []
     try:
-        with open(path, "rb") as f:
-            for line in f:
+        with open_regular(path) as f:
+            if os.fstat(f.fileno()).st_size > MAX_LOG:
+                raise UserError(f"{path} has more than {MAX_LOG:,} bytes: it is no log of a training run")
+            for line in iter(lambda: f.readline(MAX_LINE), b""):
+                if len(line) == MAX_LINE:
+                    raise UserError(f"{path} is no log of a training run: a line has {MAX_LINE:,} bytes")
                 try:
                     if line.endswith(b"\n"):
                         events.append(json.loads(line))
@@ -175,14 +187,23 @@ def read_events(path: str) -> list[dict]:
 
 def _is_event(event) -> bool:
     """Return True for what a TrainingLogger writes: other programs, too, write lines with an "event"."""
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+    if not isinstance(event, dict) or type(event.get("event")) is not str:
         return False
+    for name, value in event.items():
+        kind = type(value)
+        if name in TYPES and kind is not TYPES[name]:
+            return False
+        if name in NUMBERS and kind in (int, float) and not (0 <= value <= MOST[name] if name in MOST
+                                         else -MOST_OTHER < value < MOST_OTHER):
+            return False
     if event["event"] == "start":
-        return isinstance(event.get("time"), (int, float)) and isinstance(event.get("config"), dict) \
-            and isinstance(event.get("resumed"), bool) \
-            and isinstance(event.get("resumed_step", 0), int) and isinstance(event.get("reached", 0), int) \
-            and ("resumed_step" not in event or isinstance(event.get("evaluated"), bool))
-    if not isinstance(event.get("step", 0), int) or not isinstance(event.get("text", ""), str):
+        try:
+            check_json([event["config"], event.get("environment")], "text")
+        except (KeyError, ValueError):
+            return False
+        return type(event.get("time")) in (int, float) and "resumed" in event \
+            and ("resumed_step" not in event or "evaluated" in event)
+    if not str(event.get("status", "")).isprintable():
         return False
-    return all(isinstance(event.get(name, ""), (int, float, type(None)))
+    return all(type(event.get(name, "")) in (int, float, type(None))
                for name in required_fields(event["event"]))

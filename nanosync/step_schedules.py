@@ -102,7 +102,12 @@ class Curriculum(Schedule):
         return {"stage": self.stage, "since": self.since, "losses": self.losses}
 
     def load(self, state: dict) -> None:
-        self.stage, self.since, self.losses = state["stage"], state["since"], list(state["losses"])
+        """Load the state that `state` returned. Raises UserError if it is malformed."""
+        stage, since, losses = (state.get(name) for name in ("stage", "since", "losses"))
+        if type(stage) is not int or not 0 <= stage < len(self.lengths) or type(since) is not int \
+                or since < 0 or type(losses) is not list or not {type(loss) for loss in losses} <= {float}:
+            raise UserError("the checkpoint's state of the curriculum is malformed: start a new run")
+        self.stage, self.since, self.losses = stage, since, list(losses)
 
 
 class DepthWarm(Schedule):

@@ -21,7 +21,8 @@ class SyncSchedule:
     @classmethod
     def at(cls, n_layer: int, points) -> "SyncSchedule":
         """Make the schedule that synchronises after the sublayers in `points`, from 0 to 2 n_layer - 1."""
-        return cls(tuple(Sublayer(j in set(points)) for j in range(2 * n_layer)))
+        points = set(points)
+        return cls(tuple(Sublayer(j in points) for j in range(2 * n_layer)))
 
     @classmethod
     def evenly(cls, n_layer: int, syncs: int) -> "SyncSchedule":

@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
@@ -25,12 +25,14 @@ class CharTokenizer:
     def __init__(self, chars: str):
         self.chars = chars
         self.vocab_size = len(chars)
-        self._table = np.full(0x110000, chars.find(UNKNOWN) if UNKNOWN in chars else 0xFFFF, np.uint16)
+        dtype = np.uint16 if len(chars) <= 0xFFFF else np.uint32
+        self._missing = np.iinfo(dtype).max
+        self._table = np.full(0x110000, chars.find(UNKNOWN) if UNKNOWN in chars else self._missing, dtype)
         self._table[[ord(c) for c in chars]] = np.arange(len(chars))
 
     def encode(self, text: str) -> np.ndarray:
         ids = self._table[np.frombuffer(text.encode("utf-32-le"), "<u4")]
-        if len(ids) and ids.max() == 0xFFFF:
+        if len(ids) and ids.max() == self._missing:
             raise UserError(f"character {text[int(ids.argmax())]!r} is not among the {self.vocab_size} "
                             f"characters with which the data set was prepared")
         return ids
@@ -89,9 +91,10 @@ class GPT2Tokenizer:
 
 def from_meta(meta: dict | None):
     """Make the tokenizer of a meta.json; None stands for GPT-2's, as in nanoGPT. Raises UserError."""
-    kind = "gpt2" if meta is None else meta["tokenizer"]
+    kind = "gpt2" if meta is None else meta.get("tokenizer")
     if kind == "gpt2":
         return GPT2Tokenizer()
     if kind == "char" and isinstance(meta.get("chars"), str) and len(meta["chars"]) == meta["vocab_size"]:
         return CharTokenizer(meta["chars"])
-    raise UserError(f"the data set's tokenizer {kind!r} is unknown or incomplete: prepare the data set again")
+    raise UserError(f"the data set's tokenizer {shown(kind)} is unknown or incomplete: prepare the data set "
+                    f"again")

@@ -29,7 +29,7 @@ from data.token_writer import (
     publish_dataset,
 )
 from nanosync.errors import UserError
-from nanosync.files import first_line, is_utf8
+from nanosync.files import first_line, is_utf8, open_regular
 from nanosync.tokenizers import GPT2Tokenizer
 
 NAME = "openwebtext"
@@ -59,9 +59,9 @@ def survey(files: list[str], folder: str) -> tuple[int, int, dict]:
     documents, text_bytes, digest = 0, 0, hashlib.sha256()
     for path in files:
         try:
-            footer = parquet.read_metadata(path)
-            schema = footer.schema.to_arrow_schema()
-            with open(path, "rb") as f:
+            with open_regular(path) as f:
+                footer = parquet.read_metadata(f)
+                schema = footer.schema.to_arrow_schema()
                 size = f.seek(0, os.SEEK_END)
                 f.seek(max(0, size - (1 << 16)))
                 digest.update(f"{os.path.relpath(path, folder)} {size}\n".encode() + f.read())

@@ -34,6 +34,7 @@ from data.token_writer import (
     publish_dataset,
 )
 from nanosync.errors import UserError
+from nanosync.files import open_regular
 from nanosync.tokenizers import UNKNOWN, CharTokenizer, GPT2Tokenizer
 
 NAME = "python_source"
@@ -116,7 +117,7 @@ def find_documents(roots: dict[str, str]) -> list[Document]:
 def read_source(path: str) -> str:
     """Return the text of a file; '' if it cannot be read as UTF-8."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open_regular(path, "r", encoding="utf-8") as f:
             return f.read()
     except (OSError, UnicodeDecodeError):
         return ""

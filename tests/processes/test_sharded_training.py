@@ -85,7 +85,7 @@ class Run:
         self.trained = self.parallel.prepare(self.model, compiled=False)
         self.scaler = torch.amp.GradScaler("cpu", enabled=scaler, init_scale=2.0**10)
         if saved is not None:
-            load_state_by_name(self.optimizer, self.model, self.model.own_part(saved["optim"]))
+            load_state_by_name(self.optimizer, self.model, saved["optim"])
 
     def step(self, it: int, spoilt: bool = False) -> tuple[float, float]:
         """An update with 4 sequences, however many processes there are; its loss and the gradient's norm."""

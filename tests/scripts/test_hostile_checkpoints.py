@@ -11,8 +11,10 @@ import shutil
 import signal
 
 import pytest
+import torch
 from helpers import PATIENCE, TINY
 from helpers import save_random_model as save
+from safetensors.torch import load_file, save_file
 
 from nanosync import checkpoint, checkpoint_writer, run_dir
 from nanosync.errors import UserError
@@ -67,7 +69,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
 def reseal(folder):
     """Write a manifest for the files as they are now."""
     manifest = {name: {"size": os.path.getsize(folder / name), "sha256": checkpoint.sha256_of(folder / name)}
-                for name in checkpoint.FILES}
+                for name in checkpoint.FILES if (folder / name).is_file()}
     (folder / "MANIFEST.json").write_text(json_text(manifest))
 
 
@@ -80,6 +82,26 @@ def with_state(**changes):
 
 def as_pickle(name):
     return lambda folder: (folder / name).write_bytes(pickle.dumps(Malicious()))
+
+
+def with_tensors(which, change):
+    """Change the tensors of a file by a function of the dict."""
+    def change_file(folder):
+        path = str(folder / f"{which}.safetensors")
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+    return change_file
+
+
+def as_pipe(name):
+    def change(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    return change
+
+
+WEIGHT = "transformer.h.0.mlp.c_fc.weight"
 
 
 def as_link(folder):
@@ -104,6 +126,18 @@ HOSTILE = {
     "a configuration that is text": with_state(model={"kind": "gpt", "config": "x"}),
     "a data cursor that is text": with_state(sample="../x"),
     "a folder that is a link": as_link,
+    "a moment of one number": with_tensors("optim", lambda t: t.update(
+        {f"{WEIGHT}.exp_avg": torch.zeros(())})),
+    "moments of another dtype": with_tensors("optim", lambda t: t.update(
+        {f"{WEIGHT}.exp_avg": torch.zeros(128, 32, dtype=torch.int64)})),
+    "no moments": with_tensors("optim", lambda t: [t.pop(name) for name in list(t)[1:]]),
+    "weights that are not finite": with_tensors("model", lambda t: t[WEIGHT].fill_(torch.nan)),
+    "numbers at a position beyond their end": with_tensors("rng", lambda t: t["0.numpy_rest"].fill_(1e9)),
+    "an empty meta": with_state(meta={}),
+    "no processes": with_state(world_size=0),
+    "layers without end": with_state(model={"kind": "gpt", "config": dict(
+        block_size=16, vocab_size=26, n_layer=10**9, n_head=2, n_embd=32)}),
+    "a pipe as the state": as_pipe("state.json"),
 }
 
 

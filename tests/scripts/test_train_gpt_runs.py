@@ -111,7 +111,8 @@ def test_settings_of_file_environment_and_command_line(train, tmp_path):
     (["--sequence_length=5000"], "sequence_length=5000 needs 5001 tokens"),
     (["--learning_rate=-1"], "learning_rate=-1.0 must be above 0"),
     (["--muon_lr_ratio=-1"], "muon_lr_ratio=-1.0 must be at least 0"),
-    (["--n_layer=100000", "--n_embd=20000"], "choose a smaller model"),
+    (["--n_layer=9000", "--n_embd=20000"], "choose a smaller model"),
+    (["--n_layer=10000000", "--n_embd=2"], "n_layer=10000000 must be at most 10000"),
     (["--variant=curriculum", "--sequence_length=3"], "sequence_length=3 has no quarters"),
 ])
 def test_errors_are_one_line(train, tmp_path, args, message):

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from configurator import check_seed, configure, evaluate
-from nanosync.errors import UserError
+from nanosync.errors import UserError, one_line, shown
 from nanosync.files import check_can_write
 
 SCRIPT = '''
@@ -118,6 +118,29 @@ def test_file_then_command_line(settings):
     (["--steps=True"], None, "it must be int"),
     (["--lr=1e999"], None, "lr=inf (the command line) must be a finite number"),
     (["--lr=1" + 400 * "0"], None, "lr=inf (the command line) must be a finite number"),
+    (["--steps=" + "9" * 400], None, "99999 (the command line) does not fit into 64 bits"),
+    (["--steps=9223372036854775808"], None, "steps=9223372036854775808 (the command line) does not fit into"),
+    (["--steps=" + "9" * 8000], None, "is of type str; it must be int"),
+    (["--steps=" + "1+" * 200 + "1"], None, "more than 100 operations or lists inside each other"),
+    (["--steps=" + "1+" * 30000 + "1"], None, "it has 60,001 characters, and a literal may have 10,000"),
+    (["--steps=" + "*".join(["9" * 1000] * 9)], None, "its numbers have too many digits"),
+    (["--block_types=[0]*900000000"], None, "it makes 900,000,000 values, and a setting may have 100,000"),
+    (["--block_types=['x']*99999+['x']*99999"], None, "it makes 199,998 values"),
+    (["--block_types=[['x']*9000]*9000"], None, "it makes 81,000,000 values"),
+    (["--block_types=[" + "[0]*90000," * 3 + "]"], None, "it makes 270,000 values"),
+    (["--block_types=['x'*10**9]"], None, "is of type str; it must be list or None"),
+    (["--block_types=['x'*10000*10000]"], None, "it makes 100,000,000 values"),
+    (["--block_types=" + "[" * 150 + "]" * 150], None, "more than 100 operations or lists inside each other"),
+    (["--block_types=" + "(" * 9000], None, "is of type str; it must be list or None"),
+    (["--block_types=" + "-" * 9000 + "1"], None, "it must be list or None"),
+    (["--block_types=" + "not " * 2400 + "1"], None, "it must be list or None"),
+    (["--block_types=a" + "()" * 4900], None, "it must be list or None"),
+    (["--" + "x" * 10**5], None, "unknown key 'xxx"),
+    (["x" * 10**5 + "=3"], None, "File name too long; settings are given as --key=value"),
+    (["--block_types=[1e999]"], None, "'block_types' is not a finite number (the command line)"),
+    (["--block_types=[" + "9" * 99 + "]"], None, "which does not fit into 64 bits (the command line)"),
+    (["--out_dir='a\\x1b[2J'"], None, "'out_dir' has control characters: 'a\\x1b[2J' (the command line)"),
+    ([], "steps = 10**5000", "steps=<int> ("),
     (["--out_dir=\udcff"], None, "out_dir='\\udcff' (the command line) is not UTF-8"),
     ([], "lr = float('nan')", "lr=nan ("),
     (["--lr=fast"], None, "lr='fast' (the command line) is of type str; it must be float"),
@@ -136,6 +159,22 @@ def test_errors(settings, argv, file, words):
     with pytest.raises(UserError) as error:
         settings(*argv, file=file)
     assert words in str(error.value) and "\n" not in str(error.value)
+    assert len(one_line(str(error.value))) < 2100
+
+
+def test_long_texts_are_no_literals(settings):
+    assert settings("--out_dir=[0]*900000000")["out_dir"] == "[0]*900000000"
+    assert settings("--out_dir=" + "1+" * 30000)["out_dir"] == "1+" * 30000
+    assert settings("--block_types=['spd']*9999")["block_types"] == ["spd"] * 9999
+
+
+def test_an_error_is_one_printable_line():
+    assert one_line("a\nb\x1b[2J \u2028é\udcff") == "a\\nb\\x1b[2J \\u2028é\udcff"
+    assert len(one_line("x" * 10**6)) < 2100 and shown([0] * 10**6, 20).startswith("[0, 0, ")
+    deep = []
+    for _ in range(10**5):
+        deep = [deep]
+    assert shown(deep) == "<list>"
 
 
 def test_config_file_of_a_similar_name(settings, tmp_path, monkeypatch):

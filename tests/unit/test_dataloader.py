@@ -226,3 +226,28 @@ def test_evaluation_leaves_out_less_than_a_window(tmp_path, tokens, targets):
     split = Split(str(tmp_path / "small"), "val", T)
     seen = [t for _, y in evaluation_batches(split, 100, 1, CPU) for t in y[0].tolist()]
     assert seen == list(range(1, targets + 1))
+
+
+def test_uint32_batches(tmp_path):
+    """Tokens above 65,535, and shards of both dtypes in one data set."""
+    (tmp_path / "wide").mkdir()
+    tokens = np.arange(70000, 70400)
+    tokens.astype("<u4").tofile(tmp_path / "wide" / "train.bin")
+    tokens.astype("<u4").tofile(tmp_path / "wide" / "val.bin")
+    (tmp_path / "wide" / "meta.json").write_text(json.dumps(
+        {"vocab_size": 70400, "tokenizer": "own", "dtype": "uint32"}))
+    data = open_dataset(str(tmp_path / "wide"), T)
+    loader = DataLoader(data.train, 2, 1, 70400, 0, CPU)
+    x, y = loader.next()
+    loader.close()
+    assert x.dtype == torch.int64 and x.min() >= 70000 and torch.equal(x + 1, y)
+    with pytest.raises(UserError, match="has token 70300 at position 300, but the vocabulary has 70300"):
+        data.check_tokens(70300)
+    write_shard(tmp_path / "wide" / "x_train_0.bin", range(100))
+    (tmp_path / "wide" / "train.bin").unlink()
+    head = np.zeros(256, "<i4")
+    head[:3] = 20240801, 7, len(tokens)
+    (tmp_path / "wide" / "x_train_1.bin").write_bytes(head.tobytes() + tokens.astype("<u4").tobytes())
+    split = Split(str(tmp_path / "wide"), "train", T)
+    assert split.dtype == np.uint32
+    assert split.gather(np.array([[0, 3], [1, 5]]))[:, 0].tolist() == [3, 70005]

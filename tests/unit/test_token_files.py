@@ -99,10 +99,128 @@ def test_malformed_npy(tmp_path):
         open_tokens(str(path), "npy")
 
 
+def npy(header: str | bytes, data: bytes = bytes(100), version=b"\1\0") -> bytes:
+    """An .npy file with any text as its header."""
+    header = header.encode() if isinstance(header, str) else header
+    size = len(header).to_bytes(2 if version[0] == 1 else 4, "little")
+    return b"\x93NUMPY" + version + size + header + data
+
+
+def header(shape="(50,)", descr="'<u2'", order="False") -> str:
+    return f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}\n"
+
+
+@pytest.mark.parametrize("content", [
+    npy(header("(4611686018427387904,)")), npy(header("(-1,)")), npy(header("(True,)")),
+    npy(header("(50.0,)")),
+    npy(header("50")), npy(header("()")), npy(header("(5, 10)")), npy(header("(49,)")), npy(header("(51,)")),
+    npy(header("(" * 5000)), npy(header("[" * 2000)), npy(header("-" * 3000 + "1")),
+    npy(header("(" + "9" * 4000)),
+    npy(header(descr="'|O'")), npy(header(descr="'<f8'")), npy(header(descr="'>u2'")), npy(header(descr="3")),
+    npy(header(descr="[('a', '<u2')]")), npy(header(descr="'<u2, <u2'")), npy(header(descr="'x' * 3")),
+    npy("{}"), npy("3"), npy("{1: 2}"), npy(b"\xff\0" * 20), npy(""), npy("{'descr': {}}"), npy(" " * 60000),
+    npy(header(), version=b"\4\0"), npy(header(), version=b"\0\0"), npy(header(), data=b""), b"\x93NUMPY",
+    b"\x93NUMPY\1\0\xff\xff", b"\x93NUMPY\2\0\xff\xff\xff\xff", b"PK\3\4" + bytes(500), b"", b"\x80\4."],
+    ids=lambda content: repr(content[8:60]))
+def test_npy_headers_malformed_in_any_way(tmp_path, content):
+    path = tmp_path / "x_train_0.npy"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        open_tokens(str(path), "npy")
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+
+
+def test_npy_headers_of_all_versions(tmp_path):
+    path, tokens = tmp_path / "x_train_0.npy", np.arange(50, dtype="<u2")
+    for version in (b"\1\0", b"\2\0", b"\3\0"):
+        path.write_bytes(npy(header(), tokens.tobytes(), version))
+        assert np.array_equal(open_tokens(str(path), "npy"), tokens)
+
+
+WIDE = np.arange(300, dtype="<u4") * 7 + 1
+BEYOND = WIDE * 400  # up to 119,600
+
+
+def test_uint32_tokens_in_three_formats(tmp_path):
+    """As llm.c writes them for Llama 3, and with a dtype in meta.json."""
+    (tmp_path / "meta.json").write_text('{"vocab_size": 128256, "tokenizer": "own", "dtype": "uint32"}')
+    assert read_meta(str(tmp_path))["vocab_size"] == 128256
+    for tokens in (WIDE, BEYOND):
+        tokens.tofile(tmp_path / "train.bin")
+        np.save(tmp_path / "x_train_0.npy", tokens)
+        head = np.zeros(256, "<i4")
+        head[:3] = 20240801, 7, len(tokens)
+        (tmp_path / "x_train_0.bin").write_bytes(head.tobytes() + tokens.tobytes())
+        for name, kind in (("train.bin", "bin"), ("x_train_0.bin", "shards"), ("x_train_0.npy", "npy")):
+            found = open_tokens(str(tmp_path / name), kind, "uint32")
+            assert np.array_equal(found, tokens) and found.dtype == np.uint32
+            if kind != "bin":
+                assert np.array_equal(open_tokens(str(tmp_path / name), kind), tokens)
+                with pytest.raises(UserError, match=r"holds uint32 tokens, .* meta\.json says uint16"):
+                    open_tokens(str(tmp_path / name), kind, "uint16")
+    write_shard(tmp_path / "x_train_0.bin", range(10))
+    with pytest.raises(UserError, match=r"holds uint16 tokens, and its folder's meta\.json says uint32"):
+        open_tokens(str(tmp_path / "x_train_0.bin"), "shards", "uint32")
+    (tmp_path / "train.bin").write_bytes(bytes(6))
+    with pytest.raises(UserError, match="6 bytes, and uint32 tokens need a positive multiple of 4"):
+        open_tokens(str(tmp_path / "train.bin"), "bin", "uint32")
+
+
+@pytest.mark.parametrize("dtype, name", [
+    ("<u4", "uint32"), ("<i4", "uint32"), (">u4", "uint32"), ("<i8", "int64"), ("<u8", "int64")])
+def test_tokens_of_a_wider_dtype(tmp_path, dtype, name):
+    """They would be read as uint16, every second or fourth of which is a token."""
+    path = tmp_path / "train.bin"
+    WIDE.astype(dtype).tofile(path)
+    with pytest.raises(UserError, match=f"train.bin holds {name} tokens and would be read as uint16"):
+        open_tokens(str(path), "bin")
+    path.write_bytes(bytes(10**5) + path.read_bytes() * 500)  # zeros at the beginning show nothing
+    with pytest.raises(UserError, match=f"holds {name} tokens"):
+        open_tokens(str(path), "bin")
+    WIDE.astype("<u8").tofile(path)
+    with pytest.raises(UserError, match="holds uint64 tokens and would be read as uint32"):
+        open_tokens(str(path), "bin", "uint32")
+
+
+def test_tokens_that_only_look_wider(tmp_path):
+    path = tmp_path / "train.bin"
+    for tokens in (np.zeros(200), np.arange(200) % 2, np.arange(20) * 2 % 3, np.arange(5000) % 26,
+                   np.append(np.repeat([1, 0], 99), 5)):
+        tokens.astype("<u2").tofile(path)
+        assert np.array_equal(open_tokens(str(path), "bin"), tokens)
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("train.bin", "bin"), ("x_train_0.bin", "shards"), ("x_train_0.npy", "npy")])
+def test_only_regular_files_are_opened(tmp_path, name, kind):
+    """A pipe would block, /dev/zero never end."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="it is not a regular file"):
+        open_tokens(str(tmp_path / name), kind)
+    assert split_files(str(tmp_path), "train")[0] == kind
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="it is not a regular file"):
+        open_tokens(str(tmp_path / name), kind)
+    for special in ("/dev/zero", "pipe"):
+        (tmp_path / "meta.json").symlink_to(special)
+        if special == "pipe":
+            os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(UserError, match=r"meta\.json: it is not a regular file"):
+            read_meta(str(tmp_path))
+        (tmp_path / "meta.json").unlink()
+
+
 @pytest.mark.parametrize("text", [
     "", "{", "[]", '{"vocab_size": 3}', '{"vocab_size": "3", "tokenizer": "char"}',
-    '{"vocab_size": 0, "tokenizer": "char"}', '{"vocab_size": 3, "tokenizer": "char", "dtype": "uint32"}',
-    '{"vocab_size": 65537, "tokenizer": "char"}'])
+    '{"vocab_size": 0, "tokenizer": "char"}', '{"vocab_size": 3, "tokenizer": "char", "dtype": "int64"}',
+    '{"vocab_size": 65537, "tokenizer": "char"}',
+    '{"vocab_size": 2147483649, "tokenizer": "own", "dtype": "uint32"}', '{"vocab_size": 3, "vocab_size": 3}',
+    '{"vocab_size": 3, "tokenizer": "a\\u0000"}', '{"vocab_size": 3, "tokenizer": "a\\ud800"}',
+    '{"vocab_size": 3, "tokenizer": "own", "x": NaN}', '{"vocab_size": 3, "tokenizer": "own", "x": 1e999}',
+    '{"vocab_size": 3, "tokenizer": "own", "x": ' + "[" * 10**5,
+    '{"vocab_size": 3, "tokenizer": "own", "x": ' + "[" * 60 + "]" * 60 + "}",
+    '{"vocab_size": 1' + "0" * 5000 + "}"])
 def test_malformed_meta(tmp_path, text):
     (tmp_path / "meta.json").write_text(text)
     with pytest.raises(UserError):

@@ -1,0 +1,48 @@
+"""Tensors in safetensors files: reading them, and the check of their dtypes and values.
+
+A tensor of another dtype or shape than the optimizer's kernels expect makes them write beyond its memory, and
+a value that is not finite spreads through the model. So every tensor is checked before it is used. The check
+of names and shapes is where the model is known.
+"""
+
+import math
+
+import torch
+
+from nanosync.errors import UserError, shown
+from nanosync.files import open_regular
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+NOT_NEGATIVE = (".exp_avg_sq", ".step")  # AdamW takes the root of the one and divides by a power of the other
+
+
+def read_tensors(path: str) -> dict[str, torch.Tensor]:
+    """Load tensors by name on the CPU; a tensor is read from disk when it is used. Raises UserError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        open_regular(path).close()
+        return load_file(path)
+    # KeyError and AttributeError: a dtype that this PyTorch lacks
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AttributeError) as e:
+        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+
+
+@torch.no_grad()
+def check_values(tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Raise UserError unless all tensors are floating-point and finite, and NOT_NEGATIVE ones not negative.
+
+    Costs one pass over the memory of the tensors. where: source of the tensors, for error messages.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATING:
+            raise UserError(f"{where} cannot be used: {shown(name)} has the dtype "
+                            f"{str(tensor.dtype).removeprefix('torch.')}, and weights and moments are floats")
+        if tensor.numel() == 0:
+            continue
+        low, high = (value.item() for value in tensor.aminmax())  # NaN if any value is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise UserError(f"{where} cannot be used: {shown(name)} has values that are not finite")
+        if low < 0 and name.endswith(NOT_NEGATIVE):
+            raise UserError(f"{where} cannot be used: {shown(name)} has the negative value {low}")
