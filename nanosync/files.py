@@ -159,6 +159,24 @@ def sha256_of(path: str) -> str:
     return digest.hexdigest()
 
 
+def expand_path(path: str) -> str:
+    """Return a path with the user's home in place of ~ at its beginning."""
+    return os.path.expanduser(path)
+
+
+def dataset_folder(name: str) -> str:
+    """Return the folder of a data set: data/<name>, or the folder `name` if it is a path.
+
+    A relative path starts in the current folder or, if there is no such folder, at the repository's root. The
+    folder need not exist.
+    """
+    name = expand_path(name)
+    name = name.rstrip(os.sep) or name
+    folder = name if os.sep in name else os.path.join("data", name)
+    in_root = os.path.join(ROOT, folder)
+    return in_root if os.path.isdir(in_root) and not os.path.isdir(folder) else folder
+
+
 def unused_path(stem: str, ending: str = "") -> str:
     """Return the first path that does not exist of stem + ending, stem_1 + ending, stem_2 + ending, ..."""
     path, n = stem + ending, 0
