@@ -126,6 +126,10 @@ def check_settings(config: dict) -> None:
     for width in config["widths"] if mode in latency.MODES else [config["n_embd"]]:
         sizes = {name: config[name] for name in ("block_size", "vocab_size", "n_layer")}
         check_size(GPTConfig(**sizes, n_head=1, n_embd=width))
+    if config.origin["tp_size"] and mode in ("train", "generate") and config["model_type"] == "gpt" \
+            and config["block_types"] is None and config["syncs"] is None:
+        raise UserError("tp_size is for --model_type=distributed_gpt, as the dense GPT has no ranks: add "
+                        "that setting, or leave tp_size out")
     latency.check_latency(config)
     evenly_spaced_schedules(config)
     kernels.check_kernels(config)

@@ -37,6 +37,22 @@ def check_training_settings(config: dict) -> None:
     resume_of(config)  # init_from may contradict it
 
 
+def check_dense(config: dict) -> None:
+    """Raise UserError for settings of tensor-parallel ranks if train.py's model is the dense GPT.
+
+    A resumed run whose model_type is not known yet passes: call this function again with the checkpoint's.
+    """
+    if config["model_type"] != "gpt" or (resume_of(config) and not config.origin["model_type"]):
+        return
+    if config["tp_processes"] > 1:
+        raise UserError(f"tp_processes={config['tp_processes']} cannot divide the dense model: use "
+                        f"--model_type=distributed_gpt, or leave tp_processes out")
+    for name in ("tp_size", "block_types"):
+        if config.origin[name] and config[name] not in (None, 1):
+            raise UserError(f"{name} is for --model_type=distributed_gpt, as the dense GPT has no ranks and "
+                            f"one kind of block: add that setting, or leave {name} out")
+
+
 def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallelism, int]:
     """Start processes, device and dtype; return how they divide a step, and the micro-batches of an update on
     each data-parallel process. With list_checkpoints, print the checkpoints and exit. Raises UserError.

@@ -17,4 +17,7 @@ def test_config_files_have_only_known_keys_and_right_types(path):
     exec(source[source.index("# ----"):source.index("config = configure")], namespace)
     settings = {s.name: s for s in read_settings(namespace)}
     values = run_config_file(str(path), {name: namespace[name] for name in settings}, settings)
+    heads = values.get("n_head", namespace["n_head"])
+    if values.get("model_type") == "distributed_gpt":
+        assert heads % 12 == 0  # --tp_size=2, 3, 4 and 6 work
     assert values and isinstance(Config(values, dict.fromkeys(values, "")).table(), str)
