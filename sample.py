@@ -20,7 +20,7 @@ from nanosync import tokenizers
 from nanosync.distributed import env_rank, finish
 from nanosync.distributed import start as start_processes
 from nanosync.errors import UserError
-from nanosync.files import expand_path, read_file
+from nanosync.files import decode_text, expand_path, read_file
 from nanosync.generation import Sampling
 from nanosync.hardware import pick_dtype
 from nanosync.rank_decoder import check_all_reduce
@@ -56,10 +56,9 @@ MAX_PROMPT = 2**24  # bytes
 # prompt and model
 if start.startswith("FILE:"):
     try:
-        start = read_file(expand_path(start[5:]), MAX_PROMPT).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the prompt from {start[5:]}: {getattr(e, 'strerror', None) or e}"
-                        ) from None
+        start = decode_text(read_file(expand_path(start[5:]), MAX_PROMPT), start[5:])
+    except OSError as e:
+        raise UserError(f"cannot read the prompt from {start[5:]}: {e.strerror or e}") from None
 processes = start_processes(device, tp_processes=tp_processes)
 if processes.dp_size > 1:
     raise UserError(f"the number of processes, {processes.world_size}, is not tp_processes={tp_processes}: "
@@ -77,6 +76,8 @@ found = models.find_for_inference(config, group)
 meta = None if found is None else found.state["meta"]
 model = models.load_for_inference(config, found, processes, say)
 tokenizer = tokenizers.from_meta(meta)
+if isinstance(tokenizer, tokenizers.TokenIds):
+    say(f"the tokenizer {tokenizer.name!r} is unknown here: prompt and samples are token ids")
 prompt = tokenizer.encode(start)
 if len(prompt) == 0:
     raise UserError("the prompt is empty: give at least one character as --start=...")
