@@ -37,6 +37,8 @@ MAX_CONFIG_FILE = 2**24  # bytes
 HELP = ("--help", "-help", "-h", "-?")
 PATHS = ("out_dir", "init_from", "resume", "dataset", "hellaswag_input", "input", "json", "peer", "plot",
          "run_log")  # settings that are paths, or may be: ~ is the user's home in them
+NOT_UTF8 = "is not UTF-8" if sys.getfilesystemencoding() == "utf-8" else \
+    f"cannot be read in a locale of {sys.getfilesystemencoding()}: set LC_ALL=C.UTF-8"
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -357,7 +359,7 @@ def check_type(setting: Setting, value, where: str):
     if type(value) is int and not -2**63 <= value < 2**63:
         raise UserError(f"{setting.name}={shown(value)} ({where}) does not fit into 64 bits")
     if type(value) is str and not is_utf8(value):
-        raise UserError(f"{setting.name}={shown(value)} ({where}) is not UTF-8")
+        raise UserError(f"{setting.name}={shown(value)} ({where}) {NOT_UTF8}")
     try:
         check_json(value, setting.name)  # logs and checkpoints keep it
     except ValueError as e:
@@ -427,7 +429,7 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         for arg in args:
             if not is_utf8(arg):  # cannot be printed or written to meta.json
-                self.error(f"argument {shown(arg)} is not valid UTF-8")
+                self.error(f"argument {shown(arg)} {NOT_UTF8}")
         parsed = super().parse_args(["--help"] if asks_for_help(args) else args, namespace)
         for name, value in vars(parsed).items():
             if isinstance(value, str):

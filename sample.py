@@ -86,6 +86,8 @@ if isinstance(stop_token, str):
     if len(ids) != 1:
         raise UserError(f"stop_token={stop_token!r} is {len(ids)} tokens, not one")
     stop_token = int(ids[0])
+if isinstance(tokenizer, tokenizers.TokenIds):
+    start = tokenizer.decode(prompt)
 vocab_size = model.config.used_vocab_size
 if prompt.max() >= vocab_size:
     raise UserError(f"the prompt has token {prompt.max()}, but the model has only tokens 0 to "

@@ -52,7 +52,7 @@ def test_out_is_checked_before_any_work(script, tmp_path):
         {"vocab_size": 3, "tokenizer": "own", "format": "npy", "name": "mine"}))
     check_error(prepare(script, f"--out={tmp_path / 'other'}", env=env),
                 "holds another data set, mine in own tokens (format npy): choose another folder with --out")
-    check_error(prepare(script, f"--out={tmp_path}/\udcff", env=env), "not valid UTF-8")
+    check_error(prepare(script, f"--out={tmp_path}/\udcff", env=env), "is not UTF-8")
     assert sorted(os.listdir(tmp_path)) == ["file", "other"]
 
 

@@ -98,6 +98,16 @@ def test_paths_that_the_locale_cannot_print(tmp_path):
         assert (done.stdout, done.returncode) == (printed, 0), done.stderr
 
 
+def test_arguments_that_the_locale_cannot_read(tmp_path):
+    (tmp_path / "script.py").write_text(f"from configurator import configure\n{SCRIPT}")
+    locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env = os.environ | locale | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py"), "--out_dir=é"], capture_output=True,
+                          text=True, env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "out_dir='\\udcc3\\udca9' (the command line) cannot be read in a locale of" in done.stderr
+
+
 WITHOUT_EXTRAS = """
 import runpy, sys
 from nanosync.errors import EXTRAS
