@@ -35,6 +35,7 @@ of all GPUs by schedules with so many all-reduces, and without any (0 syncs: the
 model). Weights are random; a schedule's speed does not depend on them.
 """
 
+import itertools
 import statistics
 
 import torch
@@ -126,6 +127,10 @@ def check_settings(config: dict) -> None:
     for width in config["widths"] if mode in latency.MODES else [config["n_embd"]]:
         sizes = {name: config[name] for name in ("block_size", "vocab_size", "n_layer")}
         check_size(GPTConfig(**sizes, n_head=1, n_embd=width))
+    if config.origin["tp_size"] and mode in ("train", "generate") and config["model_type"] == "gpt" \
+            and config["block_types"] is None and config["syncs"] is None:
+        raise UserError("tp_size is for --model_type=distributed_gpt, as the dense GPT has no ranks: add "
+                        "that setting, or leave tp_size out")
     latency.check_latency(config)
     evenly_spaced_schedules(config)
     kernels.check_kernels(config)
@@ -149,6 +154,13 @@ def evenly_spaced_schedules(config: dict) -> dict[str, SyncSchedule]:
     if syncs is None and config["mode"] in latency.MODES and config["block_types"] is None:
         syncs = [2 * n_layer // n for n in (1, 2, 4, 8, 24) if 2 * n_layer % n == 0]
     return {f"{n} syncs": SyncSchedule.evenly(n_layer, n) for n in syncs or []}
+
+
+def named_schedule(model: DistributedGPTConfig) -> str:
+    """Name the schedule of a model by its runs of equal blocks and its syncs: 'tp*4+spd*8, 16 syncs'."""
+    blocks = itertools.groupby(model.block_types or ["tp"] * model.n_layer)
+    runs = [(kind, len(list(run))) for kind, run in blocks]
+    return f"{'+'.join(f'{kind}*{n}' for kind, n in runs)}, {len(model.schedule().points)} syncs"
 
 
 def check_processes(config: dict, processes: Processes) -> None:
@@ -191,7 +203,7 @@ data = open_dataset(dataset, block_size) if dataset else None
 if (model_type == "distributed_gpt" or block_types is not None) and not (schedules or compared):
     ranks = processes.world_size if mode in latency.MODES else tp_size
     blocks = DistributedGPTConfig(**bench.architecture, tp_size=ranks, block_types=block_types)
-    schedules = {f"{ranks} ranks": blocks.schedule()}
+    schedules = {f"{ranks} ranks, {named_schedule(blocks)}": blocks.schedule()}
 if data is not None:
     data.train.check_tokens(vocab_size)
 peer_module = peers.load_module(peer, mode) if peer not in ("", "hf") else None
@@ -400,8 +412,9 @@ if processes.main:
     rows = {name: contender.figures(times[name]) for name, contender in contenders.items()}
     if "each alone" in rows:
         rows["each alone"]["tokens_per_second"] *= processes.world_size
+    width = max(map(len, [*rows, " " * 10]))
     for name, row in rows.items():
-        print(f"{name:>10}  {with_range(row, 'ms', 9, 3, ' ms/step')}  "
+        print(f"{name:>{width}}  {with_range(row, 'ms', 9, 3, ' ms/step')}  "
               f"{row['tokens_per_second']:12,.0f} tok/s  {contenders[name].in_words(row)}")
     first = next(iter(rows))
     for name, row in list(rows.items())[1:]:

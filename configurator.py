@@ -29,13 +29,17 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from nanosync.errors import UserError, install_error_hook, shortened, shown
-from nanosync.files import check_json, is_utf8, nearest_file, open_regular, read_file
+from nanosync.files import ROOT, check_json, expand_path, is_utf8, nearest_file, open_regular, read_file
+from nanosync.literals import TooLarge, evaluate
+from nanosync.setting_hints import LAUNCHER, form, name_here
 
-MAX_LITERAL = 10_000  # characters of a literal
-MAX_VALUES = 100_000  # values in the lists of a literal, and characters of its texts
-MAX_NESTING = 100  # operations and lists of a literal inside each other
-MAX_BITS = 4096  # of an integer; 401 digits have 1330
 MAX_CONFIG_FILE = 2**24  # bytes
+HELP = ("--help", "-help", "-h", "-?")
+PATHS = ("out_dir", "init_from", "resume", "dataset", "hellaswag_input", "input", "json", "peer", "plot",
+         "run_log")  # settings that are paths, or may be: ~ is the user's home in them
+NOT_UTF8 = "is not UTF-8" if sys.getfilesystemencoding() == "utf-8" else \
+    f"cannot be read in a locale of {sys.getfilesystemencoding()}: set LC_ALL=C.UTF-8"
+WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
 @dataclass
@@ -75,7 +79,7 @@ class Config(dict):
 
 
 def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, others: tuple[str, ...] = (),
-              environment: str = "") -> Config:
+              environment: str = "", takes: str = "") -> Config:
     """Apply config files and --key=value to the settings in `namespace`; return the resolved settings.
 
     Print the settings and exit on `--help`. Install the hook that ends the script on a UserError with one
@@ -88,22 +92,26 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
         Config. If several scripts define a setting, the last script decides its default.
     environment: prefix of environment variables. <prefix><KEY> overrides config files, and the command line
         overrides <prefix><KEY>. '' ignores the environment.
+    takes: setting that an argument without dashes sets, unless it ends in .py.
     """
     argv = sys.argv[1:] if argv is None else argv
     settings = {setting.name: setting for setting in read_settings(namespace)}
     install_error_hook(rank, settings)
-    if "--help" in argv or "-h" in argv:
+    if asks_for_help(argv):
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit silently when `| head` closes the pipe
         if rank == 0:
-            print(help_text(namespace, settings))
+            print(help_text(namespace, settings, takes))
         sys.exit(0)
     own, values = list(settings), {name: namespace[name] for name in settings}
     for other in map(script_defaults, others):
         settings |= {setting.name: setting for setting in read_settings(other)}
         values |= {name: other[name] for name in settings if name in other}
     origin = dict.fromkeys(settings, "")
-    for path in (arg for arg in argv if not arg.startswith("-")):
+    argv = join_values(argv, settings)
+    without = [arg for arg in argv if not arg.startswith("-")]
+    taken = [arg for arg in without if takes and not arg.endswith(".py")]
+    for path in (arg for arg in without if arg not in taken):
         for name, value in run_config_file(path, values, settings).items():
             values[name], origin[name] = value, path
     for variable in sorted(v for v in os.environ if environment and v.startswith(environment)):
@@ -111,11 +119,49 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
         if name not in settings:
             raise unknown_key(name, settings, where)
         values[name], origin[name] = read_value(settings[name], os.environ[variable], where), variable
-    for arg in (arg for arg in argv if arg.startswith("-")):
+    if len(taken) > 1:
+        raise UserError(f"{', '.join(taken)}: give one of them")
+    for arg in [*(f"--{takes}={arg}" for arg in taken), *(arg for arg in argv if arg.startswith("-"))]:
         name, value = parse_argument(arg, settings)
         values[name], origin[name] = value, "command line"
     namespace.update({name: values[name] for name in own})
     return Config(values, origin, namespace, settings)
+
+
+def asks_for_help(argv: list[str]) -> bool:
+    """Return True if a command line asks for help, in any of the usual spellings."""
+    return any(arg in HELP for arg in argv) or (argv == ["help"] and not os.path.exists("help"))
+
+
+def join_values(argv: list[str], settings: dict[str, Setting]) -> list[str]:
+    """Return a command line with `--key=value` for each `--key value`, and all else as it is."""
+    joined, rest = [], list(argv)
+    while rest:
+        arg = rest.pop(0)
+        setting = settings.get(arg[2:]) or settings.get(arg[2:].replace("-", "_"))
+        if arg.startswith("--") and "=" not in arg and rest and _takes(setting, rest[0]):
+            arg += "=" + rest.pop(0)
+        joined.append(arg)
+    return joined
+
+
+def _takes(setting: Setting | None, text: str) -> bool:
+    """Return True if the argument after `--key` is the key's value.
+
+    setting: None for an unknown key. A bool takes only what looks like its value: `--key` alone is True.
+    """
+    if text.startswith("-"):
+        try:
+            float(text)
+        except ValueError:
+            return False
+    if setting is None:
+        return not text.endswith(".py")
+    allowed = _allowed(setting)
+    if bool not in allowed:
+        return True
+    return text.lower() in (*WORDS, "0", "1", "yes", "no", "on", "off") or \
+        (str in allowed and not text.endswith(".py"))
 
 
 def read_settings(namespace: dict) -> list[Setting]:
@@ -186,11 +232,12 @@ def _heading(comments: dict[int, str], lines: list[str], lineno: int) -> str:
     return "\n".join(reversed(above))
 
 
-def help_text(namespace: dict, settings: dict[str, Setting]) -> str:
+def help_text(namespace: dict, settings: dict[str, Setting], takes: str = "") -> str:
     """Return the script's docstring and its settings, with headings, defaults and comments."""
     script = os.path.basename(namespace["__file__"])
+    taken = f"[{takes.upper()}] " * bool(takes)
     lines = [(namespace.get("__doc__") or "").strip(), "",
-             f"usage: python {script} [CONFIG_FILE.py ...] [--key=value ...]", ""]
+             f"usage: python {script} {taken}[CONFIG_FILE.py ...] [--key=value ...]", ""]
     width = max(len(f"--{name}={namespace[name]!r}") for name in settings)
     for name, setting in settings.items():
         if setting.heading:
@@ -201,12 +248,20 @@ def help_text(namespace: dict, settings: dict[str, Setting]) -> str:
 
 
 def run_config_file(path: str, values: dict, settings: dict[str, Setting]) -> dict:
-    """Run a config file on top of `values`; return the settings it assigned. Raises UserError."""
+    """Run a config file on top of `values`; return the settings it assigned. Raises UserError.
+
+    path: a path that does not exist may be relative to the root of the repository.
+    """
+    path = expand_path(path)
+    if not os.path.exists(path) and os.path.isfile(os.path.join(ROOT, path)):
+        path = os.path.join(ROOT, path)
     try:
         source = read_file(path, MAX_CONFIG_FILE).decode("utf-8-sig")
     except OSError as e:
-        hint = "; settings are given as --key=value" if not path.endswith(".py") else \
-            nearest_file(path, ".py", "config")
+        name = path.partition("=")[0].lstrip("-")
+        hint = f"; settings are given as --key=value{f': --{path}' if name in settings else ''}" \
+            if not path.endswith(".py") else \
+            nearest_file(path, ".py", "config", os.path.join(ROOT, "config"))
         raise UserError(f"cannot read config file {path}: {e.strerror}{hint}") from None
     except UnicodeDecodeError as e:
         raise UserError(f"cannot read config file {path}: byte {e.start} is not UTF-8") from None
@@ -261,6 +316,9 @@ def read_value(setting: Setting, text: str, where: str):
     where: source of the text, for the error message.
     """
     allowed = _allowed(setting)
+    word = WORDS.get(text.strip().lower(), text)  # --compile=true
+    if type(word) in allowed and (type(word) is bool or str not in allowed):
+        return word
     try:
         value = evaluate(text)
     except TooLarge as e:
@@ -274,69 +332,6 @@ def read_value(setting: Setting, text: str, where: str):
     return check_type(setting, value, where)
 
 
-class TooLarge(ValueError):
-    """A literal that is too long, too deeply nested, or that would make too large a value."""
-
-
-def evaluate(text: str):
-    """Return the value of a literal that may contain + - * / //, such as "['spd']*6" or "5*8".
-
-    Raises TooLarge before it makes a value above the limits at the top of this file.
-    """
-    if len(text) > MAX_LITERAL:
-        raise TooLarge(f"it has {len(text):,} characters, and a literal may have {MAX_LITERAL:,}")
-    return _evaluate(ast.parse(text.strip(), mode="eval").body, 0)
-
-
-def _evaluate(node, depth: int):
-    if depth > MAX_NESTING:
-        raise TooLarge(f"it has more than {MAX_NESTING} operations or lists inside each other")
-    if isinstance(node, ast.BinOp):
-        a, b = _evaluate(node.left, depth + 1), _evaluate(node.right, depth + 1)
-        return _operate(node.op, a, b)
-    if isinstance(node, (ast.List, ast.Tuple)):
-        items = [_evaluate(item, depth + 1) for item in node.elts]
-        _check_values(sum(map(_values, items)))
-        return items
-    return _bounded(ast.literal_eval(node))
-
-
-def _operate(op, a, b):
-    """Return a op b. Raises TooLarge without making a value that is too large."""
-    operations = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
-                  ast.Div: lambda a, b: a / b, ast.FloorDiv: lambda a, b: a // b}
-    if type(op) not in operations:
-        raise ValueError("an operator that literals do not have")
-    if type(op) is ast.Mult:
-        for many, times in ((a, b), (b, a)):
-            if isinstance(many, (list, str, bytes)) and isinstance(times, int):
-                _check_values(_values(many) * max(times, 0))
-        if isinstance(a, int) and isinstance(b, int) and a.bit_length() + b.bit_length() > MAX_BITS:
-            raise TooLarge("its numbers have too many digits")
-    elif type(op) is ast.Add and isinstance(a, (list, str, bytes)):
-        _check_values(_values(a) + _values(b))
-    return _bounded(operations[type(op)](a, b))
-
-
-def _values(value) -> int:
-    """Return the number of values in a list and in the lists in it, of characters in a text, 1 for others."""
-    if isinstance(value, list):
-        return max(sum(map(_values, value)), 1)
-    return len(value) if isinstance(value, (str, bytes)) else 1
-
-
-def _check_values(number: int) -> None:
-    if number > MAX_VALUES:
-        raise TooLarge(f"it makes {number:,} values, and a setting may have {MAX_VALUES:,}"
-                       if number < 10**15 else "it makes too many values")
-
-
-def _bounded(value):
-    if isinstance(value, int) and value.bit_length() > MAX_BITS:
-        raise TooLarge("its numbers have too many digits")
-    return value
-
-
 def _allowed(setting: Setting) -> tuple[type, ...]:
     """Return the types that a setting may have, () for any type."""
     if setting.type is None:
@@ -346,7 +341,7 @@ def _allowed(setting: Setting) -> tuple[type, ...]:
 
 
 def check_type(setting: Setting, value, where: str):
-    """Return `value`, converted from int to float if the setting is a float.
+    """Return `value`, converted between int and float if the setting is the other, with ~ in paths expanded.
 
     where: source of the value, for the error message. Raises UserError for a wrong type, a float that is not
     finite, or text that is not Unicode.
@@ -356,22 +351,27 @@ def check_type(setting: Setting, value, where: str):
         value = list(value)
     if float in allowed and type(value) is int and int not in allowed:
         value = float(value) if abs(value) < sys.float_info.max else math.inf
+    if int in allowed and float not in allowed and type(value) is float and value.is_integer() \
+            and abs(value) < 2**53:
+        value = int(value)  # --max_iters=1e3
     if float in allowed and type(value) is float and not math.isfinite(value):
         raise UserError(f"{setting.name}={value!r} ({where}) must be a finite number")
     if type(value) is int and not -2**63 <= value < 2**63:
         raise UserError(f"{setting.name}={shown(value)} ({where}) does not fit into 64 bits")
     if type(value) is str and not is_utf8(value):
-        raise UserError(f"{setting.name}={shown(value)} ({where}) is not UTF-8")
+        raise UserError(f"{setting.name}={shown(value)} ({where}) {NOT_UTF8}")
     try:
         check_json(value, setting.name)  # logs and checkpoints keep it
     except ValueError as e:
         raise UserError(f"{e} ({where})") from None
+    if type(value) is str and setting.name in PATHS:
+        value = expand_path(value)
     if not allowed or type(value) in allowed:
         return value
     names = {bool: "True/False", type(None): "None"}
     expected = " or ".join(names.get(t, t.__name__) for t in allowed)
     raise UserError(f"{setting.name}={shown(value)} ({where}) is of type {type(value).__name__}; "
-                    f"it must be {expected}")
+                    f"it must be {expected}{form(setting.name, allowed, value, where == 'the command line')}")
 
 
 def check_at_least(config: dict, minimum: float, *names: str) -> None:
@@ -405,7 +405,12 @@ def check_seed(config: dict) -> None:
 def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserError:
     """Make the error for a key that is no setting; it names the nearest setting."""
     near = difflib.get_close_matches(name[:80], settings, 1)
+    here = name_here(name.replace("-", "_"), settings)
     hint = f": did you mean {near[0]!r}?" if near else ""
+    if here:
+        hint = f": here it is {here!r}, {settings[here].comment or 'see --help'}"
+    elif name.replace("-", "_") in LAUNCHER:
+        hint = ": start N processes with torchrun --standalone --nproc_per_node=N"
     return UserError(f"unknown key {shown(name)} in {where}{hint} (--help lists all)")
 
 
@@ -421,10 +426,17 @@ class Parser(argparse.ArgumentParser):
         install_error_hook(forks=True)
 
     def parse_args(self, args=None, namespace=None):
-        for arg in sys.argv[1:] if args is None else args:
+        args = sys.argv[1:] if args is None else args
+        for arg in args:
             if not is_utf8(arg):  # cannot be printed or written to meta.json
-                self.error(f"argument {arg!r} is not valid UTF-8")
-        return super().parse_args(args, namespace)
+                self.error(f"argument {shown(arg)} {NOT_UTF8}")
+        parsed = super().parse_args(["--help"] if asks_for_help(args) else args, namespace)
+        for name, value in vars(parsed).items():
+            if isinstance(value, str):
+                setattr(parsed, name, expand_path(value))
+            elif isinstance(value, list):
+                setattr(parsed, name, [expand_path(v) if isinstance(v, str) else v for v in value])
+        return parsed
 
     def error(self, message):
         print(f"error: {message} (--help lists the options)", file=sys.stderr)

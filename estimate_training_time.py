@@ -2,6 +2,7 @@
 
 $ python estimate_training_time.py config/train_gpt2.py --tokens_per_second=1_900_000 --gpus=4 \\
       --price_per_hour=3.5
+$ python estimate_training_time.py             # the run in `out`
 $ python estimate_training_time.py out-gpt2    # or one of its run_*.jsonl
 
 Before a run begins, a config file and --key=value may give any setting of train.py or train_reduced_sync.py.
@@ -15,7 +16,6 @@ import itertools
 import os
 import signal
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,14 +32,19 @@ tokens_per_epoch: int | None = None  # None: those of the data set, if it is on 
 gpus = 1  # to be paid for; for a log, the number of its processes
 price_per_hour: float | None = None  # of one GPU
 milestones = 3  # how many checkpoints and ends of epochs to list besides the last
+run_log = ""  # out_dir or run_*.jsonl of a run that has begun; '' is `out` if no other setting is given
 now = ""  # count from this time, as in '2027-01-31 18:00'; '' is the present
 # -----------------------------------------------------------------------------
-config = configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith("-") or arg.endswith(".py")],
+config = configure(globals(), takes="run_log",
                    others=tuple(os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
                                 for script in ("train_reduced_sync.py", "train.py")))
-paths = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
-logs = [path for path in paths if not path.endswith(".py")]
-LOG_SETTINGS = ("tokens_per_epoch", "gpus", "price_per_hour", "milestones", "now")  # allowed with a log
+LOG_SETTINGS = ("run_log", "tokens_per_epoch", "gpus", "price_per_hour", "milestones", "now")  # with a log
+planning = [name for name, origin in config.origin.items() if origin and name not in LOG_SETTINGS]
+if not run_log and not planning:
+    run_log = "out"
+    if not os.path.exists(run_log):
+        raise UserError("there is no run in out: give the out_dir of a run, or a config file and "
+                        "--tokens_per_second=... for a run that has not begun")
 RECENT = 100  # the speed is the median of so many log lines
 SILENCE = 60.0  # seconds; a shorter time without an event is never suspicious
 
@@ -267,19 +272,16 @@ def say_what_took_how_long(run: Run, log: RunLog) -> None:
 
 if hasattr(signal, "SIGPIPE"):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently when `| head` closes the pipe
-if logs and len(paths) > 1:
-    raise UserError(f"{', '.join(paths)}: give one run, or else a config file")
-elif logs:
-    given = [name for name, origin in config.origin.items() if origin and name not in LOG_SETTINGS]
-    if given:
-        raise UserError(f"--{given[0]} is for a run that has not begun: what {logs[0]} does is in its log")
-    log = RunLog.read(logs[0])
+if run_log:
+    if planning:
+        raise UserError(f"--{planning[0]} is for a run that has not begun: what {run_log} does is in its log")
+    log = RunLog.read(run_log)
     run, last = begun(log), log.events[-1]
     processes = log.last("start").get("environment", {}).get("world_size")
     if isinstance(processes, int) and not config.origin["gpus"]:
         gpus = processes
     ended, silent, heard = last["event"] == "end", silence(log), last["time"]
-    say("run", f"{logs[0]}, begun {date(log.events[0]['time'])}")
+    say("run", f"{run_log}, begun {date(log.events[0]['time'])}")
     if ended:
         say("status", f"{last.get('status', 'ended')} {date(heard)}")
     else:

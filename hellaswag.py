@@ -1,6 +1,6 @@
 """Evaluate a checkpoint of this repository, or GPT-2 weights, on HellaSwag: find the right ending of four.
 
-$ python hellaswag.py --out_dir=out-gpt2
+$ python hellaswag.py out-gpt2
 $ python hellaswag.py --init_from=gpt2-xl --n_examples=1000
 $ python hellaswag.py --input=hellaswag_val.jsonl                           # without a network
 $ torchrun --standalone --nproc_per_node=4 hellaswag.py --init_from=gpt2    # examples divided over processes
@@ -38,7 +38,7 @@ tp_processes = 1  # processes that hold the TP ranks of one model, under torchru
 device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16'
 # -----------------------------------------------------------------------------
-config = configure(globals(), rank=env_rank())
+config = configure(globals(), rank=env_rank(), takes="init_from")
 check_at_least(config, 1, "batch_size")
 if n_examples is not None:
     check_at_least(config, 1, "n_examples")

@@ -1,6 +1,6 @@
 """Generate text from a checkpoint of this repository or from GPT-2 weights, and print it token by token.
 
-$ python sample.py --out_dir=out-python-char --start="def "
+$ python sample.py out-python-char --start="def "
 $ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5
 $ python sample.py --start=FILE:prompt.txt
 
@@ -20,7 +20,7 @@ from nanosync import tokenizers
 from nanosync.distributed import env_rank, finish
 from nanosync.distributed import start as start_processes
 from nanosync.errors import UserError
-from nanosync.files import read_file
+from nanosync.files import decode_text, expand_path, read_file
 from nanosync.generation import Sampling
 from nanosync.hardware import pick_dtype
 from nanosync.rank_decoder import check_all_reduce
@@ -46,7 +46,7 @@ device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', '
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16'
 compile = False  # nanoGPT's setting, without effect: generation has its own kernels and CUDA graph
 # -----------------------------------------------------------------------------
-config = configure(globals(), rank=env_rank())
+config = configure(globals(), rank=env_rank(), takes="init_from")
 check_at_least(config, 1, "num_samples")
 check_at_least(config, 0, "max_new_tokens")
 check_seed(config)
@@ -56,10 +56,9 @@ MAX_PROMPT = 2**24  # bytes
 # prompt and model
 if start.startswith("FILE:"):
     try:
-        start = read_file(start[5:], MAX_PROMPT).decode()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the prompt from {start[5:]}: {getattr(e, 'strerror', None) or e}"
-                        ) from None
+        start = decode_text(read_file(expand_path(start[5:]), MAX_PROMPT), start[5:])
+    except OSError as e:
+        raise UserError(f"cannot read the prompt from {start[5:]}: {e.strerror or e}") from None
 processes = start_processes(device, tp_processes=tp_processes)
 if processes.dp_size > 1:
     raise UserError(f"the number of processes, {processes.world_size}, is not tp_processes={tp_processes}: "
@@ -77,6 +76,8 @@ found = models.find_for_inference(config, group)
 meta = None if found is None else found.state["meta"]
 model = models.load_for_inference(config, found, processes, say)
 tokenizer = tokenizers.from_meta(meta)
+if isinstance(tokenizer, tokenizers.TokenIds):
+    say(f"the tokenizer {tokenizer.name!r} is unknown here: prompt and samples are token ids")
 prompt = tokenizer.encode(start)
 if len(prompt) == 0:
     raise UserError("the prompt is empty: give at least one character as --start=...")
@@ -85,6 +86,8 @@ if isinstance(stop_token, str):
     if len(ids) != 1:
         raise UserError(f"stop_token={stop_token!r} is {len(ids)} tokens, not one")
     stop_token = int(ids[0])
+if isinstance(tokenizer, tokenizers.TokenIds):
+    start = tokenizer.decode(prompt)
 vocab_size = model.config.used_vocab_size
 if prompt.max() >= vocab_size:
     raise UserError(f"the prompt has token {prompt.max()}, but the model has only tokens 0 to "

@@ -26,7 +26,6 @@ from configurator import check_choice, configure
 from nanosync import training_setup as setup
 from nanosync.dataloader import DataLoader, open_dataset
 from nanosync.distributed import env_rank
-from nanosync.errors import UserError
 from nanosync.evaluations import prepare_evaluations
 from nanosync.model_kind import schedule_description
 from nanosync.optim import build_optimizer, cosine_learning_rate, set_learning_rate
@@ -104,7 +103,7 @@ fsdp_reshard_after_forward = True  # free gathered parameters; gather them again
 fsdp_accumulate_sharded = False  # True: average gradients after every micro-step; less memory, slower
 fsdp_cpu_offload = False  # keep and update sharded state in the CPU's memory
 activation_checkpointing = "none"  # 'block', 'selective': recompute activations in the backward pass
-use_triton = False  # LayerNorm as a Triton kernel
+use_triton: bool | str = "auto"  # LayerNorm as a Triton kernel; 'auto': where CUDA and Triton are
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 
@@ -113,9 +112,7 @@ def check_settings(config: dict) -> None:
     """Raise UserError for wrong settings, before any work is done."""
     setup.check_training_settings(config)
     check_choice(config, "model_type", ("gpt", "distributed_gpt"))
-    if config["block_types"] is not None and config["model_type"] == "gpt":
-        raise UserError("block_types is for --model_type=distributed_gpt, as the dense GPT has one kind of "
-                        "block: add that setting, or leave block_types out")
+    setup.check_dense(config)
 
 
 check_settings(config)
@@ -124,9 +121,7 @@ processes, device = parallel.processes, parallel.processes.device
 
 # a resumed checkpoint decides the architecture, and so the length of the data's windows
 run = Run(config, processes, models.KINDS, own=("gpt", "distributed_gpt"))
-if tp_processes > 1 and model_type != "distributed_gpt":
-    raise UserError(f"tp_processes={tp_processes} cannot divide the dense model: use "
-                    f"--model_type=distributed_gpt, or leave tp_processes out")
+setup.check_dense(config)
 data = open_dataset(dataset, block_size)
 run.check_data(data)
 evaluations = prepare_evaluations(run, data)

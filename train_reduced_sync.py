@@ -108,7 +108,7 @@ fsdp_reshard_after_forward = True  # free gathered parameters; gather them again
 fsdp_accumulate_sharded = False  # True: average gradients after every micro-step; less memory, slower
 fsdp_cpu_offload = False  # keep and update sharded state in the CPU's memory
 activation_checkpointing = "none"  # 'block', 'selective': recompute activations in the backward pass
-use_triton = False  # LayerNorm as a Triton kernel
+use_triton: bool | str = "auto"  # LayerNorm as a Triton kernel; 'auto': where CUDA and Triton are
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 

@@ -13,6 +13,7 @@ import contextlib
 import math
 import os
 import statistics
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -261,6 +262,7 @@ def save(figure, path: str) -> None:
     """Write the picture completely or not at all. Raises UserError."""
     folder = os.path.dirname(path) or "."
     with made_folder(folder), os_error_as_user_error(f"cannot write {path}"):
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # in the name of a run
         try:
             figure.savefig(path + ".tmp", format=os.path.splitext(path)[1][1:].lower(), dpi=120)
             os.replace(path + ".tmp", path)

@@ -147,11 +147,11 @@ def run(bench: Bench, schedules: dict) -> None:
               f"V={settings['vocab_size']}, prompt {settings['prompt_tokens']}, {settings['tp_allreduce']}; "
               f"us a {'token' if settings['mode'] == 'decode' else 'prefill'}, "
               f"median of {settings['rounds']} rounds (range)")
-    rows = []
+    rows, width = [], max(map(len, [*schedules, " " * 9]))
     for C in settings["widths"]:
         for B in settings["batch_sizes"]:
             for row in measure(bench, schedules, C, B):
                 rows.append(row)
-                print(f"C={C:5} B={B:3} {row['name']:>9} on {row['processes']}  "
+                print(f"C={C:5} B={B:3} {row['name']:>{width}} on {row['processes']}  "
                       f"{with_range(row, 'us', 9, 1)}  {row['of_one_gpu']:.3f} of TP=1", flush=True)
     bench.write_json(world_size=processes.world_size, rows=rows)

@@ -5,6 +5,7 @@
 from config.train_shakespeare_char import *
 
 out_dir = "out-shakespeare-char-spd"
+n_head = 12  # 2, 3, 4, 6 and 12 TP ranks divide them; parameters and FLOPs are those of 6 heads
 model_type = "distributed_gpt"
 tp_size = 2
 block_types = ["spd"] * 6

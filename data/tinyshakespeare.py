@@ -5,15 +5,25 @@ import os
 from configurator import Parser
 from data.token_writer import check_out, dataset_writers, is_published, publish_dataset
 from nanosync.errors import UserError
-from nanosync.files import fetch, made_folder, open_regular, os_error_as_user_error, replace_file
+from nanosync.files import (
+    decode_text,
+    fetch,
+    made_folder,
+    open_regular,
+    os_error_as_user_error,
+    replace_file,
+)
+from nanosync.token_files import MAX_VOCAB_SIZE
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
-def prepare(folder: str, description: str, tokenizer_name: str, make_tokenizer) -> None:
+def prepare(folder: str, description: str, tokenizer_name: str, tokens: tuple[int, int],
+            make_tokenizer) -> None:
     """Run the command line of a prepare.py: get the text, split it 90/10 as nanoGPT does, write train.bin and
     val.bin.
 
+    tokens: train and val tokens of tiny Shakespeare, by which a complete data set is known without its text.
     make_tokenizer: a function from the text to a tokenizer. Raises UserError.
     """
     parser = Parser(description)
@@ -22,11 +32,19 @@ def prepare(folder: str, description: str, tokenizer_name: str, make_tokenizer) 
     args = parser.parse_args()
     name = os.path.basename(folder)
     check_out(args.out, name, tokenizer_name, "bin")
+    counts = dict(zip(("train_tokens", "val_tokens"), tokens))
+    if args.input is None and is_published(args.out, tokenizer=tokenizer_name, **counts):
+        print(f"{args.out} is up to date")
+        return
     text = read_text(args.input or os.path.join(args.out, "input.txt"), download=args.input is None)
     if len(text) < 100:
         raise UserError(f"the text has {len(text)} characters: too few to split into train and val")
     print(f"{len(text):,} characters: at most {2 * len(text) / 1e6:.1f} MB of tokens to write to {args.out}")
     tokenizer = make_tokenizer(text)
+    if tokenizer.vocab_size > MAX_VOCAB_SIZE["uint16"]:
+        raise UserError(f"the text has {tokenizer.vocab_size:,} different characters, and a data set by "
+                        f"characters has at most {MAX_VOCAB_SIZE['uint16']:,}: use "
+                        f"data/shakespeare/prepare.py, which takes GPT-2's tokens")
     cut = int(len(text) * 0.9)
     with dataset_writers(args.out) as (train, val):
         train.write(tokenizer.encode_ordinary(text[:cut]))
@@ -44,8 +62,5 @@ def read_text(path: str, download: bool) -> str:
         content = fetch(URL, "give the file as --input=FILE, or use data/python_source, which needs none")
         with made_folder(os.path.dirname(path)):
             replace_file(path, content)
-    try:
-        with os_error_as_user_error(f"cannot read {path}"), open_regular(path, "r", encoding="utf-8") as f:
-            return f.read()
-    except UnicodeDecodeError as e:
-        raise UserError(f"cannot read {path}: byte {e.start} is not UTF-8") from None
+    with os_error_as_user_error(f"cannot read {path}"), open_regular(path) as f:
+        return decode_text(f.read(), path)

@@ -22,9 +22,17 @@ import re
 import shlex
 import sys
 
-from configurator import Setting, check_type, parse_argument, read_settings, script_defaults, unknown_key
+from configurator import (
+    Setting,
+    check_type,
+    join_values,
+    parse_argument,
+    read_settings,
+    script_defaults,
+    unknown_key,
+)
 from nanosync.errors import UserError
-from nanosync.files import ROOT, first_line, nearest_file
+from nanosync.files import ROOT, dataset_folder, first_line, nearest_file
 
 STAGES = {"stage_a_screening": 2, "stage_b_validation": 3, "stage_c_full": 5}  # with the number of runs
 MODIFICATIONS = ("none", "architecture", "schedule", "optimizer", "data", "hyperparameters", "other")
@@ -173,7 +181,7 @@ def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None)
         config["n_gpus"] = n_gpus
     settings = script_settings(config, path) if overrides else {}
     dataset = dataset_of(config) if overrides else None
-    for argument in overrides:
+    for argument in join_values(overrides, settings):
         if not argument.startswith("--"):
             raise UserError(f"cannot read argument {argument!r}: --key=value goes to the script, and --help "
                             f"lists the runner's own options")
@@ -213,9 +221,7 @@ def judged_by(settings: dict) -> dict:
     found |= {key: settings[key] for key in settings if key.startswith("val_") and key != "val_loss_every"}
     name = found["dataset"]
     if isinstance(name, str):
-        folder = name if os.sep in name else os.path.join("data", name)
-        there = os.sep in name or os.path.isdir(folder)
-        found["dataset"] = os.path.realpath(folder if there else os.path.join(ROOT, folder))
+        found["dataset"] = os.path.realpath(dataset_folder(name))
     return found
 
 

@@ -26,6 +26,7 @@ import torch
 from nanosync.distributed import env_rank, on_main
 from nanosync.errors import UserError, shown
 from nanosync.files import MAX_JSON, json_text, parse_json, read_file, replace_file, sha256_of, write_json
+from nanosync.foreign_weights import advice
 from nanosync.model_kind import ModelKind, model_config
 from nanosync.tensor_files import check_values, read_tensors
 from nanosync.token_files import check_meta
@@ -221,8 +222,8 @@ def find_resumed(resume: str, out_dir: str, warn=print, group=None,
         return find(out_dir, resume, warn, group, kinds)
     found = find_weights(resume, warn=warn, group=group, kinds=kinds)
     if found is None:
-        raise UserError(f"resume={resume!r} is not a checkpoint: use latest, best, a step, or the path of a "
-                        f"checkpoint or an out_dir (steps in {out_dir}: "
+        raise UserError(advice(resume) or f"resume={resume!r} is not a checkpoint: use latest, best, a step, "
+                        f"or the path of a checkpoint or an out_dir (steps in {out_dir}: "
                         f"{', '.join(map(str, steps_in(out_dir))) or 'none'})")
     return found
 
@@ -284,8 +285,8 @@ def _is_step(text: str) -> bool:
 def _find(out_dir: str, which: str | int, warn, kinds) -> Checkpoint:
     steps = steps_in(out_dir)
     if not steps:
-        raise UserError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first, or name another "
-                        f"out_dir")
+        raise UserError(advice(out_dir) or f"no checkpoint in {out_dir}: train with --out_dir={out_dir} "
+                        f"first, or name another out_dir")
     if which == "best" and best_step(out_dir) is None:
         warn(f"{out_dir} has no readable best.json, so its best checkpoint is unknown: using the latest")
         which = "latest"

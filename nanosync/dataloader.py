@@ -24,7 +24,7 @@ import torch
 
 from nanosync.distributed import all_reduce_sum
 from nanosync.errors import UserError
-from nanosync.files import ROOT
+from nanosync.files import ROOT, dataset_folder
 from nanosync.token_files import FORMATS, check_counts, open_tokens, read_meta, split_files
 
 CHECK_TOKENS = 500_000_000  # tokens of a split, evenly spread, that are compared with the vocabulary
@@ -162,16 +162,14 @@ def open_dataset(name: str, block_size: int, length_key: str = "block_size") -> 
 
     block_size, length_key: see Split.
     """
-    folder = name if os.sep in name else os.path.join("data", name)
+    folder = dataset_folder(name)
     if not os.path.isdir(folder):
-        if os.sep in name or not os.path.isdir(os.path.join(ROOT, folder)):
-            there = sorted(d.name for d in os.scandir(os.path.join(ROOT, "data")) if d.is_dir())
-            hint = "in data/: " + ", ".join(name for name in there if name[0] not in "._")
-            script = os.path.join("data", f"cached_{name}.py")
-            if os.path.exists(os.path.join(ROOT, script)):
-                hint = f"run python {script}"
-            raise UserError(f"no data set {name!r}: there is no folder {folder} ({hint})")
-        folder = os.path.join(ROOT, folder)
+        there = sorted(d.name for d in os.scandir(os.path.join(ROOT, "data")) if d.is_dir())
+        hint = "in data/: " + ", ".join(name for name in there if name[0] not in "._")
+        script = os.path.join("data", f"cached_{os.path.basename(folder)}.py")
+        if os.path.exists(os.path.join(ROOT, script)):
+            hint = f"run python {script}"
+        raise UserError(f"no data set {name!r}: there is no folder {folder} ({hint})")
     meta = read_meta(folder)
     dtype = (meta or {}).get("dtype")
     train, val = (Split(folder, split, block_size, length_key, dtype) for split in ("train", "val"))

@@ -2,12 +2,14 @@
 
 import atexit
 import contextlib
+import json
 import os
 import select
 import signal
 import sys
 import time
 from collections.abc import Collection
+from traceback import format_exception
 
 before_exit = []  # functions to call when an error ends the process
 
@@ -51,7 +53,10 @@ def install_error_hook(rank: int = 0, settings: Collection[str] = (), forks: boo
     stdout it exits silently. Other errors keep their traceback.
 
     Most errors occur on every process. Rank 0 prints at once. The other processes wait, and the launcher ends
-    them when rank 0 has exited. So they print only an error that rank 0 does not have.
+    them when rank 0 has exited. So they print only an error that rank 0 does not have. torchrun repeats the
+    error at the end of its report.
+
+    From here on stdout escapes characters that its encoding lacks, e.g. those of a path.
 
     rank: global rank of this process.
     settings: names of the script's settings, for hints.
@@ -60,6 +65,8 @@ def install_error_hook(rank: int = 0, settings: Collection[str] = (), forks: boo
     """
     previous = sys.excepthook
     _open_closed_streams()
+    if getattr(sys.stdout, "errors", "") == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     atexit.register(_flush_stdout)
     if forks:
         _interrupt_main_process_only()
@@ -76,6 +83,7 @@ def install_error_hook(rank: int = 0, settings: Collection[str] = (), forks: boo
             os._exit(128 + 13)  # the exit code of SIGPIPE
         text = _message_for_user(kind, error, settings)
         if text is None:
+            _tell_launcher("".join(format_exception(kind, error, traceback)).rstrip())
             return previous(kind, error, traceback)
         if rank != 0:
             time.sleep(3)
@@ -84,10 +92,21 @@ def install_error_hook(rank: int = 0, settings: Collection[str] = (), forks: boo
         # not sys.stderr, which torch.distributed's hook delays; a file name need not be UTF-8
         with contextlib.suppress(OSError):  # stderr may be closed
             os.write(2, f"{label}: {one_line(text)}\n".encode(errors="backslashreplace"))
+        _tell_launcher(f"{label}: {one_line(text)}")
         # running threads and process groups must not delay the exit
         os._exit(130 if issubclass(kind, KeyboardInterrupt) else 2)
 
     sys.excepthook = hook
+
+
+def _tell_launcher(text: str) -> None:
+    """Write an error to the file that torchrun prints at the end of its report, if torchrun started us."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        # the format of torch.distributed.elastic, whose import takes seconds
+        details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as f:
+            json.dump({"message": {"message": text, "extraInfo": details}}, f)
 
 
 def _interrupt_main_process_only() -> None:

@@ -1,5 +1,6 @@
 """Files and folders: bounded reading, atomic writing, checks of paths, downloads."""
 
+import codecs
 import contextlib
 import difflib
 import errno
@@ -157,6 +158,39 @@ def sha256_of(path: str) -> str:
         while chunk := f.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def decode_text(content: bytes, path: str) -> str:
+    """Decode a user's text: UTF-8, without its byte-order mark, lines ended by newlines. Raises UserError.
+
+    path: where the text is from, for error messages.
+    """
+    start = content[:4096]
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start.count(0) > len(start) // 4 > 0:
+        raise UserError(f"{path} is UTF-16, or no text at all, and texts are read as UTF-8: convert it with "
+                        f"iconv -f UTF-16 -t UTF-8 {path} > utf8.txt")
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as e:
+        raise UserError(f"cannot read {path}: byte {e.start} is not UTF-8") from None
+
+
+def expand_path(path: str) -> str:
+    """Return a path with the user's home in place of ~ at its beginning."""
+    return os.path.expanduser(path)
+
+
+def dataset_folder(name: str) -> str:
+    """Return the folder of a data set: data/<name>, or the folder `name` if it is a path.
+
+    A relative path starts in the current folder or, if there is no such folder, at the repository's root. The
+    folder need not exist.
+    """
+    name = expand_path(name)
+    name = name.rstrip(os.sep) or name
+    folder = name if os.sep in name else os.path.join("data", name)
+    in_root = os.path.join(ROOT, folder)
+    return in_root if os.path.isdir(in_root) and not os.path.isdir(folder) else folder
 
 
 def unused_path(stem: str, ending: str = "") -> str:

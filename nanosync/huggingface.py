@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from nanosync.errors import UserError, shortened, shown
 from nanosync.files import first_line, read_json
+from nanosync.foreign_weights import advice
 from nanosync.tensor_files import check_values, read_tensors
 
 GPT2_SIZES = {
@@ -16,6 +17,7 @@ GPT2_SIZES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
+GPT2_VOCAB_SIZE = 50257
 # Hugging Face stores these weights as Conv1D, transposed
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -25,7 +27,12 @@ def find_folder(name: str) -> str:
 
     name: a local folder, or a key of GPT2_SIZES.
     """
+    if unread := advice(name):
+        raise UserError(unread)
     if os.path.isdir(name):
+        if not os.path.exists(os.path.join(name, "config.json")):
+            raise UserError(f"{name} has neither checkpoints (ckpt/step-...) nor config.json and "
+                            f"model.safetensors: name another folder")
         return name
     if name not in GPT2_SIZES:
         raise UserError(f"{name!r} is neither a folder nor one of {', '.join(GPT2_SIZES)}")
@@ -49,11 +56,16 @@ def read_config(folder: str) -> dict:
     path = os.path.join(folder, "config.json")
     try:
         c = read_json(path)
+        kind = c.get("model_type", "gpt2") if isinstance(c, dict) else None
+        if kind != "gpt2":
+            raise UserError(f"{path} is not the configuration of a GPT-2: its model_type is {shown(kind)}")
         fields = {name: c["n_positions" if name == "block_size" else name]
                   for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
         for name, value in fields.items():
             if type(value) is not int or not 1 <= value < 2**31:
                 raise ValueError(f"{name} is {shown(value)}")
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as e:
         problem = getattr(e, "strerror", None) or first_line(e)
         raise UserError(f"{path} is not the configuration of a GPT-2 ({type(e).__name__}: {problem})"
@@ -67,15 +79,44 @@ def read_config(folder: str) -> dict:
     return fields
 
 
+def read_weights(folder: str) -> tuple[str, dict[str, torch.Tensor]]:
+    """Read a folder's model.safetensors, or the files that model.safetensors.index.json lists.
+
+    Return the path of that file, for error messages, and the tensors by name. Raises UserError.
+    """
+    path = os.path.join(folder, "model.safetensors")
+    index = path + ".index.json"
+    if os.path.exists(path) or not os.path.exists(index):
+        return path, read_tensors(path)
+    try:
+        files = read_json(index)["weight_map"]
+        for file in files.values():
+            if type(file) is not str or file != os.path.basename(file) or not file.endswith(".safetensors"):
+                raise ValueError(f"{shown(file)} is not the name of a file beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        problem = getattr(e, "strerror", None) or first_line(e)
+        raise UserError(f"{index} is not a list of weights ({type(e).__name__}: {problem})") from None
+    tensors = {}
+    for file in sorted(set(files.values())):
+        part = read_tensors(os.path.join(folder, file))
+        if twice := sorted(set(part) & set(tensors)):
+            raise UserError(f"{index}: {shown(twice[0])} is in {file} and in another file: which of them is "
+                            f"the weight is unknown; write the files again")
+        tensors |= part
+    if missing := sorted(set(files) - set(tensors)):
+        raise UserError(f"{index} says that {shown(missing[0])} is in {files[missing[0]]}, and it is not: "
+                        f"the files do not belong together")
+    return index, tensors
+
+
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str) -> None:
-    """Copy a folder's model.safetensors into a model.
+    """Copy a folder's weights into a model.
 
     Raises UserError if a weight is missing, there twice, has another shape, has values that are not finite,
     or belongs to a layer that the model lacks.
     """
-    path = os.path.join(folder, "model.safetensors")
-    read = read_tensors(path)
+    path, read = read_weights(folder)
     # the hub's GPT-2 files have names without "transformer.", and contain the causal masks
     tensors = {name.removeprefix("transformer."): t for name, t in read.items()}
     twice = [name for name in tensors if name in read and f"transformer.{name}" in read]
@@ -105,7 +146,9 @@ def load_weights(model: nn.Module, folder: str) -> None:
 def save(model: nn.Module, folder: str) -> None:
     """Write a folder that transformers loads as a GPT2LMHeadModel with the same logits.
 
-    Padding rows of the vocabulary are not written. Biases that the model lacks are written as zeros.
+    Padding rows of the vocabulary are not written. Biases that the model lacks are written as zeros. Only
+    GPT-2's vocabulary has an end-of-text token; the last token of another one, e.g. the last letter of an
+    alphabet, must not end generation.
     """
     from safetensors.torch import save_file
 
@@ -118,6 +161,7 @@ def save(model: nn.Module, folder: str) -> None:
         tensors[name] = (p.T if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
         if name.endswith(".weight") and not c.bias and "wte" not in name and "wpe" not in name:
             tensors[name.removesuffix("weight") + "bias"] = p.new_zeros(p.shape[0])
+    end_of_text = c.used_vocab_size - 1 if c.used_vocab_size == GPT2_VOCAB_SIZE else None
     os.makedirs(folder, exist_ok=True)
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     with open(os.path.join(folder, "config.json"), "w") as f:
@@ -126,6 +170,5 @@ def save(model: nn.Module, folder: str) -> None:
             "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd, "n_head": c.n_head,
             "n_layer": c.n_layer, "vocab_size": c.used_vocab_size, "layer_norm_epsilon": 1e-5,
             "tie_word_embeddings": True, "attn_pdrop": c.dropout, "embd_pdrop": c.dropout,
-            "resid_pdrop": c.dropout, "bos_token_id": c.used_vocab_size - 1,
-            "eos_token_id": c.used_vocab_size - 1,
+            "resid_pdrop": c.dropout, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
         }, f, indent=1)

@@ -47,7 +47,11 @@ class Parallelism:
         lines = ["Using ZeRO-1 optimizer state sharding" + alone] if self.zero1 else []
         if self.fsdp:
             n = len(self.units(model.transformer.h)) if self.sharded else 0
-            lines.append("Wrapping model with FSDP..." + (alone or f" {n} unit{'s' * (n != 1)} of layers"))
+            units = f" {n} unit{'s' * (n != 1)} of layers"
+            if n == 0:
+                units += f": the whole model is one unit, as all layers together have fewer than " \
+                         f"fsdp_min_num_params={self.min_num_params:g} parameters"
+            lines.append("Wrapping model with FSDP..." + (alone or units))
         return lines
 
     def shard_as_filled(self, model: nn.Module, names) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from nanosync.errors import UserError, shown
 
+GPT2_META = {"tokenizer": "gpt2", "vocab_size": 50257}
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -86,7 +87,37 @@ class GPT2Tokenizer:
         return lambda token: decoder.decode(self._encoding.decode_single_token_bytes(token))
 
     def meta(self) -> dict:
-        return {"tokenizer": "gpt2", "vocab_size": self.vocab_size}
+        return dict(GPT2_META)
+
+
+class TokenIds:
+    """Tokens of a tokenizer that is unknown here. Their text is their ids, with spaces between."""
+
+    eot_token = None
+
+    def __init__(self, name: str, vocab_size: int):
+        self.name, self.vocab_size = name, vocab_size
+
+    def encode(self, text: str) -> np.ndarray:
+        """Encode ids with spaces between them; a text of whitespace, as nanoGPT's default prompt, is id 0."""
+        words = text.replace(",", " ").split() or ["0"] * bool(text)
+        unusable = [word for word in words if not (word.isdecimal() and len(word) < 10)]
+        if unusable:
+            raise UserError(f"the tokenizer {shown(self.name)} is unknown here and cannot encode "
+                            f"{shown(unusable[0])}: give token ids, as in '12 7 99'")
+        return np.array(list(map(int, words)), np.uint32)
+
+    encode_ordinary = encode
+
+    def decode(self, ids) -> str:
+        return "".join(f"{i} " for i in ids)
+
+    def stream(self):
+        """Return a function that decodes the ids of a stream, one per call."""
+        return lambda token: f"{token} "
+
+    def meta(self) -> dict:
+        return {"tokenizer": self.name, "vocab_size": self.vocab_size}
 
 
 def from_meta(meta: dict | None):
@@ -96,5 +127,7 @@ def from_meta(meta: dict | None):
         return GPT2Tokenizer()
     if kind == "char" and isinstance(meta.get("chars"), str) and len(meta["chars"]) == meta["vocab_size"]:
         return CharTokenizer(meta["chars"])
+    if isinstance(kind, str) and kind != "char":
+        return TokenIds(kind, meta["vocab_size"])
     raise UserError(f"the data set's tokenizer {shown(kind)} is unknown or incomplete: prepare the data set "
                     f"again")

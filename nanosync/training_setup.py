@@ -10,7 +10,7 @@ from kernels import usable
 from nanosync.checkpoint import exit_with_listing
 from nanosync.dataloader import evaluate, evaluation_batches
 from nanosync.distributed import finish, start
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 from nanosync.hardware import check_compile, make_deterministic, pick_dtype
 from nanosync.model_kind import ModelKind
 from nanosync.optim import check_optimizer
@@ -31,10 +31,28 @@ def check_training_settings(config: dict) -> None:
     check_at_least(config, 1, "sample_tokens", "timeout")
     check_at_most(config, 1e6, "timeout")
     check_at_least(config, 0, "fsdp_min_num_params")
+    if config["use_triton"] not in (True, False, "auto"):
+        raise UserError(f"use_triton={shown(config['use_triton'])} is unknown: use True, False or auto")
     check_seed(config)
     check_parallelism(config)
     check_optimizer(config)
     resume_of(config)  # init_from may contradict it
+
+
+def check_dense(config: dict) -> None:
+    """Raise UserError for settings of tensor-parallel ranks if train.py's model is the dense GPT.
+
+    A resumed run whose model_type is not known yet passes: call this function again with the checkpoint's.
+    """
+    if config["model_type"] != "gpt" or (resume_of(config) and not config.origin["model_type"]):
+        return
+    if config["tp_processes"] > 1:
+        raise UserError(f"tp_processes={config['tp_processes']} cannot divide the dense model: use "
+                        f"--model_type=distributed_gpt, or leave tp_processes out")
+    for name in ("tp_size", "block_types"):
+        if config.origin[name] and config[name] not in (None, 1):
+            raise UserError(f"{name} is for --model_type=distributed_gpt, as the dense GPT has no ranks and "
+                            f"one kind of block: add that setting, or leave {name} out")
 
 
 def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallelism, int]:
@@ -46,6 +64,8 @@ def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallel
         make_deterministic()
     tp_processes, total = config["tp_processes"], config["gradient_accumulation_steps"]
     processes = start(config["device"], config["backend"], config["timeout"], tp_processes)
+    if config["use_triton"] == "auto":
+        config["use_triton"] = usable(torch.empty(0, device=processes.device))
     parallel = parallelism_of(config, processes, pick_dtype(config["dtype"], processes.device))
     if config["compile"]:
         check_compile(processes.device)

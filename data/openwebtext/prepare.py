@@ -30,7 +30,7 @@ from data.token_writer import (
 )
 from nanosync.errors import UserError
 from nanosync.files import first_line, is_utf8, open_regular
-from nanosync.tokenizers import GPT2Tokenizer
+from nanosync.tokenizers import GPT2_META, GPT2Tokenizer
 
 NAME = "openwebtext"
 REPOSITORY, REVISION = "Skylion007/openwebtext", "refs/convert/parquet"  # the hub's own parquet export
@@ -128,7 +128,7 @@ def main() -> None:
     if args.workers < 1:
         raise UserError("--workers must be at least 1")
     check_out(args.out, NAME, "gpt2", "bin")
-    meta, files = GPT2Tokenizer().meta(), None
+    meta, files = GPT2_META, None
     if args.parquet is None:
         n_documents, text_bytes, source = DOCUMENTS, TEXT_BYTES, f"{REPOSITORY}@{REVISION}"
     else:
@@ -137,6 +137,7 @@ def main() -> None:
     if is_published(args.out, **meta, source=source):
         print(f"{args.out} is up to date (delete its meta.json to prepare it again)")
         return
+    GPT2Tokenizer()  # its files are there, or an error says how to get them
     tokens, download = text_bytes * TOKENS_PER_BYTE, 0 if files else DOWNLOAD_BYTES
     cached = download + text_bytes + 2 * tokens
     print(f"{n_documents:,} documents, {text_bytes / 1e9:,.2f} GB of text: about {tokens / 1e6:,.1f}M "

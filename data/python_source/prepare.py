@@ -34,8 +34,8 @@ from data.token_writer import (
     publish_dataset,
 )
 from nanosync.errors import UserError
-from nanosync.files import open_regular
-from nanosync.tokenizers import UNKNOWN, CharTokenizer, GPT2Tokenizer
+from nanosync.files import expand_path, open_regular
+from nanosync.tokenizers import GPT2_META, UNKNOWN, CharTokenizer, GPT2Tokenizer
 
 NAME = "python_source"
 CHARS = "\t\n" + "".join(sorted(c for c in string.printable if c >= " ")) + UNKNOWN  # 98 of them
@@ -72,7 +72,7 @@ def find_roots(roots: str) -> dict[str, str]:
     paths = sysconfig.get_paths()
     known = {"stdlib": paths["stdlib"], "site-packages": paths["purelib"]}
     found, folders = {}, {}
-    for root in filter(None, roots.split(",")):
+    for root in map(expand_path, filter(None, roots.split(","))):
         if not os.path.isdir(known.get(root, root)):
             raise UserError(f"--roots: {root!r} is neither stdlib, site-packages nor a folder")
         if root in known:
@@ -172,7 +172,8 @@ def main() -> None:
         raise UserError("--shard_tokens and --workers must be at least 1")
 
     check_out(args.out, NAME, args.tokenizer, args.format)
-    tokenizer = make_tokenizer(args.tokenizer)
+    if not os.path.exists(os.path.join(args.out, "meta.json")):
+        make_tokenizer(args.tokenizer)  # its files are there, or an error says how to get them
     documents = find_documents(find_roots(args.roots))
     train = [d for d in documents if d.place >= VAL_SHARE]
     val = [d for d in documents if d.place < VAL_SHARE]
@@ -185,7 +186,7 @@ def main() -> None:
           f"{2 * tokens / 1e6:,.1f} MB to write to {args.out}", flush=True)
 
     contents = b"".join(file_name_bytes(d.name) + d.digest.encode() for d in documents)
-    meta = {"format": args.format, **tokenizer.meta(),
+    meta = {"format": args.format, **(CharTokenizer(CHARS).meta() if args.tokenizer == "char" else GPT2_META),
             "source": {"roots": args.roots, "files": len(documents),
                        "digest": hashlib.sha256(contents).hexdigest()}}
     if args.format == "shards":

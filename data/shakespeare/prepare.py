@@ -15,4 +15,4 @@ from data.tinyshakespeare import prepare
 from nanosync.tokenizers import GPT2Tokenizer
 
 if __name__ == "__main__":
-    prepare(HERE, __doc__, "gpt2", lambda text: GPT2Tokenizer())
+    prepare(HERE, __doc__, "gpt2", (301_966, 36_059), lambda text: GPT2Tokenizer())

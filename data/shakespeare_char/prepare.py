@@ -13,4 +13,5 @@ from data.tinyshakespeare import prepare
 from nanosync.tokenizers import CharTokenizer
 
 if __name__ == "__main__":
-    prepare(HERE, __doc__, "char", lambda text: CharTokenizer("".join(sorted(set(text)))))
+    prepare(HERE, __doc__, "char", (1_003_854, 111_540),
+            lambda text: CharTokenizer("".join(sorted(set(text)))))

@@ -123,7 +123,7 @@ def test_bench_of_schedules(run_script, tmp_path):
     assert list(json.loads((tmp_path / "b.json").read_text())["contenders"]) == names
     done = run_script("bench.py", *size, "--mode=generate", "--prompt_tokens=2", "--max_new_tokens=4",
                       "--block_types=['spd']*2")
-    assert done.code == 0 and "2 ranks / ours = " in done.out, done.err
+    assert done.code == 0 and "2 ranks, spd*2, 2 syncs / ours = " in done.out, done.err
     latency = ["--block_size=64", "--prompt_tokens=4", "--max_new_tokens=6", "--widths=[128]",
                "--batch_sizes=[1]"]
     for mode in ("decode", "prefill"):

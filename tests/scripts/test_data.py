@@ -52,7 +52,7 @@ def test_out_is_checked_before_any_work(script, tmp_path):
         {"vocab_size": 3, "tokenizer": "own", "format": "npy", "name": "mine"}))
     check_error(prepare(script, f"--out={tmp_path / 'other'}", env=env),
                 "holds another data set, mine in own tokens (format npy): choose another folder with --out")
-    check_error(prepare(script, f"--out={tmp_path}/\udcff", env=env), "not valid UTF-8")
+    check_error(prepare(script, f"--out={tmp_path}/\udcff", env=env), "is not UTF-8")
     assert sorted(os.listdir(tmp_path)) == ["file", "other"]
 
 
@@ -202,6 +202,37 @@ def test_no_network_and_no_tokenizer_files(tmp_path):
         done = prepare(script, *args, f"--out={tmp_path / 'out'}", env=env)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_complete_data_is_up_to_date_without_network_and_text(tmp_path):
+    for script, counts, tokenizer in (("shakespeare_char", (1003854, 111540), "char"),
+                                      ("shakespeare", (301966, 36059), "gpt2")):
+        out = tmp_path / script
+        out.mkdir()
+        for split, n in zip(("train", "val"), counts):
+            np.zeros(n, "<u2").tofile(out / f"{split}.bin")
+        (out / "meta.json").write_text(json.dumps(
+            {"name": script, "format": "bin", "tokenizer": tokenizer, "vocab_size": 65, "dtype": "uint16",
+             "train_tokens": counts[0], "val_tokens": counts[1]}))
+        env = NO_NETWORK | {"TIKTOKEN_CACHE_DIR": str(tmp_path)}
+        done = prepare(f"{script}/prepare.py", f"--out={out}", env=env)
+        assert (done.returncode, done.stdout) == (0, f"{out} is up to date\n"), done.stderr
+        os.truncate(out / "val.bin", 100)
+        check_error(prepare(f"{script}/prepare.py", f"--out={out}", env=env), "could not download")
+
+
+def test_texts_that_are_not_utf8_or_have_too_many_symbols(tmp_path):
+    text = "some text " * 100
+    (tmp_path / "utf16.txt").write_text(text, encoding="utf-16")
+    (tmp_path / "mark.txt").write_text(text, encoding="utf-8-sig")
+    (tmp_path / "many.txt").write_text("".join(map(chr, [*range(0x20, 0xD800), *range(0xE000, 0x14000)])))
+    for name, words in (("utf16", "utf16.txt is UTF-16"), ("many", "different characters, and")):
+        done = prepare("shakespeare_char/prepare.py", "--input", tmp_path / f"{name}.txt", "--out",
+                       tmp_path / name)
+        check_error(done, words)
+        assert not (tmp_path / name).exists()
+    done = prepare("shakespeare_char/prepare.py", "--input", tmp_path / "mark.txt", "--out", tmp_path / "out")
+    assert done.returncode == 0 and read_meta(str(tmp_path / "out"))["chars"] == " emostx"
 
 
 def test_openwebtext_from_local_parquet(tmp_path):

@@ -71,6 +71,44 @@ def test_errors_that_are_one_line(raised, words):
     assert done.returncode == 2 and done.stderr.startswith(words) and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("raised, rank, text", [
+    ("UserError('wrong')", 0, "error: wrong"), ("UserError('wrong')", 1, "error on rank 1: wrong"),
+    ("UserError('odd: \\udcff')", 0, "error: odd: \udcff"),
+    ("KeyError('a fault')", 0, "Traceback (most recent"),
+])
+def test_the_launcher_gets_the_error(tmp_path, raised, rank, text):
+    """In the format of torchrun, which prints it at the end of its report."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    code = f"from configurator import *\ninstall_error_hook({rank})\nraise {raised}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")})
+    failure = ProcessFailure(0, 1, done.returncode, str(tmp_path / "error.json"))
+    report = str(ChildFailedError("train.py", {rank: failure}))
+    *_, last, border = report.rpartition("traceback : ")[2].splitlines()
+    assert report.rpartition("traceback : ")[2].startswith(text) and set(border) == {"="}
+    assert last.strip() == (text if "Traceback" not in text else "KeyError: 'a fault'")
+
+
+def test_paths_that_the_locale_cannot_print(tmp_path):
+    code = "from configurator import *\ninstall_error_hook()\nprint('out-é-\u4e2d')"
+    for encoding, printed in (("ascii", b"out-\\xe9-\\u4e2d\n"), ("latin-1", b"out-\xe9-\\u4e2d\n"),
+                              ("utf-8", "out-é-\u4e2d\n".encode())):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT,
+                              env=os.environ | {"PYTHONIOENCODING": encoding})
+        assert (done.stdout, done.returncode) == (printed, 0), done.stderr
+
+
+def test_arguments_that_the_locale_cannot_read(tmp_path):
+    (tmp_path / "script.py").write_text(f"from configurator import configure\n{SCRIPT}")
+    locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env = os.environ | locale | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py"), "--out_dir=é"], capture_output=True,
+                          text=True, env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "out_dir='\\udcc3\\udca9' (the command line) cannot be read in a locale of" in done.stderr
+
+
 WITHOUT_EXTRAS = """
 import runpy, sys
 from nanosync.errors import EXTRAS

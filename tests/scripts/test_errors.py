@@ -156,6 +156,8 @@ RANKS = [  # of train.py, with --model_type=distributed_gpt
     (["--init_from=run", "--n_embd=64"], "n_embd=64 (command line), but run has n_embd=32: leave n_embd out"),
     (["--init_from=run", "--tp_size=4"], "tp_size=4 must divide n_head=2"),
     (["--model_type=gpt", "--block_types=['spd']*2"], "block_types is for --model_type=distributed_gpt"),
+    (["--model_type=gpt", "--tp_size=4"], "tp_size is for --model_type=distributed_gpt, as the dense GPT"),
+    (["--model_type=gpt", "--tp_size", "2"], "tp_size is for --model_type=distributed_gpt"),
 ]
 
 REDUCED_SYNC = [
@@ -225,6 +227,7 @@ BENCH = [
     (["--mode=decode", "--syncs=['6']"], "syncs has '6': its entries are whole numbers from 1"),
     (["--mode=decode", "--syncs=[5]"], "5 syncs do not divide the 24 sublayers of n_layer=12"),
     (["--mode=decode", "--prompt_tokens=1000"], "exceed block_size=1024"),
+    (["--tp_size=4"], "tp_size is for --model_type=distributed_gpt"),
     (["--model_type=moe"], "model_type='moe' is unknown: use gpt or distributed_gpt"),
     (["--model_type=distributed_gpt", "--peer=peers/no_gpt"], "a peer is measured against the dense GPT"),
     (["--mode=fly"], "mode='fly' is unknown"),

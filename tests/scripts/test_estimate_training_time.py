@@ -207,7 +207,8 @@ def test_time_zone():
 
 
 @pytest.mark.parametrize("args, message", [
-    ([], "tokens_per_second is missing: give it as in --tokens_per_second=100_000"),
+    ([], "there is no run in out: give the out_dir of a run, or a config file"),
+    (["--max_iters=5"], "tokens_per_second is missing: give it as in --tokens_per_second=100_000"),
     (["good.py", "--tokens_per_second=0"], "tokens_per_second=0.0 must be above 0"),
     (["good.py", "--tokens_per_second=-5"], "tokens_per_second=-5.0 must be above 0"),
     (["good.py", "--tokens_per_second=fast"], "tokens_per_second='fast' (the command line) is of type str"),
@@ -223,8 +224,8 @@ def test_time_zone():
     (["good.py", "--tokens_per_second=5", "--tokens_per_epoch=0"], "tokens_per_epoch=0 must be above 0"),
     (["good.py", "--tokens_per_second=5", "--checkpoint_interval=-1"], "checkpoint_interval=-1: it must"),
     (["good.py", "--tokens_per_second=5", "--now=tomorrow"], "now='tomorrow' is no time"),
-    (["good.py", "run"], "good.py, run: give one run, or else a config file"),
-    (["run", "run"], "run, run: give one run"),
+    (["good.py", "run"], "--max_iters is for a run that has not begun"),
+    (["run", "run"], "run, run: give one of them"),
     (["run", "--max_iters=5"], "--max_iters is for a run that has not begun"),
     (["run", "--tokens_per_second=5"], "--tokens_per_second is for a run that has not begun"),
     (["nowhere"], "cannot read nowhere: No such file"),

@@ -16,6 +16,10 @@ def test_one_process_is_plain(script, run_script, tiny_data, tmp_path):
         done = run_script(script, *args, option, "--out_dir=out")
         assert done.code == 0 and f"{says}: one data-parallel process keeps it all" in done.out, done.err
         assert done.losses == plain.losses
+    assert "riton" not in plain.out.replace("use_triton ", "")  # auto: off, and silent
+    done = run_script(script, *args, "--use_triton", "auto", "--out_dir=out")
+    assert done.code == 0 and done.losses == plain.losses
+    assert run_script(script, *args, "--use_triton=maybe").code == 2
     done = run_script(script, *args, "--use_triton", "--out_dir=out")
     assert "use_triton: no Triton kernels on cpu here, using PyTorch's LayerNorm\n" in done.out
     assert done.losses == plain.losses

@@ -3,13 +3,25 @@
     python -m pytest tests/unit/test_configurator.py
 """
 
+import ast
+import sys
 import textwrap
 
 import pytest
+from helpers import ROOT
 
-from configurator import check_seed, configure, evaluate
+from configurator import (
+    Parser,
+    Setting,
+    check_seed,
+    configure,
+    evaluate,
+    run_config_file,
+    script_defaults,
+)
 from nanosync.errors import UserError, one_line, shown
-from nanosync.files import check_can_write
+from nanosync.files import check_can_write, dataset_folder
+from nanosync.setting_hints import ELSEWHERE, name_here
 
 SCRIPT = '''
 """A script."""
@@ -94,6 +106,90 @@ def test_command_line(settings, argument, key, value):
     assert config.origin[key] == "command line"
 
 
+@pytest.mark.parametrize("argv, key, value", [
+    (["--steps", "3"], "steps", 3),
+    (["--steps", "-3"], "steps", -3),
+    (["--lr", "-1e-3"], "lr", -1e-3),
+    (["--out_dir", "x"], "out_dir", "x"),
+    (["--out-dir", "x"], "out_dir", "x"),
+    (["--compile", "True"], "compile", True),
+    (["--compile", "false"], "compile", False),
+    (["--compile", "--steps", "3"], "compile", True),
+    (["--block_types", "['spd']*2"], "block_types", ["spd", "spd"]),
+    (["--block_types", "None"], "block_types", None),
+    (["--top_p", "none"], "top_p", None),
+    (["--top_p=null"], "top_p", None),
+    (["--compile=TRUE"], "compile", True),
+    (["--steps=1e3"], "steps", 1000),
+    (["--steps", "4.0"], "steps", 4),
+])
+def test_values_as_users_type_them(settings, argv, key, value):
+    config = settings(*argv)
+    assert config[key] == value and type(config[key]) is type(value)
+    assert config.origin[key] == "command line"
+
+
+def test_a_flag_does_not_take_the_config_file_after_it(settings, tmp_path):
+    (tmp_path / "other.py").write_text("steps = 5\n")
+    config = settings("--compile", str(tmp_path / "other.py"))
+    assert config["compile"] is True and config["steps"] == 5
+
+
+def test_home_in_paths(settings, tmp_path, monkeypatch):
+    """From the command line, the environment and files; a text that is no path keeps its ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert settings("--out_dir=~/x")["out_dir"] == f"{tmp_path}/x"
+    assert settings("--out_dir", "~")["out_dir"] == str(tmp_path)
+    assert settings(file="out_dir = '~/y'")["out_dir"] == f"{tmp_path}/y"
+    assert settings("--dtype=~/x")["dtype"] == "~/x"
+    (tmp_path / "mine.py").write_text("steps = 5\n")
+    assert settings("~/mine.py")["steps"] == 5
+    (tmp_path / "data" / "set").mkdir(parents=True)
+    for name in ("~/data/set", "~/data/set/", str(tmp_path / "data" / "set") + "//"):
+        assert dataset_folder(name) == f"{tmp_path}/data/set"
+    monkeypatch.chdir(tmp_path)
+    assert all(dataset_folder(name) == "data/set" for name in ("set", "set/", "data/set/"))
+
+
+def test_arguments_of_other_scripts_expand_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    parser = Parser("A script.")
+    parser.add_argument("paths", nargs="*")
+    parser.add_argument("--out")
+    parsed = parser.parse_args(["~/a", "b", "--out", "~/c"])
+    assert parsed.paths == [f"{tmp_path}/a", "b"] and parsed.out == f"{tmp_path}/c"
+
+
+def test_config_files_of_the_repository_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kind = Setting("n_layer", int, "", "")
+    names = [name for name in ast_names(ROOT / "config" / "train_python_char.py") if name != "n_layer"]
+    known = {name: Setting(name, None, "", "") for name in names} | {"n_layer": kind}
+    values = run_config_file("config/train_python_char.py", {}, known)
+    assert values["n_layer"] == 4
+
+
+def ast_names(path):
+    return [node.targets[0].id for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)]
+
+
+def test_an_argument_that_is_the_value_of_a_setting(tmp_path):
+    (tmp_path / "s.py").write_text("out_dir = 'out'\nsteps = 1\nconfig = configure(globals())\n")
+    (tmp_path / "file.py").write_text("steps = 2\n")
+
+    def run(*argv):
+        namespace = {"__file__": str(tmp_path / "s.py"), "out_dir": "out", "steps": 1}
+        return configure(namespace, list(argv), takes="out_dir")
+
+    config = run("mine", "--steps", "3")
+    assert (config["out_dir"], config["steps"], config.origin["out_dir"]) == ("mine", 3, "command line")
+    config = run(str(tmp_path / "file.py"), "mine")
+    assert (config["out_dir"], config["steps"]) == ("mine", 2)
+    with pytest.raises(UserError, match="a, b: give one of them"):
+        run("a", "b")
+
+
 def test_file_then_command_line(settings):
     config = settings("--steps=7", file="""
         import time
@@ -147,6 +243,25 @@ def test_file_then_command_line(settings):
     (["--compile=1"], None, "it must be True/False"),
     (["--top_p=x"], None, "it must be float or None"),
     (["--steps"], None, "--steps needs a value"),
+    (["--steps", "--compile"], None, "--steps needs a value"),
+    (["--compile", "0"], None, "it must be True/False: write --compile=False"),
+    (["--compile=yes"], None, "it must be True/False: write --compile=True"),
+    ([], "compile = 1", "it must be True/False: write compile = True"),
+    (["--block_types=spd"], None, """it must be list or None: write --block_types="['spd']*12\""""),
+    (["--block_types=spd,tp"], None, """write --block_types="['spd', 'tp']\""""),
+    (["--block_types=[spd]*6"], None, """write --block_types="['spd']*6\""""),
+    (["--block_types=7"], None, 'write --block_types="[7]"'),
+    ([], "block_types = 'spd'", "write block_types = ['spd']*12"),
+    (["--steps=10k"], None, "it must be int: write --steps=10_000"),
+    (["--steps=10,000"], None, "it must be int: write ten thousand as 10_000 or 1e4"),
+    (["--steps=1e30"], None, "is of type float; it must be int"),
+    (["steps=3"], None, "settings are given as --key=value: --steps=3"),
+    (["--n_epochs", "3"], None, "unknown key 'n_epochs' in the command line"),
+    (["--max_lr", "3"], None, "unknown key 'max_lr'"),
+    (["--output_dir=x"], None, "unknown key 'output_dir' in the command line: here it is 'out_dir'"),
+    (["--checkpoint_dir", "x"], None, "here it is 'out_dir', where results go"),
+    ([], "torch_compile = True", ": here it is 'compile', faster"),
+    (["--num-gpus", "4"], None, ": start N processes with torchrun --standalone --nproc_per_node=N"),
     (["-steps=3"], None, "cannot read argument '-steps=3'"),
     (["no_such.py"], None, "cannot read config file no_such.py"),
     (["steps=3"], None, "settings are given as --key=value"),
@@ -195,6 +310,23 @@ def test_config_file_that_is_not_utf8(settings, tmp_path):
         settings(str(tmp_path / "latin1.py"))
 
 
+def test_names_of_settings_elsewhere():
+    """Each name is of one row, and each row has a setting of a training script."""
+    names = [name for _, elsewhere in ELSEWHERE for name in elsewhere.lower().split()]
+    assert len(names) == len(set(names))
+    scripts = [script_defaults(str(ROOT / f"{name}.py")) for name in ("train", "train_gpt", "sample")]
+    for row, _ in ELSEWHERE:
+        assert any(name in script for name in row.split() for script in scripts), row
+    train = set(scripts[0])
+    for name, here in (("mini_batch_size", "batch_size"), ("max_steps", "max_iters"),
+                       ("seq_len", "block_size"), ("logdir", "out_dir"),
+                       ("grad_accum_steps", "gradient_accumulation_steps")):
+        assert name_here(name, train) == here
+    assert name_here("mini_batch_size", set(scripts[1])) == "device_batch_size"
+    assert name_here("block_size", set(scripts[1])) == "sequence_length"
+    assert name_here("sequence_length", train) == "block_size" and name_here("colour", train) == ""
+
+
 @pytest.mark.parametrize("seed", [-2**63, 0, 2**63 - 1])
 def test_seeds(seed):
     check_seed({"seed": seed})
@@ -221,9 +353,10 @@ def test_nothing_on_the_command_line_is_executed(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_help(settings, capsys):
+@pytest.mark.parametrize("argument", ["--help", "-h", "-help", "-?", "help"])
+def test_help(settings, capsys, argument):
     with pytest.raises(SystemExit) as exit_:
-        settings("--help")
+        settings(argument)
     text = capsys.readouterr().out
     assert exit_.value.code == 0
     for part in ("A script.", "# I/O", "--out_dir='out'", "where results go", "--steps=40", "# model"):

@@ -55,7 +55,7 @@ def test_save_pretrained_without_biases_and_padding(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(model_type="bert"), "model_type='bert'"),
+    (dict(model_type="bert"), "its model_type is 'bert'"),
     (dict(activation_function="relu"), "activation_function='relu'"),
     (dict(scale_attn_weights=False), "scale_attn_weights=False; this model supports only True"),
     (dict(n_layer=1), r"has 12 weights .* such as h\.1\.attn\.c_attn\.bias"),

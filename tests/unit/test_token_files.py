@@ -23,6 +23,7 @@ from data.token_writer import (
 )
 from nanosync import tokenizers
 from nanosync.errors import UserError
+from nanosync.files import decode_text
 from nanosync.token_files import open_tokens, read_meta, split_files
 
 
@@ -237,6 +238,33 @@ def test_char_tokenizer():
     lenient = tokenizers.CharTokenizer("ab" + tokenizers.UNKNOWN)
     assert lenient.encode("axb\U0001f600").tolist() == [0, 2, 1, 2]
     assert tokenizers.from_meta(tokenizer.meta()).chars == "ab é"
+
+
+def test_token_ids_of_an_unknown_tokenizer():
+    tokenizer = tokenizers.from_meta({"tokenizer": "own", "vocab_size": 300})
+    assert isinstance(tokenizer, tokenizers.TokenIds) and tokenizer.vocab_size == 300
+    for text, ids in (("\n", [0]), ("12 7,99\n", [12, 7, 99]), ("", [])):
+        assert tokenizer.encode(text).tolist() == ids
+    assert tokenizer.decode([1, 22]) == "1 22 " == "".join(map(tokenizer.stream(), [1, 22]))
+    for text in ("ROMEO:", "1 -2", "1.5", "9" * 5000):
+        with pytest.raises(UserError, match=r"is unknown here and cannot encode .*: give token ids"):
+            tokenizer.encode(text)
+    for meta in ({"tokenizer": "char", "vocab_size": 3, "chars": "ab"}, {"vocab_size": 3}):
+        with pytest.raises(UserError, match="is unknown or incomplete"):
+            tokenizers.from_meta(meta)
+
+
+@pytest.mark.parametrize("content, text", [
+    (b"\xef\xbb\xbfab", "ab"), (b"a\r\nb\rc\n", "a\nb\nc\n"), (b"", ""), ("é".encode(), "é"),
+    ("ab".encode("utf-16"), None), ("ab".encode("utf-16-be"), None), (b"\xfe\xff", None),
+    (("ab" * 9000).encode("utf-16-le"), None), ("é".encode("latin-1"), None),
+])
+def test_decoding_of_texts(content, text):
+    if text is not None:
+        assert decode_text(content, "my.txt") == text
+    else:
+        with pytest.raises(UserError, match=r"my\.txt is UTF-16, .* iconv|my\.txt: byte 0 is not UTF-8"):
+            decode_text(content, "my.txt")
 
 
 def test_gpt2_tokenizer_streams_whole_characters():

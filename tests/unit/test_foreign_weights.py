@@ -1,0 +1,134 @@
+"""Weights of other programs: sharded Hugging Face folders are read, pickles are named, nanoGPT's are
+converted as docs/coming-from.md says. CPU; seconds.
+
+    python -m pytest tests/unit/test_foreign_weights.py
+"""
+
+import json
+import re
+
+import pytest
+import torch
+from helpers import ROOT, random_model, tokens
+from safetensors.torch import load_file, save_file
+
+import models
+from model import GPT
+from nanosync import checkpoint
+from nanosync.errors import UserError
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A folder with its weights in two files, and the model."""
+    model = random_model(torch.float32).eval()
+    model.save_pretrained(str(tmp_path / "whole"))
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    (folder / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    write_index(folder, {name: file for file, part in parts.items() for name in part})
+    return folder, model, parts
+
+
+def write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_sharded_folder(sharded):
+    folder, model, _ = sharded
+    loaded = GPT.from_pretrained(str(folder))
+    for (name, p), q in zip(model.named_parameters(), loaded.parameters()):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda m: {**m, next(iter(m)): "../a.safetensors"}, "is not the name of a file beside it"),
+    (lambda m: {**m, next(iter(m)): "a.bin"}, "'a.bin' is not the name of a file beside it"),
+    (lambda m: {**m, next(iter(m)): 3}, "3 is not the name of a file beside it"),
+    (lambda m: {**m, "h.9.x": "model-00001-of-00002.safetensors"}, "says that 'h.9.x' is in"),
+    (lambda m: {**m, "h.9.x": "none.safetensors"}, "cannot read .*none.safetensors: No such file"),
+    (lambda m: [1], "is not a list of weights"),
+])
+def test_a_sharded_folder_that_is_malformed(sharded, change, words):
+    folder, _, parts = sharded
+    write_index(folder, change({name: file for file, part in parts.items() for name in part}))
+    with pytest.raises(UserError, match=words) as error:
+        GPT.from_pretrained(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_weight_in_two_files(sharded):
+    folder, _, parts = sharded
+    first, second = parts
+    save_file(load_file(folder / second) | {parts[first][0]: torch.zeros(1)}, folder / second)
+    with pytest.raises(UserError, match="in another file"):
+        GPT.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("path, files, words", [
+    ("out", ["ckpt.pt"], "out/ckpt.pt is a checkpoint of nanoGPT, a pickle, .* docs/coming-from.md"),
+    ("out/ckpt.pt", ["ckpt.pt"], "out/ckpt.pt is a checkpoint of nanoGPT"),
+    ("out", ["config.json", "pytorch_model.bin"], "pytorch_model.bin is a pickle, .* save_pretrained"),
+    ("out", ["config.json", "pytorch_model.bin.index.json"], "is a pickle, .* save_pretrained"),
+    ("out/step_9.pth", ["step_9.pth"], "step_9.pth is a pickle, .* model.safetensors, beside a config.json"),
+    ("out/model.safetensors", ["config.json", "model.safetensors"], "is a file: give its folder"),
+    ("out", ["notes.txt"], "has neither checkpoints .* nor config.json and model.safetensors"),
+    ("gone", [], "'gone' is neither a folder nor one of gpt2"),
+])
+def test_weights_that_are_not_read(tmp_path, monkeypatch, path, files, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    for file in files:
+        (tmp_path / "out" / file).write_text("{}")
+    with pytest.raises(UserError, match=words) as error:
+        models.load_weights(path)
+    assert "\n" not in str(error.value)
+    if files == ["ckpt.pt"]:
+        for find in (checkpoint.find, checkpoint.find_resumed):
+            with pytest.raises(UserError, match="is a checkpoint of nanoGPT"):
+                find(path, "out") if find is checkpoint.find_resumed else find("out")
+
+
+def test_a_folder_of_another_kind_of_model(tmp_path):
+    for kind in ("llama", "gpt_neox", 3):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "hidden_size": 8}))
+        with pytest.raises(UserError, match=f"its model_type is {kind!r}$"):
+            GPT.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("vocab_size, token", [(61, None), (50257, 50256), (50304, None)])
+def test_end_of_text_of_an_exported_model(tmp_path, vocab_size, token):
+    """A model by characters has none: its last character must not end generation."""
+    from transformers import GPT2LMHeadModel
+
+    random_model(torch.float32, vocab_size=vocab_size, n_embd=8, n_layer=1).save_pretrained(str(tmp_path))
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert theirs.config.eos_token_id == token and theirs.generation_config.eos_token_id == token
+    if vocab_size == 61:
+        with torch.no_grad():
+            theirs.transformer.ln_f.bias.copy_(100 * theirs.transformer.wte.weight[60])  # always the last one
+        text = theirs.generate(tokens(1, 4), max_new_tokens=8, do_sample=False)
+        assert text.shape == (1, 12) and (text[0, 4:] == 60).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_of_nanogpt_by_the_documented_lines(tmp_path, monkeypatch, bias):
+    model = random_model(torch.float32, bias=bias).eval()
+    args = {name: getattr(model.config, name)
+            for name in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
+    state = {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}
+    (tmp_path / "out").mkdir()
+    content = {"model": state, "optimizer": {}, "model_args": args, "iter_num": 5,
+               "best_val_loss": torch.tensor(1.5), "config": {"out_dir": "out"}}
+    torch.save(content, tmp_path / "out" / "ckpt.pt")
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "coming-from.md").read_text(), re.DOTALL)[1]
+    exec(code, {})
+    loaded, idx = GPT.from_pretrained("from-nanogpt").eval(), tokens(2, 16)
+    with torch.no_grad():
+        assert torch.allclose(loaded(idx, all_logits=True)[0], model(idx, all_logits=True)[0], atol=1e-6)
