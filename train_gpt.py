@@ -74,7 +74,7 @@ log_interval = 1  # steps between train_loss lines
 save_checkpoint = True  # save at the end, and when interrupted
 checkpoint_interval = 0  # steps between further checkpoints, 0 for none
 keep_checkpoints = 2  # number of checkpoints to keep, the newest; the best is kept as well
-resume = ""  # resume a run: 'latest', 'best', a step, or the path of a checkpoint or of another out_dir
+resume = ""  # 'latest', 'best', a step, a path of a checkpoint or an out_dir; 'auto': 'latest' or a new run
 list_checkpoints = False  # print the checkpoints in out_dir and exit
 # variant=curriculum: attention inside pieces whose length grows, with the same tokens per step
 curriculum_lengths: list | None = None  # e.g. [256, 512, 768, 1024]; None: quarters of sequence_length
@@ -380,7 +380,7 @@ if __name__ == "__main__":
     exit_with_listing(config, kinds)
     if deterministic:
         make_deterministic()
-    processes = start(device, backend, timeout)
+    processes = start(device, backend, timeout, settings=config)
     group, device = processes.group, processes.device
     compute_dtype = pick_dtype(dtype, device)
     if compute_dtype == torch.float16:

@@ -4,8 +4,10 @@ No other module reads torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SI
 `Processes`, a device or a group as an argument. `group=None` means one process and no communication.
 """
 
+import hashlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -32,6 +34,34 @@ def env_rank() -> int:
 
 
 @dataclass(frozen=True)
+class Job:
+    """The torchrun command that started this process; torchrun may start its processes several times."""
+
+    name: str  # rendezvous id, "none" if it has no id of its own
+    launcher: str  # process that started this process: host, process id, start time
+    restarts: int  # number of restarts that torchrun counts on this machine
+
+    @classmethod
+    def of_process(cls) -> "Job | None":
+        """Return the job of this process, None without torchrun."""
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+        if not restarts.isdecimal():
+            return None
+        parent = os.getppid()
+        try:
+            with open(f"/proc/{parent}/stat") as f:  # a process id alone may be used again
+                started = f.read().rpartition(")")[2].split()[19]
+        except (OSError, IndexError):
+            started = "?"
+        return cls(os.environ.get("TORCHELASTIC_RUN_ID") or "none",
+                   f"{socket.gethostname()} {parent} {started}", int(restarts))
+
+    def fields(self) -> dict:
+        """Return the entries of status.json."""
+        return {"job": [self.name, self.launcher]}
+
+
+@dataclass(frozen=True)
 class Processes:
     """The processes of a run, from the view of one process: ranks, sizes, groups and the device."""
 
@@ -53,7 +83,7 @@ class Processes:
 
 
 def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 600.0,
-          tp_processes: int = 1) -> Processes:
+          tp_processes: int = 1, settings: dict | None = None) -> Processes:
     """Choose the device and, under torchrun, join the process group and the two groups of the mesh.
 
     Raises UserError.
@@ -63,6 +93,7 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
     backend: 'auto' (nccl on CUDA, else gloo), or a name for init_process_group.
     timeout_seconds: longest time that a collective waits for other processes, s.
     tp_processes: number of processes that hold one model. There are world_size / tp_processes models.
+    settings: settings of the script, which must be the same on all processes.
     """
     if backend not in ("auto", *BACKENDS):
         raise UserError(f"backend={backend!r} is unknown: use auto, nccl or gloo")
@@ -90,7 +121,27 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
         raise UserError(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:"
                         f"{os.environ['MASTER_PORT']}: {str(e).splitlines()[0]}") from None
     threading.Thread(target=_end_with, args=(os.getppid(),), name="parent watch", daemon=True).start()
+    if settings is not None:
+        check_same_settings(settings, dist.group.WORLD)  # before groups that other settings would not make
     return Processes(*ranks, chosen, dist.group.WORLD, *_mesh(ranks[0], world_size, tp_processes))
+
+
+def check_same_settings(settings: dict, group) -> None:
+    """Raise UserError on all processes if the settings differ between processes, as after a typing error on
+    one of two machines. The index of a device may differ.
+    """
+    own = {name: value.partition(":")[0] if name == "device" else value for name, value in settings.items()}
+    digest = hashlib.sha256(repr(list(own.items())).encode(errors="backslashreplace")).hexdigest()
+    if len(set(all_values(digest, group))) == 1:
+        return
+    first, *others = all_values(own, group)
+    for rank, other in enumerate(others, 1):
+        for name in [*first, *(name for name in other if name not in first)]:
+            # repr, as True == 1
+            values = [repr(of[name]) if name in of else "not a setting" for of in (first, other)]
+            if values[0] != values[1]:
+                raise UserError(f"{name} is {values[0]} on rank 0 and {values[1]} on rank {rank}: use the "
+                                f"same command on all machines")
 
 
 def _end_with(parent: int) -> None:
@@ -122,6 +173,13 @@ def all_data_parallel(processes: Processes) -> Processes:
 def _torchrun_ranks() -> tuple[int, int, int] | None:
     """Return (global rank, world size, local rank), None without torchrun. Raises UserError."""
     if "RANK" not in os.environ:
+        for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+            n = os.environ.get(name, "")
+            if n.isdecimal() and int(n) > 1:
+                launcher = "torchrun --nproc_per_node=GPUS" if name == "WORLD_SIZE" else \
+                    "srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS"
+                raise UserError(f"the environment has {name}={n} but no RANK, so {n} processes would be {n} "
+                                f"runs: start with {launcher}, or unset {name} for a single process")
         return None
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:

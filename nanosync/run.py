@@ -25,17 +25,16 @@ from collections.abc import Callable, Iterator
 import torch
 
 from nanosync import run_dir
-from nanosync.checkpoint import find_resumed
 from nanosync.checkpoint_writer import Saver, snapshot, state_of
 from nanosync.dataloader import DataLoader, DataSet, epoch_messages
-from nanosync.distributed import Processes, agree, all_values, barrier, finish, on_main
+from nanosync.distributed import Job, Processes, agree, all_values, barrier, finish, on_main
 from nanosync.errors import UserError, before_exit
 from nanosync.hardware import environment, peak_flops, peak_memory
 from nanosync.log_sinks import check_installed
 from nanosync.model_kind import ModelKind
 from nanosync.optimizer_state import load_state_by_name
 from nanosync.random_states import resume_random_states, seed_random_states
-from nanosync.resuming import check_kind, check_same_data, load_scaler, resume_of, take_settings
+from nanosync.resuming import check_kind, check_same_data, find_checkpoint, load_scaler, take_settings
 from nanosync.signals import StopSignal
 from nanosync.training_logger import Stopwatch, TrainingLogger
 
@@ -61,8 +60,7 @@ class Run:
             check_installed(config.get("use_tensorboard", False), config.get("wandb_log", False))
             self.on_main(lambda: run_dir.check_out_dir(out_dir))
             self._lock = self.on_main(lambda: run_dir.lock(out_dir, make=False))  # until the process ends
-        resume = resume_of(config)
-        self.resumed = find_resumed(resume, out_dir, self.line, processes.group, kinds) if resume else None
+        self.resumed, self.restarted = find_checkpoint(config, processes, self.line, kinds)
         if self.resumed is not None:
             check_kind(self.resumed, kinds, own)
             take_settings(config, self.resumed, kinds)
@@ -73,6 +71,8 @@ class Run:
         self.step = self.first_step = 0
         self.best_val_loss, self.val_loss = math.inf, None  # val_loss: of this step, if measured
         self.stopping, self.status = False, "finished"
+        job, self._extra_status = Job.of_process(), dict
+        self._job = {} if job is None else job.fields()
         self.sample, self.was_evaluated, self._skipped, self._stop_reason = 0, False, False, None
 
     def on_main(self, function):
@@ -260,7 +260,7 @@ class Run:
 
     def write_status(self, status: str) -> None:
         self.log.status(status, self.step, max_iters=self.last_step, best_val_loss=self.best_val_loss,
-                        **self._extra_status())
+                        **self._extra_status(), **self._job)
 
     def _close(self, status: str) -> None:
         """Wait for the pending checkpoint, and close the logs; also called if an error ends the run."""

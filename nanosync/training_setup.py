@@ -45,7 +45,7 @@ def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallel
     if config["deterministic"]:
         make_deterministic()
     tp_processes, total = config["tp_processes"], config["gradient_accumulation_steps"]
-    processes = start(config["device"], config["backend"], config["timeout"], tp_processes)
+    processes = start(config["device"], config["backend"], config["timeout"], tp_processes, config)
     parallel = parallelism_of(config, processes, pick_dtype(config["dtype"], processes.device))
     if config["compile"]:
         check_compile(processes.device)
