@@ -166,7 +166,7 @@ for it in run.iterations():
     if run.due(eval_interval):
         losses = setup.estimate_losses(run, model, autocast)
         run.evaluated(losses, lr)
-        if it >= stop_step and losses["val"] > stop_loss:
+        if losses and it >= stop_step and losses["val"] > stop_loss:
             run.stop(f"stopped: val loss {losses['val']:.4f} at step {it} is above {stop_loss} ({stop_if=})")
     if due := [evaluation for evaluation in evaluations if run.due(evaluation.interval)]:
         with autocast:

@@ -291,6 +291,14 @@ def agree(loss_sum: torch.Tensor, norm: torch.Tensor, stop: bool, processes: Pro
     return loss / processes_per_model, norms / processes.world_size, stops > 0
 
 
+def any_process(flag: bool, device: torch.device, group) -> bool:
+    """Return True if the flag is True on any process of the group. Waits for the device if there is a
+    group."""
+    if group is None:
+        return flag
+    return all_reduce_sum(torch.full((), float(flag), device=device), group).item() > 0
+
+
 def barrier(group) -> None:
     if group is not None:
         dist.barrier(group=group)

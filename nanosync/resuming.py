@@ -29,6 +29,20 @@ def resume_of(config: Config) -> str:
     return resume
 
 
+def start_from(config: Config, processes: Processes, say, kinds: dict[str, ModelKind], own: tuple[str, ...]
+               ) -> tuple[Checkpoint | None, bool]:
+    """Find the checkpoint that a run resumes, take its settings and print its progress.
+
+    Return the same as find_checkpoint. Raises UserError. own: names of the kinds that the script trains.
+    """
+    resumed, restarted = find_checkpoint(config, processes, say, kinds)
+    if resumed is not None:
+        check_kind(resumed, kinds, own)
+        take_settings(config, resumed, kinds)
+        say(f"resuming from {resumed.path}: {progress_of(resumed)}")
+    return resumed, restarted
+
+
 def find_checkpoint(config: Config, processes: Processes, say, kinds: dict[str, ModelKind]
                     ) -> tuple[Checkpoint | None, bool]:
     """Find the checkpoint that a run resumes; return (checkpoint or None, True after a restart by torchrun).
@@ -130,6 +144,15 @@ def take_values(config: Config, values: dict, path: str, names: tuple[str, ...])
                             f"{hint}")
         if not config.origin[name]:
             config[name], config.origin[name] = value, "checkpoint"
+
+
+def progress_of(resumed: Checkpoint) -> str:
+    """Return a text with the step, the epoch and the val loss of a checkpoint."""
+    state = resumed.state
+    name, loss = "val loss", state["val_loss"]
+    if loss is None:  # no evaluation at this step
+        name, loss = "best val loss", state["best_val_loss"]
+    return f"step {resumed.step}, epoch {state['epoch']}, {name} {'n/a' if loss is None else f'{loss:.4f}'}"
 
 
 def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict,

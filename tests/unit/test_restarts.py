@@ -19,7 +19,7 @@ ONE = Processes(0, 1, 0, torch.device("cpu"), None)
 
 
 def config_of(out_dir, **values):
-    origin = {name: "command line" for name in values}
+    origin = dict.fromkeys(values, "command line")
     values = {"out_dir": str(out_dir), "resume": "", "init_from": "scratch", **values}
     return Config(values, dict.fromkeys(values, "") | origin)
 
@@ -67,7 +67,8 @@ def test_auto_does_not_contradict_init_from():
 
 @pytest.mark.parametrize("run_id", ["none", "23f1"])
 @pytest.mark.parametrize("values", [{}, {"resume": "5"}, {"init_from": "gpt2"}, {"resume": "latest"}])
-def test_restart_resumes_the_newest_checkpoint_whatever_the_settings_say(tmp_path, monkeypatch, run_id, values):
+def test_restart_resumes_the_newest_checkpoint_whatever_the_settings_say(tmp_path, monkeypatch,
+                                                                         run_id, values):
     out = tmp_path / "out"
     for step in (5, 10):
         save_random_model(out, step)
@@ -99,7 +100,7 @@ def test_restart_before_the_first_checkpoint_follows_the_settings(tmp_path, monk
         find(tmp_path / "out", resume="latest")
 
 
-@pytest.mark.parametrize("text", ["", "[", "null", "[]", '{"job": 1}', '{"job": ["a"]}', '{"status": "running"}'])
+@pytest.mark.parametrize("text", ["", "[", "null", "[]", '{"job": 1}', '{"job": ["a"]}', '{"status": "x"}'])
 def test_status_without_a_job(tmp_path, text):
     (tmp_path / "status.json").write_text(text)
     assert run_dir.job_in(str(tmp_path)) is None
