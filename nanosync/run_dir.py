@@ -149,7 +149,8 @@ def open_out_dir(run, held: int | None, source: str | None) -> int:
     make_room(out_dir, run.resumed, run.line, run.restarted)
     run.log.open_files(out_dir, config, run.environment,
                        run.first_step if run.continues or run.restarted else None, run.was_evaluated,
-                       config.get("use_tensorboard", False))
+                       config.get("use_tensorboard", False),
+                       epoch=0 if run.resumed is None else run.resumed.state["epoch"])
     run.write_status("running")  # names the job from here on
     if source is not None:
         run.log.source(source)
