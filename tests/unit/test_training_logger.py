@@ -165,7 +165,8 @@ def test_a_resumed_run_goes_on_in_its_log(tmp_path, evaluated, killed):
 
 @pytest.mark.parametrize("line, step, evaluated, epoch, stays", [
     ("iter 7: loss 3.1, lr 1e-3", 8, True, 0, True), ("iter 8: loss 3.1", 8, True, 0, False),
-    ("step 8: train loss 3.1, val loss 3.2", 8, True, 0, True), ("step 8: train loss 3.1", 8, False, 0, False),
+    ("step 8: train loss 3.1, val loss 3.2", 8, True, 0, True),
+    ("step 8: train loss 3.1", 8, False, 0, False),
     ("step 9: HellaSwag acc 0.2", 8, True, 0, False), ("step:8/20 val_loss:3.1", 8, True, 0, True),
     ("step:8/20 val_loss:3.1", 8, False, 0, False), ("step:8/20 train_loss:3.1", 8, False, 0, True),
     ("step:9/20 train_loss:3.1", 8, True, 0, False), ("saved checkpoint a b/step-00000008", 8, True, 0, True),
@@ -199,8 +200,8 @@ def test_a_file_that_is_deleted_is_written_anew(tmp_path, capsys, name):
     path.write_bytes(b"of another program\n")
     log.iteration(6, 3.0, 1e-3, 0.5, 0.25, 1000, None, 0)
     log.close()
-    assert path.read_bytes().startswith(b"of another program\n") and (tmp_path / "moved").read_bytes() == after
-    assert [e["step"] for e in read_log(str(tmp_path)) if e["event"] == "iter"] == list(range(7)) or "run" in name
+    assert path.read_bytes().startswith(b"of another program\n")
+    assert (tmp_path / "moved").read_bytes() == after
 
 
 def test_a_folder_that_is_deleted_comes_back(tmp_path):
