@@ -11,11 +11,13 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from nanosync.errors import UserError
 from nanosync.hardware import pick_device
@@ -115,7 +117,11 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
     if not getattr(dist, f"is_{backend}_available")():
         raise UserError(f"backend={backend!r} is not built into this PyTorch: use --backend=auto")
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds),
+        limit = timedelta(seconds=timeout_seconds)
+        store, *_ = next(rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        store = fresh_store(store, ranks[0], world_size, timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=ranks[0], world_size=world_size, timeout=limit,
                                 device_id=chosen if backend == "nccl" else None)
     except (dist.DistError, ValueError) as e:  # a network error, or a malformed address in the environment
         raise UserError(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:"
@@ -124,6 +130,34 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
     if settings is not None:
         check_same_settings(settings, dist.group.WORLD)  # before groups that other settings would not make
     return Processes(*ranks, chosen, dist.group.WORLD, *_mesh(ranks[0], world_size, tp_processes))
+
+
+def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
+    """Return the store of a process group with a prefix that no earlier start of the job has used.
+
+    torchrun keeps its store when it restarts processes, and a process that reads an address of an earlier
+    start connects to nothing. Restart counts differ between machines. So rank 0 draws the prefix, and answers
+    the newest greeting of each process until the process has taken the prefix. Raises UserError.
+    """
+    token, end = uuid.uuid4().hex, time.monotonic() + timeout
+    if rank > 0:
+        store.set(f"greeting/{rank}", token)
+        prefix = store.get(f"prefix/{token}").decode()
+        store.set(f"taken/{prefix}/{rank}", "")
+        return dist.PrefixStore(prefix, store)
+    answered, missing = {}, set(range(1, world_size))
+    while missing := {other for other in missing if not store.check([f"taken/{token}/{other}"])}:
+        for other in missing:
+            if store.check([f"greeting/{other}"]):
+                greeting = store.get(f"greeting/{other}").decode()
+                if answered.get(other) != greeting:
+                    store.set(f"prefix/{greeting}", token)
+                    answered[other] = greeting
+        if time.monotonic() > end:
+            raise UserError(f"rank {min(missing)} of {world_size} has not started after {timeout:g} s: start "
+                            f"all machines, or give them more time with --timeout=...")
+        time.sleep(0.005)
+    return dist.PrefixStore(token, store)
 
 
 def check_same_settings(settings: dict, group) -> None:

@@ -4,7 +4,7 @@
 
 A run is killed once, or as often as --per_run says, and compared with an unbroken run: weights, moments and
 random states of its last checkpoint bit for bit, every loss to the last bit, and each step once in log.txt.
-tests/processes/test_restarts.py does a part of it.
+tests/processes/test_killed_ranks.py does a part of it.
 """
 
 import argparse

@@ -5,14 +5,17 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import damage_flip, save_random_model, settings_error
 
 from configurator import Config
 from nanosync import resuming, run_dir
-from nanosync.distributed import Job, Processes
+from nanosync.distributed import Job, Processes, fresh_store
 from nanosync.errors import UserError
 
 ONE = Processes(0, 1, 0, torch.device("cpu"), None)
@@ -115,3 +118,26 @@ def test_restart_moves_nothing_of_its_own_run(tmp_path):
     assert len(os.listdir(tmp_path)) == 3
     run_dir.make_room(str(tmp_path), None, print)
     assert [name[:8] for name in os.listdir(tmp_path)] == ["earlier-"]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_processes_meet_in_a_store_that_has_traces_of_earlier_starts(first):
+    """Three starts; in the first two of them a process died on the way. Whichever process is first."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=60))
+    for died in ("greeting", "address", None):
+        if died == "greeting":
+            store.set("greeting/1", "of a process that died")
+            store.set("greeting/2", "another")
+            continue
+        with ThreadPoolExecutor() as pool:
+            starts = [pool.submit(fresh_store, store, rank, 3, 60.0) for rank in (first, 2, 1 - first)]
+        stores = [start.result() for start in starts]
+        assert not any(own.check(["address"]) for own in stores)
+        stores[0].set("address", "x")
+        assert all(own.check(["address"]) for own in stores)
+
+
+def test_process_that_does_not_start_is_named():
+    with pytest.raises(UserError, match="rank 1 of 2 has not started after"):
+        fresh_store(dist.HashStore(), 0, 2, 0.01)

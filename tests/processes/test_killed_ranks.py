@@ -1,7 +1,7 @@
 """Runs that continue by themselves: a rank is killed under torchrun, a scheduler warns. Real processes; a
 part of tests/restarts.py, which has the loop.
 
-    python -m pytest tests/processes/test_restarts.py
+    python -m pytest tests/processes/test_killed_ranks.py
 """
 
 import json
