@@ -43,7 +43,7 @@ always_save_checkpoint = True  # save at every evaluation; False: only if the va
 checkpoint_interval = 250  # iterations between further checkpoints, 0 for none
 keep_checkpoints = 10  # number of checkpoints to keep, the newest; the best is kept as well
 init_from = "scratch"  # 'scratch', 'resume', 'gpt2', ..., 'gpt2-xl', or a folder of weights, also an out_dir
-resume = ""  # resume a run: 'latest', 'best', a step, or the path of a checkpoint or of another out_dir
+resume = ""  # 'latest', 'best', a step, a path of a checkpoint or an out_dir; 'auto': 'latest' or a new run
 list_checkpoints = False  # print the checkpoints in out_dir and exit
 # monitoring; log.txt and run_<time>.jsonl in out_dir are always written
 sample_interval = 0  # iterations between generated samples of text, 0 for none

@@ -74,7 +74,7 @@ log_interval = 1  # steps between train_loss lines
 save_checkpoint = True  # save at the end, and when interrupted
 checkpoint_interval = 0  # steps between further checkpoints, 0 for none
 keep_checkpoints = 2  # number of checkpoints to keep, the newest; the best is kept as well
-resume = ""  # resume a run: 'latest', 'best', a step, or the path of a checkpoint or of another out_dir
+resume = ""  # 'latest', 'best', a step, a path of a checkpoint or an out_dir; 'auto': 'latest' or a new run
 list_checkpoints = False  # print the checkpoints in out_dir and exit
 # variant=curriculum: attention inside pieces whose length grows, with the same tokens per step
 curriculum_lengths: list | None = None  # e.g. [256, 512, 768, 1024]; None: quarters of sequence_length
@@ -386,7 +386,7 @@ if __name__ == "__main__":
     exit_with_listing(config, kinds)
     if deterministic:
         make_deterministic()
-    processes = start(device, backend, timeout)
+    processes = start(device, backend, timeout, settings=config)
     group, device = processes.group, processes.device
     compute_dtype = pick_dtype(dtype, device)
     if compute_dtype == torch.float16:
@@ -469,11 +469,12 @@ if __name__ == "__main__":
             loss_of(zeros, zeros.clone(), plan).backward()  # clone: x = y would trace another graph
         model.zero_grad(set_to_none=True)
 
-    def run_evaluation() -> float:
-        """Compute the mean loss of the first val_tokens tokens of the val split."""
+    def run_evaluation() -> float | None:
+        """Compute the mean loss of the first val_tokens tokens of the val split, None if asked to stop."""
         batches = evaluation_batches(data.val, val_windows, device_batch_size, device, processes.rank,
                                      processes.world_size, spread=False)
-        return evaluate(lambda x, y: (None, loss_of(x, y, schedule.full)), batches, group)
+        return evaluate(lambda x, y: (None, loss_of(x, y, schedule.full)), batches, group,
+                        run.stop_anywhere)
 
     # training loop
     loader = DataLoader(data.train, device_batch_size, micro_steps, architecture.vocab_size, seed, device,
@@ -496,8 +497,13 @@ if __name__ == "__main__":
         if clock.problem:
             run.fail(clock.problem, "no checkpoint has the weights after it")
         run.stopping = clock.stop_asked and not last
+        measured = None
         if run.due(val_loss_every) or last:
-            val_loss, val_step = run_evaluation(), step
+            if step == run.first_step:  # nothing is on the screen yet that moves
+                run.line(f"evaluating on {val_windows * sequence_length:,} tokens")
+            measured = run_evaluation()
+        if measured is not None:
+            val_loss, val_step = measured, step
             clock.report(f"val_loss:{val_loss:.4f}", step)
             run.log.event("eval", step=step, train_loss=clock.train_loss, val_loss=val_loss, lr=lr,
                           **clock.timing(step))

@@ -52,7 +52,7 @@ always_save_checkpoint = True  # save at every evaluation; False: only if the va
 checkpoint_interval = 250  # iterations between further checkpoints, 0 for none
 keep_checkpoints = 10  # number of checkpoints to keep, the newest; the best is kept as well
 init_from = "scratch"  # 'scratch', 'resume', 'gpt2', ..., 'gpt2-xl', or a folder of weights, also an out_dir
-resume = ""  # resume a run: 'latest', 'best', a step, or the path of a checkpoint or of another out_dir
+resume = ""  # 'latest', 'best', a step, a path of a checkpoint or an out_dir; 'auto': 'latest' or a new run
 list_checkpoints = False  # print the checkpoints in out_dir and exit
 # monitoring; log.txt and run_<time>.jsonl in out_dir are always written
 sample_interval = 0  # iterations between generated samples of text, 0 for none
@@ -118,7 +118,7 @@ def check_settings(config: dict) -> None:
     setup.check_training_settings(config)
     parse_stop_if(config["stop_if"])
     strategy = config["sync_strategy"]
-    if config.origin["layers_per_group"] and strategy != "grouped" and not resume_of(config):
+    if config.origin["layers_per_group"] and strategy != "grouped" and resume_of(config) in ("", "auto"):
         raise UserError(f"layers_per_group={config['layers_per_group']} is for sync_strategy='grouped', "
                         f"but sync_strategy is {strategy!r}: leave layers_per_group out")
 
@@ -166,7 +166,7 @@ for it in run.iterations():
     if run.due(eval_interval):
         losses = setup.estimate_losses(run, model, autocast)
         run.evaluated(losses, lr)
-        if it >= stop_step and losses["val"] > stop_loss:
+        if losses and it >= stop_step and losses["val"] > stop_loss:
             run.stop(f"stopped: val loss {losses['val']:.4f} at step {it} is above {stop_loss} ({stop_if=})")
     if due := [evaluation for evaluation in evaluations if run.due(evaluation.interval)]:
         with autocast:

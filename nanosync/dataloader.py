@@ -16,7 +16,7 @@ B = sequences of a micro-batch, T = block_size.
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,6 +185,7 @@ def epoch_messages(split: Split, before: int, now: int) -> list[str]:
         messages.append(f"Completed epoch {epoch}")
         if FORMATS[split.kind].ordered:
             messages.append(f"Shuffled {len(split.files)} training shards for epoch {epoch + 1}")
+        messages.append(f"Starting epoch {epoch + 1}")
     return messages
 
 
@@ -310,10 +311,12 @@ def evaluation_batches(split: Split, n_windows: int, batch_size: int, device: to
 
 
 @torch.no_grad()
-def evaluate(model, batches, group=None) -> float:
-    """Return the mean loss over all targets of all batches of all processes of the group.
+def evaluate(model, batches, group=None, stop: Callable[[], bool] | None = None) -> float | None:
+    """Return the mean loss over all targets of all batches of all processes of the group, None if stop()
+    returned True.
 
     model: function (x, y) -> (anything, mean loss). batches: this process's share, see evaluation_batches.
+    stop: function that all processes call after every batch, with the same result.
     """
     total = 0.0
     for x, y in batches:
@@ -321,5 +324,7 @@ def evaluate(model, batches, group=None) -> float:
         count = (y != -1).sum().to(exact)
         _, loss = model(x, y)
         total = total + torch.stack((torch.where(count > 0, loss.to(exact) * count, 0.0), count))
+        if stop is not None and stop():
+            return None
     loss_sum, count = all_reduce_sum(total, group).tolist()
     return loss_sum / count

@@ -4,16 +4,20 @@ No other module reads torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SI
 `Processes`, a device or a group as an argument. `group=None` means one process and no communication.
 """
 
+import hashlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+import uuid
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from nanosync.errors import UserError
 from nanosync.hardware import pick_device
@@ -29,6 +33,34 @@ def env_rank() -> int:
     """
     rank = os.environ.get("RANK", "")
     return int(rank) if rank.isdecimal() else 0  # `start` raises the error for a malformed RANK
+
+
+@dataclass(frozen=True)
+class Job:
+    """The torchrun command that started this process; torchrun may start its processes several times."""
+
+    name: str  # rendezvous id, "none" if it has no id of its own
+    launcher: str  # process that started this process: host, process id, start time
+    restarts: int  # number of restarts that torchrun counts on this machine
+
+    @classmethod
+    def of_process(cls) -> "Job | None":
+        """Return the job of this process, None without torchrun."""
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+        if not restarts.isdecimal():
+            return None
+        parent = os.getppid()
+        try:
+            with open(f"/proc/{parent}/stat") as f:  # a process id alone may be used again
+                started = f.read().rpartition(")")[2].split()[19]
+        except (OSError, IndexError):
+            started = "?"
+        return cls(os.environ.get("TORCHELASTIC_RUN_ID") or "none",
+                   f"{socket.gethostname()} {parent} {started}", int(restarts))
+
+    def fields(self) -> dict:
+        """Return the entries of status.json."""
+        return {"job": [self.name, self.launcher]}
 
 
 @dataclass(frozen=True)
@@ -53,7 +85,7 @@ class Processes:
 
 
 def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 600.0,
-          tp_processes: int = 1) -> Processes:
+          tp_processes: int = 1, settings: dict | None = None) -> Processes:
     """Choose the device and, under torchrun, join the process group and the two groups of the mesh.
 
     Raises UserError.
@@ -63,6 +95,7 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
     backend: 'auto' (nccl on CUDA, else gloo), or a name for init_process_group.
     timeout_seconds: longest time that a collective waits for other processes, s.
     tp_processes: number of processes that hold one model. There are world_size / tp_processes models.
+    settings: settings of the script, which must be the same on all processes.
     """
     if backend not in ("auto", *BACKENDS):
         raise UserError(f"backend={backend!r} is unknown: use auto, nccl or gloo")
@@ -84,13 +117,65 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
     if not getattr(dist, f"is_{backend}_available")():
         raise UserError(f"backend={backend!r} is not built into this PyTorch: use --backend=auto")
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds),
+        limit = timedelta(seconds=timeout_seconds)
+        store, *_ = next(rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        store = fresh_store(store, ranks[0], world_size, timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=ranks[0], world_size=world_size, timeout=limit,
                                 device_id=chosen if backend == "nccl" else None)
     except (dist.DistError, ValueError) as e:  # a network error, or a malformed address in the environment
         raise UserError(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:"
                         f"{os.environ['MASTER_PORT']}: {str(e).splitlines()[0]}") from None
     threading.Thread(target=_end_with, args=(os.getppid(),), name="parent watch", daemon=True).start()
+    if settings is not None:
+        check_same_settings(settings, dist.group.WORLD)  # before groups that other settings would not make
     return Processes(*ranks, chosen, dist.group.WORLD, *_mesh(ranks[0], world_size, tp_processes))
+
+
+def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
+    """Return the store of a process group with a prefix that no earlier start of the job has used.
+
+    torchrun keeps its store when it restarts processes, and a process that reads an address of an earlier
+    start connects to nothing. Restart counts differ between machines. So rank 0 draws the prefix, and answers
+    the newest greeting of each process until the process has taken the prefix. Raises UserError.
+    """
+    token, end = uuid.uuid4().hex, time.monotonic() + timeout
+    if rank > 0:
+        store.set(f"greeting/{rank}", token)
+        prefix = store.get(f"prefix/{token}").decode()
+        store.set(f"taken/{prefix}/{rank}", "")
+        return dist.PrefixStore(prefix, store)
+    answered, missing = {}, set(range(1, world_size))
+    while missing := {other for other in missing if not store.check([f"taken/{token}/{other}"])}:
+        for other in missing:
+            if store.check([f"greeting/{other}"]):
+                greeting = store.get(f"greeting/{other}").decode()
+                if answered.get(other) != greeting:
+                    store.set(f"prefix/{greeting}", token)
+                    answered[other] = greeting
+        if time.monotonic() > end:
+            raise UserError(f"rank {min(missing)} of {world_size} has not started after {timeout:g} s: start "
+                            f"all machines, or give them more time with --timeout=...")
+        time.sleep(0.005)
+    return dist.PrefixStore(token, store)
+
+
+def check_same_settings(settings: dict, group) -> None:
+    """Raise UserError on all processes if the settings differ between processes, as after a typing error on
+    one of two machines. The index of a device may differ.
+    """
+    own = {name: value.partition(":")[0] if name == "device" else value for name, value in settings.items()}
+    digest = hashlib.sha256(repr(list(own.items())).encode(errors="backslashreplace")).hexdigest()
+    if len(set(all_values(digest, group))) == 1:
+        return
+    first, *others = all_values(own, group)
+    for rank, other in enumerate(others, 1):
+        for name in [*first, *(name for name in other if name not in first)]:
+            # repr, as True == 1
+            values = [repr(of[name]) if name in of else "not a setting" for of in (first, other)]
+            if values[0] != values[1]:
+                raise UserError(f"{name} is {values[0]} on rank 0 and {values[1]} on rank {rank}: use the "
+                                f"same command on all machines")
 
 
 def _end_with(parent: int) -> None:
@@ -122,6 +207,13 @@ def all_data_parallel(processes: Processes) -> Processes:
 def _torchrun_ranks() -> tuple[int, int, int] | None:
     """Return (global rank, world size, local rank), None without torchrun. Raises UserError."""
     if "RANK" not in os.environ:
+        for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+            n = os.environ.get(name, "")
+            if n.isdecimal() and int(n) > 1:
+                launcher = "torchrun --nproc_per_node=GPUS" if name == "WORLD_SIZE" else \
+                    "srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS"
+                raise UserError(f"the environment has {name}={n} but no RANK, so {n} processes would be {n} "
+                                f"runs: start with {launcher}, or unset {name} for a single process")
         return None
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
@@ -231,6 +323,14 @@ def agree(loss_sum: torch.Tensor, norm: torch.Tensor, stop: bool, processes: Pro
     loss, norms, stops = report.tolist()
     processes_per_model = processes.world_size // processes.dp_size  # each has the whole loss of its model
     return loss / processes_per_model, norms / processes.world_size, stops > 0
+
+
+def any_process(flag: bool, device: torch.device, group) -> bool:
+    """Return True if the flag is True on any process of the group. Waits for the device if there is a
+    group."""
+    if group is None:
+        return flag
+    return all_reduce_sum(torch.full((), float(flag), device=device), group).item() > 0
 
 
 def barrier(group) -> None:

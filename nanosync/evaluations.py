@@ -23,15 +23,18 @@ class Evaluation:
 
 
 def _samples(run: Run, data: DataSet) -> Evaluation:
-    """Prepare to print text that the model generates after sample_prompt. DDP rank 0 generates."""
+    """Prepare to print text that the model generates after sample_prompt. DDP rank 0 generates. A stop
+    request takes effect between tokens."""
     config, tokenizer = run.config, tokenizers.from_meta(data.meta)
     if len(tokenizer.encode(config["sample_prompt"])) == 0:
         raise UserError("sample_prompt is empty: give at least one character")
 
     def sample(model) -> None:
+        text = None
         if run.processes.dp_rank == 0:
             text = sample_text(model, tokenizer, config["sample_prompt"], config["sample_tokens"],
-                               config["seed"])
+                               config["seed"], lambda: run.asked_to_stop(run.processes.tp_group))
+        if not run.stop_anywhere() and text is not None:
             run.log.sample(run.step, text)
 
     return Evaluation(config["sample_interval"], lambda model: None, sample)

@@ -56,10 +56,12 @@ class Sampling:
 
 
 @torch.no_grad()
-def sample_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int) -> str:
+def sample_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int, stop=lambda: False) -> str:
     """Return the prompt and the text that a model generates after it during training.
 
     Keeps all random states and the model's mode. The caller chooses the autocast.
+
+    stop: function that is called after every token; the text ends there if it returns True.
     """
     device, training = model.lm_head.weight.device, model.training
     idx = torch.tensor(tokenizer.encode(prompt).astype("int64"), device=device)[None]
@@ -67,10 +69,13 @@ def sample_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int) -
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         model.eval()
-        tokens = model.generate(idx, max_new_tokens, temperature=0.8,
-                                top_k=min(200, model.config.used_vocab_size))
+        decoder = model.decoder(1, temperature=0.8, top_k=min(200, model.config.used_vocab_size))
+        for all_tokens, n in decoder.run(idx, max_new_tokens):
+            idx = all_tokens[:, :n + 1]
+            if stop():
+                break
         model.train(training)
-    return tokenizer.decode(tokens[0].tolist())
+    return tokenizer.decode(idx[0].tolist())
 
 
 class Decoder:

@@ -37,7 +37,6 @@ FOLDER = os.path.join(ROOT, "data", "hellaswag")
 VOCAB_SIZES = range(GPT2Tokenizer.vocab_size, 50304 + 1)  # from GPT-2's to nanoGPT's, which has padding rows
 LENGTH_STEP = 32  # T is a multiple of LENGTH_STEP, or block_size, as PyTorch caches kernels for each shape
 HEAD_ROWS = 1024  # positions whose logits are in memory at a time
-STOP_EVERY = 8  # batches between two checks for a stop request
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +174,7 @@ def accuracy(model, examples: list[Example], batch_size: int, device: torch.devi
     batch_size: examples of a batch, 4 rows each.
     rank, world_size, group: DDP rank of this process, number of DDP ranks, and their group. The processes of
         one model evaluate the same examples.
-    stop: function that all processes call after every STOP_EVERY batches, with the same result.
+    stop: function that all processes call after every batch, with the same result.
     progress: function of (examples done, examples), called after every batch.
     """
     check_lengths(examples, model.config.block_size)
@@ -192,7 +191,7 @@ def accuracy(model, examples: list[Example], batch_size: int, device: torch.devi
                 correct += count_correct(model, batch, device)
             if progress is not None:
                 progress(min((i + 1) * world_size * batch_size, n), n)
-            if stop is not None and i % STOP_EVERY == STOP_EVERY - 1 and stop():
+            if stop is not None and stop():
                 return None
     finally:
         model.train(was_training)

@@ -114,11 +114,12 @@ class _Console:
 class _File:
     """A file that grows by whole lines or records.
 
-    On a full disk the data waits and is written with the next data. Only opening the file raises OSError.
+    On a full disk the data waits and is written with the next data. A file that is deleted meanwhile is
+    written anew, with all its content. Only opening the file raises OSError.
     """
 
     def __init__(self, path: str, warn):
-        self.path, self._warn = path, warn
+        self.path, self._warn, self._say = path, warn, warn
         self._waiting = collections.deque(maxlen=BACKLOG)
         self._file = open(path, "ab+", buffering=0)
         self._end = self._size()
@@ -129,14 +130,44 @@ class _File:
     def _size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
 
+    def _is_gone(self) -> bool:
+        """Return True if the path does not lead to the open file any more."""
+        here = os.fstat(self._file.fileno())
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            return True
+        except OSError:  # an error of the file system, which may pass
+            return False
+        return (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino)
+
+    def _write_anew(self) -> None:
+        """Copy the content of the open file, which has no name any more, to a new file. Raises OSError."""
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        new = open(self.path, "ab+", buffering=0)
+        try:
+            if os.fstat(new.fileno()).st_size == 0:  # else another program has put its own file there
+                self._file.seek(0)
+                while piece := self._file.read(2**20):
+                    if new.write(piece) < len(piece):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            new.truncate(0)
+            new.close()
+            raise
+        self._file.close()
+        self._file = new
+        self._say(f"warning: {self.path} was deleted or replaced: it is written anew")
+
     def write(self, data: bytes) -> None:
         again = bool(self._waiting)
         self._waiting.append(data)
         try:
             if again:
                 self._file.truncate(self._end)  # remove a line that was written in part
-            else:
-                self._end = self._size()
+            if self._is_gone():
+                self._write_anew()
+            self._end = self._size()
             data = memoryview(b"".join(self._waiting))
             written = 0
             while written < len(data):

@@ -5,7 +5,9 @@ import math
 import torch
 
 from configurator import Config, check_type
-from nanosync.checkpoint import UNREADABLE, Checkpoint
+from nanosync import run_dir
+from nanosync.checkpoint import UNREADABLE, Checkpoint, find, find_resumed, steps_in
+from nanosync.distributed import Job, Processes, all_values, on_main
 from nanosync.errors import UserError, shown
 from nanosync.model_kind import ModelKind, model_config
 
@@ -15,15 +17,81 @@ def resume_of(config: Config) -> str:
 
     It is the setting `resume`, or 'latest' for nanoGPT's init_from='resume'. An init_from in a config file
     applies to the first start only, so that the same command can resume the run. Raises UserError if
-    init_from and `resume` are both on the command line, because they contradict each other.
+    init_from and `resume` are both on the command line, because they contradict each other. With
+    resume='auto' they do not: without a checkpoint the run starts from init_from.
     """
     resume, init_from = config["resume"], config.get("init_from", "scratch")
     if init_from == "resume":
-        return resume or "latest"
+        return "latest" if resume in ("", "auto") else resume
+    if resume == "auto":
+        return resume
     if resume and "init_from" in config and config.origin["init_from"] == "command line":
         raise UserError(f"init_from={init_from!r} starts a new run and resume={resume!r} resumes one: "
                         f"leave one of them out")
     return resume
+
+
+def start_from(config: Config, processes: Processes, say, kinds: dict[str, ModelKind], own: tuple[str, ...]
+               ) -> tuple[Checkpoint | None, bool]:
+    """Find the checkpoint that a run resumes, take its settings and print its progress.
+
+    Return the same as find_checkpoint. Raises UserError. own: names of the kinds that the script trains.
+    """
+    resumed, restarted = find_checkpoint(config, processes, say, kinds)
+    if resumed is not None:
+        check_kind(resumed, kinds, own)
+        take_settings(config, resumed, kinds)
+        say(f"resuming from {resumed.path}: {progress_of(resumed)}")
+    return resumed, restarted
+
+
+def find_checkpoint(config: Config, processes: Processes, say, kinds: dict[str, ModelKind]
+                    ) -> tuple[Checkpoint | None, bool]:
+    """Find the checkpoint that a run resumes; return (checkpoint or None, True after a restart by torchrun).
+
+    After a restart it is the newest valid checkpoint in out_dir, whatever the settings say. The settings
+    apply if out_dir has no valid checkpoint. All processes must call this function. Raises UserError.
+
+    say: function that prints a line. kinds: see open_checkpoint.
+    """
+    resume, out_dir, group = resume_of(config), config["out_dir"], processes.group
+    restarted = not config.get("eval_only", False) and is_restart(out_dir, group)
+    if restarted:
+        say(f"restarted by torchrun: the run in {out_dir} continues")
+    if restarted or resume == "auto":
+        found = on_main(lambda: _newest(out_dir, say, kinds), group)
+        if found is not None or resume in ("", "auto"):
+            return found, restarted
+    return find_resumed(resume, out_dir, say, group, kinds) if resume else None, restarted
+
+
+def is_restart(out_dir: str, group) -> bool:
+    """Return True if torchrun restarted this job after the job had begun to write into out_dir.
+
+    A job that ended before that time may find files of an earlier run in out_dir, which it must not resume.
+    The restarts that torchrun counts are not enough: a machine does not count a failure on another machine.
+    All processes must call this function.
+    """
+    job = Job.of_process()
+    restarts = all_values(0 if job is None else job.restarts, group)
+    writer = on_main(lambda: run_dir.job_in(out_dir), group)
+    job = on_main(lambda: job, group)  # of global rank 0, which wrote the name of the job
+    if job is None or writer is None:
+        return False
+    same_name, same_launcher = job.name == writer[0], job.launcher == writer[1]
+    return same_name and (same_launcher or (job.name != "none" and any(restarts)))
+
+
+def _newest(out_dir: str, say, kinds: dict[str, ModelKind]) -> Checkpoint | None:
+    """Return the newest valid checkpoint in out_dir, None if out_dir has no valid checkpoint."""
+    if not steps_in(out_dir):
+        say(f"no checkpoint in {out_dir}: this is the start of the run")
+        return None
+    try:
+        return find(out_dir, "latest", say, None, kinds)
+    except UserError as e:
+        say(f"warning: {e}: this is the start of the run")
+        return None
 
 
 def _scripts_own(kind: str | None, kinds: dict[str, ModelKind]) -> bool:
@@ -80,6 +148,15 @@ def take_values(config: Config, values: dict, path: str, names: tuple[str, ...])
                             f"{hint}")
         if not config.origin[name]:
             config[name], config.origin[name] = value, "checkpoint"
+
+
+def progress_of(resumed: Checkpoint) -> str:
+    """Return a text with the step, the epoch and the val loss of a checkpoint."""
+    state = resumed.state
+    name, loss = "val loss", state["val_loss"]
+    if loss is None:  # no evaluation at this step
+        name, loss = "best val loss", state["best_val_loss"]
+    return f"step {resumed.step}, epoch {state['epoch']}, {name} {'n/a' if loss is None else f'{loss:.4f}'}"
 
 
 def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict,

@@ -25,17 +25,16 @@ from collections.abc import Callable, Iterator
 import torch
 
 from nanosync import run_dir
-from nanosync.checkpoint import find_resumed
 from nanosync.checkpoint_writer import Saver, snapshot, state_of
 from nanosync.dataloader import DataLoader, DataSet, epoch_messages
-from nanosync.distributed import Processes, agree, all_values, barrier, finish, on_main
+from nanosync.distributed import Job, Processes, agree, any_process, barrier, finish, on_main
 from nanosync.errors import UserError, before_exit
 from nanosync.hardware import environment, peak_flops, peak_memory
 from nanosync.log_sinks import check_installed
 from nanosync.model_kind import ModelKind
 from nanosync.optimizer_state import load_state_by_name
 from nanosync.random_states import resume_random_states, seed_random_states
-from nanosync.resuming import check_kind, check_same_data, load_scaler, resume_of, take_settings
+from nanosync.resuming import check_same_data, load_scaler, start_from
 from nanosync.signals import StopSignal
 from nanosync.training_logger import Stopwatch, TrainingLogger
 
@@ -61,18 +60,16 @@ class Run:
             check_installed(config.get("use_tensorboard", False), config.get("wandb_log", False))
             self.on_main(lambda: run_dir.check_out_dir(out_dir))
             self._lock = self.on_main(lambda: run_dir.lock(out_dir, make=False))  # until the process ends
-        resume = resume_of(config)
-        self.resumed = find_resumed(resume, out_dir, self.line, processes.group, kinds) if resume else None
-        if self.resumed is not None:
-            check_kind(self.resumed, kinds, own)
-            take_settings(config, self.resumed, kinds)
+        self.resumed, self.restarted = start_from(config, processes, self.line, kinds, own)
         self.continues = self.resumed is not None and run_dir.belongs_to(self.resumed, out_dir)
         self.tp = {"tp_processes": config["tp_processes"]} if "tp_processes" in config else {}
         self.environment = environment(processes.device) | {"world_size": processes.world_size, **self.tp}
         self.last_step = config[steps]
         self.step = self.first_step = 0
         self.best_val_loss, self.val_loss = math.inf, None  # val_loss: of this step, if measured
-        self.stopping, self.status = False, "finished"
+        self.stopping, self.status, self.signals = False, "finished", None
+        job, self._extra_status = Job.of_process(), dict
+        self._job = {} if job is None else job.fields()
         self.sample, self.was_evaluated, self._skipped, self._stop_reason = 0, False, False, None
 
     def on_main(self, function):
@@ -130,13 +127,16 @@ class Run:
             seed_random_states(config["seed"] + processes.rank)
         self.shared_generator, self.kind, self.tokens = shared_generator, kind, tokens
         self.extra_state, self._extra_status, self.loader = extra_state, extra_status, loader
+        self._epoch = loader.epoch
         if self.resumed is not None and random_states:
             resume_random_states(self.resumed, processes, shared_generator, self.line)
         peak = peak_flops(processes.device, dtype) if dtype is not None else None
         self._mfu_per_second = None if peak is None else flops / (peak * processes.world_size)
         protected = (self.resumed.step,) if self.continues else ()
         self.saver = Saver(config["out_dir"], config["keep_checkpoints"], protected, self.log)
-        self.signals, self.stopwatch = StopSignal(), Stopwatch()
+        saves = "saving" if config.get("save_checkpoint", True) else "ending"
+        answer = f"finishing this step, then {saves}; again to end at once" if processes.main else ""
+        self.signals, self.stopwatch = StopSignal(answer), Stopwatch()
         before_exit.append(lambda: self._close(self.status if self.status == "non_finite" else "failed"))
         if progress:
             self.log.begin(self.first_step, self.last_step)
@@ -144,15 +144,18 @@ class Run:
 
     def iterations(self) -> Iterator[int]:
         """Yield the number of each update, and then the number of the step after the last update."""
-        epoch = self.loader.epoch
         for step in range(self.first_step, self.last_step + 1):
             self.step = step
             self.val_loss, self._skipped = None, False
             yield step
-            for message in epoch_messages(self.data.train, epoch, self.loader.epoch):
-                self.line(message)
-            epoch = self.loader.epoch
+            self._announce_epoch()
             self.saver.poll()
+
+    def _announce_epoch(self) -> None:
+        """Print the end of an epoch and the start of the next, if the loader has reached it."""
+        for message in epoch_messages(self.data.train, self._epoch, self.loader.epoch):
+            self.line(message)
+        self._epoch = self.loader.epoch
 
     def due(self, interval: int) -> bool:
         """Return True if work that is due every `interval` steps and at the end must be done now. While the
@@ -170,8 +173,11 @@ class Run:
         done = self.step == self.first_step and self.was_evaluated
         return interval > 0 and not done and (self.step % interval == 0 or self.step == self.last_step)
 
-    def evaluated(self, losses: dict[str, float], lr: float) -> None:
-        """Log losses, {"train": ..., "val": ...}, of an evaluation. Raises UserError if one is not finite."""
+    def evaluated(self, losses: dict[str, float] | None, lr: float) -> None:
+        """Log losses, {"train": ..., "val": ...}, of an evaluation; None: it was stopped. Raises UserError if
+        a loss is not finite."""
+        if losses is None:
+            return
         self.log.evaluation(self.step, losses["train"], losses["val"], lr)
         self.val_loss = losses["val"]
         if not math.isfinite(losses["train"] + losses["val"]):
@@ -180,10 +186,15 @@ class Run:
 
     def stop_anywhere(self) -> bool:
         """Return True if any process was asked to stop; the resumed run then repeats the evaluation. All
-        processes must call this method between batches of an evaluation."""
-        if any(all_values(self.signals.received, self.processes.group)):
+        processes must call this method after each batch of an evaluation."""
+        if self.asked_to_stop(self.processes.group):
             self.stopping = self._skipped = True
         return self.stopping
+
+    def asked_to_stop(self, group) -> bool:
+        """Return True if any process of the group was asked to stop."""
+        asked = self.signals is not None and self.signals.received > 0
+        return any_process(asked, self.processes.device, group)
 
     def stop(self, reason: str) -> None:
         """Make the next `proceed` end the run after it has saved what is due. reason: line for the log."""
@@ -253,6 +264,7 @@ class Run:
 
     def iteration(self, loss: float, lr: float, norm: float, **fields: float) -> None:
         """Log an update. fields: further fields of log_fields.FIELDS."""
+        self._announce_epoch()  # before the first line that has the new epoch
         seconds = self.stopwatch.lap()
         mfu = None if self._mfu_per_second is None else self._mfu_per_second / seconds
         self.log.iteration(self.step, loss, lr, norm, seconds, self.tokens, mfu, self.loader.epoch,
@@ -261,7 +273,7 @@ class Run:
 
     def write_status(self, status: str) -> None:
         self.log.status(status, self.step, max_iters=self.last_step, best_val_loss=self.best_val_loss,
-                        **self._extra_status())
+                        **self._extra_status(), **self._job)
 
     def _close(self, status: str) -> None:
         """Wait for the pending checkpoint, and close the logs; also called if an error ends the run."""

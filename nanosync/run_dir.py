@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import json
 import os
 import re
 import time
@@ -54,12 +55,28 @@ def _restore(out_dir: str) -> None:
             os.rename(os.path.join(folder, name), os.path.join(folder, moved[1]))
 
 
-def make_room(out_dir: str, resumed: Checkpoint | None, say) -> None:
+def job_in(out_dir: str) -> tuple[str, str] | None:
+    """Return name and launcher of the torchrun job that wrote status.json last, None if it has no job."""
+    path = os.path.join(out_dir, "status.json")
+    try:
+        if not os.path.isfile(path):
+            return None
+        with open(path, encoding="utf-8") as f:
+            name, launcher = json.loads(f.read(2**20))["job"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return name, launcher
+
+
+def make_room(out_dir: str, resumed: Checkpoint | None, say, restarted: bool = False) -> None:
     """Archive files in out_dir that a new or resumed run would overwrite, and print their new place.
 
     resumed: checkpoint of a resumed run, None for a new run. say: function that prints a line.
+    restarted: True if torchrun restarted the run. Its files are those of this run and stay.
     """
     mine = resumed is not None and belongs_to(resumed, out_dir)
+    if restarted and not mine:
+        return
     earlier = archive(out_dir, after=resumed.step if mine else None)
     if earlier is not None:
         whose = f"of later steps than {resumed.step}" if mine else "of an earlier run"
@@ -128,10 +145,13 @@ def open_out_dir(run, held: int | None, source: str | None) -> int:
     if config.get("wandb_log"):
         with unlocked_on_error(out_dir, held):
             run.log.start_wandb(config["wandb_project"], config["wandb_run_name"], config, out_dir,
-                                config["wandb_mode"], run.continues)
-    make_room(out_dir, run.resumed, run.line)
-    run.log.open_files(out_dir, config, run.environment, run.first_step if run.continues else None,
-                       run.was_evaluated, config.get("use_tensorboard", False))
+                                config["wandb_mode"], run.continues or run.restarted)
+    make_room(out_dir, run.resumed, run.line, run.restarted)
+    run.log.open_files(out_dir, config, run.environment,
+                       run.first_step if run.continues or run.restarted else None, run.was_evaluated,
+                       config.get("use_tensorboard", False),
+                       epoch=0 if run.resumed is None else run.resumed.state["epoch"])
+    run.write_status("running")  # names the job from here on
     if source is not None:
         run.log.source(source)
     return held

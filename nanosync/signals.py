@@ -1,28 +1,34 @@
 """Signals as requests to stop."""
 
+import contextlib
 import os
+import select
 import signal
 import threading
 import time
 
 
 class StopSignal:
-    """Handler that takes SIGINT, SIGTERM and SIGHUP as a request to stop at the next step.
+    """Handler that takes a signal as a request to stop at the next step, and answers it on stderr at once.
 
     A second signal ends the process at once. A signal that is ignored, e.g. under nohup, stays ignored. A
     thread receives the signals, because the main thread may wait for processes that no longer respond.
     """
 
+    # a scheduler sends a warning some time before the signal that ends a job, so a warning never ends it
+    WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
     installed = None
     # seconds; a system that shuts down sends SIGTERM to this process and to torchrun, which forwards it
     TOGETHER = 2.0
 
-    def __init__(self):
-        self.received, self._since = 0, 0.0
+    def __init__(self, answer: str = ""):
+        """Install the handlers. answer: line to print at the first request, '' to print nothing."""
+        self.received, self._since, self._answer = 0, 0.0, answer
         reads, writes = os.pipe()
         os.set_blocking(writes, False)
         signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in self.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._read, args=(reads,), name="signals", daemon=True).start()
@@ -30,12 +36,23 @@ class StopSignal:
 
     def _read(self, reads: int) -> None:
         while number := os.read(reads, 1):
-            if number[0] in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number[0] in self.SIGNALS:
                 self.ask(number[0])
 
     def ask(self, number: int, again: bool = True) -> None:
         """Record a request. again: True if it ends the process when an earlier request exists."""
-        if not self.received:
-            self.received, self._since = number, time.monotonic()
+        if number in self.WARNINGS and self.received:
+            return
+        if not self.received or self.received in self.WARNINGS:
+            first, self.received, self._since = not self.received, number, time.monotonic()
+            if first:
+                self._print_answer()
         elif again and not (number == signal.SIGTERM and time.monotonic() - self._since < self.TOGETHER):
             os._exit(128 + number)
+
+    def _print_answer(self) -> None:
+        """Print the answer, unless stderr is closed or does not take it now: a signal must not wait."""
+        with contextlib.suppress(OSError, ValueError):
+            if self._answer and select.select([], [2], [], 0)[1]:
+                bar = b"\n" if os.isatty(2) else b""  # a bar may end in the middle of a line
+                os.write(2, bar + self._answer.encode() + b"\n")

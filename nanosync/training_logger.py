@@ -8,7 +8,8 @@
     out_dir/wandb/, wandb_id         files of wandb and the id of its run, with wandb_log
     out_dir/status.json              the run's state, for other programs
 
-A resumed run appends to the files of the run that it continues, and removes the events of repeated steps. No
+A resumed run appends to the files of the run that it continues, and removes the lines and events of repeated
+steps. No
 destination of the log stops a run, see log_sinks.py. A destination that cannot start raises UserError. Only
 the main process logs, from one thread. Times are wall-clock seconds between two iterations. Reading the loss
 of an iteration waits for the device.
@@ -25,6 +26,7 @@ from nanosync.errors import UserError
 from nanosync.files import made_folder, replace_file, unused_path
 from nanosync.log_fields import EVALUATION_EVENTS
 from nanosync.log_sinks import _Console, _File, _finite, _line_of, _TensorBoard, _Wandb, check_installed
+from nanosync.log_text import lines_until, shown_sample
 from nanosync.run_log import events_until, join_starts, log_paths, read_events
 
 
@@ -39,15 +41,16 @@ class TrainingLogger:
         self._early = []  # lines from before log.txt is open
 
     def open_files(self, out_dir: str, config: dict, environment: dict, resumed_step: int | None = None,
-                   evaluated: bool = True, tensorboard: bool = False) -> None:
+                   evaluated: bool = True, tensorboard: bool = False, epoch: int = 0) -> None:
         """Write to files in out_dir from now on, the earlier lines first. Append to log.txt.
 
         Raises UserError.
 
         resumed_step: step of the checkpoint. The newest log in out_dir, if any, continues from that step, and
-            its later events are dropped. None for a new run.
+            its later events are dropped, and later lines of log.txt. None for a new run.
         evaluated: True if the evaluation of resumed_step was done before the checkpoint.
         tensorboard: also write out_dir/tensorboard.
+        epoch: epoch of the checkpoint.
         """
         if not self.active:
             return
@@ -60,6 +63,8 @@ class TrainingLogger:
                            else event.get("reached", -1) for event in events), default=-1)
             start |= {"resumed_step": resumed_step, "evaluated": evaluated, "reached": reached}
             kept = events_until(join_starts(events), resumed_step, evaluated)
+            samples = {event["step"]: event["text"] for event in events if event["event"] == "sample"}
+            self._drop_lines(os.path.join(out_dir, "log.txt"), resumed_step, evaluated, epoch, samples)
             if self._wandb is not None:
                 self._wandb.skip_to(reached + 1)
         if path is None:
@@ -83,6 +88,21 @@ class TrainingLogger:
                 os.unlink(os.path.join(out_dir, "wandb_id"))  # of an earlier run
         self._text.write("".join(line + "\n" for line in self._early).encode(errors="backslashreplace"))
         self.event("start", config=config, environment=environment, **start)
+
+    def _drop_lines(self, path: str, *resumed) -> None:
+        """Remove the lines of log.txt that a resumed run repeats, and a last line that a kill cut off.
+
+        resumed: arguments of lines_until.
+        """
+        try:
+            with open(path, "rb") as f:
+                *lines, _ = f.read().decode(errors="surrogateescape").split("\n")
+            kept = "".join(line + "\n" for line in lines_until(lines, *resumed))
+            replace_file(path, kept.encode(errors="surrogateescape"))
+        except FileNotFoundError:
+            return
+        except OSError as e:
+            self.line(f"warning: cannot write a new {path} ({e.strerror}): it has repeated steps twice")
 
     def _newest_log(self, out_dir: str) -> tuple[str | None, list[dict]]:
         """Return path and events of the newest log in out_dir, (None, []) if out_dir has no log."""
@@ -197,9 +217,7 @@ class TrainingLogger:
 
     def sample(self, step: int, text: str) -> None:
         """Log a generated text. Control characters are escaped in its line, but not in its event."""
-        shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
-                        for c in text)
-        self.line(f"step {step}: sample\n{shown}")
+        self.line(f"step {step}: sample\n{shown_sample(text)}")
         self.event("sample", step=step, text=text)
 
     def status(self, status: str, step: int, **fields) -> None:

@@ -63,7 +63,7 @@ def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallel
     if config["deterministic"]:
         make_deterministic()
     tp_processes, total = config["tp_processes"], config["gradient_accumulation_steps"]
-    processes = start(config["device"], config["backend"], config["timeout"], tp_processes)
+    processes = start(config["device"], config["backend"], config["timeout"], tp_processes, config)
     if config["use_triton"] == "auto":
         config["use_triton"] = usable(torch.empty(0, device=processes.device))
     parallel = parallelism_of(config, processes, pick_dtype(config["dtype"], processes.device))
@@ -122,22 +122,26 @@ def prepare_training(run: Run, model: nn.Module, parallel: Parallelism) -> tuple
     return trained, autocast, shared
 
 
-def estimate_losses(run: Run, model: nn.Module, autocast) -> dict[str, float]:
+def estimate_losses(run: Run, model: nn.Module, autocast) -> dict[str, float] | None:
     """Return the mean losses of fixed windows of both splits, {"train": ..., "val": ...}.
 
-    The windows are the same for any number of processes.
+    The windows are the same for any number of processes. Return None if a process was asked to stop.
     """
     config, processes, losses = run.config, run.processes, {}
+    if run.step == run.first_step:  # nothing is on the screen yet that moves
+        run.line(f"evaluating: {config['eval_iters']} batches of each split")
     model.align_replicas(run.optimizer)
     model.eval()
     for split in (run.data.train, run.data.val):
         batches = evaluation_batches(split, config["eval_iters"] * config["batch_size"], config["batch_size"],
                                      processes.device, processes.dp_rank, processes.dp_size)
         with autocast:
-            losses[split.name] = evaluate(model, batches, processes.dp_group)
+            losses[split.name] = evaluate(model, batches, processes.dp_group, run.stop_anywhere)
+        if run.stopping:
+            break
     reshard(model)
     model.train()
-    return losses
+    return None if run.stopping else losses
 
 
 def evaluate_and_exit(run: Run, model: nn.Module, autocast) -> None:

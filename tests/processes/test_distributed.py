@@ -8,10 +8,13 @@ import threading
 
 import pytest
 import torch
-from helpers import TINY, torchrun
+import torch.distributed as dist
+from helpers import TINY, run_processes, torchrun
 from helpers import losses_and_norms as losses
 
 from nanosync import checkpoint
+from nanosync.distributed import check_same_settings
+from nanosync.errors import UserError
 
 # 16 sequences an update, however they are divided; evaluation windows that no number of ranks divides
 RUN = [*TINY, "--batch_size=2", "--gradient_accumulation_steps=8", "--max_iters=50", "--learning_rate=1e-2",
@@ -84,6 +87,35 @@ def test_a_users_error_is_said_once(tiny_data, tmp_path, arg, words):
     done = torchrun(2, "train.py", *RUN, f"--dataset={tiny_data}", "--out_dir=out", arg, cwd=tmp_path)
     assert done.code != 0 and done.err.count(words) == 1, done.err
     assert "error on rank" not in done.err and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_settings_that_differ_between_processes_are_one_error(tiny_data, tmp_path):
+    """As when the command is typed on two machines: here a config file asks for the rank."""
+    (tmp_path / "rate.py").write_text("import os\nlearning_rate = 1e-3 * 10 ** int(os.environ['RANK'])\n")
+    run = [arg for arg in RUN if not arg.startswith("--learning_rate")]
+    done = torchrun(2, "train.py", *run, f"--dataset={tiny_data}", "--out_dir=out", "rate.py", cwd=tmp_path)
+    words = "error: learning_rate is 0.001 on rank 0 and 0.01 on rank 1: use the same command"
+    assert done.code != 0 and done.err.count(words) == 1 and not (tmp_path / "out").exists(), done.err
+
+
+SAME = dict(device="cuda", lr=1e-3, compile=True, names=None)
+DIFFERENT = [(dict(SAME, lr=1e-2), "lr is 0.001 on rank 0 and 0.01 on rank 2"),
+             (dict(SAME, compile=1), "compile is True on rank 0 and 1 on rank 2"),
+             (dict(SAME, device="cpu:1"), "device is 'cuda' on rank 0 and 'cpu' on rank 2"),
+             (dict(SAME, names=["a"], lr=2.0), "lr is 0.001 on rank 0 and 2.0 on rank 2"),
+             (dict(SAME, more=1), "more is not a setting on rank 0 and 1 on rank 2"),
+             ({"device": "cuda"}, "lr is 0.001 on rank 0 and not a setting on rank 2")]
+
+
+def compare_settings(rank, world):
+    check_same_settings(dict(SAME, device=f"cuda:{rank}"), dist.group.WORLD)
+    for settings, words in DIFFERENT:
+        with pytest.raises(UserError, match=f"^{words}: use the same"):
+            check_same_settings(settings if rank == 2 else SAME, dist.group.WORLD)
+
+
+def test_first_setting_that_differs_is_named_on_all_processes(tmp_path):
+    run_processes(3, compare_settings, tmp_path)
 
 
 def test_rank_0_decides_what_is_resumed(tiny_data, tmp_path):

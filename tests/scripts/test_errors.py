@@ -262,6 +262,9 @@ BENCH = [
 ]
 
 ENVIRONMENT = [
+    (dict(WORLD_SIZE="2"), "WORLD_SIZE=2 but no RANK, so 2 processes would be 2 runs: start with torchrun"),
+    (dict(SLURM_NTASKS="4", SLURM_PROCID="1"), "SLURM_NTASKS=4 but no RANK, so 4 processes would be 4 runs: "
+                                               "start with srun --ntasks-per-node=1 torchrun"),
     (dict(RANK="0"), "the environment has RANK but no WORLD_SIZE: start with torchrun, or unset RANK"),
     (dict(RANK="0", WORLD_SIZE="1"), "RANK but no MASTER_ADDR"),
     (dict(RANK="x", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "RANK=x, WORLD_SIZE=1"),

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 import time
 import types
@@ -25,6 +26,7 @@ from helpers import no_constant, wandb_run
 from nanosync.errors import UserError
 from nanosync.hardware import named_peak_flops, peak_flops
 from nanosync.log_sinks import check_installed
+from nanosync.log_text import lines_until
 from nanosync.run_log import read_log
 from nanosync.training_logger import TrainingLogger
 
@@ -155,8 +157,59 @@ def test_a_resumed_run_goes_on_in_its_log(tmp_path, evaluated, killed):
     assert (second["resumed_step"], second["evaluated"], second["reached"]) == (8, evaluated, 9)
     assert steps(read_log(str(tmp_path))) == steps(read_log(str(tmp_path / "whole")))
     text = (tmp_path / "log.txt").read_text()
-    assert text.count("iter 8: ") == 2 and text.count('{"event": "iter", "st\n') == killed
+    for line in ("iter 8: ", "iter 9: ", "step 8: sample\n", "step 8: train loss", "\nstep 8\n", "iter 7: "):
+        assert text.count(line) == 1, line
+    assert '{"event"' not in text
     assert os.listdir(tmp_path).count("log.txt") == 1 and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("line, step, evaluated, epoch, stays", [
+    ("iter 7: loss 3.1, lr 1e-3", 8, True, 0, True), ("iter 8: loss 3.1", 8, True, 0, False),
+    ("step 8: train loss 3.1, val loss 3.2", 8, True, 0, True),
+    ("step 8: train loss 3.1", 8, False, 0, False),
+    ("step 9: HellaSwag acc 0.2", 8, True, 0, False), ("step:8/20 val_loss:3.1", 8, True, 0, True),
+    ("step:8/20 val_loss:3.1", 8, False, 0, False), ("step:8/20 train_loss:3.1", 8, False, 0, True),
+    ("step:9/20 train_loss:3.1", 8, True, 0, False), ("saved checkpoint a b/step-00000008", 8, True, 0, True),
+    ("saved checkpoint out/ckpt/step-00000010", 8, True, 0, False), ("Completed epoch 0", 8, True, 1, True),
+    ("Completed epoch 0", 8, True, 0, False), ("Starting epoch 1", 8, True, 1, True),
+    ("Shuffled 99 training shards for epoch 1", 8, True, 0, False), ("Starting epoch 1", 8, True, 0, False),
+    ("interrupted at step 8: use --resume=latest", 8, True, 0, True), ("warning: x", 8, True, 0, True)])
+def test_lines_that_a_resumed_run_repeats(line, step, evaluated, epoch, stays):
+    assert lines_until([line, "after"], step, evaluated, epoch, {}) == [line, "after"][not stays:]
+
+
+def test_lines_of_a_sample_stay_or_go_together():
+    texts = {4: "iter 99: x\nb", 8: "iter 1: x\n\x1b"}
+    lines = [line for step, text in texts.items()
+             for line in f"step {step}: sample\n{text}\niter {step}: y".split("\n")]
+    assert lines_until(lines, 6, True, 0, texts) == lines[:4]
+
+
+@pytest.mark.parametrize("name", ["log.txt", "run_*.jsonl", "events.out*"])
+def test_a_file_that_is_deleted_is_written_anew(tmp_path, capsys, name):
+    log = run(tmp_path, 0, 4, closed=False, tensorboard=True)
+    path, = tmp_path.rglob(name)
+    before = path.read_bytes()
+    path.unlink()
+    for step in (4, 5):
+        log.iteration(step, 3.0, 1e-3, 0.5, 0.25, 1000, None, 0)
+    after = path.read_bytes()
+    assert after.startswith(before) and len(after) > len(before)
+    assert capsys.readouterr().out.count(f"warning: {path} was deleted or replaced: it is written anew") == 1
+    path.rename(tmp_path / "moved")
+    path.write_bytes(b"of another program\n")
+    log.iteration(6, 3.0, 1e-3, 0.5, 0.25, 1000, None, 0)
+    log.close()
+    assert path.read_bytes().startswith(b"of another program\n")
+    assert (tmp_path / "moved").read_bytes() == after
+
+
+def test_a_folder_that_is_deleted_comes_back(tmp_path):
+    log = run(tmp_path / "out", 0, 4, closed=False)
+    shutil.rmtree(tmp_path / "out")
+    log.iteration(4, 3.0, 1e-3, 0.5, 0.25, 1000, None, 0)
+    log.close()
+    assert [e["step"] for e in read_log(str(tmp_path / "out")) if e["event"] == "iter"] == [0, 1, 2, 3, 4]
 
 
 def test_a_run_that_goes_on_has_not_ended(tmp_path):
@@ -177,7 +230,7 @@ def test_a_log_that_cannot_be_written_anew_is_appended_to(tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full_disk)
         run(tmp_path, 4, 7, 4, closed=False)
-    assert capsys.readouterr().out.count("warning: cannot write") == 1 and not list(tmp_path.glob("*.tmp"))
+    assert capsys.readouterr().out.count("warning: cannot write") == 2 and not list(tmp_path.glob("*.tmp"))
     events = said(tmp_path)
     assert len(set(steps(events))) < len(steps(events))
     run(tmp_path / "whole", 0, 7, closed=False)

@@ -1,0 +1,64 @@
+"""Requests to stop: which signals, how they are answered. No process; milliseconds.
+
+    python -m pytest tests/unit/test_signals.py
+"""
+
+import os
+import signal
+
+import pytest
+
+from nanosync.signals import StopSignal
+
+
+@pytest.fixture
+def requests(monkeypatch):
+    """A StopSignal that installs no handler; the exit codes with which it would have ended the process."""
+    ended = []
+    monkeypatch.setattr(signal, "set_wakeup_fd", lambda *args, **options: None)
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    monkeypatch.setattr(StopSignal, "installed", None)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    return StopSignal("answer"), ended
+
+
+def names(*numbers):
+    return " ".join(signal.Signals(number).name for number in numbers)
+
+
+TERM, INT, HUP, USR1, USR2 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+
+
+@pytest.mark.parametrize("sequence, codes", [
+    ([INT], []), ([USR1], []), ([USR2], []), ([INT, INT], [130]), ([HUP, INT], [130]), ([TERM, TERM], []),
+    ([USR1, USR1], []), ([USR1, USR2, USR1], []), ([USR1, TERM], []), ([USR1, INT], []),
+    ([USR1, INT, INT], [130]), ([TERM, USR1], []), ([TERM, USR1, INT], [130])],
+    ids=lambda value: names(*value) if value and value[0] in StopSignal.SIGNALS else "")
+def test_second_request_ends_the_process_but_a_warning_never_does(requests, capfd, sequence, codes):
+    stop, ended = requests
+    for number in sequence:
+        stop.ask(number)
+        assert stop.received
+    assert ended == codes and capfd.readouterr().err == "answer\n"
+
+
+def test_answer_does_not_wait_for_a_reader(requests):
+    """stderr is a pipe that is full, or that is closed."""
+    stop, _ = requests
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writes, b"x" * 4096)
+    os.set_blocking(writes, True)
+    saved = os.dup(2)
+    try:
+        os.dup2(writes, 2)
+        stop.ask(TERM)
+        os.close(reads)
+        stop._print_answer()
+    finally:
+        os.dup2(saved, 2)
+    os.close(writes)
+    os.close(saved)
+    assert stop.received == TERM
