@@ -173,13 +173,25 @@ def read_settings(namespace: dict) -> list[Setting]:
     for node in assignments:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if isinstance(target, ast.Name) and not target.id.startswith("_"):
-            default = namespace[target.id]
+            default = namespace.get(target.id)  # literal_defaults lacks what is no literal
             kind = None if default is None else type(default)
             if isinstance(node, ast.AnnAssign):
-                kind = eval(ast.unparse(node.annotation), {})  # the script's own code, not the user's input
+                kind = _annotated(node.annotation)
             settings.append(Setting(target.id, kind, comments.get(node.end_lineno, ""),
                                     _heading(comments, source.splitlines(), node.lineno)))
     return settings
+
+
+def _annotated(node: ast.AST):
+    """Return the type of an annotation of built-in types such as `list | None`, else None, for any type."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        left, right = _annotated(node.left), _annotated(node.right)
+        return None if left is None or right is None else left | right
+    if isinstance(node, ast.Constant) and node.value is None:
+        return types.NoneType
+    name = node.value if isinstance(node, ast.Subscript) else node  # list[int]: the items are not checked
+    known = {kind.__name__: kind for kind in (bool, int, float, str, list, dict, tuple)}
+    return known.get(name.id) if isinstance(name, ast.Name) else None
 
 
 def script_defaults(path: str) -> dict:

@@ -21,7 +21,7 @@ PLAN = {"campaign_name": (str, True), "description": (str, False), "baseline": (
         "variants": (list, True), "target_val_loss": ((*NUMBER, type(None)), True), "stages": (list, True),
         "most_advanced": (int, True), "most_proved": (int, True), "probe_steps": (int, True),
         "budget": (dict, True)}
-STAGE = {"stage": (str, True), "config": (str, True), "n_runs": (int, True), "n_gpus": (int, False)}
+STAGE = {"stage": (str, True), "config": ((str, dict), True), "n_runs": (int, True), "n_gpus": (int, False)}
 BUDGET = {"gpu_hours": (NUMBER, True), "gpu_hours_per_run": (NUMBER, True), "probe_gpu_hours": (NUMBER, True),
           "price_per_gpu_hour": ((*NUMBER, type(None)), False)}
 HOUR = 3600.0
@@ -63,7 +63,11 @@ def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str,
     for stage in plan["stages"]:
         arm_of = {}  # script and settings -> arm
         for arm in (plan["baseline"], *plan["variants"]):
-            file = os.path.join(os.path.dirname(path), stage["config"].replace("{variant}", arm))
+            name = stage["config"]  # a pattern, or the file of each arm
+            name = name.replace("{variant}", arm) if isinstance(name, str) else name.get(arm)
+            if not isinstance(name, str):
+                raise UserError(f"{path}: the config of {stage['stage']} names no file for {arm!r}")
+            file = os.path.join(os.path.dirname(path), name)
             config = configs[stage["stage"], arm] = load_config(file, overrides, stage.get("n_gpus"))
             if config["stage"] != stage["stage"]:
                 raise UserError(f"{file} is of {config['stage']} and the plan names it for {stage['stage']}")

@@ -1,15 +1,19 @@
 """The JSON file of an experiment: its keys and their checks, and the command of each run.
 
-    {"experiment_name": "palm_screening", "description": "...", "script": "train_gpt.py",
+    {"experiment_name": "nanogpt_palm_screening", "description": "...", "script": "train_gpt.py",
      "stage": "stage_a_screening", "n_gpus": 1, "base_seed": 42, "target_val_loss": 3.28,
      "modification_type": "architecture", "modification_details": {"...": "for readers"},
-     "stage_config": {"num_iterations": 1000, "batch_size": 128}, "hyperparameters": {"variant": "palm"},
+     "stage_config": {"num_iterations": 1000, "batch_size": 128},
+     "hyperparameters": {"variant": "palm", "notes": "for readers"},
      "baseline_val_loss": null, "baseline_std": null}
 
-`stage_config` (common to all experiments of a stage) and `hyperparameters` (of this experiment) both become
---key=value arguments of the script. Run i has the seed base_seed + i. baseline_val_loss and baseline_std
-describe a baseline without logs. These two and target_val_loss belong to the data set that the file names.
-They may be null, and become null if --dataset names another data set.
+experiment_name and script are required; DEFAULTS has the rest. stage may be short, as in A_screening.
+Settings of the script are in `hyperparameters`, which become --key=value arguments, and in `stage_config`,
+common to all experiments of a stage, which becomes environment variables STAGE_<KEY>. For a script that does
+not call configure(..., environment="STAGE_") both become arguments. Run i has the seed base_seed + i.
+baseline_val_loss and baseline_std describe a baseline without logs. These two and target_val_loss belong to
+the data set that the file names. They may be null, and become null if --dataset names another data set. The
+code of the script is never executed here.
 """
 
 import ast
@@ -26,27 +30,32 @@ from configurator import (
     Setting,
     check_type,
     join_values,
+    literal_defaults,
     parse_argument,
     read_settings,
-    script_defaults,
     unknown_key,
 )
 from nanosync.errors import UserError
-from nanosync.files import ROOT, dataset_folder, first_line, nearest_file
+from nanosync.files import MAX_JSON, ROOT, dataset_folder, first_line, is_utf8, nearest_file, read_file
+from nanosync.token_files import split_files
 
 STAGES = {"stage_a_screening": 2, "stage_b_validation": 3, "stage_c_full": 5}  # with the number of runs
-MODIFICATIONS = ("none", "architecture", "schedule", "optimizer", "data", "hyperparameters", "other")
+SHORT_STAGES = {"A_screening": "stage_a_screening", "B_validation": "stage_b_validation",
+                "C_full": "stage_c_full"}
+NOTES = "notes"  # entry of hyperparameters for readers
 LOSSES = "target_val_loss", "baseline_val_loss", "baseline_std"  # each belongs to a data set
 RUNNER_SETTINGS = ("seed", "out_dir", "resume", "list_checkpoints")  # set by the runner
 NUMBER = (int, float)
 SCHEMA = {  # key: types, required
-    "experiment_name": (str, True), "description": (str, False), "script": (str, True), "stage": (str, True),
-    "n_gpus": (int, True), "base_seed": (int, True), "target_val_loss": ((*NUMBER, type(None)), True),
-    "modification_type": (str, True), "modification_details": ((dict, str), False),
-    "stage_config": (dict, True), "hyperparameters": (dict, True),
+    "experiment_name": (str, True), "description": (str, False), "script": (str, True), "stage": (str, False),
+    "n_gpus": (int, False), "base_seed": (int, False), "target_val_loss": ((*NUMBER, type(None)), False),
+    "modification_type": (str, False), "modification_details": ((dict, str), False),
+    "stage_config": (dict, False), "hyperparameters": (dict, False),
     "baseline_val_loss": ((*NUMBER, type(None)), False), "baseline_std": ((*NUMBER, type(None)), False),
 }
-DEFAULTS = {"description": "", "modification_details": {}, "baseline_val_loss": None, "baseline_std": None}
+DEFAULTS = {"description": "", "stage": "stage_a_screening", "n_gpus": 1, "base_seed": 42,
+            "target_val_loss": None, "modification_type": "none", "modification_details": {},
+            "stage_config": {}, "hyperparameters": {}, "baseline_val_loss": None, "baseline_std": None}
 KINDS = {str: "a string", int: "an integer", float: "a number", dict: "an object", type(None): "null",
          list: "a list", bool: "true or false"}
 
@@ -65,14 +74,31 @@ def read_json(path: str):
         raise UserError(f"{path} has the number {name}, which JSON does not: write one that is finite")
 
     try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f, object_pairs_hook=pairs, parse_constant=constant)
+        value = json.loads(read_file(path, MAX_JSON).decode(), object_pairs_hook=pairs, parse_constant=constant)
+        check_strings(value, path)
+        return value
     except json.JSONDecodeError as e:
         raise UserError(f"{path}, line {e.lineno}: not JSON: {e.msg}") from None
-    except (UnicodeDecodeError, RecursionError) as e:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as e:  # also a number of thousands of digits
         raise UserError(f"{path} is not JSON: {first_line(e)}") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}{nearest_file(path, '.json')}") from None
+
+
+def check_strings(value, where: str) -> None:
+    """Raise UserError for a string that no command, file name or terminal takes: one with a NUL or a lone
+    surrogate."""
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str) and ("\0" in value or not is_utf8(value)):
+            raise UserError(f"{where}: {value[:40]!a} has a NUL or a lone surrogate: remove it")
+        if isinstance(value, dict):
+            pending += [*value, *value.values()]
+        elif isinstance(value, list):
+            pending += value
 
 
 def finite(value) -> float | int | None:
@@ -113,10 +139,8 @@ def check_values(config: dict, where: str) -> None:
     """Raise UserError for values outside their ranges."""
     check_name(config["experiment_name"], "experiment_name", where)
     if config["stage"] not in STAGES:
-        raise UserError(f"{where}: stage={config['stage']!r} is unknown: use {', '.join(STAGES)}")
-    if config["modification_type"] not in MODIFICATIONS:
-        raise UserError(f"{where}: modification_type={config['modification_type']!r} is unknown: use "
-                        f"{', '.join(MODIFICATIONS)}")
+        raise UserError(f"{where}: stage={config['stage'][:40]!r} is unknown: use "
+                        f"{', '.join([*STAGES, *SHORT_STAGES])}")
     if not 1 <= config["n_gpus"] <= 1024:
         raise UserError(f"{where}: n_gpus={config['n_gpus']} must be at least 1 (processes, on a CPU)")
     if not 0 <= config["base_seed"] < 2**31:  # the order of the data uses 32 bits of base_seed + run_id
@@ -124,10 +148,6 @@ def check_values(config: dict, where: str) -> None:
     for key in LOSSES:
         if config[key] is not None and (finite(config[key]) is None or config[key] < 0):
             raise UserError(f"{where}: {key}={str(config[key])[:20]} must be finite and not below 0")
-    steps = config["stage_config"].get("num_iterations", config["hyperparameters"].get("num_iterations"))
-    if type(steps) is not int or steps < 1:
-        raise UserError(f"{where}: stage_config needs num_iterations, an integer of at least 1, and has "
-                        f"{json.dumps(steps)}")
     both = set(config["stage_config"]) & set(config["hyperparameters"])
     if both:
         raise UserError(f"{where} has {sorted(both)[0]!r} in stage_config and in hyperparameters: keep one")
@@ -137,7 +157,7 @@ def check_values(config: dict, where: str) -> None:
 
 
 def script_settings(config: dict, where: str) -> dict[str, Setting]:
-    """Return the settings of the script; only their assignments are executed. Raises UserError."""
+    """Return the settings of the script, which is not executed. Raises UserError."""
     path = script_path(config)
     try:
         with open(path, encoding="utf-8") as f:
@@ -148,7 +168,7 @@ def script_settings(config: dict, where: str) -> dict[str, Setting]:
     if not any(isinstance(node, ast.Name) and node.id == "configure" for node in ast.walk(tree)):
         raise UserError(f"{where}: {path} never calls configurator.configure, so its keys are not known: "
                         f"take them by it, as train_gpt.py does")
-    return {setting.name: setting for setting in read_settings(script_defaults(path))}
+    return {setting.name: setting for setting in read_settings(literal_defaults(path) | {"__file__": path})}
 
 
 def check_settings(config: dict, where: str) -> None:
@@ -159,9 +179,15 @@ def check_settings(config: dict, where: str) -> None:
             raise UserError(f"{where}: {config['script']} has no setting {key!r}, which the runner gives it")
     for part in ("stage_config", "hyperparameters"):
         for key, value in config[part].items():
+            if key == NOTES and key not in settings:
+                continue
             if key not in settings:
                 raise unknown_key(key, settings, f"{part} of {where}")
             check_type(settings[key], value, f"{part} of {where}")
+    steps = num_iterations(config)
+    if type(steps) is not int or not 1 <= steps < 2**53:
+        raise UserError(f"{where}: stage_config needs num_iterations, an integer of at least 1, and has "
+                        f"{json.dumps(steps)[:40]}")
     for name in os.environ:
         if name.startswith("STAGE_") and name[6:].lower() in settings:
             raise UserError(f"the environment has {name}, which would change the runs unseen: unset it, and "
@@ -177,6 +203,7 @@ def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None)
     config = read_json(path)
     check_keys(config, SCHEMA, path)
     config = DEFAULTS | config
+    config["stage"] = SHORT_STAGES.get(config["stage"], config["stage"])
     if n_gpus is not None:
         config["n_gpus"] = n_gpus
     settings = script_settings(config, path) if overrides else {}
@@ -196,20 +223,43 @@ def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None)
 
 
 def script_path(config: dict) -> str:
-    """Return the path of the script; a relative path starts at the root of the repository."""
-    return os.path.join(ROOT, os.path.expanduser(config["script"]))
+    """Return the path of the script; a relative path starts at the root of the repository, with or without
+    experiments/."""
+    path = os.path.join(ROOT, os.path.expanduser(config["script"]))
+    at_root = os.path.join(ROOT, config["script"].removeprefix("experiments/"))
+    return at_root if os.path.isfile(at_root) and not os.path.exists(path) else path
+
+
+def reads_stage_variables(config: dict) -> bool:
+    """Return True if the script takes settings from variables STAGE_<KEY>."""
+    with open(script_path(config), encoding="utf-8") as f:
+        calls = [node for node in ast.walk(ast.parse(f.read())) if isinstance(node, ast.Call)]
+    keywords = [keyword for call in calls if isinstance(call.func, ast.Name) and call.func.id == "configure"
+                for keyword in call.keywords if keyword.arg == "environment"]
+    return any(isinstance(k.value, ast.Constant) and k.value.value == "STAGE_" for k in keywords)
 
 
 def all_settings(config: dict) -> dict:
     """Return all settings of the script: its defaults, replaced by the experiment's values."""
-    values = script_defaults(script_path(config))
-    names = {setting.name for setting in read_settings(values)}
-    return {name: values[name] for name in names} | config["stage_config"] | config["hyperparameters"]
+    return literal_defaults(script_path(config)) | config["stage_config"] | arguments_of(config)
+
+
+def arguments_of(config: dict) -> dict:
+    """Return the hyperparameters without the notes for readers."""
+    return {key: value for key, value in config["hyperparameters"].items() if key != NOTES}
 
 
 def dataset_of(config: dict) -> str | None:
     """Return the data folder of the runs; None if none is set."""
     return judged_by(all_settings(config))["dataset"]
+
+
+def check_data(config: dict) -> None:
+    """Raise UserError if the runs would find no tokens."""
+    folder = dataset_of(config)
+    if isinstance(folder, str):
+        for split in ("train", "val"):
+            split_files(folder, split)
 
 
 def judged_by(settings: dict) -> dict:
@@ -227,12 +277,13 @@ def judged_by(settings: dict) -> dict:
 
 def num_iterations(config: dict) -> int:
     """Return the updates of a run."""
-    return (config["stage_config"] | config["hyperparameters"])["num_iterations"]
+    return all_settings(config).get("num_iterations")
 
 
 def command(config: dict, run_id: int, out_dir: str, **changed) -> list[str]:
     """Return the command of run `run_id`; changed: settings that differ from the experiment's."""
-    settings = config["stage_config"] | config["hyperparameters"] | {
+    stage = {} if reads_stage_variables(config) else config["stage_config"]
+    settings = stage | arguments_of(config) | {
         "seed": config["base_seed"] + run_id, "out_dir": out_dir} | changed
     return [sys.executable, "-m", "torch.distributed.run", "--standalone",  # torchrun, of this Python
             f"--nproc_per_node={config['n_gpus']}", "--", script_path(config),
@@ -240,9 +291,11 @@ def command(config: dict, run_id: int, out_dir: str, **changed) -> list[str]:
 
 
 def variables(config: dict, gpus: str | None = None) -> dict[str, str]:
-    """Return the environment variables that a run needs: its GPUs, and the path of its imports for a script
-    that is not in the root."""
+    """Return the environment variables that a run needs: its GPUs, stage_config, and the path of its imports
+    for a script that is not in the root."""
     found = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+    if config["stage_config"] and reads_stage_variables(config):
+        found |= {f"STAGE_{key.upper()}": str(value) for key, value in config["stage_config"].items()}
     if os.path.dirname(os.path.realpath(script_path(config))) != os.path.realpath(ROOT):
         paths = ROOT, os.environ.get("PYTHONPATH")
         found["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

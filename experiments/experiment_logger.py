@@ -35,7 +35,16 @@ if __name__ == "__main__":
     import root_path  # noqa: F401
 
 from configurator import Parser
-from experiments.experiment_config import DEFAULTS, SCHEMA, check_keys, read_json, script_path
+from experiments.experiment_config import (
+    DEFAULTS,
+    SCHEMA,
+    check_keys,
+    check_strings,
+    check_values,
+    finite,
+    read_json,
+    script_path,
+)
 from experiments.experiment_statistics import describe, p_at_most
 from nanosync.errors import UserError
 from nanosync.files import (
@@ -43,6 +52,7 @@ from nanosync.files import (
     first_line,
     json_text,
     made_folder,
+    open_regular,
     os_error_as_user_error,
     replace_file,
     sha256_of,
@@ -51,6 +61,7 @@ from nanosync.files import (
 
 RESULT = {"run_id": int, "seed": int, "success": bool, "final_val_loss": (int, float, type(None)),
           "time_seconds": (int, float), "wall_seconds": (int, float)}
+METRICS = {"run_id", "step", "val_loss", "train_loss", "train_time_ms", "step_avg_ms"}  # numbers
 GPU_FIELDS = ("name", "memory.total", "driver_version")
 
 
@@ -70,7 +81,7 @@ class ExperimentLogger:
                ) -> "ExperimentLogger":
         """Make a folder in `parent`, named after the experiment and the time, completely or not at all.
         Raises UserError."""
-        stem = os.path.join(parent, f"{config['experiment_name']}_{time.strftime('%Y%m%d-%H%M%S')}")
+        stem = os.path.join(parent, f"{config['experiment_name']}_{time.strftime('%Y%m%d_%H%M%S')}")
         with made_folder(parent), os_error_as_user_error(f"cannot make {stem}"):
             log = cls(unused_path(os.path.join(parent, f".new-{os.getpid()}")), config, {}, {}, say)
             try:
@@ -218,7 +229,7 @@ def read_lines(path: str) -> list[dict]:
     if not os.path.exists(path):
         return []
     try:
-        with open(path, encoding="utf-8") as f:
+        with open_regular(path, "r", encoding="utf-8") as f:
             rows = [json.loads(text) for text in f]
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
@@ -226,6 +237,7 @@ def read_lines(path: str) -> list[dict]:
         raise UserError(f"{path} is not JSON Lines: {first_line(e)}") from None
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} has a line that is no JSON object")
+    check_strings(rows, path)
     return rows
 
 
@@ -239,15 +251,28 @@ def read_folder(folder: str) -> tuple[dict, dict[int, dict], dict[int, list[dict
         raise UserError(f"{path} is not of an experiment: it has no config and script")
     check_keys(described.get("config"), SCHEMA, path)
     described["config"] = DEFAULTS | described["config"]
+    check_values(described["config"], path)
+    n_runs = described.get("n_runs", 1)
+    if type(n_runs) is not int or not 1 <= n_runs < 2**31:
+        raise UserError(f"{path}: n_runs={str(n_runs)[:40]!a} must be an integer of at least 1")
     results, metrics = {}, {}
     for row in read_lines(os.path.join(folder, "results.jsonl")):
         for key, kinds in RESULT.items():
             if not isinstance(row.get(key), kinds):
                 raise UserError(f"{folder}/results.jsonl: a run has {key}={row.get(key)!r}")
-        if row["success"] and not isinstance(row["final_val_loss"], (int, float)):
+        numbers = ("run_id", "seed", "time_seconds", "wall_seconds")
+        if any(finite(row[key]) is None for key in numbers) or row["run_id"] < 0:
+            raise UserError(f"{folder}/results.jsonl: a run has numbers out of range: {str(row)[:80]!a}")
+        if row["success"] and finite(row["final_val_loss"]) is None:
             raise UserError(f"{folder}/results.jsonl: run {row['run_id']} succeeded without a val loss")
         results[row["run_id"]] = row
     for row in read_lines(os.path.join(folder, "metrics.jsonl")):
+        for key in METRICS & set(row):
+            if finite(row[key]) is None and not (row[key] is None and key not in ("run_id", "step")):
+                raise UserError(f"{folder}/metrics.jsonl: a row has {key}={str(row[key])[:40]!a}, which must "
+                                f"be a number")
+        if not {"run_id", "step"} <= set(row):
+            raise UserError(f"{folder}/metrics.jsonl has a row without run_id and step")
         metrics.setdefault(row.get("run_id"), []).append(row)
     return described, results, metrics
 
@@ -336,8 +361,7 @@ def _try_logging() -> str:
     with tempfile.TemporaryDirectory() as folder:
         config = DEFAULTS | {"experiment_name": "check", "script": os.path.abspath(__file__), "n_gpus": 1,
                              "stage": "stage_a_screening", "base_seed": 1, "target_val_loss": 3.28,
-                             "modification_type": "none", "stage_config": {"num_iterations": 1},
-                             "hyperparameters": {}}
+                             "stage_config": {"num_iterations": 1}}
         log = ExperimentLogger.create(config, folder, 3, 1, lambda text: None)
         for i, loss in enumerate((3.0, None, 4.0)):
             log.record({"run_id": i, "seed": 1 + i, "final_val_loss": loss, "final_train_loss": loss,

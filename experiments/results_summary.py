@@ -3,9 +3,12 @@
     python experiments/results_summary.py out-python-24sync out-python-12sync out-python-6sync
     python experiments/results_summary.py out-*sync --out=records/my-study/results
 
-Reads the logs of each out_dir, prints a table, and writes OUT.json, OUT.md and the picture OUT.png. The
-baseline is the run with the most syncs, or the mean of all runs with so many. Runs that differ in more than
-schedule and seed are not comparable; the table names the settings in which they differ.
+    python experiments/results_summary.py out-python-6sync --baseline=3.28 --threshold=1
+
+Reads the logs of each out_dir, prints a table and a conclusion, and writes OUT.json, OUT.md and the
+picture OUT.png. The baseline is the run with the most syncs, or the mean of all runs with so many, or the val
+loss that --baseline names. Runs that differ in more than schedule and seed are not comparable; the table
+names the settings in which they differ. These and runs that did not finish are not judged.
 """
 
 import json
@@ -21,7 +24,6 @@ from nanosync.errors import UserError, shown
 from nanosync.files import check_can_write
 from nanosync.run_log import RunLog
 
-CLOSE = 2.0  # percent above the baseline's val loss
 SCHEDULE_SETTINGS = {"tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points",
                      "block_types", "model_type", "tp_processes"}
 IGNORED_SETTINGS = SCHEDULE_SETTINGS | {
@@ -46,33 +48,58 @@ def summary_of(out_dir: str) -> dict:
         raise UserError(f"{out_dir} has no n_layer in its log: it is not the run of a model with layers")
     final, dense = max(losses), 2 * config["n_layer"]  # a dense model on ranks synchronises everywhere
     return {"run": os.path.basename(os.path.normpath(out_dir)), "config": config,
-            "syncs": log.last("schedule").get("syncs", dense), "step": final, "val_loss": losses[final],
+            "syncs": log.last("schedule").get("syncs", dense), "dense_syncs": dense, "step": final,
+            "val_loss": losses[final],
             "best_val_loss": min(losses.values(), key=lambda loss: (math.isnan(loss), loss)),
             "status": "diverged" if math.isnan(losses[final]) else log.last("end").get("status", "not ended")}
 
 
-def compare(runs: list[dict]) -> None:
-    """Add to each run its percent above the baseline, and the settings that make it not comparable."""
+def compare(runs: list[dict], baseline_loss: float | None, threshold: float) -> None:
+    """Add to each run its percent above the baseline, the settings that make it not comparable, and `within`:
+    whether it is at most threshold percent above; None if it is not judged.
+
+    baseline_loss: val loss of the baseline, None to take that of the runs with the most syncs.
+    """
     most = max(run["syncs"] for run in runs)
     baseline = [run for run in runs if run["syncs"] == most]
-    loss = statistics.mean(run["val_loss"] for run in baseline)
+    loss = statistics.mean(run["val_loss"] for run in baseline) if baseline_loss is None else baseline_loss
     reference = baseline[0]["config"]
     for run in runs:
         run["percent"] = 100 * (run["val_loss"] / loss - 1)
-        run["within"] = run["percent"] <= CLOSE
         keys = (set(run["config"]) | set(reference)) - IGNORED_SETTINGS
         run["differs"] = sorted(k for k in keys if run["config"].get(k) != reference.get(k))
         if run["step"] != baseline[0]["step"]:
             run["differs"].append("step")
+        judged = run["status"] == "finished" and not run["differs"]
+        run["within"] = run["percent"] <= threshold if judged else None
 
 
-def table(runs: list[dict]) -> str:
+def conclusion(runs: list[dict], threshold: float, baseline_loss: float | None) -> str:
+    """Return a sentence about the fewest syncs all of whose judged runs are within the threshold."""
+    judged = [run for run in runs if run["within"] is not None]
+    most = max(run["syncs"] for run in runs)
+    against = f"the baseline's {most} syncs" if baseline_loss is None else f"a val loss of {baseline_loss:g}"
+    counts = {run["syncs"] for run in judged if baseline_loss is not None or run["syncs"] < most}
+    close = [n for n in counts if all(run["within"] for run in judged if run["syncs"] == n)]
+    if not counts:
+        return "No run can be judged: let the runs finish, with the same settings but for the schedule."
+    if not close:
+        return f"No schedule is within {threshold:g}% of {against}."
+    n = min(close)
+    dense = next(run["dense_syncs"] for run in judged if run["syncs"] == n)
+    seeds = sum(run["syncs"] == n for run in judged)
+    return (f"{n} syncs, {1 - n / dense:.0%} fewer than {dense}: within {threshold:g}% of {against} "
+            f"({seeds} run{'s' * (seeds > 1)}).")
+
+
+def table(runs: list[dict], threshold: float) -> str:
     """Return the runs as a Markdown table."""
-    lines = [f"| run | ranks | syncs | step | val loss | vs. baseline | within {CLOSE:g}% | status | not "
+    judgement = {True: "yes", False: "no", None: "not judged"}
+    lines = [f"| run | ranks | syncs | step | val loss | vs. baseline | within {threshold:g}% | status | not "
              "comparable in |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for run in runs:
         lines.append(f"| {run['run']} | {run['config'].get('tp_size', 1)} | {run['syncs']} | {run['step']} | "
-                     f"{run['val_loss']:.4f} | {run['percent']:+.2f}% | {'yes' if run['within'] else 'no'} | "
+                     f"{run['val_loss']:.4f} | {run['percent']:+.2f}% | {judgement[run['within']]} | "
                      f"{run['status']} | {', '.join(run['differs']) or '-'} |")
     return "\n".join(lines) + "\n"
 
@@ -109,17 +136,25 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("out_dirs", nargs="+", metavar="OUT_DIR")
     parser.add_argument("--out", default="results_summary", help="path of the files, without ending")
+    parser.add_argument("--baseline", type=float, metavar="LOSS", help="val loss to compare with")
+    parser.add_argument("--threshold", type=float, default=2.0, metavar="PERCENT",
+                        help="how far above the baseline's val loss a run may be (default: 2)")
     args = parser.parse_args()
+    for name in ("baseline", "threshold"):
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name}={value} must be finite and above 0")
     if not os.path.basename(args.out) or os.path.isdir(args.out):
         raise UserError(f"--out={args.out} names no file: give a path without ending")
     check_can_write(os.path.dirname(args.out) or ".", "--out")
     runs = [summary_of(out_dir) for out_dir in args.out_dirs]
-    compare(runs)
+    compare(runs, args.baseline, args.threshold)
     runs.sort(key=lambda run: (-run["syncs"], run["config"].get("tp_size", 1), run["val_loss"]))
-    print(table(runs), end="")
+    text = table(runs, args.threshold) + "\n" + conclusion(runs, args.threshold, args.baseline) + "\n"
+    print(text, end="")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     with open(args.out + ".md", "w", encoding="utf-8") as f:
-        f.write(table(runs))
+        f.write(text)
     with open(args.out + ".json", "w", encoding="utf-8") as f:
         json.dump(runs, f, indent=1)
     draw(runs, args.out + ".png")

@@ -3,7 +3,7 @@
     cd experiments
     python run_nanogpt_experiment.py --config configs/stage_a_screening/palm_screening.json --n_runs 2
     python run_nanogpt_experiment.py --config configs/baseline.json --n_runs 5 --n_gpus 4 --dry_run
-    python run_nanogpt_experiment.py --resume experiment_logs/palm_screening_20261121-120000
+    python run_nanogpt_experiment.py --resume experiment_logs/nanogpt_palm_screening_20261121_120000
 
 --key=value for any key of the script replaces the JSON's value, as in --dataset=python_source. The files that
 it writes are described in experiment_logger.py. torchrun does the runs one after the other; --parallel=4 does
@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from configurator import Parser
 from experiments.experiment_config import (
     STAGES,
+    check_data,
     check_settings,
     check_values,
     command,
@@ -28,7 +29,7 @@ from experiments.experiment_config import (
     shown,
     variables,
 )
-from experiments.experiment_logger import ExperimentLogger, read_folder
+from experiments.experiment_logger import ExperimentLogger, read_folder, statistics_of
 from experiments.runner import Job, end_on_signals, lock, recover, run_jobs, slots
 from nanosync.errors import UserError
 from nanosync.files import check_can_write, json_text
@@ -87,6 +88,7 @@ def main() -> None:
         folder = args.resume or os.path.join(args.log_dir, f"{config['experiment_name']}_TIMESTAMP")
         return dry_run(config, folder, missing, places)
     if not args.resume:
+        check_data(config)
         check_can_write(args.log_dir, "--log_dir")
     end_on_signals()
     if args.resume:
@@ -133,9 +135,22 @@ def execute(log: ExperimentLogger, n_runs: int, retry_failed: bool, places: list
     good = [result for result in log.results.values() if result["success"]]
     script = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "analyze_results.py"))
     log.line(f"{len(good)} of {len(log.results)} runs succeeded; python {script} {log.folder}")
+    log.line(summary_line(log))
     if not good:
         raise UserError(f"no run of {log.folder} succeeded: no validation loss captured (see results.jsonl "
                         f"and runs/*/stdout.log there)")
+
+
+def summary_line(log: ExperimentLogger) -> str:
+    """Return the statistics of the successful runs as a line."""
+    found = statistics_of(list(log.results.values()), None)
+    loss, n = found["val_loss"], found["successful_runs"]
+    parts = [f"Runs: {n}/{found['n_runs']}"]
+    if n:
+        parts.append(f"val loss {loss['mean']:.4f}" + (f" ± {loss['std']:.4f}" if n > 1 else ""))
+    if loss["ci_95"] is not None:
+        parts.append(f"95% CI {loss['ci_95'][0]:.4f} to {loss['ci_95'][1]:.4f}")
+    return ", ".join([*parts, f"best {loss['min']:.4f}"] if n else parts)
 
 
 if __name__ == "__main__":

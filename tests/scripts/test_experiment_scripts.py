@@ -193,7 +193,10 @@ def test_pipeline(tmp_path):
     assert "one-sided t-test, p = " in run("analyze_results.py", palm, "--target=3.28", cwd=tmp_path)
     plan = json.loads((CONFIGS / "plan.json").read_text()) | {"variants": ["depth_warm"]}
     for stage in plan["stages"]:
-        stage["config"] = str(CONFIGS / stage["config"])
+        if isinstance(stage["config"], str):
+            stage["config"] = str(CONFIGS / stage["config"])
+        else:
+            stage["config"] = {arm: str(CONFIGS / name) for arm, name in stage["config"].items()}
     plan["stages"][0]["n_runs"] = 1
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     run("run_stages.py", "--plan", "plan.json", "--until", A, "--parallel=2", f"--dataset={data}", *TOY,
@@ -203,7 +206,7 @@ def test_pipeline(tmp_path):
     for folder in folders:
         assert len(val_losses(folder)) == 5 and val_losses(folder)[-1] < val_losses(folder)[0] - 1
     compared = run("compare_experiments.py", folders[1], palm, f"--out={tmp_path / 'compared'}", cwd=tmp_path)
-    assert "| palm_screening | variant | baseline | palm |" in compared
+    assert "| nanogpt_palm_screening | variant | baseline | palm |" in compared
     assert (tmp_path / "compared.png").stat().st_size > 1e4
 
 
