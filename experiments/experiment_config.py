@@ -74,7 +74,8 @@ def read_json(path: str):
         raise UserError(f"{path} has the number {name}, which JSON does not: write one that is finite")
 
     try:
-        value = json.loads(read_file(path, MAX_JSON).decode(), object_pairs_hook=pairs, parse_constant=constant)
+        text = read_file(path, MAX_JSON).decode()
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
         check_strings(value, path)
         return value
     except json.JSONDecodeError as e:
