@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 from nanosync.errors import UserError, install_error_hook, shortened, shown
 from nanosync.files import ROOT, check_json, expand_path, is_utf8, nearest_file, open_regular, read_file
-from nanosync.literals import TooLarge, evaluate
+from nanosync.literals import TooLarge, annotated_type, evaluate
 from nanosync.setting_hints import LAUNCHER, form, name_here
 
 MAX_CONFIG_FILE = 2**24  # bytes
@@ -176,22 +176,10 @@ def read_settings(namespace: dict) -> list[Setting]:
             default = namespace.get(target.id)  # literal_defaults lacks what is no literal
             kind = None if default is None else type(default)
             if isinstance(node, ast.AnnAssign):
-                kind = _annotated(node.annotation)
+                kind = annotated_type(node.annotation)
             settings.append(Setting(target.id, kind, comments.get(node.end_lineno, ""),
                                     _heading(comments, source.splitlines(), node.lineno)))
     return settings
-
-
-def _annotated(node: ast.AST):
-    """Return the type of an annotation of built-in types such as `list | None`, else None, for any type."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        left, right = _annotated(node.left), _annotated(node.right)
-        return None if left is None or right is None else left | right
-    if isinstance(node, ast.Constant) and node.value is None:
-        return types.NoneType
-    name = node.value if isinstance(node, ast.Subscript) else node  # list[int]: the items are not checked
-    known = {kind.__name__: kind for kind in (bool, int, float, str, list, dict, tuple)}
-    return known.get(name.id) if isinstance(name, ast.Name) else None
 
 
 def script_defaults(path: str) -> dict:

@@ -1,6 +1,7 @@
 """Literals on the command line and in the environment, with + - * / // and bounded in size."""
 
 import ast
+import types
 
 MAX_LITERAL = 10_000  # characters of a literal
 MAX_VALUES = 100_000  # values in the lists of a literal, and characters of its texts
@@ -69,3 +70,15 @@ def _bounded(value):
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise TooLarge("its numbers have too many digits")
     return value
+
+
+def annotated_type(node: ast.AST):
+    """Return the type of an annotation of built-in types such as `list | None`, else None, for any type."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        left, right = annotated_type(node.left), annotated_type(node.right)
+        return None if left is None or right is None else left | right
+    if isinstance(node, ast.Constant) and node.value is None:
+        return types.NoneType
+    name = node.value if isinstance(node, ast.Subscript) else node  # list[int]: the items are not checked
+    known = {kind.__name__: kind for kind in (bool, int, float, str, list, dict, tuple)}
+    return known.get(name.id) if isinstance(name, ast.Name) else None
