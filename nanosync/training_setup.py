@@ -73,9 +73,9 @@ def check_optimizer(settings: dict) -> None:
 def build_optimizer(model: nn.Module, settings: dict, parallel) -> torch.optim.Optimizer:
     """Build the optimizer that the settings name; the model must be on its device. Raises UserError.
 
-    An optimizer whose state is sharded over processes has `group`, `rank` and `owns(parameter)`. An optimizer
-    whose state differs from AdamW's has `state_entries(parameter)`, the names of the tensors in a parameter's
-    state.
+    An optimizer whose state is sharded over processes has `group`, `rank` and `owns(parameter)`, and
+    `rows_of(parameter)` if it shards some parameters by rows. An optimizer whose state differs from AdamW's
+    has `state_entries(parameter)`, the names and whole shapes of the tensors in a parameter's state.
     """
     return OPTIMIZERS[settings["optimizer"]][1](model, settings, parallel)
 
