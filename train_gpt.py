@@ -34,7 +34,8 @@ from nanosync.distributed import env_rank, start
 from nanosync.errors import UserError
 from nanosync.hardware import check_compile, make_deterministic, peak_memory, pick_dtype
 from nanosync.model_kind import MAX_LAYERS, ModelKind, check_size, schedule_description
-from nanosync.optim import build_muon, set_learning_rate, trapezoidal_learning_rate
+from nanosync.muon import build_muon
+from nanosync.optim import set_learning_rate, trapezoidal_learning_rate
 from nanosync.random_states import seed_random_states
 from nanosync.ranks import Ranks, column_parallel, f_op, g_op, row_parallel
 from nanosync.run import Run

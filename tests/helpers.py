@@ -26,7 +26,7 @@ from model import GPT, GPTConfig
 from nanosync import checkpoint, checkpoint_writer, model_kind, random_states
 from nanosync.errors import UserError
 from nanosync.hellaswag_eval import Example
-from nanosync.optim import build_muon
+from nanosync.muon import build_muon
 from nanosync.run_log import read_log
 from nanosync.tokenizers import GPT2Tokenizer
 from nanosync.training_logger import TrainingLogger
