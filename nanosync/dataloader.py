@@ -8,7 +8,7 @@ loader is one integer, and resuming is exact.
 An epoch is a grid of adjacent windows, each served once. In a flat file (`bin`) every epoch has its own grid
 offset and its own random order. Shards are read in the order of the files in epoch 0. In every later epoch
 the shards, and the windows inside each shard, have a new order. Evaluation has one grid, which begins at the
-first token of each file.
+first token of each file. nanosync.packing has another way to cut a split: packed documents.
 
 B = sequences of a micro-batch, T = block_size.
 """
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nanosync import tokenizers
 from nanosync.distributed import all_reduce_sum
 from nanosync.errors import UserError
 from nanosync.files import ROOT, dataset_folder
@@ -31,29 +32,46 @@ CHECK_TOKENS = 500_000_000  # tokens of a split, evenly spread, that are compare
 
 
 class Split:
-    """A split of a data set: its token files and the windows in them."""
+    """A split of a data set: its token files and the windows in them.
+
+    A derived class cuts the files in another way: it overrides count, order, gather and hide_context.
+    """
+
+    shortest: int | None = None  # tokens of a file that has a window; None: T + 1
 
     def __init__(self, folder: str, split: str, block_size: int, length_key: str = "block_size",
-                 dtype: str | None = None):
+                 dtype: str | None = None, end_of_text: int | None = None):
         """Open and check the files. Raises UserError.
 
         split: 'train' or 'val'.
         block_size: T, tokens.
         length_key: name of the script's setting for block_size, for error messages.
         dtype: `dtype` of the folder's meta.json, None if it has none.
+        end_of_text: token with which documents begin, None if there is none.
         """
-        self.name, self.block_size = split, block_size
+        self.name, self.block_size, self.end_of_text = split, block_size, end_of_text
         self.kind, self.paths = split_files(folder, split)
         self.files = [open_tokens(path, self.kind, dtype) for path in self.paths]
         self.dtype = max((f.dtype for f in self.files), key=lambda dtype: dtype.itemsize)
         T = block_size
-        # evaluation uses all windows that fit; training leaves room for any grid offset below T, but uses at
-        # least one window of a file that has one
-        self.eval_windows = [(len(f) - 1) // T for f in self.files]
-        self.windows = [max((len(f) - T) // T, min(fit, 1)) for f, fit in zip(self.files, self.eval_windows)]
+        self.eval_windows = [(len(f) - 1) // T for f in self.files]  # all that fit
+        self.windows = [self.count(len(f)) for f in self.files]
         if sum(self.windows) == 0:
-            raise UserError(f"{length_key}={T} needs {T + 1} tokens and the {split} files of {folder} have "
-                            f"at most {max(map(len, self.files))}: lower {length_key} or prepare more data")
+            lower = f"lower {length_key} or " if self.shortest is None else ""
+            raise UserError(f"{length_key}={T} needs {self.shortest or T + 1} tokens and the {split} files "
+                            f"of {folder} have at most {max(map(len, self.files))}: {lower}prepare more data")
+
+    def count(self, n_tokens: int) -> int:
+        """Return the number of training windows of a file.
+
+        It leaves room for any grid offset below T. A file that has a window has at least one.
+        """
+        T = self.block_size
+        return max((n_tokens - T) // T, min((n_tokens - 1) // T, 1))
+
+    def order(self, seed: int) -> "WindowOrder":
+        """Make the order in which training reads the split."""
+        return WindowOrder(self, seed)
 
     @property
     def n_windows(self) -> int:
@@ -83,19 +101,25 @@ class Split:
             row[:] = self.files[file][start:start + self.block_size + 1]
         return out
 
+    def hide_context(self, targets: torch.Tensor, places: np.ndarray) -> None:
+        """Set targets (n, T) that do not count to -1. places: places of the order."""
+
 
 class WindowOrder:
     """Order of the windows: a pure function of (seed, epoch, number in the epoch)."""
+
+    columns = 2  # numbers that describe a place
 
     def __init__(self, split: Split, seed: int):
         self.split, self.seed = split, seed
         self._epoch = -1
 
     def places(self, first: int, count: int) -> np.ndarray:
-        """Return (file, start) of the windows of the run's samples first to first + count - 1: (count, 2)."""
+        """Return (file, start) of the windows of the run's samples first to first + count - 1:
+        (count, columns)."""
         samples = np.arange(first, first + count)
         epochs, numbers = np.divmod(samples, self.split.n_windows)
-        places = np.empty((count, 2), np.int64)
+        places = np.empty((count, self.columns), np.int64)
         for epoch in np.unique(epochs):
             of_epoch = epochs == epoch
             places[of_epoch] = self._in_epoch(int(epoch), numbers[of_epoch])
@@ -111,13 +135,17 @@ class WindowOrder:
             self._epoch, self._files, self._starts = epoch, self.shard_order(epoch), {}
             self._ends = np.cumsum(np.array(self.split.windows)[self._files])
         turns = np.searchsorted(self._ends, numbers, side="right")
-        places = np.empty((len(numbers), 2), np.int64)
+        places = np.empty((len(numbers), self.columns), np.int64)
         for turn in np.unique(turns):
             of_turn, file = turns == turn, self._files[turn]
             inside = numbers[of_turn] - (self._ends[turn] - self.split.windows[file])
             places[of_turn, 0] = file
-            places[of_turn, 1] = self._file_starts(epoch, file)[inside]
+            places[of_turn, 1:] = self._inside(epoch, file, inside)
         return places
+
+    def _inside(self, epoch: int, file: int, numbers: np.ndarray) -> np.ndarray:
+        """Return places without the file, (n, columns - 1). numbers: of an epoch's windows of the file."""
+        return self._file_starts(epoch, file)[numbers, None]
 
     def _file_starts(self, epoch: int, file: int) -> np.ndarray:
         """Return the starts of a file's windows in the order in which an epoch reads them."""
@@ -157,10 +185,12 @@ class DataSet:
         return {"train_tokens": self.train.n_tokens, "val_tokens": self.val.n_tokens, "sha256": digests}
 
 
-def open_dataset(name: str, block_size: int, length_key: str = "block_size") -> DataSet:
+def open_dataset(name: str, block_size: int, length_key: str = "block_size",
+                 train_split: type[Split] = Split) -> DataSet:
     """Open the data set data/<name>, or the folder `name` if it is a path. Raises UserError.
 
     block_size, length_key: see Split.
+    train_split: Split, or packing.PackedSplit for packed documents.
     """
     folder = dataset_folder(name)
     if not os.path.isdir(folder):
@@ -172,7 +202,8 @@ def open_dataset(name: str, block_size: int, length_key: str = "block_size") -> 
         raise UserError(f"no data set {name!r}: there is no folder {folder} ({hint})")
     meta = read_meta(folder)
     dtype = (meta or {}).get("dtype")
-    train, val = (Split(folder, split, block_size, length_key, dtype) for split in ("train", "val"))
+    train, val = (cut(folder, split, block_size, length_key, dtype, tokenizers.end_of_text(meta))
+                  for cut, split in ((train_split, "train"), (Split, "val")))
     for split in (train, val):
         check_counts(folder, meta, split.name, split.n_tokens)
     return DataSet(folder, meta, train, val)
@@ -206,7 +237,7 @@ class DataLoader:
         prefetch: micro-batches that are read ahead.
         """
         self.split, self.device, self.batch_size, self.vocab_size = split, device, batch_size, vocab_size
-        self.order = WindowOrder(split, seed)
+        self.order = split.order(seed)
         self.rank_samples = batch_size * accumulation_steps
         self.global_samples = self.rank_samples * world_size
         self.rank = rank
@@ -222,7 +253,10 @@ class DataLoader:
         return self.sample // self.split.n_windows
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the next micro-batch of this DDP rank: inputs and targets, (B, T) int64, on the device."""
+        """Return the next micro-batch of this DDP rank: inputs and targets, (B, T) int64, on the device.
+
+        Targets that do not count are -1.
+        """
         batch = self._ready.get()
         if isinstance(batch, Exception):
             raise batch
@@ -271,7 +305,9 @@ class DataLoader:
             raise UserError(f"{path} has token {windows[row, column]} at position {places[row, 1] + column}, "
                             f"but the vocabulary has {self.vocab_size}: the file was prepared with another "
                             f"tokenizer")
-        return to_tensors(windows, self.device)
+        x, y = to_tensors(windows, self.device)
+        self.split.hide_context(y, places)
+        return x, y
 
 
 def to_tensors(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,6 +330,7 @@ def evaluation_batches(split: Split, n_windows: int, batch_size: int, device: to
     spread: True for windows spread evenly over the split, False for the first windows.
     """
     total = sum(split.eval_windows)
+    assert total, f"no {split.name} file has a window of {split.block_size + 1} tokens"
     n = min(n_windows, total)
     numbers = np.arange(n) * total // n if spread else np.arange(n)
     ends = np.cumsum(split.eval_windows)

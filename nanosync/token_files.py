@@ -8,7 +8,8 @@
     npy     *_train_*.npy, *_val_*.npy    one-dimensional arrays of uint16, as build-nanogpt's, or of uint32
 
 meta.json: name, format, tokenizer, vocab_size, chars (of a char tokenizer), dtype ("uint16" or "uint32"),
-train_tokens, val_tokens, sha256 (file name -> digest), source. This module imports no PyTorch, so that
+end_of_text (id of the token with which documents begin), train_tokens, val_tokens, sha256 (file name ->
+digest), source. This module imports no PyTorch, so that
 preparing data starts fast.
 """
 
@@ -29,8 +30,9 @@ SHARDS = {SHARD_MAGIC: ("uint16", (SHARD_VERSION,)), 20240801: ("uint32", (1, 7)
 TOKEN_DTYPE = np.dtype("<u2")  # of the files that this repository writes
 DTYPES = {"uint16": TOKEN_DTYPE, "uint32": np.dtype("<u4")}  # dtypes of tokens that can be read
 MAX_VOCAB_SIZE = {"uint16": 1 << 16, "uint32": 1 << 31}  # PyTorch's token ids are signed
-META = {"vocab_size": int, "tokenizer": str, "dtype": str, "train_tokens": int, "val_tokens": int,
-        "name": str, "format": str, "sha256": dict}  # entries of meta.json -> types; the first two must exist
+META = {"vocab_size": int, "tokenizer": str, "dtype": str, "end_of_text": int, "train_tokens": int,
+        "val_tokens": int, "name": str, "format": str, "sha256": dict}  # entries of meta.json -> types; the
+# first two must exist
 MAX_NPY_HEADER = 4096  # bytes; numpy writes 118 for tokens
 LOOK = 4096  # tokens at the beginning and in the middle of a file that show whether the dtype is right
 PICKLED_META = (  # nanoGPT's character-level data sets have a meta.pkl
@@ -207,6 +209,9 @@ def check_meta(meta, where: str) -> None:
         limits = " and ".join(f"{name} for up to {size:,} symbols" for name, size in MAX_VOCAB_SIZE.items())
         raise UserError(f"{where}: vocab_size={meta['vocab_size']}, dtype={shown(dtype)} cannot be used: "
                         f"tokens are {limits}; prepare the data set again")
+    if not 0 <= (meta.get("end_of_text") or 0) < meta["vocab_size"]:
+        raise UserError(f"{where}: end_of_text={meta['end_of_text']} is not a token of vocab_size="
+                        f"{meta['vocab_size']}: correct it, or leave it out")
     if meta["tokenizer"] == "char" and type(meta.get("chars", "")) is not str:
         raise UserError(f"{where} has no usable 'chars'; prepare the data set again")
 

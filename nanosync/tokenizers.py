@@ -120,6 +120,18 @@ class TokenIds:
         return {"tokenizer": self.name, "vocab_size": self.vocab_size}
 
 
+def end_of_text(meta: dict | None) -> int | None:
+    """Return the token with which documents begin, None if there is none.
+
+    It is `end_of_text` of meta.json or, without that entry, the tokenizer's. meta: see from_meta.
+    """
+    meta = GPT2_META if meta is None else meta
+    if meta.get("end_of_text") is not None:
+        return meta["end_of_text"]
+    gpt2 = meta["tokenizer"] == "gpt2" and meta["vocab_size"] > GPT2Tokenizer.eot_token
+    return GPT2Tokenizer.eot_token if gpt2 else None
+
+
 def from_meta(meta: dict | None):
     """Make the tokenizer of a meta.json; None stands for GPT-2's, as in nanoGPT. Raises UserError."""
     kind = "gpt2" if meta is None else meta.get("tokenizer")
