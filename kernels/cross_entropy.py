@@ -12,8 +12,8 @@ The gradients are those of the *sum* of the losses, so that the logits' gradient
 scaled by `grad_output / n_valid` afterwards. In fp16 a factor of 1/65536 on the logits' gradients would flush
 them to zero.
 
-The logits can be capped, and a row can have several targets, each with a weight. An operator of its own
-computes both: its loss of a row is sum_j w_j * (log-sum-exp - logit of target j), of capped logits.
+The logits can be capped, and a row can have several targets, each with a weight. Both are in a second
+operator: its loss of a row is sum_j w_j * (log-sum-exp - logit of target j), of capped logits.
 
 Shapes: N = rows, V = vocabulary, C = channels, K = targets of a row.
 """
@@ -27,8 +27,6 @@ from kernels import triton, usable
 from kernels.collectives import functional_all_gather
 
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25, "mps": 1 << 28}  # logits in memory at a time; see records/
-
-
 MAX_TARGETS = 8  # of a row
 
 
@@ -57,8 +55,8 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     """Return the mean cross-entropy of the logits `x @ weight.T` over rows with a target != ignore_index.
 
     With target_weights, row i also predicts the targets of the rows after it. Its loss is
-    sum_j target_weights[j] * -log softmax[targets[i + j]]. A term is left out if its target is ignore_index or
-    beyond the end of the sequence. A row whose own target (j = 0) is ignore_index contributes nothing.
+    sum_j target_weights[j] * -log softmax[targets[i + j]]. A term whose target is ignore_index or beyond the
+    end of the sequence is left out. A row whose own target (j = 0) is ignore_index contributes nothing.
 
     The result is a scalar in fp32 (fp64 for fp64 input). It is NaN if no row is valid, as in
     `F.cross_entropy`. Differentiable once in x and weight.
@@ -76,13 +74,12 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
         loss_sum, _, _ = _loss_and_grads(x, weight, targets.flatten(), ignore_index, need_grads)
     else:
         index, weights = _target_table(targets, target_weights, ignore_index)
-        cap = None if softcap is None else list(softcap)
-        loss_sum, _, _ = _weighted_loss_and_grads(x, weight, index, weights, cap, need_grads)
+        loss_sum, _, _ = _weighted_loss_and_grads(x, weight, index, weights, softcap, need_grads)
     return loss_sum / (targets != ignore_index).sum()
 
 
 def _target_table(targets, target_weights, ignore_index):
-    """Return targets and weights of all rows, (N, K) each. A term that is left out has target and weight 0."""
+    """Return targets and weights of all rows, (N, K) each. Terms that are left out have target and weight 0."""
     if target_weights is None:
         target_weights = torch.ones(1, device=targets.device)
     K = len(target_weights)
@@ -106,8 +103,7 @@ def _loss_and_grads(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 
 def _sum_over_chunks(x: torch.Tensor, weight: torch.Tensor, need_grads: bool,
                      loss_and_grad_logits_: Callable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the summed loss and its gradients, given a function of a chunk's logits (rows, V) and its slice
-    of the rows."""
+    """Return the summed loss and its gradients. The function takes a chunk's logits and the slice of rows."""
     N, V = x.shape[0], weight.shape[0]
     w = weight.to(x.dtype)
     losses = x.new_empty(N, dtype=_loss_dtype(x))
@@ -124,51 +120,41 @@ def _sum_over_chunks(x: torch.Tensor, weight: torch.Tensor, need_grads: bool,
     return losses.sum(), grad_x, grad_w
 
 
-@_loss_and_grads.register_fake
-def _(x, weight, targets, ignore_index, need_grads):
-    return _loss_and_grads_shapes(x, weight, need_grads)
-
-
-def _loss_and_grads_shapes(x, weight, need_grads):
+def _empty_results(x, weight, *constants):
+    need_grads = constants[-1]
     grad_x = torch.empty_like(x) if need_grads else x.new_empty(0)
     grad_w = torch.empty_like(weight) if need_grads else weight.new_empty(0)
     return x.new_empty((), dtype=_loss_dtype(x)), grad_x, grad_w
 
 
 def _keep_grads(ctx, inputs, output):
-    _, grad_x, grad_w = output
-    ctx.save_for_backward(grad_x, grad_w)
+    ctx.save_for_backward(*output[1:])
+    ctx.constants = len(inputs) - 2  # all but x and weight
 
 
 def _scale_grads(ctx, grad_loss, _grad_grad_x, _grad_grad_w):
     grad_x, grad_w = ctx.saved_tensors
-    return (grad_x * grad_loss).to(grad_x.dtype), grad_w * grad_loss, None, None, None
+    return (grad_x * grad_loss).to(grad_x.dtype), grad_w * grad_loss, *[None] * ctx.constants
 
 
+_loss_and_grads.register_fake(_empty_results)
 _loss_and_grads.register_autograd(_scale_grads, setup_context=_keep_grads)
 
 
 @torch.library.custom_op("nanosync::weighted_linear_cross_entropy", mutates_args=())
-def _weighted_loss_and_grads(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, weights: torch.Tensor,
-                             softcap: list[float] | None, need_grads: bool
+def _weighted_loss_and_grads(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor,
+                             weights: torch.Tensor, softcap: list[float] | None, need_grads: bool
                              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what _loss_and_grads returns, for K targets a row: index (N, K) in [0, V), weights (N, K)."""
-    if softcap is not None and min(softcap[:2]) <= 0:
-        raise ValueError(f"softcap {tuple(softcap)} must have a positive cap and scale")
+    softcap = None if softcap is None else Softcap(*softcap)
+    if softcap is not None and min(softcap.cap, softcap.scale) <= 0:
+        raise ValueError(f"{softcap} is not a cap. Use a positive cap and a positive scale")
     return _sum_over_chunks(x, weight, need_grads, lambda logits, part: _weighted_loss_and_grad_logits_(
         logits, index[part], weights[part], softcap, need_grads))
 
 
-@_weighted_loss_and_grads.register_fake
-def _(x, weight, index, weights, softcap, need_grads):
-    return _loss_and_grads_shapes(x, weight, need_grads)
-
-
-def _scale_weighted_grads(ctx, *grads):
-    return *_scale_grads(ctx, *grads), None
-
-
-_weighted_loss_and_grads.register_autograd(_scale_weighted_grads, setup_context=_keep_grads)
+_weighted_loss_and_grads.register_fake(_empty_results)
+_weighted_loss_and_grads.register_autograd(_scale_grads, setup_context=_keep_grads)
 
 
 def _loss_dtype(x: torch.Tensor) -> torch.dtype:
@@ -213,18 +199,16 @@ def _weighted_loss_and_grad_logits_(logits, index, weights, softcap, need_grads)
     if usable(logits):
         return _triton_weighted_loss_and_grad_(logits, index, weights, softcap, need_grads)
     z = logits.to(_loss_dtype(logits))
-    capped = z if softcap is None else cap_logits(z, softcap)
-    lse = capped.logsumexp(dim=1, keepdim=True)
+    z = z if softcap is None else cap_logits(z, softcap)
+    lse = z.logsumexp(dim=1, keepdim=True)
     w = weights.to(z.dtype)
-    losses = (w * (lse - capped.gather(1, index))).where(w != 0, 0).sum(dim=1)
+    losses = (w * (lse - z.gather(1, index))).where(w != 0, 0).sum(dim=1)
     if not need_grads:
         return losses, logits
-    grad = (capped - lse).exp_() * w.sum(dim=1, keepdim=True)
+    grad = (z - lse).exp_() * w.sum(dim=1, keepdim=True)
     grad.scatter_add_(1, index, -w)
     if softcap is not None:
-        cap, scale, shift = softcap
-        s = ((z + shift) / scale).sigmoid_()
-        grad *= cap / scale * s * (1 - s)
+        grad *= z * (1 - z / softcap.cap) / softcap.scale  # the derivative of a sigmoid s is s * (1 - s)
     return losses, logits.copy_(grad)
 
 
@@ -275,16 +259,8 @@ def _vocab_parallel(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     return losses.sum(), grad_x, grad_w
 
 
-@_vocab_parallel.register_fake
-def _(x, weight, targets, first, processes, group_name, ignore_index, need_grads):
-    return _loss_and_grads_shapes(x, weight, need_grads)
-
-
-def _scale_vocab_parallel_grads(ctx, *grads):
-    return *_scale_grads(ctx, *grads), None, None, None
-
-
-_vocab_parallel.register_autograd(_scale_vocab_parallel_grads, setup_context=_keep_grads)
+_vocab_parallel.register_fake(_empty_results)
+_vocab_parallel.register_autograd(_scale_grads, setup_context=_keep_grads)
 
 
 def _lse_and_target_logit(logits, index):
@@ -317,22 +293,18 @@ if triton is not None:
 
     @triton.jit
     def _log2_logits(z, softcap):
-        """Return fp32 logits in units of ln 2, after the cap, and the cap's derivative.
+        """Return the logits after the cap, divided by ln 2, and the cap's derivative.
 
-        softcap: None, or what _softcap_constants returns. With t = 2^-u the sigmoid of u ln 2 is
-        s = 1 / (1 + t), and 1 - s = t s has no cancellation. u is bounded below so that t stays finite.
+        softcap: None or (cap / ln 2, 1 / (scale ln 2), shift / (scale ln 2), cap / scale).
+        The sigmoid of u ln 2 is s = 1 / (1 + t) with t = 2^-u. 1 - s = t s avoids cancellation.
         """
         if softcap is None:
-            log2_logits = z * 1.4426950408889634
-            slope: tl.constexpr = 1.0
-        else:
-            cap2, rate, offset, steepness = softcap
-            u = tl.maximum(z * rate + offset, -100.0, propagate_nan=tl.PropagateNan.ALL)
-            t = tl.exp2(-u)
-            s = 1.0 / (1.0 + t)
-            log2_logits = cap2 * s
-            slope = steepness * s * (t * s)
-        return log2_logits, slope
+            return z * 1.4426950408889634, 1.0
+        cap2, rate, offset, steepness = softcap
+        u = tl.maximum(z * rate + offset, -100.0, propagate_nan=tl.PropagateNan.ALL)  # keeps t finite
+        t = tl.exp2(-u)
+        s = 1.0 / (1.0 + t)
+        return cap2 * s, steepness * s * (t * s)
 
     @triton.jit
     def _log2_sum_exp2(logits_ptr, V, LANES: tl.constexpr, UNROLL: tl.constexpr, softcap=None):
@@ -357,9 +329,9 @@ if triton is not None:
         return row_max + tl.log2(tl.sum(lane_sum * tl.exp2(lane_max - row_max), axis=0))
 
     @triton.jit
-    def _store_softmax(logits_ptr, lse2, V, LANES: tl.constexpr, UNROLL: tl.constexpr, factor=1.0, softcap=None):
-        """Overwrite a row with factor * 2^(logit / ln 2 - lse2) * the cap's derivative. The second factor is 0
-        if lse2 is infinite."""
+    def _store_softmax(logits_ptr, lse2, V, LANES: tl.constexpr, UNROLL: tl.constexpr, factor=1.0,
+                       softcap=None):
+        """Overwrite a row with factor * 2^(logit / ln 2 - lse2) * cap's derivative; 0 if lse2 is infinite."""
         offsets = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         for start in range(0, V, LANES * UNROLL):
             mask = start + offsets < V
@@ -431,8 +403,7 @@ if triton is not None:
     @triton.jit
     def _weighted_cross_entropy_kernel(
         logits_ptr,  # (rows, V), overwritten by the gradient if WRITE_GRAD
-        index_ptr,  # (rows, K)
-        weights_ptr,  # (rows, K)
+        index_ptr, weights_ptr,  # (rows, K)
         losses_ptr,  # (rows,) fp32
         V, row_stride, cap, scale, shift,
         K: tl.constexpr, BLOCK_K: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -470,9 +441,9 @@ def _triton_loss_and_grad_(logits, targets, ignore_index, need_grads):
 def _triton_weighted_loss_and_grad_(logits, index, weights, softcap, need_grads):
     (rows, V), K = logits.shape, index.shape[1]
     losses = logits.new_empty(rows, dtype=torch.float32)
-    cap, scale, shift = (1.0, 1.0, 0.0) if softcap is None else softcap
     _weighted_cross_entropy_kernel[(rows,)](
-        logits, index, weights, losses, V, logits.stride(0), cap, scale, shift, K=K,
-        BLOCK_K=triton.next_power_of_2(K), SOFTCAP=softcap is not None, WRITE_GRAD=need_grads, LANES=4096,
-        UNROLL=8, num_warps=16)
+        logits, index.contiguous(), weights.contiguous(), losses, V, logits.stride(0),
+        *(softcap or (1.0, 1.0, 0.0)), K=K, BLOCK_K=triton.next_power_of_2(K), SOFTCAP=softcap is not None,
+        WRITE_GRAD=need_grads, LANES=4096, UNROLL=4 if softcap is None else 2,  # at most 64 registers
+        num_warps=16)
     return losses, logits

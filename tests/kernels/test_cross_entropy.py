@@ -18,7 +18,7 @@ from kernels.cross_entropy import Softcap, cap_logits, linear_cross_entropy, tan
 RECORD = Softcap(23.0, 7.5, 5.0)
 WEIGHTS = [1.0, 0.5, 0.25]
 # What rounding inputs and result to the dtype costs, times a small factor for the sums in between.
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+TOLERANCE = {torch.float32: 6e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def error(result, reference):
@@ -58,7 +58,9 @@ def test_losses_and_gradients(V, K, softcap, dtype):
     index, weights = index.to(DEVICE), weights.to(DEVICE)
     expected, expected_grad = reference(logits, index, weights, softcap)
     losses, grad = run(logits, index, weights, softcap)
-    assert error(losses, expected) < 3e-6 and error(grad, expected_grad) < TOLERANCE[dtype]
+    # 5e-6: a few roundings of logits up to 23
+    assert torch.allclose(losses.double(), expected, rtol=3e-6, atol=5e-6)
+    assert error(grad, expected_grad) < TOLERANCE[dtype]
     assert losses[2] == 0 and (grad[2] == 0).all()
 
 
@@ -89,11 +91,11 @@ def test_nan_stays_nan():
 @pytest.mark.parametrize("softcap, weights", [(RECORD, None), (None, WEIGHTS), (RECORD, WEIGHTS)])
 def test_through_the_operator(softcap, weights, monkeypatch):
     """With chunks that end in the middle of a sequence: value and every gradient."""
-    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, DEVICE, 1)
+    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda x, V: 11)
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 16, generator=generator).to(DEVICE) for n in (3 * 50, 1000))
-    targets = torch.randint(1000, (3, 50), generator=generator).to(DEVICE)
-    targets[0, :7] = targets[2, 20] = targets[2, 49] = -1
+    x, weight = (torch.randn(n, 16, generator=generator).to(DEVICE) for n in (3 * 10, 1000))
+    targets = torch.randint(1000, (3, 10), generator=generator).to(DEVICE)
+    targets[0, :3] = targets[2, 5] = targets[2, 9] = -1
     w = None if weights is None else torch.tensor(weights, device=DEVICE)
     mine = [t.clone().requires_grad_() for t in (x, weight)]
     theirs = [t.double().requires_grad_() for t in (x, weight)]
