@@ -340,6 +340,24 @@ runs_kernels = pytest.mark.skipif(
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 
 
+def reference_cross_entropy(x, weight, targets, softcap=None, target_weights=None, ignore_index=-1):
+    """Return linear_cross_entropy in plain PyTorch, a term at a time. targets: (B, T)."""
+    z = x @ weight.T
+    if softcap is not None:
+        cap, scale, shift = softcap
+        z = cap * torch.sigmoid((z + shift) / scale)
+    logs = z.log_softmax(dim=1).view(*targets.shape, -1)
+    total, rows = 0.0, 0
+    for log, sequence in zip(logs, targets.tolist()):
+        for i in range(len(sequence)):
+            if sequence[i] == ignore_index:
+                continue
+            rows += 1
+            for w, target in zip([1.0] if target_weights is None else target_weights.tolist(), sequence[i:]):
+                total -= 0 if target == ignore_index else w * log[i, target]
+    return total / rows
+
+
 def random_model(dtype=torch.float64, **changes) -> GPT:
     """A model none of whose parameters is zero or one."""
     torch.manual_seed(0)
