@@ -244,7 +244,7 @@ def _plain_head(x, weight, targets):
 
 
 def _plain_capped_head(x, weight, targets):
-    """Compute the loss of the capped head: log-softmax of all logits in fp32, a loss for each target of a row."""
+    """Compute the loss of the capped head with all logits in fp32."""
     logits = F.linear(x, weight.to(x.dtype)).float()
     logs = (SOFTCAP.cap * ((logits + SOFTCAP.shift) / SOFTCAP.scale).sigmoid()).log_softmax(dim=1)
     N, valid, total = len(targets), targets != -1, 0.0
