@@ -18,6 +18,7 @@ of 2 N C V FLOPs. The capped head has a softcap on its logits and three targets 
 of the head.
 """
 
+import functools
 import itertools
 import os
 import statistics
@@ -254,9 +255,13 @@ def _plain_capped_head(x, weight, targets):
     return total / valid.sum()
 
 
+@functools.cache  # a copy to the GPU would make the host wait in every call
+def _target_weights(device) -> torch.Tensor:
+    return torch.tensor(TARGET_WEIGHTS, device=device)
+
+
 def _capped_head(x, weight, targets):
-    weights = torch.tensor(TARGET_WEIGHTS, device=x.device)
-    return linear_cross_entropy(x, weight, targets, softcap=SOFTCAP, target_weights=weights)
+    return linear_cross_entropy(x, weight, targets, softcap=SOFTCAP, target_weights=_target_weights(x.device))
 
 
 def head_contenders(liger, compiled: bool, capped: bool = False) -> dict:
