@@ -14,9 +14,11 @@ of s and y, s and its gradient. Weight, bias and statistics are left out.
 
 The head is timed forward and backward together, because ours computes its gradients in the forward pass: N
 rows of x (N, C), a weight (V, C) in fp32 that is cast to the dtype of x as autocast casts it, three products
-of 2 N C V FLOPs.
+of 2 N C V FLOPs. The capped head has a softcap on its logits and three targets a row; its products are those
+of the head.
 """
 
+import functools
 import itertools
 import os
 import statistics
@@ -29,7 +31,7 @@ import torch.nn.functional as F
 from benchmarks.harness import Bench, in_unit, take_turns, with_range
 from kernels import layer_norm as ours
 from kernels import usable
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import Softcap, linear_cross_entropy
 from nanosync.errors import UserError
 
 OPERATIONS = {"forward": 2, "backward": 3, "add forward": 4, "add backward": 4}  # N x C values moved
@@ -37,6 +39,8 @@ COPIED_BYTES = 1 << 30  # of the copy that sets the scale, on a GPU
 PIECE = 1 << 28  # bytes of one copy: in a graph, on H200, those of 512 MB and most larger ones reach 2.7 TB/s
 LAUNCHES = 16  # at least so many in a row are timed together
 WIDTHS = [768, 1024, 1600, 4096, 8192]  # by default
+SOFTCAP = Softcap(cap=23.0, scale=7.5, shift=5.0)  # of the capped head
+TARGET_WEIGHTS = [1.0, 0.5, 0.25]
 
 
 def check_kernels(config: dict) -> None:
@@ -240,20 +244,42 @@ def _plain_head(x, weight, targets):
     return F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), targets, ignore_index=-1)
 
 
-def head_contenders(liger, compiled: bool) -> dict:
+def _plain_capped_head(x, weight, targets):
+    """Compute the loss of the capped head with all logits in fp32."""
+    logits = F.linear(x, weight.to(x.dtype)).float()
+    logs = (SOFTCAP.cap * ((logits + SOFTCAP.shift) / SOFTCAP.scale).sigmoid()).log_softmax(dim=1)
+    N, valid, total = len(targets), targets != -1, 0.0
+    for j, w in enumerate(TARGET_WEIGHTS):
+        later = targets[j:].where(valid[:N - j], -1)
+        total = total + w * F.nll_loss(logs[:N - j], later, ignore_index=-1, reduction="sum")
+    return total / valid.sum()
+
+
+@functools.cache  # a copy to the GPU would make the host wait in every call
+def _target_weights(device) -> torch.Tensor:
+    return torch.tensor(TARGET_WEIGHTS, device=device)
+
+
+def _capped_head(x, weight, targets):
+    return linear_cross_entropy(x, weight, targets, softcap=SOFTCAP, target_weights=_target_weights(x.device))
+
+
+def head_contenders(liger, compiled: bool, capped: bool = False) -> dict:
     """Return name -> function of x, weight and targets. Liger sums the weight's gradient over its chunks in
-    x's dtype, its default; the others sum it in fp32 or in one product."""
-    functions = {"ours": linear_cross_entropy, "eager": _plain_head}
+    x's dtype, its default; the others sum it in fp32 or in one product. Liger has no capped head."""
+    plain = _plain_capped_head if capped else _plain_head
+    functions = {"ours": _capped_head if capped else linear_cross_entropy, "eager": plain}
     if compiled:
         torch.compiler.reset()
-        functions["inductor"] = torch.compile(_plain_head, fullgraph=True, dynamic=False)
-    if liger is not None:
+        functions["inductor"] = torch.compile(plain, fullgraph=True, dynamic=False)
+    if liger is not None and not capped:
         functions["Liger"] = lambda x, weight, targets: liger[1].apply(
             x, weight.to(x.dtype), targets, None, None, -1)[0]
     return functions
 
 
-def measure_head(rows: int, C: int, V: int, dtype: torch.dtype, liger, rounds: int, device) -> list[dict]:
+def measure_head(rows: int, C: int, V: int, dtype: torch.dtype, liger, rounds: int, device,
+                 capped: bool = False) -> list[dict]:
     """Measure loss and both gradients of the head: a row of figures for each contender. peak_bytes is the
     memory that a call needs beside its arguments, gradients included; None where PyTorch does not count."""
     x = torch.randn(rows, C, dtype=dtype, device=device, requires_grad=True)
@@ -261,7 +287,7 @@ def measure_head(rows: int, C: int, V: int, dtype: torch.dtype, liger, rounds: i
     targets = torch.randint(V, (rows,), device=device)
     timers, peaks, cuda = {}, {}, device.type == "cuda"
     with _own_stream(device):
-        for name, function in head_contenders(liger, cuda).items():
+        for name, function in head_contenders(liger, cuda, capped).items():
             def run(function=function):
                 torch.autograd.grad(function(x, weight, targets), (x, weight))
 
@@ -272,8 +298,8 @@ def measure_head(rows: int, C: int, V: int, dtype: torch.dtype, liger, rounds: i
                 run()
             peaks[name] = torch.cuda.max_memory_allocated() - before if cuda else None
         times = _rounds(timers, rounds, 1, device)
-    return [{"operation": "head", "rows": rows, "width": C, "vocabulary": V, "name": name,
-             **in_unit("us", 1e6, t),
+    return [{"operation": "capped " * capped + "head", "rows": rows, "width": C, "vocabulary": V,
+             "name": name, **in_unit("us", 1e6, t),
              "tflop_per_second": 6e-12 * rows * C * V / statistics.median(t), "peak_bytes": peaks[name]}
             for name, t in times.items()]
 
@@ -333,8 +359,8 @@ def run(bench: Bench) -> None:
     print(f"after that a copy moves {after / 1e9:.0f} GB/s")
     C, V, layer_norm_figures = settings["n_embd"], settings["vocab_size"], list(figures)
     print(f"head, loss and gradients, V={V}: us, median (range), TFLOP/s, memory it adds")
-    for N in settings["rows"]:
-        for f in measure_head(N, C, V, bench.dtype, liger, rounds, device):
+    for N, capped in itertools.product(settings["rows"], (False, True)):
+        for f in measure_head(N, C, V, bench.dtype, liger, rounds, device, capped):
             figures.append(f)
             memory = "n/a" if f["peak_bytes"] is None else f"{f['peak_bytes'] / 2**30:.2f} GB"
             _print_row(f, f"{f['tflop_per_second']:6.0f} TFLOP/s  {memory}")

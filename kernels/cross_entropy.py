@@ -79,7 +79,7 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
 
 
 def _target_table(targets, target_weights, ignore_index):
-    """Return targets and weights of all rows, (N, K) each. Terms that are left out have target and weight 0."""
+    """Return targets and weights of all rows, (N, K) each. A term that is left out has weight 0."""
     if target_weights is None:
         target_weights = torch.ones(1, device=targets.device)
     K = len(target_weights)
@@ -300,11 +300,12 @@ if triton is not None:
         """
         if softcap is None:
             return z * 1.4426950408889634, 1.0
-        cap2, rate, offset, steepness = softcap
-        u = tl.maximum(z * rate + offset, -100.0, propagate_nan=tl.PropagateNan.ALL)  # keeps t finite
-        t = tl.exp2(-u)
-        s = 1.0 / (1.0 + t)
-        return cap2 * s, steepness * s * (t * s)
+        else:  # Triton would compile what follows the if
+            cap2, rate, offset, steepness = softcap
+            u = tl.maximum(z * rate + offset, -100.0, propagate_nan=tl.PropagateNan.ALL)  # keeps t finite
+            t = tl.exp2(-u)
+            s = 1.0 / (1.0 + t)
+            return cap2 * s, steepness * s * (t * s)
 
     @triton.jit
     def _log2_sum_exp2(logits_ptr, V, LANES: tl.constexpr, UNROLL: tl.constexpr, softcap=None):
@@ -444,6 +445,5 @@ def _triton_weighted_loss_and_grad_(logits, index, weights, softcap, need_grads)
     _weighted_cross_entropy_kernel[(rows,)](
         logits, index.contiguous(), weights.contiguous(), losses, V, logits.stride(0),
         *(softcap or (1.0, 1.0, 0.0)), K=K, BLOCK_K=triton.next_power_of_2(K), SOFTCAP=softcap is not None,
-        WRITE_GRAD=need_grads, LANES=4096, UNROLL=4 if softcap is None else 2,  # at most 64 registers
-        num_warps=16)
+        WRITE_GRAD=need_grads, LANES=4096, num_warps=16, UNROLL=4 if softcap is None else 2)  # 64 registers
     return losses, logits

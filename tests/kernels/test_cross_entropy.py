@@ -36,9 +36,10 @@ def reference(logits, index, weights, softcap):
 
 def run(logits, index, weights, softcap):
     """Return losses and gradient of the kernel, after a check that it computes the same without gradient."""
-    losses, same = cross_entropy._triton_weighted_loss_and_grad_(logits.clone(), index, weights, softcap, False)
+    kernel = cross_entropy._triton_weighted_loss_and_grad_
+    losses, same = kernel(logits.clone(), index, weights, softcap, False)
     assert torch.equal(same, logits)
-    again, grad = cross_entropy._triton_weighted_loss_and_grad_(logits.clone(), index, weights, softcap, True)
+    again, grad = kernel(logits.clone(), index, weights, softcap, True)
     assert torch.equal(losses, again)
     return losses, grad
 

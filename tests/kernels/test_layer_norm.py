@@ -273,15 +273,17 @@ def test_benchmark(tmp_path):
 
 
 @runs
-def test_benchmark_of_the_head():
+@pytest.mark.parametrize("capped", [False, True])
+def test_benchmark_of_the_head(capped):
     """Contenders compute the same, and its FLOP/s are of three products."""
     device = torch.device(DEVICE)
-    head = benchmark.head_contenders(None, False)
+    head = benchmark.head_contenders(None, False, capped)
     x, weight = torch.randn(5, 16, device=device, requires_grad=True), torch.randn(40, 16, device=device)
     targets = torch.tensor([3, 39, -1, 0, 7], device=device)
     found = [(loss, *torch.autograd.grad(loss, x)) for loss in (f(x, weight, targets) for f in head.values())]
     torch.testing.assert_close(found[0], found[1])
-    figures = benchmark.measure_head(5, 16, 40, torch.float32, None, 2, device)
+    figures = benchmark.measure_head(5, 16, 40, torch.float32, None, 2, device, capped)
+    assert {f["operation"] for f in figures} == {"capped head" if capped else "head"}
     assert [f["name"] for f in figures] == ["ours", "eager", "inductor"][:3 if DEVICE == "cuda" else 2]
     for f in figures:
         assert f["tflop_per_second"] == pytest.approx(6 * 5 * 16 * 40 / f["us"] / 1e6)

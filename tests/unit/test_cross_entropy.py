@@ -1,4 +1,4 @@
-"""Cross-entropy with a softcap and several targets a row: PyTorch's code, against loops in fp64. CPU; seconds.
+"""Cross-entropy with a softcap and several targets a row: PyTorch code against loops in fp64. CPU; seconds.
 
     python -m pytest tests/unit/test_cross_entropy.py
 
