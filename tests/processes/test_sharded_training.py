@@ -307,8 +307,8 @@ def check_document_mask(rank: int, world: int) -> None:
 
 
 def check_all(rank: int, world: int) -> None:
-    for check in (check_training, check_document_mask, check_starting, check_communication, check_recomputation,
-                   check_scaler, check_checkpoints):
+    for check in (check_training, check_document_mask, check_starting, check_communication,
+                  check_recomputation, check_scaler, check_checkpoints):
         check(rank, world)
 
 
