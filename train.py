@@ -28,7 +28,7 @@ from nanosync.dataloader import DataLoader, open_dataset
 from nanosync.distributed import env_rank
 from nanosync.evaluations import prepare_evaluations
 from nanosync.model_kind import schedule_description
-from nanosync.optim import build_optimizer, cosine_learning_rate, set_learning_rate
+from nanosync.optim import cosine_learning_rate, set_learning_rate
 from nanosync.run import Run
 
 # -----------------------------------------------------------------------------
@@ -129,7 +129,7 @@ evaluations = prepare_evaluations(run, data)
 
 # model and optimizer; the scaler does nothing unless the dtype is float16
 model = models.model_for_training(run, model_type, parallel, evaluations)
-optimizer = build_optimizer(model, config, parallel)
+optimizer = setup.build_optimizer(model, config, parallel)
 scaler = torch.amp.GradScaler(device.type, enabled=parallel.dtype == torch.float16)
 run.restore(model, optimizer, scaler)
 run.open()

@@ -34,7 +34,8 @@ from nanosync.distributed import env_rank, start
 from nanosync.errors import UserError
 from nanosync.hardware import check_compile, make_deterministic, peak_memory, pick_dtype
 from nanosync.model_kind import MAX_LAYERS, ModelKind, check_size, schedule_description
-from nanosync.optim import build_muon, set_learning_rate, trapezoidal_learning_rate
+from nanosync.muon import build_muon
+from nanosync.optim import set_learning_rate, trapezoidal_learning_rate
 from nanosync.random_states import seed_random_states
 from nanosync.ranks import Ranks, column_parallel, f_op, g_op, row_parallel
 from nanosync.run import Run
@@ -418,7 +419,7 @@ if __name__ == "__main__":
     model.to(device)
     optimizer = build_muon(model, learning_rate, learning_rate * muon_lr_ratio, (beta1, beta2), weight_decay,
                            muon_momentum, group, sum_gradients=True)
-    val_loss, val_step, clock = None, None, StepClock(run, tokens_per_step, compute_dtype, schedule.observe)
+    val_loss, val_step, clock = None, None, StepClock(run, compute_dtype, schedule.observe)
     run.restore(model, optimizer)
     if run.resumed is not None:
         schedule.load(run.resumed.state["variant"])
@@ -524,7 +525,7 @@ if __name__ == "__main__":
         optimizer.step()  # also sums the gradients over the processes
         optimizer.zero_grad(set_to_none=True)
         flops = model.flops_per_token(plan.crop, len(plan.layers)) * tokens_per_step
-        clock.step_done(step, loss_share, flops, lr=lr, crop=plan.crop, layers=len(plan.layers))
+        clock.step_done(step, loss_share, flops, tokens_per_step, lr=lr, crop=plan.crop, layers=len(plan.layers))
 
     memory = peak_memory(device)
     notes = [] if memory is None else [f"peak memory: {memory / 2**20:.0f} MiB"]

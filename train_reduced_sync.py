@@ -27,7 +27,7 @@ from nanosync.distributed import env_rank
 from nanosync.errors import UserError
 from nanosync.evaluations import prepare_evaluations
 from nanosync.model_kind import schedule_description
-from nanosync.optim import build_optimizer, cosine_learning_rate, set_learning_rate
+from nanosync.optim import cosine_learning_rate, set_learning_rate
 from nanosync.resuming import resume_of
 from nanosync.run import Run
 from reduced_sync_model import parse_stop_if
@@ -136,7 +136,7 @@ evaluations = prepare_evaluations(run, data)
 
 # model and optimizer; the scaler does nothing unless the dtype is float16
 model = models.model_for_training(run, "reduced_sync_gpt", parallel, evaluations)
-optimizer = build_optimizer(model, config, parallel)
+optimizer = setup.build_optimizer(model, config, parallel)
 scaler = torch.amp.GradScaler(device.type, enabled=parallel.dtype == torch.float16)
 run.restore(model, optimizer, scaler)
 run.line(model.announcement())

@@ -12,8 +12,14 @@ The gradients are those of the *sum* of the losses, so that the logits' gradient
 scaled by `grad_output / n_valid` afterwards. In fp16 a factor of 1/65536 on the logits' gradients would flush
 them to zero.
 
-Shapes: N = rows, V = vocabulary, C = channels.
+The logits can be capped, and a row can have several targets, each with a weight. Both are in a second
+operator: its loss of a row is sum_j w_j * (log-sum-exp - logit of target j), of capped logits.
+
+Shapes: N = rows, V = vocabulary, C = channels, K = targets of a row.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -21,24 +27,67 @@ from kernels import triton, usable
 from kernels.collectives import functional_all_gather
 
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25, "mps": 1 << 28}  # logits in memory at a time; see records/
+MAX_TARGETS = 8  # of a row
 
 
-def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                         ignore_index: int = -1) -> torch.Tensor:
+class Softcap(NamedTuple):
+    """Cap of logits: z becomes cap * sigmoid((z + shift) / scale). cap and scale must be positive."""
+
+    cap: float
+    scale: float
+    shift: float = 0.0
+
+
+def tanh_softcap(cap: float) -> Softcap:
+    """Return the Softcap with the softmax of cap * tanh(z / cap), which is smaller by the constant cap."""
+    return Softcap(2 * cap, cap / 2)
+
+
+def cap_logits(logits: torch.Tensor, softcap: Softcap) -> torch.Tensor:
+    """Return the capped logits, as linear_cross_entropy computes them from fp32 logits."""
+    cap, scale, shift = softcap
+    return cap * ((logits + shift) / scale).sigmoid()
+
+
+def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int = -1,
+                         softcap: Softcap | None = None, target_weights: torch.Tensor | None = None
+                         ) -> torch.Tensor:
     """Return the mean cross-entropy of the logits `x @ weight.T` over rows with a target != ignore_index.
+
+    With target_weights, row i also predicts the targets of the rows after it. Its loss is
+    sum_j target_weights[j] * -log softmax[targets[i + j]]. A term whose target is ignore_index or beyond the
+    end of the sequence is left out. A row whose own target (j = 0) is ignore_index contributes nothing.
 
     The result is a scalar in fp32 (fp64 for fp64 input). It is NaN if no row is valid, as in
     `F.cross_entropy`. Differentiable once in x and weight.
 
     x: (N, C) floating point, cast to autocast's dtype under autocast.
     weight: (V, C), cast to x's dtype for the products.
-    targets: (N,) int64 in [0, V), or ignore_index.
+    targets: (N,) int64 in [0, V), or ignore_index; or (B, T) for B sequences, with B * T = N.
+    softcap: (cap, scale, shift), see Softcap; None leaves the logits as they are.
+    target_weights: (K,) floating point, on x's device, K <= MAX_TARGETS; constants for autograd. None is [1].
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     need_grads = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss_sum, _, _ = _loss_and_grads(x, weight, targets, ignore_index, need_grads)
+    if softcap is None and target_weights is None:
+        loss_sum, _, _ = _loss_and_grads(x, weight, targets.flatten(), ignore_index, need_grads)
+    else:
+        index, weights = _target_table(targets, target_weights, ignore_index)
+        loss_sum, _, _ = _weighted_loss_and_grads(x, weight, index, weights, softcap, need_grads)
     return loss_sum / (targets != ignore_index).sum()
+
+
+def _target_table(targets, target_weights, ignore_index):
+    """Return targets and weights of all rows, (N, K) each. Terms that are left out have target and weight 0."""
+    if target_weights is None:
+        target_weights = torch.ones(1, device=targets.device)
+    K = len(target_weights)
+    if not 1 <= K <= MAX_TARGETS:
+        raise ValueError(f"target_weights has {K} entries. Use 1 to {MAX_TARGETS}")
+    rows = torch.nn.functional.pad(targets, (0, K - 1), value=ignore_index).unfold(-1, K, 1).reshape(-1, K)
+    valid = (rows != ignore_index) & (rows[:, :1] != ignore_index)
+    return rows.where(valid, 0), target_weights.detach().where(valid, 0)
 
 
 @torch.library.custom_op("nanosync::linear_cross_entropy", mutates_args=())
@@ -48,6 +97,13 @@ def _loss_and_grads(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 
     The operator is opaque to torch.compile, so that the loop over chunks stays a loop.
     """
+    return _sum_over_chunks(x, weight, need_grads, lambda logits, part: _loss_and_grad_logits_(
+        logits, targets[part], ignore_index, need_grads))
+
+
+def _sum_over_chunks(x: torch.Tensor, weight: torch.Tensor, need_grads: bool,
+                     loss_and_grad_logits_: Callable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the summed loss and its gradients. The function takes a chunk's logits and the slice of rows."""
     N, V = x.shape[0], weight.shape[0]
     w = weight.to(x.dtype)
     losses = x.new_empty(N, dtype=_loss_dtype(x))
@@ -57,35 +113,48 @@ def _loss_and_grads(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         logits = x[part] @ w.T  # (rows, V)
-        losses[part], grad_logits = _loss_and_grad_logits_(logits, targets[part], ignore_index, need_grads)
+        losses[part], grad_logits = loss_and_grad_logits_(logits, part)
         if need_grads:
             torch.mm(grad_logits, w, out=grad_x[part])
             _add_matmul_(grad_w, grad_logits.T, x[part])
     return losses.sum(), grad_x, grad_w
 
 
-@_loss_and_grads.register_fake
-def _(x, weight, targets, ignore_index, need_grads):
-    return _loss_and_grads_shapes(x, weight, need_grads)
-
-
-def _loss_and_grads_shapes(x, weight, need_grads):
+def _empty_results(x, weight, *constants):
+    need_grads = constants[-1]
     grad_x = torch.empty_like(x) if need_grads else x.new_empty(0)
     grad_w = torch.empty_like(weight) if need_grads else weight.new_empty(0)
     return x.new_empty((), dtype=_loss_dtype(x)), grad_x, grad_w
 
 
 def _keep_grads(ctx, inputs, output):
-    _, grad_x, grad_w = output
-    ctx.save_for_backward(grad_x, grad_w)
+    ctx.save_for_backward(*output[1:])
+    ctx.constants = len(inputs) - 2  # all but x and weight
 
 
 def _scale_grads(ctx, grad_loss, _grad_grad_x, _grad_grad_w):
     grad_x, grad_w = ctx.saved_tensors
-    return (grad_x * grad_loss).to(grad_x.dtype), grad_w * grad_loss, None, None, None
+    return (grad_x * grad_loss).to(grad_x.dtype), grad_w * grad_loss, *[None] * ctx.constants
 
 
+_loss_and_grads.register_fake(_empty_results)
 _loss_and_grads.register_autograd(_scale_grads, setup_context=_keep_grads)
+
+
+@torch.library.custom_op("nanosync::weighted_linear_cross_entropy", mutates_args=())
+def _weighted_loss_and_grads(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor,
+                             weights: torch.Tensor, softcap: list[float] | None, need_grads: bool
+                             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what _loss_and_grads returns, for K targets a row: index (N, K) in [0, V), weights (N, K)."""
+    softcap = None if softcap is None else Softcap(*softcap)
+    if softcap is not None and min(softcap.cap, softcap.scale) <= 0:
+        raise ValueError(f"{softcap} is not a cap. Use a positive cap and a positive scale")
+    return _sum_over_chunks(x, weight, need_grads, lambda logits, part: _weighted_loss_and_grad_logits_(
+        logits, index[part], weights[part], softcap, need_grads))
+
+
+_weighted_loss_and_grads.register_fake(_empty_results)
+_weighted_loss_and_grads.register_autograd(_scale_grads, setup_context=_keep_grads)
 
 
 def _loss_dtype(x: torch.Tensor) -> torch.dtype:
@@ -122,6 +191,25 @@ def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads):
     probs = (full - lse).exp_()
     probs.scatter_add_(1, index, probs.new_full((), -1.0).expand_as(index))
     return losses, logits.copy_(probs * valid[:, None])
+
+
+def _weighted_loss_and_grad_logits_(logits, index, weights, softcap, need_grads):
+    """Return losses (rows,) and the gradient of their sum with respect to the logits before the cap, which
+    overwrites `logits`. index, weights: (rows, K)."""
+    if usable(logits):
+        return _triton_weighted_loss_and_grad_(logits, index, weights, softcap, need_grads)
+    z = logits.to(_loss_dtype(logits))
+    z = z if softcap is None else cap_logits(z, softcap)
+    lse = z.logsumexp(dim=1, keepdim=True)
+    w = weights.to(z.dtype)
+    losses = (w * (lse - z.gather(1, index))).where(w != 0, 0).sum(dim=1)
+    if not need_grads:
+        return losses, logits
+    grad = (z - lse).exp_() * w.sum(dim=1, keepdim=True)
+    grad.scatter_add_(1, index, -w)
+    if softcap is not None:
+        grad *= z * (1 - z / softcap.cap) / softcap.scale  # the derivative of a sigmoid s is s * (1 - s)
+    return losses, logits.copy_(grad)
 
 
 def vocab_parallel_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, first: int,
@@ -171,16 +259,8 @@ def _vocab_parallel(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     return losses.sum(), grad_x, grad_w
 
 
-@_vocab_parallel.register_fake
-def _(x, weight, targets, first, processes, group_name, ignore_index, need_grads):
-    return _loss_and_grads_shapes(x, weight, need_grads)
-
-
-def _scale_vocab_parallel_grads(ctx, *grads):
-    return *_scale_grads(ctx, *grads), None, None, None
-
-
-_vocab_parallel.register_autograd(_scale_vocab_parallel_grads, setup_context=_keep_grads)
+_vocab_parallel.register_fake(_empty_results)
+_vocab_parallel.register_autograd(_scale_grads, setup_context=_keep_grads)
 
 
 def _lse_and_target_logit(logits, index):
@@ -212,19 +292,36 @@ if triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def _log2_sum_exp2(logits_ptr, V, LANES: tl.constexpr, UNROLL: tl.constexpr):
+    def _log2_logits(z, softcap):
+        """Return the logits after the cap, divided by ln 2, and the cap's derivative.
+
+        softcap: None or (cap / ln 2, 1 / (scale ln 2), shift / (scale ln 2), cap / scale).
+        The sigmoid of u ln 2 is s = 1 / (1 + t) with t = 2^-u. 1 - s = t s avoids cancellation.
+        """
+        if softcap is None:
+            return z * 1.4426950408889634, 1.0
+        cap2, rate, offset, steepness = softcap
+        u = tl.maximum(z * rate + offset, -100.0, propagate_nan=tl.PropagateNan.ALL)  # keeps t finite
+        t = tl.exp2(-u)
+        s = 1.0 / (1.0 + t)
+        return cap2 * s, steepness * s * (t * s)
+
+    @triton.jit
+    def _log2_sum_exp2(logits_ptr, V, LANES: tl.constexpr, UNROLL: tl.constexpr, softcap=None):
         """Compute log2 of the sum of e^logit over a row.
 
         Each of LANES lanes keeps its own maximum and sum over UNROLL entries at a time. So the loop needs one
-        exponential per entry, and no exchange between threads.
+        exponential per entry (two with a cap), and no exchange between threads.
         """
-        LOG2E: tl.constexpr = 1.4426950408889634
         offsets = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         lane_max = tl.full((LANES,), -1e30, tl.float32)  # finite: -inf - -inf would be NaN
         lane_sum = tl.zeros((LANES,), tl.float32)
         for start in range(0, V, LANES * UNROLL):
-            z = tl.load(logits_ptr + start + offsets, mask=start + offsets < V, other=float("-inf"))
-            z = z.to(tl.float32) * LOG2E
+            mask = start + offsets < V
+            z = tl.load(logits_ptr + start + offsets, mask=mask, other=float("-inf"))
+            z, _ = _log2_logits(z.to(tl.float32), softcap)
+            if softcap is not None:
+                z = tl.where(mask, z, float("-inf"))
             new_max = tl.maximum(lane_max, tl.max(z, axis=0))
             lane_sum = lane_sum * tl.exp2(lane_max - new_max) + tl.sum(tl.exp2(z - new_max[None, :]), axis=0)
             lane_max = new_max
@@ -232,14 +329,15 @@ if triton is not None:
         return row_max + tl.log2(tl.sum(lane_sum * tl.exp2(lane_max - row_max), axis=0))
 
     @triton.jit
-    def _store_softmax(logits_ptr, lse2, V, LANES: tl.constexpr, UNROLL: tl.constexpr):
-        """Overwrite a row with 2^(logit / ln 2 - lse2), which is 0 if lse2 is infinite."""
-        LOG2E: tl.constexpr = 1.4426950408889634
+    def _store_softmax(logits_ptr, lse2, V, LANES: tl.constexpr, UNROLL: tl.constexpr, factor=1.0,
+                       softcap=None):
+        """Overwrite a row with factor * 2^(logit / ln 2 - lse2) * cap's derivative; 0 if lse2 is infinite."""
         offsets = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         for start in range(0, V, LANES * UNROLL):
             mask = start + offsets < V
             z = tl.load(logits_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-            p = tl.exp2(z * LOG2E - lse2)
+            z, slope = _log2_logits(z, softcap)
+            p = factor * tl.exp2(z - lse2) * slope
             tl.store(logits_ptr + start + offsets, p.to(logits_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -302,10 +400,50 @@ if triton is not None:
             p_target = tl.exp2(target_logit * LOG2E - lse2)
             tl.store(target_ptr, (p_target - 1.0).to(logits_ptr.dtype.element_ty), mask=valid)
 
+    @triton.jit
+    def _weighted_cross_entropy_kernel(
+        logits_ptr,  # (rows, V), overwritten by the gradient if WRITE_GRAD
+        index_ptr, weights_ptr,  # (rows, K)
+        losses_ptr,  # (rows,) fp32
+        V, row_stride, cap, scale, shift,
+        K: tl.constexpr, BLOCK_K: tl.constexpr, SOFTCAP: tl.constexpr,
+        WRITE_GRAD: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    ):
+        """Process one row per program, as _cross_entropy_kernel does, with K targets and a cap."""
+        LOG2E: tl.constexpr = 1.4426950408889634
+        softcap = (cap * LOG2E, LOG2E / scale, shift * LOG2E / scale, cap / scale) if SOFTCAP else None
+        row = tl.program_id(0).to(tl.int64)
+        logits_ptr += row * row_stride
+        j = tl.arange(0, BLOCK_K)
+        index = tl.load(index_ptr + row * K + j, mask=j < K, other=0)
+        w = tl.load(weights_ptr + row * K + j, mask=j < K, other=0.0).to(tl.float32)
+        z, slope = _log2_logits(tl.load(logits_ptr + index).to(tl.float32), softcap)  # (BLOCK_K,)
+        lse2 = _log2_sum_exp2(logits_ptr, V, LANES, UNROLL, softcap)
+        tl.store(losses_ptr + row, tl.sum(tl.where(w != 0, w * (lse2 - z) / LOG2E, 0.0), axis=0))
+        if WRITE_GRAD:
+            w_sum = tl.sum(w, axis=0)
+            _store_softmax(logits_ptr, lse2, V, LANES, UNROLL, w_sum, softcap)
+            tl.debug_barrier()  # the row must be written before the targets' entries are overwritten
+            # equal targets store equal values, so the order of their stores does not matter
+            w_equal = tl.sum(tl.where(index[:, None] == index[None, :], w[None, :], 0.0), axis=1)
+            grad = (w_sum * tl.exp2(z - lse2) - w_equal) * slope
+            tl.store(logits_ptr + index, grad.to(logits_ptr.dtype.element_ty), mask=w != 0)
+
 
 def _triton_loss_and_grad_(logits, targets, ignore_index, need_grads):
     rows, V = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     _cross_entropy_kernel[(rows,)](logits, targets, losses, V, logits.stride(0), ignore_index,
                                    WRITE_GRAD=need_grads, LANES=4096, UNROLL=8, num_warps=16)
+    return losses, logits
+
+
+def _triton_weighted_loss_and_grad_(logits, index, weights, softcap, need_grads):
+    (rows, V), K = logits.shape, index.shape[1]
+    losses = logits.new_empty(rows, dtype=torch.float32)
+    _weighted_cross_entropy_kernel[(rows,)](
+        logits, index.contiguous(), weights.contiguous(), losses, V, logits.stride(0),
+        *(softcap or (1.0, 1.0, 0.0)), K=K, BLOCK_K=triton.next_power_of_2(K), SOFTCAP=softcap is not None,
+        WRITE_GRAD=need_grads, LANES=4096, UNROLL=4 if softcap is None else 2,  # at most 64 registers
+        num_warps=16)
     return losses, logits

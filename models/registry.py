@@ -9,7 +9,7 @@ import tensor_parallel_model
 from nanosync.model_kind import ModelKind, check_size, model_config
 
 ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
-SPEEDRUN = "speedrun_gpt"  # the model of this kind is in train_gpt.py
+SPEEDRUN, FAST = "speedrun_gpt", "fast_gpt"  # their models are in train_gpt.py and train_gpt_fast.py
 
 
 def _kind(script: str, config: type, build, *variant: str) -> ModelKind:
@@ -25,6 +25,7 @@ KINDS = {
                               "tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group",
                               "sync_points"),
     SPEEDRUN: ModelKind("train_gpt.py"),
+    FAST: ModelKind("train_gpt_fast.py"),
 }
 
 

@@ -12,6 +12,11 @@ from nanosync.tensor_files import FLOATING
 ADAMW_ENTRIES = ("exp_avg", "exp_avg_sq", "step")
 
 
+def adamw_entries(parameter: nn.Parameter) -> dict[str, torch.Size]:
+    """Return the names and whole shapes of the tensors in a parameter's AdamW state."""
+    return {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size()}
+
+
 def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the optimizer's state as `{parameter}.{entry}` -> tensor, e.g. `transformer.wte.weight.exp_avg`.
 
@@ -50,21 +55,25 @@ def gather_state(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool)
     """
     group = getattr(optimizer, "group", None)
     rank = 0 if group is None else optimizer.rank
-    mine, state, device = state_by_name(optimizer, model), {}, next(model.parameters()).device
+    mine, copies, device = state_by_name(optimizer, model), {}, next(model.parameters()).device
     entries = all_values({name: (t.shape, t.dtype) for name, t in mine.items()}, group)
+    rows_of = getattr(optimizer, "rows_of", lambda parameter: None)
+    in_rows = {f"{name}.{entry}" for name, p in model.named_parameters() if rows_of(p) is not None
+               for entry in ("exp_avg", "exp_avg_sq")}
     seen = set()  # entries without shards are on all processes
     for owner, of_owner in enumerate(entries):
         for name, (shape, dtype) in of_owner.items():
-            if name in seen:
+            if name in seen and name not in in_rows:
                 continue
             seen.add(name)
             tensor = mine[name] if owner == rank else torch.empty(shape, dtype=dtype, device=device)
             if owner > 0:
                 dist.broadcast(tensor, group_src=owner, group=group)
             if rank == 0:
-                state |= whole_on_cpu(model, {name: tensor}, keep)
+                for copy in whole_on_cpu(model, {name: tensor}, keep).values():
+                    copies.setdefault(name, []).append(copy)
             del tensor  # free it before the next tensor is allocated
-    return state
+    return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in copies.items()}
 
 
 @torch.no_grad()
@@ -77,7 +86,7 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
 
     begun: False if the optimizer may have made no update yet. AdamW's entries may then all be missing.
     """
-    entries_of = getattr(optimizer, "state_entries", lambda parameter: ADAMW_ENTRIES)
+    entries_of = getattr(optimizer, "state_entries", adamw_entries)
     parameters = dict(model.named_parameters())
     expected = {f"{name}.{entry}": (p, entry) for name, p in parameters.items() for entry in entries_of(p)}
     if not begun and not any(key.endswith(tuple(f".{entry}" for entry in ADAMW_ENTRIES)) for key in state):
@@ -90,18 +99,22 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
         raise UserError(f"the optimizer's state does not fit the model: {len(mismatched)} entries differ, "
                         f"such as {shown(mismatched[0])}{hint}")
     owns = getattr(optimizer, "owns", lambda parameter: True)
+    rows_of = getattr(optimizer, "rows_of", lambda parameter: None)
     for key, (parameter, entry) in expected.items():
-        name, shape = key.removesuffix(f".{entry}"), torch.Size() if entry == "step" else parameter.shape
+        name, shape = key.removesuffix(f".{entry}"), entries_of(parameter)[entry]
         try:
             value = model.own_part({name: state[key]})[name]
         except (IndexError, RuntimeError):  # too few dimensions; the check below raises the error
             value = state[key]
         if value.shape != shape or value.dtype not in FLOATING:
-            expected_shape = f"the parameter {tuple(shape)}" if entry != "step" else "it must be a scalar"
+            expected_shape = "it must be a scalar" if entry == "step" else \
+                f"the parameter {tuple(shape)}" if shape == parameter.shape else f"must be {tuple(shape)}"
             problem = f"{tuple(value.shape)} and {expected_shape}" if value.shape != shape else \
                 f"{str(value.dtype).removeprefix('torch.')} and must be floating-point"
             raise UserError(f"the optimizer's state does not fit the model: {key} is {problem}")
         if owns(parameter):
             # a step counter is on the parameter's device, as fused AdamW needs it
             dtype = torch.float32 if entry == "step" else parameter.dtype
+            if entry != "step" and rows_of(parameter) is not None:
+                value = value[rows_of(parameter)]
             optimizer.state[parameter][entry] = part_like(value.to(dtype), parameter)

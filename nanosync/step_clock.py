@@ -17,15 +17,16 @@ from nanosync.run import Run
 class LateReport:
     """Mean loss and stop request of a step, over all processes, during their copy to the CPU."""
 
-    def __init__(self, step: int, loss: torch.Tensor, stop: bool, group, flops: float, fields: dict):
+    def __init__(self, step: int, loss: torch.Tensor, stop: bool, group, flops: float, tokens: int,
+                 fields: dict):
         """Start the reduction and the copy.
 
         loss: this process's share of the mean, a scalar.
         stop: True if this process was asked to stop.
-        flops: of the step, over all processes.
+        flops, tokens: of the step, over all processes.
         fields: further fields of the step's event.
         """
-        self.step, self.flops, self.fields = step, flops, fields
+        self.step, self.flops, self.tokens, self.fields = step, flops, tokens, fields
         values = all_reduce_sum(torch.stack((loss, torch.full_like(loss, float(stop)))), group)
         self._event, self._values = None, values
         if values.is_cuda:
@@ -45,14 +46,14 @@ class StepClock:
 
     skipped = 10  # steps before the clock starts, as in modded-nanogpt's record
 
-    def __init__(self, run: Run, tokens: int, dtype: torch.dtype, observe: Callable[[int, float], None]):
+    def __init__(self, run: Run, dtype: torch.dtype,
+                 observe: Callable[[int, float], None] = lambda step, loss: None):
         """Start the clock at 0 seconds.
 
-        tokens: of a step, over all processes.
         dtype: dtype of matrix products, for MFU.
         observe: function of (step, mean train loss), called on all processes with the same values.
         """
-        self.run, self.tokens, self.observe = run, tokens, observe
+        self.run, self.observe = run, observe
         self.peak = peak_flops(run.processes.device, dtype)
         self.train_seconds, self.train_loss, self.stop_asked, self.problem = 0.0, None, False, None
         self._late = None
@@ -81,14 +82,15 @@ class StepClock:
         self.run.line(f"step:{done}/{self.run.last_step} {what} train_time:{clock['train_time_ms']:.0f}ms "
                       f"step_avg:{clock['step_avg_ms']:.2f}ms")
 
-    def step_done(self, step: int, loss: torch.Tensor, flops: float, **fields) -> None:
+    def step_done(self, step: int, loss: torch.Tensor, flops: float, tokens: int, **fields) -> None:
         """Settle the previous step, and start the report of this step.
 
-        loss, flops, fields: see LateReport.
+        loss, flops, tokens, fields: see LateReport.
         """
         self.settle()
         processes = self.run.processes
-        self._late = LateReport(step, loss, self.run.signals.received > 0, processes.group, flops, fields)
+        self._late = LateReport(step, loss, self.run.signals.received > 0, processes.group, flops, tokens,
+                                fields)
         if processes.device.type != "cuda":  # the loss is in the CPU's memory already
             self.settle()
 
@@ -112,7 +114,7 @@ class StepClock:
         run = self.run
         peak = None if self.peak is None else self.peak * run.processes.world_size
         run.log.event("iter", step=late.step, loss=self.train_loss, norm=None, seconds=seconds,
-                      tokens_per_second=self.tokens / seconds, epoch=run.loader.epoch,
+                      tokens_per_second=late.tokens / seconds, epoch=run.loader.epoch,
                       memory=peak_memory(run.processes.device),
                       mfu=None if peak is None else late.flops / seconds / peak, **late.fields,
                       **self.timing(late.step + 1))

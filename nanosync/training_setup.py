@@ -1,5 +1,5 @@
-"""Set-up of train.py and train_reduced_sync.py before their loops: checks of settings, micro-steps, start-up
-lines, compiling and wrapping the model.
+"""Set-up of train.py and train_reduced_sync.py before their loops: checks of settings, micro-steps, the
+optimizer, start-up lines, compiling and wrapping the model.
 """
 
 import torch
@@ -13,7 +13,8 @@ from nanosync.distributed import finish, start
 from nanosync.errors import UserError, shown
 from nanosync.hardware import check_compile, make_deterministic, pick_dtype
 from nanosync.model_kind import ModelKind
-from nanosync.optim import check_optimizer
+from nanosync.muon import build_muon
+from nanosync.optim import build_adamw
 from nanosync.parallelism import Parallelism, check_parallelism, parallelism_of, settle_buckets
 from nanosync.recompute import ACTIVATION_CHECKPOINTING
 from nanosync.resuming import resume_of
@@ -37,6 +38,46 @@ def check_training_settings(config: dict) -> None:
     check_parallelism(config)
     check_optimizer(config)
     resume_of(config)  # init_from may contradict it
+
+
+def _check_muon(settings: dict) -> None:
+    if settings["use_zero1"]:
+        raise UserError("optimizer='muon' already shards its state over the data-parallel processes: leave "
+                        "use_zero1 out")
+    if settings["use_fsdp"]:
+        raise UserError("optimizer='muon' needs whole matrices, and use_fsdp divides them: leave use_fsdp "
+                        "out (Muon shards its state already), or use --optimizer=adamw")
+    if settings["tp_processes"] > 1:
+        raise UserError(f"optimizer='muon' needs whole matrices, and tp_processes={settings['tp_processes']} "
+                        f"divides them: use --tp_processes=1, which simulates the ranks, or "
+                        f"--optimizer=adamw")
+
+
+OPTIMIZERS = {  # name -> check(settings), build(model, settings, parallelism)
+    "adamw": (lambda s: None, lambda model, s, parallel: build_adamw(
+        model, s["learning_rate"], (s["beta1"], s["beta2"]), s["weight_decay"], parallel.optimizer_group)),
+    "muon": (_check_muon, lambda model, s, parallel: build_muon(
+        model, s["learning_rate"], s["muon_learning_rate"], (s["beta1"], s["beta2"]), s["weight_decay"],
+        s["muon_momentum"], parallel.processes.dp_group)),
+}
+
+
+def check_optimizer(settings: dict) -> None:
+    """Raise UserError for an unknown `optimizer`, or for settings that contradict it."""
+    kind = settings["optimizer"]
+    if kind not in OPTIMIZERS:
+        raise UserError(f"optimizer={kind!r} is unknown: use {' or '.join(OPTIMIZERS)}")
+    OPTIMIZERS[kind][0](settings)
+
+
+def build_optimizer(model: nn.Module, settings: dict, parallel) -> torch.optim.Optimizer:
+    """Build the optimizer that the settings name; the model must be on its device. Raises UserError.
+
+    An optimizer whose state is sharded over processes has `group`, `rank` and `owns(parameter)`, and
+    `rows_of(parameter)` if it shards some parameters by rows. An optimizer whose state differs from AdamW's
+    has `state_entries(parameter)`, the names and whole shapes of the tensors in a parameter's state.
+    """
+    return OPTIMIZERS[settings["optimizer"]][1](model, settings, parallel)
 
 
 def check_dense(config: dict) -> None:

@@ -26,7 +26,7 @@ from model import GPT, GPTConfig
 from nanosync import checkpoint, checkpoint_writer, model_kind, random_states
 from nanosync.errors import UserError
 from nanosync.hellaswag_eval import Example
-from nanosync.optim import build_muon
+from nanosync.muon import build_muon
 from nanosync.run_log import read_log
 from nanosync.tokenizers import GPT2Tokenizer
 from nanosync.training_logger import TrainingLogger
@@ -338,6 +338,24 @@ runs_kernels = pytest.mark.skipif(
     reason="no Triton, or neither a CUDA GPU nor TRITON_INTERPRET=1")
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
+
+
+def reference_cross_entropy(x, weight, targets, softcap=None, target_weights=None, ignore_index=-1):
+    """Return linear_cross_entropy in plain PyTorch, a term at a time. targets: (B, T)."""
+    z = x @ weight.T
+    if softcap is not None:
+        cap, scale, shift = softcap
+        z = cap * torch.sigmoid((z + shift) / scale)
+    logs = z.log_softmax(dim=1).view(*targets.shape, -1)
+    total, rows = 0.0, 0
+    for log, sequence in zip(logs, targets.tolist()):
+        for i in range(len(sequence)):
+            if sequence[i] == ignore_index:
+                continue
+            rows += 1
+            for w, target in zip([1.0] if target_weights is None else target_weights.tolist(), sequence[i:]):
+                total -= 0 if target == ignore_index else w * log[i, target]
+    return total / rows
 
 
 def random_model(dtype=torch.float64, **changes) -> GPT:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import train_gpt
-from nanosync.optim import build_muon
+from nanosync.muon import build_muon
 
 STEPS, BATCH, T, LR = 300, 32, 128, 0.0036
 SHAPE = dict(vocab_size=256, n_layer=4, n_head=2, n_embd=128)

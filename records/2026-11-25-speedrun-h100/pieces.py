@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 import train_gpt
 from kernels.qk_rotary import _rotate, qk_norm_rotary, rms_norm
 from nanosync import random_states
-from nanosync.optim import build_muon
+from nanosync.muon import build_muon
 
 SEQUENCES, T, LAYERS = 128, 1024, tuple(range(12))
 

@@ -16,7 +16,8 @@ from helpers import muon_step as step
 from helpers import random_model, tokens
 
 from nanosync.errors import UserError
-from nanosync.optim import Muon, build_adamw, newton_schulz, set_learning_rate
+from nanosync.muon import Muon, newton_schulz
+from nanosync.optim import build_adamw, set_learning_rate
 from nanosync.optimizer_state import load_state_by_name, state_by_name
 
 

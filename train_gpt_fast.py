@@ -1,0 +1,578 @@
+"""The fast speedrun: train a GPT-2-size model with what the public speedrun's later records found.
+
+8 GPUs of one machine, or any other number with the same tokens per step:
+$ python data/cached_fineweb10B.py 9
+$ torchrun --standalone --nproc_per_node=8 train_gpt_fast.py
+
+One GPU, on tokens from Python's own source:
+$ python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards
+$ python train_gpt_fast.py config/fast_python_source.py
+
+train_gpt.py is the baseline: this file has its own model, its own schedule and NorMuon, and learns more from
+a token. Sequences are packed with documents, and a token attends to a window of its own document. Each
+technique is a setting, so an ablation is a command line: --bigram=False. docs/speedrun.md has what each one
+gains. An environment variable STAGE_<KEY> overrides config files, and the command line overrides STAGE_<KEY>.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import models
+from configurator import Config, check_at_least, check_at_most, check_seed, configure
+from kernels.cross_entropy import Softcap, cap_logits, linear_cross_entropy
+from kernels.interval_attention import first_visible, interval_attention
+from kernels.qk_rotary import qk_norm_rotary, rms_norm
+from kernels.relu_squared import relu_squared_mlp
+from model import padded_vocab_size
+from nanosync.checkpoint import exit_with_listing
+from nanosync.dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
+from nanosync.distributed import env_rank, start
+from nanosync.errors import UserError
+from nanosync.hardware import check_compile, make_deterministic, peak_memory, pick_dtype
+from nanosync.model_kind import MAX_LAYERS, ModelKind, check_size
+from nanosync.muon import Muon
+from nanosync.optim import set_learning_rate
+from nanosync.packing import PackedSplit
+from nanosync.random_states import seed_random_states
+from nanosync.run import Run
+from nanosync.sharding import Replicated
+from nanosync.step_clock import StepClock
+
+# -----------------------------------------------------------------------------
+out_dir = "out-fast"  # folder for checkpoints and logs
+# data
+dataset = "fineweb10B"  # a folder in data/, or a path
+sequence_length = 16384  # tokens of a packed sequence
+device_batch_size = 1  # sequences of a micro-batch on a GPU
+document_mask = True  # attention does not cross documents
+# stages: each of these lists has an entry for each stage
+stage_shares = [0.325, 0.325, 0.325, 0.025]  # share of the steps
+batch_sizes = [8, 16, 24, 24]  # sequences of a step, over all GPUs
+short_windows = [128, 384, 640, 768]  # tokens that a token sees, with itself
+long_windows = [384, 896, 1408, 1664]  # the same in the layers long_layers
+stage_rates = [1.0, 1.52, 1.73, 1.73]  # factors of the learning rates
+eval_windows = [768, 2560]  # short and long window of evaluations, and of the finished model
+# model
+n_layer = 11
+n_head = 6
+n_embd = 768
+long_layers: list | None = None  # layers with long windows; None: the fourth and the last
+value_layers: list | None = None  # layers whose values get a table of tokens; None: the first and last three
+bigram = True  # a table of pairs of tokens, added to the input of every layer
+embedding_skip = True  # add the embedding to the input of every layer, with a learned factor
+smear = True  # add a share of the previous token's embedding to each embedding
+attention_gate = True  # scale each head's output by a gate
+late_attention = True  # the last layers attend to the stream after layer 2/3 n_layer
+backout = True  # subtract half of that stream before the head
+half_rotary = True  # rotate half of the channels only
+softcap = True  # cap the logits
+untie_at = 0.65  # share of the steps after which head and embedding are two matrices; 1: never
+further_targets = True  # early stages also predict the second and third next token
+# optimizers: NorMuon for the matrices of layers, AdamW for the rest. A step has the rate of its stage, and falls
+# linearly to final_rate over the last cooldown_share of the steps
+num_iterations = 1490
+cooldown_share = 0.6
+final_rate = 0.15
+muon_learning_rate = 0.023
+muon_momentum = 0.95
+muon_momentum_warmup = 300  # steps from 0.85 to muon_momentum; the last sixth as many steps lead back
+muon_beta2 = 0.9  # NorMuon's; 0: Muon
+muon_weight_decay = 1.2  # cautious; times the square of the learning rate
+polar_express = True  # orthogonalise with Polar Express, not with Muon's Newton-Schulz
+adam_learning_rate = 0.008  # embedding and head
+table_learning_rate = 0.6  # tables of tokens and of pairs
+scalar_learning_rate = 0.04  # factors and gates
+# evaluation, logs, checkpoints
+val_loss_every = 250  # steps between evaluations, 0: only at the end
+val_tokens = 10485760  # tokens of an evaluation, the first of the val split; rounded down to whole sequences
+log_interval = 1  # steps between train_loss lines
+save_checkpoint = True  # save at the end, and when interrupted
+checkpoint_interval = 0  # steps between further checkpoints, 0 for none
+keep_checkpoints = 2  # number of checkpoints to keep, the newest; the best is kept as well
+resume = ""  # 'latest', 'best', a step, a path of a checkpoint or an out_dir; 'auto': 'latest' or a new run
+list_checkpoints = False  # print the checkpoints in out_dir and exit
+# system
+seed = 1337  # of initialisation and data order
+device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16'
+compile = True  # torch.compile the model
+deterministic = False  # compute the same bits in every run on a GPU, too; slower
+timeout = 600.0  # longest time that processes wait for each other, also while one is saving, in seconds
+backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
+# -----------------------------------------------------------------------------
+if __name__ == "__main__":  # tests import the classes below
+    config = configure(globals(), rank=env_rank(), environment="STAGE_")
+
+
+# The model. B = sequences, T = tokens of a sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size.
+GATE = 12  # channels that a gate reads
+CAP = Softcap(23.0, 7.5, 5.0)  # of the logits
+
+
+@dataclass
+class GPTConfig:
+    """Architecture of the fast speedrun's GPT. Raises UserError for values from which no model can be built."""
+
+    sequence_length: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    windows: list  # tokens that a token sees in short and in long layers
+    long_layers: list
+    value_layers: list
+    used_vocab_size: int | None = None  # number of tokens; later rows of the embedding are padding
+    end_of_text: int | None = None  # token with which a document begins; None: a sequence is one document
+    bigram: bool = False
+    embedding_skip: bool = False
+    smear: bool = False
+    attention_gate: bool = False
+    late_attention: bool = False
+    backout: bool = False
+    half_rotary: bool = False
+    softcap: bool = False
+
+    def __post_init__(self):
+        check_at_least(vars(self), 1, "sequence_length", "vocab_size", "n_layer", "n_head", "n_embd")
+        if self.n_embd % (4 * self.n_head) or self.n_embd < GATE:
+            raise UserError(f"n_embd={self.n_embd} and n_head={self.n_head} do not give heads whose width is a "
+                            f"multiple of 4: choose n_embd as a multiple of {4 * self.n_head}")
+        if len(self.windows) != 2 or not all(type(n) is int and n > 0 for n in self.windows):
+            raise UserError(f"windows must be two positive numbers of tokens, not {self.windows}")
+        for name in ("long_layers", "value_layers"):
+            layers = getattr(self, name)
+            if not all(type(i) is int and 0 <= i < self.n_layer for i in layers):
+                raise UserError(f"{name}={layers} must be numbers of layers, 0 to {self.n_layer - 1}")
+
+    @property
+    def middle(self) -> int:
+        """Number of the layer whose output late layers attend to, and of which half is backed out."""
+        return (2 * self.n_layer - 1) // 3
+
+
+class Gate(nn.Module):
+    """A number between 0 and 1 for each head, from the first channels of a stream; 1/2 at first."""
+
+    def __init__(self, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(outputs, GATE))
+
+    def forward(self, x):
+        return F.linear(x[..., :GATE], self.weight.to(x.dtype)).sigmoid()
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # q, k and v of all heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.gate = Gate(config.n_head) if config.attention_gate else None
+        self.value_gate = Gate(config.n_head) if layer in config.value_layers else None
+
+    def forward(self, x, cos, sin, first, value):
+        """Attend. first: of interval_attention. value: (B, T, C), added to v; None in layers without."""
+        B, T, C = x.size()
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qk_norm_rotary(qkv, cos, sin)
+        if value is not None:
+            v = v + 2 * self.value_gate(torch.cat((x[..., :GATE // 2], value[..., :GATE // 2]), -1))[..., None] \
+                * value.view_as(v)
+        y = interval_attention(q, k, v, first, scale=0.1)
+        if self.gate is not None:
+            y = y * self.gate(x)[..., None]
+        return self.c_proj(y.view(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return relu_squared_mlp(x, self.c_fc.weight, self.c_proj.weight)
+
+
+class Block(nn.Module):
+    """x = a x + b x0 + c bigram + attn(norm(source)); x = d x + mlp(norm(x)). a, b, c and d are learned."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn, self.mlp = Attention(config, layer), MLP(config)
+        self.factors = nn.Parameter(torch.tensor([1.1**0.5, 0.0, 0.05, 1.1**0.5]))
+        self.embedding_skip = config.embedding_skip
+
+    def forward(self, x, x0, pair, source, cos, sin, first, value):
+        """x: stream; x0: embedding; pair: row of the bigram table or None; source: see GPT.hidden."""
+        a, b, c, d = self.factors.to(x.dtype).unbind()
+        y = self.attn(rms_norm(x if source is None else source), cos, sin, first, value)
+        x = a * x + y
+        if self.embedding_skip:
+            x = x + b * x0
+        if pair is not None:
+            x = x + c * pair
+        return d * x + self.mlp(rms_norm(x))
+
+
+class GPT(Replicated):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config, self.tied = config, True
+        V, C = config.vocab_size, config.n_embd
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(V, C), h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)])))
+        self.lm_head = nn.Linear(C, V, bias=False)  # in use after `untie`
+        self.values = nn.ParameterDict({str(i): nn.Parameter(torch.zeros(V, C)) for i in config.value_layers})
+        self.pairs = nn.Parameter(torch.zeros(5 * V, C)) if config.bigram else None
+        self.smear = Gate(1) if config.smear else None
+        self.smear_factor = nn.Parameter(torch.zeros(1)) if config.smear else None
+        # base 1024; the second half of a head's channels does not turn with half_rotary
+        D = C // config.n_head
+        turning = D // 4 if config.half_rotary else D // 2
+        speeds = torch.cat((1024 ** -(torch.arange(turning) / max(1, turning - 1)), torch.zeros(D // 2 - turning)))
+        angles = torch.outer(torch.arange(config.sequence_length), speeds)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (T, D / 2)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("windows", torch.tensor(config.windows, dtype=torch.int32), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Set projections into the stream to zero, other matrices of layers to a standard deviation of 0.5
+        C**-0.5, the embedding to 0.005. Gates, tables and factors have values already."""
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                p.zero_()
+            elif name.endswith(("c_attn.weight", "c_fc.weight")):
+                bound = 3**0.5 * 0.5 * p.shape[1]**-0.5
+                p.uniform_(-bound, bound)
+            elif name.endswith("wte.weight"):
+                p.normal_(std=0.005)
+        self.lm_head.weight.copy_(self.transformer.wte.weight)
+
+    @torch.no_grad()
+    def untie(self, optimizer=None) -> None:
+        """Make the head a copy of the embedding, which also begins with the embedding's moments."""
+        self.tied = False
+        if optimizer is not None:
+            self.lm_head.weight.copy_(self.transformer.wte.weight)
+            for name, value in optimizer.state[self.transformer.wte.weight].items():
+                optimizer.state[self.lm_head.weight][name].copy_(value)
+
+    def hidden(self, idx, windows=None):
+        """Map token ids (B, T) to the input of the head (B, T, C). windows: (2,) int32, None for the config's."""
+        config, T = self.config, idx.size(1)
+        windows = self.windows if windows is None else windows
+        short, long = (first_visible(idx, config.end_of_text, window) for window in windows.unbind())
+        cos, sin = self.cos[:T], self.sin[:T]
+        dtype = torch.get_autocast_dtype(idx.device.type) if torch.is_autocast_enabled(idx.device.type) \
+            else self.transformer.wte.weight.dtype
+        x, pair = self.transformer.wte(idx).to(dtype), None
+        if config.bigram:
+            pair = F.embedding(self.pair_of(idx), self.pairs).to(dtype)
+        if config.smear:
+            begins = torch.zeros_like(idx) if config.end_of_text is None else idx == config.end_of_text
+            share = self.smear_factor.to(dtype) * self.smear(x[:, 1:]) * ~begins[:, 1:, None].bool()
+            x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
+        x = x0 = rms_norm(x)
+        middle = None  # the stream after the layer config.middle
+        for i, block in enumerate(self.transformer.h):
+            value = F.embedding(idx, self.values[str(i)]).to(dtype) if i in config.value_layers else None
+            x = block(x, x0, pair, middle if config.late_attention else None, cos, sin,
+                      long if i in config.long_layers else short, value)
+            if i == config.middle and i < config.n_layer - 1:
+                middle = x
+        return rms_norm(x - 0.5 * middle if config.backout and middle is not None else x)
+
+    def pair_of(self, idx):
+        """Return the row of the bigram table of each token and the token before it, (B, T)."""
+        before = F.pad(idx[:, :-1], (1, 0))
+        return ((36313 * idx) ^ (27191 * before)) % (len(self.pairs) - 1)
+
+    def forward(self, idx, targets=None, windows=None, target_weights=None):
+        """Map token ids (B, T) to (None, mean loss) with targets, or to (logits (B, T, V), None) without.
+
+        targets: token ids (B, T), -1 at positions that the loss ignores.
+        windows: short and long window, (2,) int32; None for the configuration's.
+        target_weights: of the next tokens in the loss, see linear_cross_entropy.
+        """
+        x = self.hidden(idx, windows)
+        weight = self.transformer.wte.weight if self.tied else self.lm_head.weight
+        if targets is None:
+            logits = F.linear(x, weight)
+            return cap_logits(logits.float(), CAP) if self.config.softcap else logits, None
+        return None, linear_cross_entropy(x.flatten(0, 1), weight, targets, target_weights=target_weights,
+                                          softcap=CAP if self.config.softcap else None)
+
+    def flops_per_token(self, windows: list) -> int:
+        """Return the FLOPs of a training step per token, counted as in model.GPT.flops_per_token."""
+        config = self.config
+        C, L, long = config.n_embd, config.n_layer, len(set(config.long_layers))
+        seen = (L - long) * windows[0] + long * windows[1]
+        return 6 * (L * 12 * C**2 + config.vocab_size * C) + 12 * C * seen
+
+
+def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_text: int | None) -> GPTConfig:
+    """Make the architecture that the settings name. Raises UserError."""
+    L = config["n_layer"]
+    long_layers, value_layers = config["long_layers"], config["value_layers"]
+    architecture = GPTConfig(
+        **{name: config[name] for name in SETTINGS if name not in ("long_layers", "value_layers", "document_mask",
+                                                                   "eval_windows")},
+        windows=config["eval_windows"], used_vocab_size=used_vocab_size, vocab_size=vocab_size,
+        end_of_text=end_of_text if config["document_mask"] else None,
+        long_layers=sorted({min(3, L - 1), L - 1}) if long_layers is None else long_layers,
+        value_layers=sorted({*range(min(3, L)), *range(max(0, L - 3), L)}) if value_layers is None
+        else value_layers)
+    check_size(architecture)
+    return architecture
+
+
+SETTINGS = ("sequence_length", "n_layer", "n_head", "n_embd", "document_mask", "eval_windows", "long_layers",
+            "value_layers", "bigram", "embedding_skip", "smear", "attention_gate", "late_attention", "backout",
+            "half_rotary", "softcap")  # that a checkpoint decides
+FAST = ModelKind("train_gpt_fast.py", GPTConfig, GPT, settings_entry="config", settings=SETTINGS,
+                 state={"untied": bool, "train_seconds": float, "train_loss": float | None,
+                        "last_val_loss": float | None, "last_val_step": int | None})
+
+
+# The schedule.
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the steps with one batch size and one pair of windows."""
+
+    begin: int  # first step
+    end: int  # first step after it
+    batch_size: int  # sequences
+    windows: tuple[int, int]  # short, long
+    rate: float
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """Make the stages that the settings name; stages without a step are left out. Raises UserError."""
+    names = ("stage_shares", "batch_sizes", "short_windows", "long_windows", "stage_rates")
+    lists = [config[name] for name in names]
+    if len({len(values) for values in lists}) != 1 or not lists[0]:
+        raise UserError(", ".join(f"{name} has {len(config[name])}" for name in names) + " entries: give each "
+                        "as many entries as there are stages")
+    for name in names:
+        kinds = (int,) if name in ("batch_sizes", "short_windows", "long_windows") else (int, float)
+        if not all(type(value) in kinds and value > 0 for value in config[name]):
+            raise UserError(f"{name}={config[name]} must be positive {'whole ' * (len(kinds) == 1)}numbers")
+    if not math.isclose(sum(config["stage_shares"]), 1, abs_tol=1e-6):
+        raise UserError(f"stage_shares={config['stage_shares']} must add up to 1")
+    stages, begin, share = [], 0, 0.0
+    for stage_share, batch, short, long, rate in zip(*lists):
+        share += stage_share
+        end = round(share * config["num_iterations"])
+        if end > begin:
+            stages.append(Stage(begin, end, batch, (short, long), rate))
+        begin = end
+    return stages
+
+
+def target_weights_at(config: Config, stages: list[Stage], step: int) -> list[float]:
+    """Return the weights of the next three tokens: the third fades in the first stage, the second in the next."""
+    number = next(i for i, stage in enumerate(stages) if step < stage.end)
+    left = 1 - (step - stages[number].begin) / (stages[number].end - stages[number].begin)
+    if not config["further_targets"] or number > 1 or number == len(stages) - 1:
+        return [1.0, 0.0, 0.0]
+    return [1.0, 0.5, 0.25 * left] if number == 0 else [1.0, 0.5 * left, 0.0]
+
+
+def rate_at(config: Config, stage: Stage, step: int) -> float:
+    """Return the factor of the learning rates."""
+    left = (config["num_iterations"] - step) / max(1, config["cooldown_share"] * config["num_iterations"])
+    return stage.rate * (config["final_rate"] + (1 - config["final_rate"]) * min(1.0, left))
+
+
+def momentum_at(config: Config, step: int) -> float:
+    """Return Muon's momentum: 0.85 at the first step and after the last."""
+    peak, warmup = config["muon_momentum"], config["muon_momentum_warmup"]
+    up, down = step / max(1, warmup), (config["num_iterations"] - step) / max(1, warmup / 6)
+    return min(0.85, peak) + (peak - min(0.85, peak)) * min(1.0, up, down)
+
+
+def build_optimizer(model: GPT, config: Config, group) -> Muon:
+    """Build NorMuon for the matrices of layers, and AdamW for embedding, head, tables, factors and gates."""
+    lr, kinds = config["muon_learning_rate"], {}
+    rules = {  # kind -> further keys of its group
+        "stacked": dict(stacked=3), "matrix": dict(stacked=1),
+        "embedding": dict(lr_ratio=config["adam_learning_rate"] / lr, betas=(0.5, 0.95)),
+        "table": dict(lr_ratio=config["table_learning_rate"] / lr, betas=(0.75, 0.95)),
+        "scalar": dict(lr_ratio=config["scalar_learning_rate"] / lr, betas=(0.9, 0.99))}
+    for name, p in model.named_parameters():
+        kind = "stacked" if "c_attn" in name else "matrix" if "c_fc" in name or "c_proj" in name \
+            else "embedding" if "wte" in name or "lm_head" in name \
+            else "table" if name.startswith(("values", "pairs")) else "scalar"
+        kinds.setdefault(kind, []).append(p)
+    groups = [dict(params=parameters, **rules[kind]) for kind, parameters in kinds.items()]
+    return Muon(groups, group, sum_gradients=True, momentum=config["muon_momentum"], scale="spectral",
+                polar_express=config["polar_express"], norm_beta2=config["muon_beta2"] or None, cautious=True,
+                shard_rows_from=1_000_000, lr=lr, eps=1e-10, weight_decay=0.0)
+
+
+def check_settings(config: dict) -> None:
+    """Raise UserError for wrong settings, before any work is done."""
+    check_at_least(config, 1, "device_batch_size", "sequence_length", "n_layer", "n_head", "n_embd", "val_tokens",
+                   "log_interval", "keep_checkpoints", "timeout")
+    check_at_least(config, 0, "num_iterations", "val_loss_every", "checkpoint_interval", "muon_momentum_warmup",
+                   "muon_weight_decay", "untie_at", "cooldown_share", "final_rate", "table_learning_rate",
+                   "scalar_learning_rate", "adam_learning_rate", "muon_beta2", "muon_momentum")
+    check_at_most(config, 1.0, "untie_at", "cooldown_share", "final_rate")
+    check_at_most(config, 1e6, "timeout")
+    check_at_most(config, MAX_LAYERS, "n_layer")
+    if config["muon_learning_rate"] <= 0:
+        raise UserError(f"muon_learning_rate={config['muon_learning_rate']} must be above 0")
+    check_seed(config)
+
+
+if __name__ == "__main__":
+    check_settings(config)
+    stages = stages_of(config)
+    kinds = models.KINDS | {models.FAST: FAST}
+    exit_with_listing(config, kinds)
+    if deterministic:
+        make_deterministic()
+    processes = start(device, backend, timeout, settings=config)
+    group, device = processes.group, processes.device
+    compute_dtype = pick_dtype(dtype, device)
+    if compute_dtype == torch.float16:
+        raise UserError("dtype='float16' needs scaled losses, which this script does not have: use "
+                        "--dtype=bfloat16 or --dtype=float32")
+    if compile:
+        check_compile(device)
+    at_once = device_batch_size * processes.world_size
+    if any(stage.batch_size % at_once for stage in stages):
+        raise UserError(f"{batch_sizes=} are totals over all processes and must be multiples of {at_once}, "
+                        f"{device_batch_size=} times the number of processes, {processes.world_size}")
+
+    # a resumed checkpoint decides the architecture
+    run = Run(config, processes, kinds, own=(models.FAST,), steps="num_iterations")
+    data = open_dataset(dataset, sequence_length, "sequence_length", PackedSplit)
+    run.check_data(data)
+    architecture = model_config(config, *padded_vocab_size(data.meta), data.train.end_of_text)
+    data.check_tokens(architecture.vocab_size)
+
+    # model and optimizer; every process has all weights, and the state of its own matrices and rows
+    seed_random_states(seed)
+    model = GPT(architecture)
+    if run.resumed is not None:
+        models.load_parameters(model, run.resumed.tensors("model"), run.resumed.path)
+    model.to(device)
+    optimizer = build_optimizer(model, config, group)
+    val_loss, val_step = None, None
+    clock = StepClock(run, compute_dtype)
+    run.restore(model, optimizer)
+    if run.resumed is not None:
+        clock.load(run.resumed.state)
+        val_loss, val_step = run.resumed.state["last_val_loss"], run.resumed.state["last_val_step"]
+        if run.resumed.state["untied"]:
+            model.untie()
+    run.open(source=__file__)
+    run.line("Python {python}, PyTorch {torch}, {device}, git {git_commit}".format(**run.environment))
+    run.line(f"{model.n_parameters() / 1e6:.2f}M parameters, {compute_dtype}; {data.folder}: "
+             f"{data.train.n_tokens:,} train and {data.val.n_tokens:,} val tokens")
+    if document_mask and data.train.end_of_text is None:
+        run.line("the data set's tokenizer has no end-of-text token: each sequence is one document")
+    for stage in stages:
+        run.line(f"steps {stage.begin} to {stage.end - 1}: {stage.batch_size} sequences x {sequence_length} = "
+                 f"{stage.batch_size * sequence_length:,} tokens, windows of {stage.windows[0]} and "
+                 f"{stage.windows[1]} tokens")
+    val_windows = min(max(1, val_tokens // sequence_length), sum(data.val.eval_windows))
+    if val_windows * sequence_length != val_tokens:
+        why = "whole sequences" if val_windows < sum(data.val.eval_windows) else "the whole val split"
+        run.line(f"warning: {val_tokens=}, but evaluations use {val_windows * sequence_length} tokens: {why}")
+
+    # speed
+    torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
+    autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+    hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
+    model.hidden = hidden  # the loss after it is one operator
+
+    def loss_of(x, y, windows=None, target_weights=None):
+        """Compute the mean loss of a micro-batch."""
+        with autocast:
+            return model(x, y, windows, target_weights)[1]
+
+    def warm_up() -> None:
+        """Compile everything before the clock starts, without a change of the weights."""
+        run.line("compiling the model (about a minute)")
+        zeros = torch.zeros(device_batch_size, sequence_length, dtype=torch.int64, device=device)
+        loss_of(zeros, zeros.clone(), model.windows, torch.ones(3, device=device)).backward()
+        model.zero_grad(set_to_none=True)
+
+    def run_evaluation() -> float | None:
+        """Compute the mean loss of the first val_tokens tokens of the val split, None if asked to stop."""
+        batches = evaluation_batches(data.val, val_windows, device_batch_size, device, processes.rank,
+                                     processes.world_size, spread=False)
+        return evaluate(lambda x, y: (None, loss_of(x, y)), batches, group, run.stop_anywhere)
+
+    # training loop. A global batch of the loader is a micro-batch of each process, so that stages can differ
+    loader = DataLoader(data.train, device_batch_size, 1, architecture.vocab_size, seed, device, processes.rank,
+                        processes.world_size, run.sample)
+    run.begin(loader, sequence_length, kind=models.FAST, random_states=False, progress=False,
+              extra_state=lambda: {"untied": not model.tied, **clock.state(), "last_val_loss": val_loss,
+                                   "last_val_step": val_step},
+              extra_status=lambda: {"val_loss": val_loss, "val_step": val_step, "seed": seed,
+                                    "train_loss": clock.train_loss, **clock.timing(run.step)})
+    if compile:
+        warm_up()
+    clock.start()
+    for step in run.iterations():
+        last = step == num_iterations
+        save_due = step > 0 and ((last and save_checkpoint) or
+                                 (run.is_due(checkpoint_interval) and step % checkpoint_interval == 0))
+        if clock.stop_asked or save_due or last or run.is_due(val_loss_every) or step == clock.skipped:
+            clock.settle()
+        if clock.problem:
+            run.fail(clock.problem, "no checkpoint has the weights after it")
+        run.stopping = clock.stop_asked and not last
+        measured = None
+        if run.due(val_loss_every) or last:
+            if step == run.first_step:  # nothing is on the screen yet that moves
+                run.line(f"evaluating on {val_windows * sequence_length:,} tokens")
+            measured = run_evaluation()
+        if measured is not None:
+            val_loss, val_step = measured, step
+            clock.report(f"val_loss:{val_loss:.4f}", step)
+            run.log.event("eval", step=step, train_loss=clock.train_loss, val_loss=val_loss,
+                          lr=optimizer.param_groups[0]["lr"], **clock.timing(step))
+            run.val_loss = val_loss
+            if not math.isfinite(val_loss):
+                run.fail(f"the val loss is {val_loss} at step {step}", "no checkpoint has these weights")
+        if not run.proceed(save=save_due):
+            break
+
+        # forward and backward; the loss of a step is the mean over its micro-batches and processes
+        if model.tied and step >= untie_at * num_iterations:
+            model.untie(optimizer)
+        stage = next(stage for stage in stages if step < stage.end)
+        windows = torch.tensor(stage.windows, dtype=torch.int32, device=device)
+        target_weights = torch.tensor(target_weights_at(config, stages, step), device=device)
+        share, loss_share = device_batch_size / stage.batch_size, torch.zeros((), device=device)
+        for _ in range(stage.batch_size // at_once):
+            loss = loss_of(*loader.next(), windows, target_weights) * share
+            loss.backward()
+            loss_share += loss.detach()
+        set_learning_rate(optimizer, rate := muon_learning_rate * rate_at(config, stage, step))
+        optimizer.momentum = momentum_at(config, step)
+        for parameters in optimizer.param_groups:
+            if "stacked" in parameters:
+                parameters["weight_decay"] = muon_weight_decay * rate
+        optimizer.step()  # also sums the gradients over the processes
+        optimizer.zero_grad(set_to_none=True)
+        tokens = stage.batch_size * sequence_length
+        clock.step_done(step, loss_share, model.flops_per_token(stage.windows) * tokens, tokens, lr=rate)
+
+    memory = peak_memory(device)
+    notes = [] if memory is None else [f"peak memory: {memory / 2**20:.0f} MiB"]
+    steps = max(1, run.step - run.first_step)
+    run.end(*notes, f"each process sent {optimizer.bytes_sent / steps:,.0f} bytes a step")
