@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.interval_attention import first_visible, interval_attention
 from kernels.layer_norm import add_layer_norm, layer_norm
 from nanosync import huggingface, recompute
 from nanosync.errors import UserError
@@ -101,6 +102,17 @@ def use_triton_layer_norm(model: nn.Module) -> None:
             module.triton = True
 
 
+def attend(q, k, v, first, dropout: float):
+    """Attend causally: q, k, v (N, H, T, D) -> (N, H, T, D).
+
+    first: first token that each token sees, (N, T) int32; None for all tokens before it.
+    """
+    if first is None:  # PyTorch chooses the kernel: cuDNN's on Hopper, FlashAttention on other GPUs
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    assert dropout == 0, "attention dropout with a document mask"
+    return interval_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), first).transpose(1, 2)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -110,10 +122,11 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, first=None):
         """Attend causally: x (B, T, C) -> (B, T, C).
 
         cache: tensor (2, B, H, block_size, D) into which k and v are written; None in training.
+        first: first token that each token sees, (B, T) int32; None for all tokens before it.
         """
         B, T, C = x.size()
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
@@ -121,9 +134,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache[0, :, :, :T] = k
             cache[1, :, :, :T] = v
-        # PyTorch chooses the kernel: cuDNN's on Hopper, FlashAttention on other GPUs
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0,
-                                           is_causal=True)
+        y = attend(q, k, v, first, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -161,21 +172,23 @@ class Block(nn.Module):
         """Return compute(*args); keep the activations that `recompute` does not name."""
         return recompute.run(self.compute, args, self.recompute, self.generator)
 
-    def compute(self, x, out=None, cache=None):
+    def compute(self, x, out=None, cache=None, first=None):
         """Return (residual stream, output of the MLP) after this block, both (B, T, C).
 
         x: residual stream without `out`, (B, T, C).
         out: output of the previous block's MLP, (B, T, C), None before the first block. It is separate so
             that the LayerNorm kernel can add it (LayerNorm.add).
-        cache: see CausalSelfAttention.forward.
+        cache, first: see CausalSelfAttention.forward.
         """
         x, y = self.ln_1.add(x, out)
-        x, y = self.ln_2.add(x, self.attn(y, cache))
+        x, y = self.ln_2.add(x, self.attn(y, cache, first))
         return x, self.mlp(y)
 
 
 class GPT(Replicated):
     block_class = Block
+    end_of_text: int | None = None  # token with which documents begin, if attention must not cross documents.
+    # Decoding ignores it, because a prompt and its continuation are one document.
 
     def __init__(self, config: GPTConfig):
         """Build and initialise the model on PyTorch's default device.
@@ -203,10 +216,19 @@ class GPT(Replicated):
 
         cache: tensor (L, 2, B, H, block_size, D) into which k and v are written, or None.
         """
-        x, out = self.transformer.drop(self.embed(idx)), None
+        x, out, first = self.transformer.drop(self.embed(idx)), None, self.first_visible(idx, cache)
         for i, block in enumerate(self.transformer.h):
-            x, out = block(x, out, None if cache is None else cache[i])
+            x, out = block(x, out, None if cache is None else cache[i], first)
         return self.transformer.ln_f.add(x, out)[1]
+
+    def first_visible(self, idx, cache=None):
+        """Return the first token that each token sees, (B, T) int32; None for all tokens before it.
+
+        cache: see hidden.
+        """
+        if self.end_of_text is None or cache is not None:
+            return None
+        return first_visible(idx, self.end_of_text)
 
     def embed(self, idx):
         """Map token ids (B, T) to the sum of token and position embeddings (B, T, C).

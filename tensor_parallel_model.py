@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from kernels.collectives import functional_all_gather
 from kernels.cross_entropy import vocab_parallel_cross_entropy
 from kernels.pending_norm import pending_layer_norm
-from model import GPT, Block, GPTConfig, gelu
+from model import GPT, Block, GPTConfig, attend, gelu
 from nanosync.errors import UserError
 from nanosync.generation import Decoder
 from nanosync.rank_decoder import RankDecoder
@@ -128,11 +128,12 @@ class Residual:
         self._restart(base)
 
 
-def split_attention(attn, x, cache=None):
+def split_attention(attn, x, cache=None, first=None):
     """Attend with the heads of each rank: x (m, B, T, C) -> (m, B, T, K / m).
 
     cache: tensor (local, 2, B, H / R, block_size, D) into which each rank's k and v are written. Without the
     first dimension it is the cache of one rank of the joint width. None in training.
+    first: first token that each token sees, (B, T) int32; None for all tokens before it.
     """
     m, B, T, C = x.shape
     D = C // attn.n_head
@@ -144,20 +145,20 @@ def split_attention(attn, x, cache=None):
         for i, new in enumerate((k, v)):
             new = new.reshape(m, B, local // m, heads, T, D).transpose(1, 2).reshape(local, B, heads, T, D)
             cache[:, i, :, :, :T] = new
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.dropout if attn.training else 0.0,
-                                       is_causal=True)
+    first = None if first is None else first.repeat(m, 1)
+    y = attend(q, k, v, first, attn.dropout if attn.training else 0.0)
     return y.transpose(1, 2).reshape(m, B, T, -1)
 
 
 class RankBlock(Block):
     """A block with the dense block's parameters, of which each rank applies its part to its own stream."""
 
-    def compute(self, state, sublayers, ranks: Ranks, dropout, cache=None):
+    def compute(self, state, sublayers, ranks: Ranks, dropout, cache=None, first=None):
         """Map the state of a Residual before the layer to the state after it. sublayers: the layer's two
-        entries of the schedule; dropout: see Residual; cache: see split_attention."""
+        entries of the schedule; dropout: see Residual; cache, first: see split_attention."""
         residual, (after_attention, after_mlp) = Residual(ranks, dropout, state), sublayers
         x = residual.normed(self.ln_1, after_attention.sync)
-        y = split_attention(self.attn, x, cache)
+        y = split_attention(self.attn, x, cache, first)
         residual.add(y, self.attn.c_proj, after_attention.sync)
         x = residual.normed(self.ln_2, after_mlp.sync)
         y = gelu(column_parallel(x, self.mlp.c_fc))
@@ -258,10 +259,11 @@ class DistributedGPT(GPT):
         each layer, or None."""
         base = self._residual_dropout(self.embed(idx)[None])[0].squeeze(0)
         dropout, sublayers = self._residual_dropout, self.schedule.sublayers
+        first = self.first_visible(idx, cache)
         state = Residual(self.ranks, dropout, (base,)).state
         for i, block in enumerate(self.transformer.h):
             state = block(state, sublayers[2 * i:2 * i + 2], self.ranks, dropout,
-                          None if cache is None else cache[i])
+                          None if cache is None else cache[i], first)
         return self.transformer.ln_f(Residual(self.ranks, dropout, state).close())
 
     def forward(self, idx, targets=None, all_logits: bool = False):

@@ -71,6 +71,7 @@ dataset = "openwebtext"  # a folder in data/, or a path
 gradient_accumulation_steps = 5 * 8  # micro-batches of an update, over all data-parallel models
 batch_size = 12  # sequences of a micro-batch
 block_size = 1024  # tokens of a sequence
+document_mask = False  # attention does not cross documents; the data needs end-of-text tokens
 # model
 n_layer = 12
 n_head = 12

@@ -195,8 +195,13 @@ def model_for_training(run: Run, kind: str, parallel: Parallelism, evaluations: 
     kind: kind of model. evaluations: evaluations of the run, which check that they fit the model.
     """
     config, processes = run.config, run.processes
+    if config["document_mask"] and config["dropout"] > 0:
+        raise UserError(f"document_mask has no dropout of attention, and dropout is {config['dropout']}: use "
+                        f"--dropout=0, or leave document_mask out")
+    end_of_text = run.data.document_token() if config["document_mask"] else None
     seed_random_states(config["seed"])
     model, weights, source = _model_and_weights(run, kind)
+    model.end_of_text = end_of_text
     for evaluation in evaluations:
         evaluation.check(model)
     if config["tp_processes"] > 1:

@@ -84,15 +84,22 @@ class Split:
 
     def check_tokens(self, vocab_size: int) -> None:
         """Raise UserError if one of up to CHECK_TOKENS tokens is not below vocab_size."""
-        share = min(1.0, CHECK_TOKENS / self.n_tokens)
+        for path, start, part in self._pieces():
+            if part.max() >= vocab_size:
+                at = int((part >= vocab_size).argmax())
+                raise UserError(f"{path} has token {part[at]} at position {start + at}, but the vocabulary "
+                                f"has {vocab_size}: the file was prepared with another tokenizer")
+
+    def has(self, token: int) -> bool:
+        """Return True if one of up to CHECK_TOKENS tokens is `token`."""
+        return any((part == token).any() for _, _, part in self._pieces())
+
+    def _pieces(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Yield (path, first position, tokens) of pieces with up to CHECK_TOKENS tokens, evenly spread."""
+        share, piece = min(1.0, CHECK_TOKENS / self.n_tokens), 1 << 20
         for path, tokens in zip(self.paths, self.files):
-            piece = 1 << 20
             for start in range(0, len(tokens), int(piece / share)):
-                part = tokens[start:start + piece]
-                if part.max() >= vocab_size:
-                    at = start + int((part >= vocab_size).argmax())
-                    raise UserError(f"{path} has token {tokens[at]} at position {at}, but the vocabulary has "
-                                    f"{vocab_size}: the file was prepared with another tokenizer")
+                yield path, start, tokens[start:start + piece]
 
     def gather(self, places: np.ndarray) -> np.ndarray:
         """Read windows: places (n, 2) of (file, start) -> tokens (n, T + 1), uint16 or uint32."""
@@ -177,6 +184,17 @@ class DataSet:
         """Raise UserError if a token of either split is not below vocab_size, see Split.check_tokens."""
         for split in (self.train, self.val):
             split.check_tokens(vocab_size)
+
+    def document_token(self) -> int:
+        """Return the token with which documents begin. Raises UserError if the train split has none."""
+        token, fix = self.train.end_of_text, "leave document_mask out"
+        if token is None:
+            raise UserError(f"document_mask needs an end-of-text token, and {self.folder} has none: {fix}, "
+                            f"or write the token's id into its meta.json as end_of_text")
+        if not self.train.has(token):
+            raise UserError(f"document_mask: the train tokens of {self.folder} have no end-of-text token "
+                            f"({token}), so they are one document: {fix}, or use another data set")
+        return token
 
     @property
     def fingerprint(self) -> dict:

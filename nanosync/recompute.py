@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+import kernels.interval_attention  # noqa: F401  registers its operator
 from nanosync.errors import UserError
 
 ACTIVATION_CHECKPOINTING = ("none", "block", "selective")
@@ -15,7 +16,7 @@ KEPT = [  # by 'selective': operations whose results are expensive to recompute 
     aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops._c10d_functional.all_reduce.default,
-    torch.ops._c10d_functional.wait_tensor.default,
+    torch.ops._c10d_functional.wait_tensor.default, torch.ops.nanosync.interval_attention.default,
 ]
 
 

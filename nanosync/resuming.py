@@ -110,7 +110,7 @@ def check_kind(resumed: Checkpoint, kinds: dict[str, ModelKind], own: tuple[str,
 
 
 def take_settings(config: Config, resumed: Checkpoint, kinds: dict[str, ModelKind]) -> None:
-    """Set the settings that a checkpoint decides: kind of model, architecture, and seed.
+    """Set the settings that a checkpoint decides: kind of model, architecture, document mask, and seed.
 
     The seed decides the order of the data. Raises UserError if the user gave another value.
     """
@@ -119,9 +119,10 @@ def take_settings(config: Config, resumed: Checkpoint, kinds: dict[str, ModelKin
         values = resumed.state["config"]
     else:
         described = vars(model_config(resumed.state["model"], kinds))
-        values = {**described, "model_type": kind, "seed": resumed.state["seed"]}
-    first = ("model_type",) if "model_type" in config else ()
-    take_values(config, values, resumed.path, (*first, *kinds[kind].settings, "seed"))
+        mask = resumed.state["config"].get("document_mask", False)
+        values = {**described, "model_type": kind, "seed": resumed.state["seed"], "document_mask": mask}
+    own = tuple(name for name in ("model_type", "document_mask") if name in config)
+    take_values(config, values, resumed.path, (*own, *kinds[kind].settings, "seed"))
 
 
 def take_values(config: Config, values: dict, path: str, names: tuple[str, ...]) -> None:

@@ -129,6 +129,8 @@ def describe_start(run: Run, model: nn.Module, parallel: Parallelism) -> None:
     run.line(f"tokens per iteration: {config['batch_size']} sequences x {config['block_size']} tokens x "
              f"{micro_steps} accumulation x {processes.dp_size} DDP rank{'s' * (processes.dp_size > 1)} = "
              f"{tokens:,}")
+    if model.end_of_text is not None:
+        run.line(f"attention does not cross documents, which begin with token {model.end_of_text}")
     for line in parallel.describe(model):
         run.line(line)
     if config["use_triton"]:

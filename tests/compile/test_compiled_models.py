@@ -105,6 +105,20 @@ def test_schedules_compile_as_one_graph(R):
     assert largest_difference(gradients(model, compiled(idx, targets)[1]), expected) < 1e-4
 
 
+@pytest.mark.parametrize("schedule, R, recompute", [(None, 1, "selective"),
+                                                    (dict(block_types=BLOCKS[3]), 2, "none")])
+def test_document_mask_compiles_as_one_graph(schedule, R, recompute):
+    idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
+    model = build(schedule, R, torch.float32)
+    model.end_of_text = int(idx[0, 5])
+    use_activation_checkpointing(model, recompute)
+    expected = gradients(model, model(idx, targets)[1])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    # fp32: gradients of size 1 through four layers
+    assert largest_difference(gradients(model, compiled(idx, targets)[1]), expected) < 1e-4
+
+
 def check_compiled(rank: int, world: int) -> None:
     """f, g and the divided loss in one compiled graph a process, in fp32 and under bf16 autocast."""
     idx, targets = tokens(2, 16), tokens(2, 16, seed=1)

@@ -67,7 +67,8 @@ class Run:
 
     def __init__(self, division: Division, processes: Processes, saved: dict | None = None,
                  scaler: bool = False, recompute: str = "none", dropout: float = 0.0,
-                 min_num_params: float = 1, reshard: bool = True, whole_gradients: bool = True):
+                 min_num_params: float = 1, reshard: bool = True, whole_gradients: bool = True,
+                 end_of_text: int | None = None):
         """saved: what `snapshot` gave, to go on from."""
         self.processes = processes
         initial = build(dict(block_types=["spd"] * 2), 2, torch.float32, dropout=dropout, **MODEL)
@@ -76,6 +77,7 @@ class Run:
             self.model = registry.build_model(model_kind.model_description("distributed_gpt", initial))
         if division.tp > 1:
             self.model.place(Ranks(1, processes.tp_group))
+        self.model.end_of_text = end_of_text
         use_activation_checkpointing(self.model, recompute)
         self.parallel = Parallelism(processes, torch.float32, division.zero1, division.fsdp, min_num_params,
                                     reshard, False, not whole_gradients)
@@ -294,9 +296,19 @@ def check_checkpoints(rank: int, world: int) -> None:
                 assert run.step(it) == pytest.approx(values, rel=1e-6), case
 
 
+def check_document_mask(rank: int, world: int) -> None:
+    """Documents of about 6 tokens, in every division of a run."""
+    mine, alone = processes_of_divisions(rank), Run(Division(1), ALONE, end_of_text=3)
+    expected = [alone.step(it) for it in range(2)]
+    for division in mine:
+        run = Run(division, mine[division], end_of_text=3)
+        for it in range(2):
+            assert run.step(it) == pytest.approx(expected[it], rel=1e-6), (division, it)
+
+
 def check_all(rank: int, world: int) -> None:
-    for check in (check_training, check_starting, check_communication, check_recomputation,
-                   check_scaler, check_checkpoints):
+    for check in (check_training, check_document_mask, check_starting, check_communication,
+                  check_recomputation, check_scaler, check_checkpoints):
         check(rank, world)
 
 

@@ -105,6 +105,8 @@ TRAIN = [  # arguments after TINY and the good data set, words of the line
     (["--n_head=3"], "n_embd=32 is not divisible by n_head=3"),
     (["--n_layer=0"], "n_layer=0 must be at least 1"),
     (["--dropout=1.5"], "dropout=1.5 must be at least 0 and below 1"),
+    (["--document_mask"], "document_mask needs an end-of-text token, and "),
+    (["--document_mask", "--dropout=0.1"], "document_mask has no dropout of attention, and dropout is 0.1"),
     (["--device=gpu"], "device='gpu' is unknown"),
     (["--device=cuda"], "sees no CUDA GPU here: use --device=cpu"),
     (["--device=mps"], "no MPS device"),

@@ -8,9 +8,10 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from helpers import PATIENCE, ROOT, TINY, events, save_checkpoint
+from helpers import PATIENCE, ROOT, TINY, events, save_checkpoint, write_dataset
 
 from model import GPT, GPTConfig
 from models import weights
@@ -84,6 +85,26 @@ def test_resume_is_exact(train, tmp_path, dropout):
     assert done.code == 0 and "nothing left to do" in done.out
     text = (tmp_path / "out" / "log.txt").read_text()
     assert again.out + resumed.out == text  # every printed line
+
+
+def test_document_mask(train, tmp_path):
+    """A resumed run keeps the mask without the setting, to the bit; evaluation is masked, too."""
+    letters = np.arange(2000) * 3 % 26
+    write_dataset(tmp_path / "documents", letters[:1500], letters[1500:], 26, end_of_text=5)
+    args = [f"--dataset={tmp_path / 'documents'}", "--learning_rate=1e-2", "--eval_interval=10"]
+    done = train(*args, "--max_iters=20", "--document_mask", "--sample_interval=10", "--sample_prompt=A")
+    assert done.code == 0 and "attention does not cross documents, which begin with token 5\n" in done.out
+    whole, losses = checkpoint.find(str(tmp_path / "out")).tensors("model"), done.losses
+    resumed = train(*args, "--max_iters=20", "--resume=10")
+    assert resumed.code == 0 and resumed.losses == losses[10:]
+    parts = checkpoint.find(str(tmp_path / "out"))
+    assert all(torch.equal(whole[name], tensor) for name, tensor in parts.tensors("model").items())
+    assert parts.state["config"]["document_mask"] is True
+    other = train(*args, "--resume=10", "--document_mask=False")
+    assert other.code == 2 and "document_mask=False (command line), but" in other.err
+    evaluate = [*args, "--eval_only", f"--init_from={tmp_path / 'out'}"]
+    masked, unmasked = (train(*evaluate, *mask).out.splitlines()[-1] for mask in (["--document_mask"], []))
+    assert masked.replace("step 0", "step 20") in resumed.out and masked != unmasked
 
 
 def test_accumulation_is_a_larger_batch(train):
