@@ -325,14 +325,15 @@ def padded(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def build_muon(model: nn.Module, learning_rate: float, muon_learning_rate: float, betas: tuple[float, float],
-               weight_decay: float, momentum: float, group=None, sum_gradients: bool = False) -> Muon:
+               weight_decay: float, momentum: float, group=None, sum_gradients: bool = False,
+               **options) -> Muon:
     """Build Muon for the matrices of a model's blocks, with AdamW for embeddings, head and vectors.
 
     The model must be on its final device. Raises UserError.
 
     learning_rate, muon_learning_rate: highest values, of AdamW and of Muon. A schedule scales both alike, see
         set_learning_rate.
-    group, sum_gradients: see Muon.
+    group, sum_gradients, options: see Muon.
     """
     if not 0 <= momentum < 1:
         raise UserError(f"muon_momentum={momentum} must be at least 0 and below 1")
@@ -350,4 +351,4 @@ def build_muon(model: nn.Module, learning_rate: float, muon_learning_rate: float
     for g in parameter_groups(model, weight_decay):
         rest = [p for p in g["params"] if p not in matrices]
         groups += [g | {"params": rest}] if rest else []
-    return Muon(groups, group, sum_gradients, momentum, lr=learning_rate, betas=betas)
+    return Muon(groups, group, sum_gradients, momentum, lr=learning_rate, betas=betas, **options)
