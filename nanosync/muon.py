@@ -310,7 +310,8 @@ def decay_cautiously(parameters: list, updates: list[torch.Tensor], decay: float
 
     arXiv 2411.16085 masks updates so. updates: what is subtracted from the parameters, but for a factor.
     """
-    masks = torch._foreach_sign(torch._foreach_mul(updates, parameters))
+    masks = torch._foreach_mul(updates, parameters)
+    torch._foreach_sign_(masks)
     torch._foreach_add_(masks, 1.0)
     torch._foreach_clamp_max_(masks, 1.0)  # 1 where the product is 0 or more
     torch._foreach_mul_(masks, parameters)
@@ -318,9 +319,9 @@ def decay_cautiously(parameters: list, updates: list[torch.Tensor], decay: float
 
 
 def padded(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return x with rows of zeros at its end, x itself if it has so many rows already."""
+    """Return x, contiguous, with rows of zeros added up to this number; a view if x has as many rows."""
     if len(x) == rows:
-        return x
+        return x.contiguous()
     return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 

@@ -165,6 +165,11 @@ def test_normalise_neurons_is_its_formula(rows, columns):
         if it == 0:
             lengths = result.norm(dim=along + 1)
             assert torch.allclose(lengths, lengths[:, :1].expand_as(lengths), rtol=1e-10)
+    half, moments = X.bfloat16(), seconds.float()  # as on CUDA: moments and factors stay in fp32
+    normalise_neurons(half, moments, 0.9)
+    normalise_neurons(X, seconds, 0.9)
+    assert torch.allclose(half.double(), X, rtol=0.02)
+    assert torch.allclose(moments.double(), seconds, rtol=0.02)
     zeros = torch.zeros(1, rows, columns)
     normalise_neurons(zeros, torch.zeros(1, *shape), 0.9)
     assert zeros.abs().max() == 0  # a matrix without a gradient stays finite
