@@ -159,9 +159,8 @@ class Muon(torch.optim.AdamW):
             work.wait()
         gathers = self._step_adamw(rows)
         self._apply(present, self._views(finish_tensor(updates).to(present[0].dtype), layout, present))
-        for work, p, whole in gathers:
-            work.wait()
-            if len(whole) > len(p):
+        for p, whole in gathers:
+            if len(finish_tensor(whole)) > len(p):
                 p.copy_(whole[:len(p)])
 
     def _begin_sums(self, present: list, layout) -> tuple[torch.Tensor | None, list, dict]:
@@ -211,7 +210,7 @@ class Muon(torch.optim.AdamW):
         """Update AdamW's parameters; of sharded ones update this process's rows, and start to gather them.
 
         rows: sharded parameter -> pending gradient of this process's rows.
-        Return tuples (work, parameter, tensor that receives all rows).
+        Return pairs (parameter, pending tensor of all rows, with the parameter's memory if no row is padded).
         """
         whole, shards = self.param_groups, {}
         for p, gradient in rows.items():
@@ -226,15 +225,13 @@ class Muon(torch.optim.AdamW):
             self.param_groups = whole
             for shard in shards.values():
                 del self.state[shard]
-        return [self._begin_gather(p, shard) for p, shard in shards.items()]
+        return [(p, self._begin_gather(p, shard)) for p, shard in shards.items()]
 
-    def _begin_gather(self, p: nn.Parameter, shard: torch.Tensor) -> tuple:
-        n = self._sharded[p]
-        own, whole = padded(shard, n), p.detach()
-        if self.processes * n > len(p):
-            whole = p.new_empty(self.processes * n, *p.shape[1:])
+    def _begin_gather(self, p: nn.Parameter, shard: torch.Tensor) -> torch.Tensor:
+        own = padded(shard, self._sharded[p])
         self.bytes_sent += (self.processes - 1) * own.nbytes
-        return dist.all_gather_into_tensor(whole, own, group=self.group, async_op=True), p, whole
+        in_place = self.processes * len(own) == len(p)
+        return begin_all_gather(own, self.group, p.detach() if in_place else None)
 
     def _apply(self, present: list, updates: list[torch.Tensor]) -> None:
         moves = dict(zip(present, updates))

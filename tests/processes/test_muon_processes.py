@@ -121,6 +121,7 @@ def check_states(rank: int, groups: dict) -> None:
 
 
 NORMUON = dict(polar_express=True, norm_beta2=0.9, cautious=True, scale="spectral", shard_rows_from=512)
+STEPS = 3
 SHARDED = {"transformer.wte.weight": (61, 32), "transformer.wpe.weight": (16, 32)}  # 61 rows: with padding
 
 
@@ -140,25 +141,25 @@ def normuon_steps(model, optimizer, steps, rank, n) -> None:
 def check_normuon(rank: int, world: int) -> None:
     groups = {1: None, 2: dist.new_group([0, 1]), 4: dist.group.WORLD}
     through, optimizer = normuon()
-    normuon_steps(through, optimizer, range(4), 0, 1)
-    after_4 = state_by_name(optimizer, through)
+    normuon_steps(through, optimizer, range(STEPS), 0, 1)
+    state = state_by_name(optimizer, through)
     tensors = checkpoint_writer.snapshot(through, optimizer, torch.device("cpu"), None, None)
     for n, group in ((2, groups[2]), (4, groups[4]), (1, None)):  # each resumes what the one before saved
         if rank < n:
-            tensors = check_normuon_on(rank, n, group, tensors, through, after_4)
+            tensors = check_normuon_on(rank, n, group, tensors, through, state)
         box = [tensors]
         dist.broadcast_object_list(box, src=0)
         tensors = box[0]
 
 
-def check_normuon_on(rank, n, group, tensors, through, after_4) -> dict:
-    """4 steps as on one process, what they send and hold; a checkpoint's state; exact resume."""
+def check_normuon_on(rank, n, group, tensors, through, state) -> dict:
+    """Steps as on one process, what they send and hold; a checkpoint's state; exact resume."""
     model, optimizer = normuon(group)
     load_state_by_name(optimizer, model, tensors["optim"])  # of another number of processes
     again = checkpoint_writer.snapshot(model, optimizer, torch.device("cpu"), None, group)
     assert rank > 0 or all(torch.equal(t, again["optim"][name]) for name, t in tensors["optim"].items())
     model, optimizer = normuon(group)
-    normuon_steps(model, optimizer, range(4), rank, n)
+    normuon_steps(model, optimizer, range(STEPS), rank, n)
     assert distance(model, through) <= 1e-9, n
     if n > 1:
         check_replicas(model, group)
@@ -171,9 +172,9 @@ def check_normuon_on(rank, n, group, tensors, through, after_4) -> dict:
             assert optimizer.state[p]["exp_avg"].shape == optimizer.state[p]["exp_avg_sq"].shape == expected
     tensors = checkpoint_writer.snapshot(model, optimizer, torch.device("cpu"), None, group)
     if rank == 0:
-        assert sorted(tensors["optim"]) == sorted(after_4)
+        assert sorted(tensors["optim"]) == sorted(state)
         for name, t in tensors["optim"].items():
-            assert t.shape == after_4[name].shape and torch.allclose(t, after_4[name], 1e-6, 1e-9), name
+            assert t.shape == state[name].shape and torch.allclose(t, state[name], 1e-6, 1e-9), name
     box = [tensors]
     if group is not None:
         dist.broadcast_object_list(box, group_src=0, group=group)
@@ -181,7 +182,7 @@ def check_normuon_on(rank, n, group, tensors, through, after_4) -> dict:
     weights.load_parameters(resumed, box[0]["model"], "the file")
     load_state_by_name(other, resumed, box[0]["optim"])
     for each, its in ((model, optimizer), (resumed, other)):
-        normuon_steps(each, its, range(4, 6), rank, n)
+        normuon_steps(each, its, range(STEPS, STEPS + 2), rank, n)
     assert distance(model, resumed) == 0, n
     return box[0]
 
@@ -195,7 +196,7 @@ def check_normuon_bytes(model, optimizer, n, group) -> None:
     part = max(sum(p.numel() for p in optimizer.owner if optimizer.owner[p] == rank) for rank in range(n))
     sent = (n - 1) * ((8 + 4) * part + 2 * 8 * padded // n)
     sent += sum(2 * (n - 1) * 8 * p.numel() // n for p in small)
-    assert optimizer.bytes_sent == 4 * sent, (n, optimizer.bytes_sent / 4, sent)
+    assert optimizer.bytes_sent == STEPS * sent, (n, optimizer.bytes_sent / STEPS, sent)
 
 
 def test_normuon_with_sharded_tables_on_any_number_of_processes(tmp_path):
