@@ -231,12 +231,17 @@ def print0(text: str, processes: Processes) -> None:
         print(text, flush=True)
 
 
-def begin_all_gather(x: torch.Tensor, group) -> torch.Tensor:
+def begin_all_gather(x: torch.Tensor, group, out: torch.Tensor | None = None) -> torch.Tensor:
     """Start to concatenate x over the processes of the group; return the result, valid after finish_tensor.
 
     Computation continues meanwhile. Sends (processes - 1) times the bytes of x. The result has the shape
     (processes * x.shape[0], ...).
+
+    out: tensor for the result, None for a new one. x may be its place in `out`.
     """
+    if out is not None:
+        return torch.ops._c10d_functional.all_gather_into_tensor_out(x, group.size(), group.group_name,
+                                                                     out=out)
     return torch.ops._c10d_functional.all_gather_into_tensor(x, group.size(), group.group_name)
 
 

@@ -159,9 +159,8 @@ class Muon(torch.optim.AdamW):
             work.wait()
         gathers = self._step_adamw(rows)
         self._apply(present, self._views(finish_tensor(updates).to(present[0].dtype), layout, present))
-        for work, p, whole in gathers:
-            work.wait()
-            if len(whole) > len(p):
+        for p, whole in gathers:
+            if len(finish_tensor(whole)) > len(p):
                 p.copy_(whole[:len(p)])
 
     def _begin_sums(self, present: list, layout) -> tuple[torch.Tensor | None, list, dict]:
@@ -211,7 +210,7 @@ class Muon(torch.optim.AdamW):
         """Update AdamW's parameters; of sharded ones update this process's rows, and start to gather them.
 
         rows: sharded parameter -> pending gradient of this process's rows.
-        Return tuples (work, parameter, tensor that receives all rows).
+        Return pairs (parameter, pending tensor of all rows, with the parameter's memory if no row is padded).
         """
         whole, shards = self.param_groups, {}
         for p, gradient in rows.items():
@@ -226,15 +225,13 @@ class Muon(torch.optim.AdamW):
             self.param_groups = whole
             for shard in shards.values():
                 del self.state[shard]
-        return [self._begin_gather(p, shard) for p, shard in shards.items()]
+        return [(p, self._begin_gather(p, shard)) for p, shard in shards.items()]
 
-    def _begin_gather(self, p: nn.Parameter, shard: torch.Tensor) -> tuple:
-        n = self._sharded[p]
-        own, whole = padded(shard, n), p.detach()
-        if self.processes * n > len(p):
-            whole = p.new_empty(self.processes * n, *p.shape[1:])
+    def _begin_gather(self, p: nn.Parameter, shard: torch.Tensor) -> torch.Tensor:
+        own = padded(shard, self._sharded[p])
         self.bytes_sent += (self.processes - 1) * own.nbytes
-        return dist.all_gather_into_tensor(whole, own, group=self.group, async_op=True), p, whole
+        in_place = self.processes * len(own) == len(p)
+        return begin_all_gather(own, self.group, p.detach() if in_place else None)
 
     def _apply(self, present: list, updates: list[torch.Tensor]) -> None:
         moves = dict(zip(present, updates))
@@ -310,7 +307,8 @@ def decay_cautiously(parameters: list, updates: list[torch.Tensor], decay: float
 
     arXiv 2411.16085 masks updates so. updates: what is subtracted from the parameters, but for a factor.
     """
-    masks = torch._foreach_sign(torch._foreach_mul(updates, parameters))
+    masks = torch._foreach_mul(updates, parameters)
+    torch._foreach_sign_(masks)
     torch._foreach_add_(masks, 1.0)
     torch._foreach_clamp_max_(masks, 1.0)  # 1 where the product is 0 or more
     torch._foreach_mul_(masks, parameters)
@@ -318,21 +316,22 @@ def decay_cautiously(parameters: list, updates: list[torch.Tensor], decay: float
 
 
 def padded(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return x with rows of zeros at its end, x itself if it has so many rows already."""
+    """Return x, contiguous, with rows of zeros added up to this number; a view if x has as many rows."""
     if len(x) == rows:
-        return x
+        return x.contiguous()
     return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 
 def build_muon(model: nn.Module, learning_rate: float, muon_learning_rate: float, betas: tuple[float, float],
-               weight_decay: float, momentum: float, group=None, sum_gradients: bool = False) -> Muon:
+               weight_decay: float, momentum: float, group=None, sum_gradients: bool = False,
+               **options) -> Muon:
     """Build Muon for the matrices of a model's blocks, with AdamW for embeddings, head and vectors.
 
     The model must be on its final device. Raises UserError.
 
     learning_rate, muon_learning_rate: highest values, of AdamW and of Muon. A schedule scales both alike, see
         set_learning_rate.
-    group, sum_gradients: see Muon.
+    group, sum_gradients, options: see Muon.
     """
     if not 0 <= momentum < 1:
         raise UserError(f"muon_momentum={momentum} must be at least 0 and below 1")
@@ -350,4 +349,4 @@ def build_muon(model: nn.Module, learning_rate: float, muon_learning_rate: float
     for g in parameter_groups(model, weight_decay):
         rest = [p for p in g["params"] if p not in matrices]
         groups += [g | {"params": rest}] if rest else []
-    return Muon(groups, group, sum_gradients, momentum, lr=learning_rate, betas=betas)
+    return Muon(groups, group, sum_gradients, momentum, lr=learning_rate, betas=betas, **options)

@@ -1,5 +1,5 @@
 """Muon on several processes: the steps of one, what is sent, checkpoints across numbers of processes, exact
-resume. CPU, real gloo processes.
+resume; the same with NorMuon and tables sharded by rows. CPU, real gloo processes.
 
     python -m pytest tests/processes/test_muon_processes.py
 """
@@ -118,6 +118,89 @@ def check_states(rank: int, groups: dict) -> None:
             optimizer.step()
             ends[m] = model
         assert all(distance(model, ends[max(ends)]) <= 1e-6 for model in ends.values())
+
+
+NORMUON = dict(polar_express=True, norm_beta2=0.9, cautious=True, scale="spectral", shard_rows_from=512)
+STEPS = 3
+SHARDED = {"transformer.wte.weight": (61, 32), "transformer.wpe.weight": (16, 32)}  # 61 rows: with padding
+
+
+def normuon(group=None):
+    """A model and its optimizer, in fp64 for the reason that check_training gives."""
+    return build(group, sum_gradients=True, dtype=torch.float64, **NORMUON)
+
+
+def normuon_steps(model, optimizer, steps, rank, n) -> None:
+    for it in steps:
+        optimizer.momentum = 0.85 + it / 100
+        gradients(model, it, rank, n)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def check_normuon(rank: int, world: int) -> None:
+    groups = {1: None, 2: dist.new_group([0, 1]), 4: dist.group.WORLD}
+    through, optimizer = normuon()
+    normuon_steps(through, optimizer, range(STEPS), 0, 1)
+    state = state_by_name(optimizer, through)
+    tensors = checkpoint_writer.snapshot(through, optimizer, torch.device("cpu"), None, None)
+    for n, group in ((2, groups[2]), (4, groups[4]), (1, None)):  # each resumes what the one before saved
+        if rank < n:
+            tensors = check_normuon_on(rank, n, group, tensors, through, state)
+        box = [tensors]
+        dist.broadcast_object_list(box, src=0)
+        tensors = box[0]
+
+
+def check_normuon_on(rank, n, group, tensors, through, state) -> dict:
+    """Steps as on one process, what they send and hold; a checkpoint's state; exact resume."""
+    model, optimizer = normuon(group)
+    load_state_by_name(optimizer, model, tensors["optim"])  # of another number of processes
+    again = checkpoint_writer.snapshot(model, optimizer, torch.device("cpu"), None, group)
+    assert rank > 0 or all(torch.equal(t, again["optim"][name]) for name, t in tensors["optim"].items())
+    model, optimizer = normuon(group)
+    normuon_steps(model, optimizer, range(STEPS), rank, n)
+    assert distance(model, through) <= 1e-9, n
+    if n > 1:
+        check_replicas(model, group)
+        check_normuon_bytes(model, optimizer, n, group)
+        rows = {name: optimizer.rows_of(p) for name, p in model.named_parameters()}
+        assert {name for name, own in rows.items() if own is not None} == set(SHARDED)
+        for name, (count, _) in SHARDED.items():
+            p, n_rows = model.get_parameter(name), -(-count // n)
+            expected = min(n_rows, count - rank * n_rows), 32
+            assert optimizer.state[p]["exp_avg"].shape == optimizer.state[p]["exp_avg_sq"].shape == expected
+    tensors = checkpoint_writer.snapshot(model, optimizer, torch.device("cpu"), None, group)
+    if rank == 0:
+        assert sorted(tensors["optim"]) == sorted(state)
+        for name, t in tensors["optim"].items():
+            assert t.shape == state[name].shape and torch.allclose(t, state[name], 1e-6, 1e-9), name
+    box = [tensors]
+    if group is not None:
+        dist.broadcast_object_list(box, group_src=0, group=group)
+    resumed, other = normuon(group)
+    weights.load_parameters(resumed, box[0]["model"], "the file")
+    load_state_by_name(other, resumed, box[0]["optim"])
+    for each, its in ((model, optimizer), (resumed, other)):
+        normuon_steps(each, its, range(STEPS, STEPS + 2), rank, n)
+    assert distance(model, resumed) == 0, n
+    return box[0]
+
+
+def check_normuon_bytes(model, optimizer, n, group) -> None:
+    """A step sends matrices as Muon does, tables once as gradients and once as weights, twice if small."""
+    padded = sum(-(-count // n) * n * width for count, width in SHARDED.values())
+    small = [p for name, p in model.named_parameters() if not (".h." in name and p.dim() == 2)
+             and name not in SHARDED]
+    # of one process, fp64: gradients of matrices and fp32 updates, in parts as large as the largest
+    part = max(sum(p.numel() for p in optimizer.owner if optimizer.owner[p] == rank) for rank in range(n))
+    sent = (n - 1) * ((8 + 4) * part + 2 * 8 * padded // n)
+    sent += sum(2 * (n - 1) * 8 * p.numel() // n for p in small)
+    assert optimizer.bytes_sent == STEPS * sent, (n, optimizer.bytes_sent / STEPS, sent)
+
+
+def test_normuon_with_sharded_tables_on_any_number_of_processes(tmp_path):
+    run_processes(4, check_normuon, tmp_path)
 
 
 def test_any_number_of_processes(tmp_path):
