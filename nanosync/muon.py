@@ -166,8 +166,8 @@ class Muon(torch.optim.AdamW):
     def _begin_sums(self, present: list, layout) -> tuple[torch.Tensor | None, list, dict]:
         """Start to sum the gradients over the processes, if they are shares.
 
-        Return the gradients of this process's matrices, None if no sum is needed; pending sums of AdamW's
-        gradients; the gradients of this process's rows of sharded parameters. Both tensors are pending.
+        Return the pending gradient of this process's matrices, flat, or None if no sum is needed; the pending
+        sums of AdamW's gradients; {sharded parameter: pending gradient of this process's rows}.
         """
         if self.processes == 1 or not self.sum_gradients:
             return None, [], {}
