@@ -128,7 +128,7 @@ if triton is not None:
         first_ptr,  # (B, T)
         out_ptr,  # (B, T, H, D)
         lse_ptr,  # (B, H, T) fp32: log2 of the sum of e^score
-        scale2, T, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        scale2: tl.constexpr, T, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):
         """Process BLOCK_M queries of a head per program."""
         start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
@@ -197,7 +197,7 @@ if triton is not None:
         first_ptr, last_ptr,  # (B, T)
         lse_ptr, delta_ptr,  # (B, H, T)
         grad_k_ptr, grad_v_ptr,  # (B, T, H, D)
-        scale, T, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        scale: tl.constexpr, T, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):
         """Process BLOCK_N keys of a head per program."""
         start, head = tl.program_id(0) * BLOCK_N, tl.program_id(1)
@@ -215,7 +215,8 @@ if triton is not None:
         middle = tl.maximum((tl.load(last_ptr + start) + 1) // BLOCK_M * BLOCK_M, full)
         grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        q_ptr, grad_ptr, scale2 = q_ptr + offset, grad_ptr + offset, scale * 1.4426950408889634
+        q_ptr, grad_ptr = q_ptr + offset, grad_ptr + offset
+        scale2: tl.constexpr = scale * 1.4426950408889634
         grad_k, grad_v = _backward_kv_steps(grad_k, grad_v, k, v, q_ptr, grad_ptr, first_ptr, lse_ptr,
                                             delta_ptr, keys, scale2, begin, full, T, stride, D, BLOCK_D,
                                             BLOCK_M, True)
@@ -251,7 +252,7 @@ if triton is not None:
         first_ptr,  # (B, T)
         lse_ptr, delta_ptr,  # (B, H, T)
         grad_q_ptr,  # (B, T, H, D)
-        scale, T, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        scale: tl.constexpr, T, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):
         """Process BLOCK_M queries of a head per program, with the blocks of the forward kernel."""
         start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
@@ -269,7 +270,8 @@ if triton is not None:
         lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=rows < T, other=float("inf"))
         delta = tl.load(delta_ptr + head.to(tl.int64) * T + rows, mask=rows < T, other=0.0)
         grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        k_ptr, v_ptr, scale2 = k_ptr + offset, v_ptr + offset, scale * 1.4426950408889634
+        k_ptr, v_ptr = k_ptr + offset, v_ptr + offset
+        scale2: tl.constexpr = scale * 1.4426950408889634
         grad_q = _backward_q_steps(grad_q, q, grad, k_ptr, v_ptr, lse, delta, rows, first, scale2, begin, full,
                                    T, stride, D, BLOCK_D, BLOCK_N, True)
         grad_q = _backward_q_steps(grad_q, q, grad, k_ptr, v_ptr, lse, delta, rows, first, scale2, full,
