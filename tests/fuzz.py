@@ -315,7 +315,7 @@ def read_picture(folder: Path) -> None:
 def read_summary(folder: Path) -> None:
     runs = [results_summary.summary_of(str(folder)) for _ in range(2)]
     results_summary.compare(runs, None, 2.0)
-    results_summary.table(runs, 2.0)
+    results_summary.runs_table(runs, 2.0)
     json.dumps(runs)
 
 

@@ -388,7 +388,7 @@ def test_conclusions_about_syncs(losses, threshold, baseline, said):
     results_summary.compare(runs, baseline, threshold)
     assert results_summary.conclusion(runs, threshold, baseline) == said
     stopped = any(None in values for values in losses.values())
-    assert ("not judged" in results_summary.table(runs, threshold)) == stopped
+    assert ("not judged" in results_summary.runs_table(runs, threshold)) == stopped
 
 
 def test_a_target_is_for_a_data_set(tmp_path):
