@@ -10,6 +10,7 @@ import signal
 import time
 
 import fuzz
+import fuzzing
 
 from nanosync.errors import UserError
 
@@ -25,10 +26,10 @@ def test_the_fuzz_test_finds_what_it_looks_for(tmp_path):
     def refuse_at_length(folder):
         raise UserError("no\nno")
 
-    for read, finding in ((lambda folder: None, ""), (refuse, fuzz.REFUSED),
+    for read, finding in ((lambda folder: None, ""), (refuse, fuzzing.REFUSED),
                           (lambda folder: 1 / 0, "ZeroDivisionError"),
                           (lambda folder: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL"),
                           (lambda folder: time.sleep(60), "hang"),
                           (refuse_at_length, "a message of several lines")):
-        result = fuzz.in_child(read, tmp_path, tmp_path / "report.txt", seconds=1)
+        result = fuzzing.in_child(read, tmp_path, tmp_path / "report.txt", seconds=1)
         assert finding in result and bool(finding) == bool(result)
