@@ -32,8 +32,14 @@ STARTING = 60.0  # seconds added to a run's limit, because the time to compile v
 
 
 def read_plan(path: str) -> dict:
-    """Read and check a plan. Raises UserError."""
+    """Read and check a plan, and replace short names of stages. Raises UserError."""
     plan = read_json(path)
+    check_plan(plan, path)
+    return plan
+
+
+def check_plan(plan: dict, path: str) -> None:
+    """Do what read_plan does with a plan that was read."""
     check_keys(plan, PLAN, path)
     check_keys(plan["budget"], BUDGET, f"budget of {path}")
     check_name(plan["campaign_name"], "campaign_name", path)
@@ -62,7 +68,14 @@ def read_plan(path: str) -> dict:
     target = plan["target_val_loss"]
     if target is not None and not in_range(target):
         raise UserError(f"{path}: target_val_loss={shown(target)} must be finite and not below 0")
-    return plan
+
+
+def parts_that_stay(plan: dict) -> dict:
+    """Return what a resumed campaign may not change: all but budget, description and names of files, whose
+    content is compared when its experiment is reopened."""
+    stages = [{key: value for key, value in stage.items() if key != "config"} for stage in plan["stages"]]
+    return {key: value for key, value in plan.items() if key not in ("budget", "description")} | {
+        "stages": stages}
 
 
 def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str, str], dict]:

@@ -32,6 +32,8 @@ from experiments.campaign_plan import (
     HOUR,
     STARTING,
     check_cap,
+    check_plan,
+    parts_that_stay,
     read_configs,
     read_plan,
     stages_until,
@@ -64,7 +66,7 @@ from experiments.runner import (
     slots,
     visible_gpus,
 )
-from nanosync.errors import UserError, shown
+from nanosync.errors import UserError, shortened, shown
 from nanosync.files import (
     check_can_write,
     json_text,
@@ -76,15 +78,22 @@ from nanosync.files import (
 )
 from nanosync.run_log import RunLog
 
+LABELS = ("experiment_name", "description", "modification_type", "modification_details")  # for readers
+
 
 def check_unchanged(folder: str, before: dict, now: dict) -> None:
     """Raise UserError if a resumed experiment was edited: its runs would not be comparable."""
     now = json.loads(json.dumps(now))  # as it would be read from config.json
     for key in sorted(before.keys() | now.keys()):
-        if key != "description" and before.get(key) != now.get(key):
-            raise UserError(f"{folder} was begun with {key}={json.dumps(before.get(key))} and not "
-                            f"{json.dumps(now.get(key))}: put that back, or use another --log_dir or "
+        if key not in LABELS and before.get(key) != now.get(key):
+            raise UserError(f"{folder} was begun with {key}={_json(before.get(key))} and not "
+                            f"{_json(now.get(key))}: put that back, or use another --log_dir or "
                             f"campaign_name")
+
+
+def _json(value) -> str:
+    """Return a value as JSON, shortened for an error message."""
+    return shortened(json.dumps(value), 300)
 
 
 class Campaign:
@@ -118,13 +127,14 @@ class Campaign:
         path = self.path("plan.json")
         if os.path.exists(path):
             before = read_json(path)
-            if not isinstance(before, dict):
-                raise UserError(f"{path} is not of a campaign: name another --log_dir or campaign_name")
-            for key in sorted(plan.keys() | before.keys()):
-                if key not in ("budget", "description") and plan.get(key) != before.get(key):
-                    raise UserError(f"{self.folder} was begun with {key}={json.dumps(before.get(key))} and "
-                                    f"not {json.dumps(plan.get(key))}: only the budget may change; use "
-                                    f"another --log_dir or campaign_name")
+            overrides = before.pop("overrides", []) if isinstance(before, dict) else []
+            check_plan(before, path)
+            before, now = parts_that_stay(before | {"overrides": overrides}), parts_that_stay(plan)
+            for key in sorted(now.keys() | before.keys()):
+                if now.get(key) != before.get(key):
+                    raise UserError(f"{self.folder} was begun with {key}={_json(before.get(key))} and not "
+                                    f"{_json(now.get(key))}: only the budget may change; use another "
+                                    f"--log_dir or campaign_name")
         write(path, json_text(plan))
 
     def _sequences(self, stage: str) -> float:

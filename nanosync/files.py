@@ -48,8 +48,9 @@ def _open_regular(path: str, flags: int) -> int:
 def read_file(path: str, limit: int) -> bytes:
     """Read a regular file of at most `limit` bytes. Raises OSError."""
     with open_regular(path) as f:
-        content = f.read(limit + 1)
-    if len(content) > limit:
+        fits = os.fstat(f.fileno()).st_size <= limit
+        content = f.read(limit + 1) if fits else b""
+    if not fits or len(content) > limit:  # also of a file that grows, or whose size is not known
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", path)
     return content
 

@@ -1,7 +1,7 @@
 """Fuzz test of what experiments and analyses read: configurations, plans, folders, output of runs, logs.
 
-As tests/fuzz.py: a mutated file must be read or refused with a UserError of one line. What a runner records of
-a mutated run must be readable again.
+As tests/fuzz.py: a mutated file must be read or refused with a UserError of one line. What a runner records
+of a mutated run must be readable again.
 
     python tests/fuzz_experiments.py                          # 500 mutations of each kind
     python tests/fuzz_experiments.py --n=20 --kinds=plan,status --seed=3
@@ -62,7 +62,8 @@ def make_experiment(folder: Path, losses: tuple[float, ...]) -> None:
                   "time_seconds": 0.2, "wall_seconds": 1.0, "gpus": 1, "final_step": 20,
                   "success": loss is not None}
         if loss is None:
-            result |= {"run_id": 3, "seed": 45, "error": "crashed", "ended_by": "itself", "output_tail": ["x"]}
+            result |= {"run_id": 3, "seed": 45, "error": "crashed", "ended_by": "itself",
+                       "output_tail": ["x"]}
         log.record(result, rows)
     log.note("begun")
     os.rename(log.folder, folder)

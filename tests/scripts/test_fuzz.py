@@ -1,6 +1,7 @@
-"""A small part of tests/fuzz.py: random mutations of every kind of file are read or refused in one line.
+"""A small part of tests/fuzz.py and tests/fuzz_experiments.py: random mutations of every kind of file are
+read or refused in one line.
 
-CPU, a forked process a mutation; seconds. The whole: python tests/fuzz.py
+CPU, a forked process a mutation; seconds. The whole: python tests/fuzz.py; python tests/fuzz_experiments.py
 
     python -m pytest tests/scripts/test_fuzz.py
 """
@@ -10,6 +11,7 @@ import signal
 import time
 
 import fuzz
+import fuzz_experiments
 import fuzzing
 
 from nanosync.errors import UserError
@@ -17,6 +19,14 @@ from nanosync.errors import UserError
 
 def test_mutated_files_are_read_or_refused(tmp_path):
     assert fuzz.fuzz(list(fuzz.KINDS), n=2, seed=7, folder=tmp_path) == []
+
+
+def test_mutated_files_of_experiments_are_read_or_refused(tmp_path, monkeypatch):
+    for module, name in ((fuzz_experiments.experiment_logger, "git_info"),
+                         (fuzz_experiments.experiment_logger, "gpu_info"),
+                         (fuzz_experiments.runner, "gpu_info")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after fuzz_kinds replaces it
+    assert fuzz_experiments.fuzz_kinds(list(fuzz_experiments.KINDS), n=2, seed=7, folder=tmp_path) == []
 
 
 def test_the_fuzz_test_finds_what_it_looks_for(tmp_path):
