@@ -115,7 +115,6 @@ def open_campaign(folder: Path) -> run_stages.Campaign:
     configs = run_stages.read_configs(plan, path, [])
     run_stages.check_cap(plan, plan["stages"], configs, path)
     run_stages.target_of(plan, configs)
-    run_stages.dry_run(plan, run_stages.stages_until(plan, None), configs)
     return run_stages.Campaign(str(folder / plan["campaign_name"]), plan, [], configs, 1)
 
 
@@ -146,6 +145,14 @@ def read_campaign(folder: Path) -> None:
                        lambda batch: False)[0]
     campaign.tell(decisions)
     json_text(campaign.budget.spent)
+
+
+def read_plan(folder: Path) -> None:
+    """Do what --dry_run does, and open the campaign."""
+    plan = run_stages.read_plan(str(folder / "campaign" / "plan.json"))
+    configs = run_stages.read_configs(plan, str(folder / "campaign" / "plan.json"), [])
+    run_stages.dry_run(plan, run_stages.stages_until(plan, None), configs)
+    read_campaign(folder)
 
 
 def read_experiments(folder: Path) -> None:
@@ -215,7 +222,7 @@ def read_estimate(folder: Path, *arguments: str) -> None:
 KINDS = {  # name -> file that is mutated, how, function that reads
     "configuration": ("logs/a_stage_a_screening.json", mutate_json, read_configuration),
     "script": ("logs/fake_train.py", mutate_bytes, read_configuration),
-    "plan": ("campaign/plan.json", mutate_json, read_campaign),
+    "plan": ("campaign/plan.json", mutate_json, read_plan),
     "campaign_plan": (CAMPAIGN + "plan.json", mutate_json, read_campaign),
     "ledger": (CAMPAIGN + "ledger.jsonl", mutate_lines, read_campaign),
     "decisions": (CAMPAIGN + "decisions.jsonl", mutate_lines, read_campaign),

@@ -26,7 +26,7 @@ def test_mutated_files_of_experiments_are_read_or_refused(tmp_path, monkeypatch)
                          (fuzz_experiments.experiment_logger, "gpu_info"),
                          (fuzz_experiments.runner, "gpu_info")):
         monkeypatch.setattr(module, name, getattr(module, name))  # restored after fuzz_kinds replaces it
-    assert fuzz_experiments.fuzz_kinds(list(fuzz_experiments.KINDS), n=2, seed=7, folder=tmp_path) == []
+    assert fuzz_experiments.fuzz_kinds(list(fuzz_experiments.KINDS), n=1, seed=7, folder=tmp_path) == []
 
 
 def test_the_fuzz_test_finds_what_it_looks_for(tmp_path):

@@ -177,7 +177,7 @@ def test_a_number_of_runs_is_bounded(tmp_path, monkeypatch, n_runs):
     monkeypatch.setattr(sys, "argv", ["script", f"--config={path}", f"--n_runs={n_runs}", "--dry_run"])
     with pytest.raises(UserError, match="must be from 1 to 10000"):
         run_nanogpt_experiment.main()
-    with pytest.raises(UserError, match="parallel=.* must be from 1 to"):
+    with pytest.raises(UserError, match=r"parallel=.* must be from 1 to"):
         runner.slots({"n_gpus": 1}, n_runs)
 
 
@@ -227,7 +227,7 @@ def test_shared_seeds_that_differ_by_rounding_are_not_tested():
 @pytest.mark.parametrize("alpha, power", [(1e-300, 0.8), (0.05, 0.9999999999999999), (0, 0.8),
                                           (0.05, math.nan)])
 def test_levels_that_no_test_reaches(alpha, power):
-    with pytest.raises(UserError, match="must be from 1e-06 to 0.9999"):
+    with pytest.raises(UserError, match=r"must be from 1e-06 to 0\.9999"):
         report.check_levels(type("", (), {"alpha": alpha, "power": power}))
     if alpha > 0 and math.isfinite(power):
         es.minimum_detectable([3.2, 3.3], [3.1, 3.15], alpha, power)  # ends
