@@ -28,7 +28,7 @@ import typing
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from nanosync.errors import UserError, install_error_hook, shortened, shown
+from nanosync.errors import UserError, install_error_hook, one_line, shortened, shown
 from nanosync.files import ROOT, check_json, expand_path, is_utf8, nearest_file, read_file
 from nanosync.literals import TooLarge, annotated_type, evaluate
 from nanosync.setting_hints import LAUNCHER, form, name_here
@@ -441,5 +441,5 @@ class Parser(argparse.ArgumentParser):
         return parsed, rest
 
     def error(self, message):
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
+        print(f"error: {one_line(message)} (--help lists the options)", file=sys.stderr)
         sys.exit(2)

@@ -39,7 +39,6 @@ from configurator import (
 from nanosync import files
 from nanosync.errors import UserError, shortened, shown
 from nanosync.files import MAX_DEPTH, ROOT, dataset_folder, first_line, is_utf8, nearest_file, read_file
-from nanosync.token_files import split_files
 
 STAGES = {"stage_a_screening": 2, "stage_b_validation": 3, "stage_c_full": 5}  # with the number of runs
 SHORT_STAGES = {"A_screening": "stage_a_screening", "B_validation": "stage_b_validation",
@@ -229,6 +228,7 @@ def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None)
     config = read_json(path)
     check_keys(config, SCHEMA, path)
     config = DEFAULTS | config
+    config = {key: config[key] for key in SCHEMA}  # in the order of readers
     config["stage"] = stage_name(config["stage"])
     if n_gpus is not None:
         config["n_gpus"] = n_gpus
@@ -280,11 +280,13 @@ def dataset_of(config: dict) -> str | None:
 
 
 def check_data(config: dict) -> None:
-    """Raise UserError if the runs would find no tokens."""
-    folder = dataset_of(config)
-    if isinstance(folder, str):
-        for split in ("train", "val"):
-            split_files(folder, split)
+    """Raise UserError if the runs would find no tokens, or too few."""
+    settings = all_settings(config)
+    name, length = settings.get("dataset"), settings.get("sequence_length")
+    if isinstance(name, str):
+        from nanosync.dataloader import open_dataset  # which imports PyTorch, for seconds
+
+        open_dataset(name, length if type(length) is int and length > 0 else 1, "sequence_length")
 
 
 def judged_by(settings: dict) -> dict:

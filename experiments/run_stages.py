@@ -346,7 +346,8 @@ def check_entry(entry: dict, path: str) -> None:
     of = {"reserve": ("reserved", "n_gpus"), "settle": ("spent", "measured")}.get(str(entry.get("what")))
     names = ("key", "stage", "variant", *(("folder",) if entry.get("what") == "reserve" else ()))
     if of is None or not all(isinstance(entry.get(name), str) for name in names) or not all(
-            in_range(entry.get(name)) or (name == "measured" and entry.get(name) is None) for name in of):
+            name in entry and (in_range(entry[name]) or (name == "measured" and entry[name] is None))
+            for name in of):
         raise UserError(f"{path} has an entry that is no reservation and no cost: {shown(entry)}")
 
 
