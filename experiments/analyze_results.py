@@ -1,6 +1,6 @@
 """Analyse the runs of an experiment: their spread, and a test that the mean is below the target.
 
-    python experiments/analyze_results.py experiment_logs/baseline_20261121-120000 [DIR ...]
+    python experiments/analyze_results.py experiment_logs/nanogpt_baseline_20261121_120000 [DIR ...]
 
 For each folder prints a report and writes analysis.md, analysis.json and loss_curves.png into it. The test is
 Student's, one-sided: if the mean over seeds were not below the target, p < 0.01 would occur in fewer than one

@@ -57,6 +57,7 @@ from nanosync.files import (
     first_line,
     json_text,
     made_folder,
+    open_regular,
     os_error_as_user_error,
     read_file,
     replace_file,
@@ -176,8 +177,8 @@ class ExperimentLogger:
     def note(self, text: str) -> None:
         """Write a line to experiment.log only."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
-        with contextlib.suppress(OSError), open(self.path("experiment.log"), "a", encoding="utf-8",
-                                                errors="backslashreplace") as f:
+        with contextlib.suppress(OSError), open_regular(self.path("experiment.log"), "a", encoding="utf-8",
+                                                        errors="backslashreplace") as f:
             f.writelines(stamp + part + "\n" for part in text.splitlines())
 
     def record(self, result: dict, metrics: list[dict]) -> None:

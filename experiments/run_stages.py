@@ -167,7 +167,8 @@ class Campaign:
     def _enter(self, **entry) -> None:
         """Append a line to the ledger, and flush it to the disk before anything else happens."""
         path = self.path("ledger.jsonl")
-        with os_error_as_user_error(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
+        with os_error_as_user_error(f"cannot write {path}"), \
+                open_regular(path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"time": time.time(), **entry}) + "\n")
             f.flush()
             os.fsync(f.fileno())
@@ -284,7 +285,8 @@ class Campaign:
             return  # the earlier decisions are being repeated, so far without a change
         if self._told[same:]:
             path = self.path("superseded.jsonl")
-            with os_error_as_user_error(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
+            with os_error_as_user_error(f"cannot write {path}"), \
+                    open_regular(path, "a", encoding="utf-8") as f:
                 f.write(lines_of({"until": time.time(), **one} for one in self._told[same:]))
         for one in now[same:]:
             print(f"{one['stage']}: {one['decision']}: {one['text']}", flush=True)

@@ -22,9 +22,9 @@ FREE_TEXT = ("chars", "sample_prompt", "start", "stop_token", "text")  # may hav
 
 
 def open_regular(path: str, mode: str = "rb", **options):
-    """Open a regular file for reading. Raises OSError, also for a pipe or a device, without waiting for it.
+    """Open a regular file. Raises OSError, also for a pipe or a device, without waiting for it.
 
-    options: of the function open.
+    mode, options: of the function open.
     """
     try:
         return open(path, mode, opener=_open_regular, **options)
@@ -35,7 +35,8 @@ def open_regular(path: str, mode: str = "rb", **options):
 
 
 def _open_regular(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_NONBLOCK)  # without O_NONBLOCK a pipe blocks until it is written
+    # without O_NONBLOCK a pipe blocks until it is written, or read
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)

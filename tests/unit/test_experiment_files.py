@@ -118,6 +118,13 @@ def test_a_file_that_is_none_is_one_line(log, tmp_path, kind):
         path.rmdir() if path.is_dir() else path.unlink()
         if kept is not None:
             path.write_bytes(kept)
+    for name in ("experiment.log", "superseded.jsonl"):  # which are only written
+        make_odd(Path(log.folder, name), "pipe")
+    log.note("said")
+    campaign = object.__new__(run_stages.Campaign)
+    campaign.folder, campaign._told = log.folder, [{"stage": A}]
+    with pytest.raises(UserError, match=r"cannot write .*superseded\.jsonl"):
+        campaign.tell([{"stage": B, "decision": "keep", "text": "x"}])
     make_odd(tmp_path / "ledger.jsonl", kind)
     with pytest.raises(UserError):
         run_stages.cut_torn_line(str(tmp_path / "ledger.jsonl"))
