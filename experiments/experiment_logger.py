@@ -308,8 +308,10 @@ def check_described(described: dict, path: str) -> None:
 def check_result(row: dict, path: str) -> None:
     """Raise UserError for a row of results.jsonl that lacks a field, or has one of another type or range."""
     for key, kinds in (RESULT | OPTIONAL).items():
-        if not isinstance(row.get(key), kinds) and (key in RESULT or key in row):
-            raise UserError(f"{path}: a run has {key}={shown(row.get(key))}")
+        if key not in row and key in RESULT:
+            raise UserError(f"{path}: a run has no {key}")
+        if key in row and not isinstance(row[key], kinds):
+            raise UserError(f"{path}: a run has {key}={shown(row[key])}")
         if row.get(key) is not None and kinds not in (bool, str):
             check_number(row, key, path, "a run")
     if row["success"] and row["final_val_loss"] is None:

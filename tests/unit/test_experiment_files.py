@@ -28,7 +28,7 @@ from experiments import (
 )
 from experiments import experiment_statistics as es
 from experiments.experiment_config import STAGES, load_config
-from experiments.experiment_logger import ExperimentLogger, read_folder
+from experiments.experiment_logger import ExperimentLogger, check_result, read_folder
 from nanosync.errors import UserError
 from nanosync.files import write_json
 
@@ -174,6 +174,21 @@ def test_notes_and_converted_settings_are_not_asked_of_a_run(tmp_path):
     (out.parent / "stdout.log").touch()
     found, _ = runner.result_of(runner.Job(log, 0), log.run_folder(0), REPORT | {"code": 0})
     assert found["success"], found
+
+
+def test_entries_that_lack_a_field_are_refused():
+    """Also a field that may be null."""
+    run = {"run_id": 0, "seed": 42, "success": True, "final_val_loss": 3.0, "time_seconds": 1.0,
+           "wall_seconds": 1.0}
+    settle = {"what": "settle", "key": "x", "stage": A, "variant": "x", "spent": 1.0, "measured": None}
+    reserve = {"what": "reserve", "key": "x", "stage": A, "variant": "x", "reserved": 1.0, "n_gpus": 1,
+               "folder": "x"}
+    for whole, check in ((run, check_result), (settle, run_stages.check_entry),
+                         (reserve, run_stages.check_entry)):
+        check(whole, "file")
+        for key in whole:
+            with pytest.raises(UserError, match="^file"):
+                check({name: value for name, value in whole.items() if name != key}, "file")
 
 
 @pytest.mark.parametrize("n_runs", [0, 10**9, 2**62])
