@@ -187,7 +187,7 @@ def test_entries_that_lack_a_field_are_refused():
                          (reserve, run_stages.check_entry)):
         check(whole, "file")
         for key in whole:
-            with pytest.raises(UserError, match="^file"):
+            with pytest.raises(UserError, match=r"^file"):
                 check({name: value for name, value in whole.items() if name != key}, "file")
 
 
