@@ -84,7 +84,9 @@ class LogTail:
                 self._file = open_regular(max(paths)) if paths else None
         if self._file is None:
             return []
-        *lines, self._partial = (self._partial + self._file.read()).split(b"\n")
+        *lines, self._partial = (self._partial + self._file.read(4 * MAX_LINE)).split(b"\n")
+        if len(self._partial) >= MAX_LINE:  # no line of ours
+            self._partial = b""
         values = []
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):
