@@ -292,4 +292,5 @@ class Run:
         for note in notes:
             self.line(note)
         self._close(self.status)
+        self.signals.end()
         finish(self.processes)

@@ -42,6 +42,14 @@ def test_second_request_ends_the_process_but_a_warning_never_does(requests, capf
     assert ended == codes and capfd.readouterr().err == "answer\n"
 
 
+def test_signals_after_the_end_of_a_run_do_not_change_its_exit_code(requests, monkeypatch):
+    """Python restores the default actions of signals with a handler of its own before it exits."""
+    set_to = {}
+    monkeypatch.setattr(signal, "signal", set_to.__setitem__)
+    requests[0].end()
+    assert set_to == dict.fromkeys((TERM, HUP, USR1, USR2), signal.SIG_IGN)
+
+
 def test_answer_does_not_wait_for_a_reader(requests):
     """stderr is a pipe that is full, or that is closed."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # Python's own; --help, tested elsewhere, changes it
