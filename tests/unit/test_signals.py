@@ -5,10 +5,15 @@
 
 import os
 import signal
+import types
 
 import pytest
+import torch
 
+from nanosync import run
+from nanosync.distributed import Processes
 from nanosync.signals import StopSignal
+from nanosync.training_logger import TrainingLogger
 
 
 @pytest.fixture
@@ -48,6 +53,19 @@ def test_signals_after_the_end_of_a_run_do_not_change_its_exit_code(requests, mo
     monkeypatch.setattr(signal, "signal", set_to.__setitem__)
     requests[0].end()
     assert set_to == dict.fromkeys((TERM, HUP, USR1, USR2), signal.SIG_IGN)
+
+
+def test_no_process_trains_before_all_handle_signals(monkeypatch):
+    """A signal to all processes would end one without a handler, and the others would fail with it."""
+    order, one = [], Processes(0, 1, 0, torch.device("cpu"), None)
+    monkeypatch.setattr(run, "StopSignal", lambda answer: order.append("handlers"))
+    monkeypatch.setattr(run, "barrier", lambda group: order.append("barrier"))
+    monkeypatch.setattr(run, "before_exit", [])
+    begun = types.SimpleNamespace(processes=one, resumed=None, continues=False,
+                                  config={"out_dir": "out", "keep_checkpoints": 1},
+                                  log=TrainingLogger(False), write_status=order.append)
+    run.Run.begin(begun, types.SimpleNamespace(epoch=0), 1, kind="gpt", random_states=False, progress=False)
+    assert order == ["handlers", "barrier", "running"]
 
 
 def test_answer_does_not_wait_for_a_reader(requests):
