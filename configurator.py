@@ -111,6 +111,10 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
     argv = join_values(argv, settings)
     without = [arg for arg in argv if not arg.startswith("-")]
     taken = [arg for arg in without if takes and not arg.endswith(".py")]
+    if len(taken) > 1:
+        raise UserError(f"{', '.join(taken)}: give one of them")
+    arguments = [*(f"--{takes}={arg}" for arg in taken), *(arg for arg in argv if arg.startswith("-"))]
+    given = [parse_argument(arg, settings) for arg in arguments]  # before a value is taken for a file
     for path in (arg for arg in without if arg not in taken):
         for name, value in run_config_file(path, values, settings).items():
             values[name], origin[name] = value, path
@@ -119,10 +123,7 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
         if name not in settings:
             raise unknown_key(name, settings, where)
         values[name], origin[name] = read_value(settings[name], os.environ[variable], where), variable
-    if len(taken) > 1:
-        raise UserError(f"{', '.join(taken)}: give one of them")
-    for arg in [*(f"--{takes}={arg}" for arg in taken), *(arg for arg in argv if arg.startswith("-"))]:
-        name, value = parse_argument(arg, settings)
+    for name, value in given:
         values[name], origin[name] = value, "command line"
     namespace.update({name: values[name] for name in own})
     return Config(values, origin, namespace, settings)

@@ -105,8 +105,10 @@ def read_log(path: str) -> list[dict]:
         paths = log_paths(path)
         if not paths:
             raise UserError(f"{path} has no run_*.jsonl: it is no out_dir of a training run")
-    else:
+    elif os.path.exists(path):
         paths = [path]
+    else:
+        raise UserError(f"there is no run in {path}: give the out_dir of a run or one of its run_*.jsonl")
     logs = []
     for path in paths:
         events = read_events(path)
