@@ -28,8 +28,8 @@ import typing
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from nanosync.errors import UserError, install_error_hook, shortened, shown
-from nanosync.files import ROOT, check_json, expand_path, is_utf8, nearest_file, open_regular, read_file
+from nanosync.errors import UserError, install_error_hook, one_line, shortened, shown
+from nanosync.files import ROOT, check_json, expand_path, is_utf8, nearest_file, read_file
 from nanosync.literals import TooLarge, annotated_type, evaluate
 from nanosync.setting_hints import LAUNCHER, form, name_here
 
@@ -111,6 +111,10 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
     argv = join_values(argv, settings)
     without = [arg for arg in argv if not arg.startswith("-")]
     taken = [arg for arg in without if takes and not arg.endswith(".py")]
+    if len(taken) > 1:
+        raise UserError(f"{', '.join(taken)}: give one of them")
+    arguments = [*(f"--{takes}={arg}" for arg in taken), *(arg for arg in argv if arg.startswith("-"))]
+    given = [parse_argument(arg, settings) for arg in arguments]  # before a value is taken for a file
     for path in (arg for arg in without if arg not in taken):
         for name, value in run_config_file(path, values, settings).items():
             values[name], origin[name] = value, path
@@ -119,10 +123,7 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
         if name not in settings:
             raise unknown_key(name, settings, where)
         values[name], origin[name] = read_value(settings[name], os.environ[variable], where), variable
-    if len(taken) > 1:
-        raise UserError(f"{', '.join(taken)}: give one of them")
-    for arg in [*(f"--{takes}={arg}" for arg in taken), *(arg for arg in argv if arg.startswith("-"))]:
-        name, value = parse_argument(arg, settings)
+    for name, value in given:
         values[name], origin[name] = value, "command line"
     namespace.update({name: values[name] for name in own})
     return Config(values, origin, namespace, settings)
@@ -204,17 +205,19 @@ def literal_defaults(path: str) -> dict:
     for node in _read_assignments(path)[1]:
         target = node.targets[0] if isinstance(node, ast.Assign) else node.target
         if isinstance(target, ast.Name) and node.value is not None:
-            with contextlib.suppress(ValueError, SyntaxError):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError):
                 found[target.id] = evaluate(ast.unparse(node.value))
     return found
 
 
 def _read_assignments(path: str) -> tuple[str, list]:
     """Return the source of a script, and its top-level assignments before the call of `configure`."""
-    with open_regular(path, "r", encoding="utf-8") as f:
-        source = f.read()
-    nodes = []
-    for node in ast.parse(source).body:
+    source, nodes = read_file(path, MAX_CONFIG_FILE).decode("utf-8-sig"), []
+    try:
+        tree = ast.parse(source)
+    except (RecursionError, MemoryError):
+        raise SyntaxError("it is nested too deeply") from None
+    for node in tree.body:
         if any(isinstance(n, ast.Name) and n.id == "configure" for n in ast.walk(node)):
             break
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -425,19 +428,19 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
         install_error_hook(forks=True)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None):  # which parse_args calls
         args = sys.argv[1:] if args is None else args
         for arg in args:
             if not is_utf8(arg):  # cannot be printed or written to meta.json
                 self.error(f"argument {shown(arg)} {NOT_UTF8}")
-        parsed = super().parse_args(["--help"] if asks_for_help(args) else args, namespace)
+        parsed, rest = super().parse_known_args(["--help"] if asks_for_help(args) else args, namespace)
         for name, value in vars(parsed).items():
             if isinstance(value, str):
                 setattr(parsed, name, expand_path(value))
             elif isinstance(value, list):
                 setattr(parsed, name, [expand_path(v) if isinstance(v, str) else v for v in value])
-        return parsed
+        return parsed, rest
 
     def error(self, message):
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
+        print(f"error: {one_line(message)} (--help lists the options)", file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,7 @@ from nanosync.files import (
     os_error_as_user_error,
     replace_file,
 )
-from nanosync.token_files import MAX_VOCAB_SIZE
+from nanosync.token_files import DTYPES, dtype_for
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -39,14 +39,12 @@ def prepare(folder: str, description: str, tokenizer_name: str, tokens: tuple[in
     text = read_text(args.input or os.path.join(args.out, "input.txt"), download=args.input is None)
     if len(text) < 100:
         raise UserError(f"the text has {len(text)} characters: too few to split into train and val")
-    print(f"{len(text):,} characters: at most {2 * len(text) / 1e6:.1f} MB of tokens to write to {args.out}")
     tokenizer = make_tokenizer(text)
-    if tokenizer.vocab_size > MAX_VOCAB_SIZE["uint16"]:
-        raise UserError(f"the text has {tokenizer.vocab_size:,} different characters, and a data set by "
-                        f"characters has at most {MAX_VOCAB_SIZE['uint16']:,}: use "
-                        f"data/shakespeare/prepare.py, which takes GPT-2's tokens")
+    dtype = dtype_for(tokenizer.vocab_size)
+    print(f"{len(text):,} characters: at most {DTYPES[dtype].itemsize * len(text) / 1e6:.1f} MB of tokens to "
+          f"write to {args.out}")
     cut = int(len(text) * 0.9)
-    with dataset_writers(args.out) as (train, val):
+    with dataset_writers(args.out, dtype=dtype) as (train, val):
         train.write(tokenizer.encode_ordinary(text[:cut]))
         val.write(tokenizer.encode_ordinary(text[cut:]))
         if is_published(args.out, **tokenizer.meta(), train_tokens=train.total, val_tokens=val.total):

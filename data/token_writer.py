@@ -11,10 +11,10 @@ import numpy as np
 from nanosync.errors import UserError
 from nanosync.files import existing_parent, made_folder, os_error_as_user_error, sha256_of, write_json
 from nanosync.token_files import (
+    DTYPES,
     HEADER_INTS,
-    SHARD_MAGIC,
-    SHARD_VERSION,
-    TOKEN_DTYPE,
+    MAX_VOCAB_SIZE,
+    SHARD_HEADS,
     open_tokens,
     split_files,
     usable_meta,
@@ -24,16 +24,26 @@ from nanosync.token_files import (
 class TokenWriter:
     """A writer of one split as a flat file or as shards, under temporary names until `publish`."""
 
-    def __init__(self, folder: str, split: str, prefix: str | None = None, shard_tokens: int | None = None):
-        """shard_tokens: most tokens a shard {prefix}_{split}_000000.bin; None for a flat {split}.bin."""
+    def __init__(self, folder: str, split: str, prefix: str | None = None, shard_tokens: int | None = None,
+                 dtype: str = "uint16"):
+        """Write nothing yet.
+
+        shard_tokens: most tokens a shard {prefix}_{split}_000000.bin; None for a flat {split}.bin.
+        dtype: name of the tokens' dtype, see token_files.dtype_for.
+        """
         self.folder, self.split, self.prefix, self.shard_tokens = folder, split, prefix, shard_tokens
+        self.dtype = dtype
         self.total = 0  # tokens so far in all files
         self.finished = {}  # final path -> SHA-256 of the finished file
         self._file = self._path = None
 
     def write(self, tokens: np.ndarray) -> None:
         """Append tokens. Raises UserError, as `close` does, if the disk is full or not writable."""
-        tokens = np.ascontiguousarray(tokens, TOKEN_DTYPE)
+        if len(tokens):
+            least, most = int(tokens.min()), int(tokens.max())
+            assert 0 <= least <= most < MAX_VOCAB_SIZE[self.dtype], \
+                f"{self.dtype} cannot hold {least} or {most}"
+        tokens = np.ascontiguousarray(tokens, DTYPES[self.dtype])
         with os_error_as_user_error(f"cannot write to {self.folder}"):
             while len(tokens):
                 if self._file is None:
@@ -86,7 +96,7 @@ class TokenWriter:
     def _close(self):
         if self.shard_tokens is not None:
             self._file.seek(0)
-            self._file.write(np.array([SHARD_MAGIC, SHARD_VERSION, self._in_file], "<i4"))
+            self._file.write(np.array([*SHARD_HEADS[self.dtype], self._in_file], "<i4"))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -95,12 +105,13 @@ class TokenWriter:
 
 
 @contextlib.contextmanager
-def dataset_writers(folder: str, prefix: str | None = None, shard_tokens: int | None = None):
+def dataset_writers(folder: str, prefix: str | None = None, shard_tokens: int | None = None,
+                    dtype: str = "uint16"):
     """Make a folder and the TokenWriters of train and val. Unpublished files are deleted at the end, after a
     failure or an interruption too.
     """
     with made_folder(folder):
-        writers = [TokenWriter(folder, split, prefix, shard_tokens) for split in ("train", "val")]
+        writers = [TokenWriter(folder, split, prefix, shard_tokens, dtype) for split in ("train", "val")]
         try:
             yield writers
         finally:
@@ -153,7 +164,7 @@ def publish_dataset(folder: str, meta: dict, train: TokenWriter, val: TokenWrite
     old_files = (usable_meta(folder) or {}).get("sha256")
     old_files = {name for name in old_files if name == os.path.basename(name) and name.endswith(".bin")} \
         if isinstance(old_files, dict) else set()
-    meta = {"format": "bin" if train.shard_tokens is None else "shards", **meta, "dtype": "uint16",
+    meta = {"format": "bin" if train.shard_tokens is None else "shards", **meta, "dtype": train.dtype,
             "train_tokens": train.total, "val_tokens": val.total,
             "sha256": {os.path.basename(p): d for w in (train, val) for p, d in w.finished.items()}}
     write_json(os.path.join(folder, "meta.json"), meta)
@@ -175,7 +186,7 @@ def is_published(folder: str, **expected) -> bool:
     for split in ("train", "val"):
         try:
             kind, paths = split_files(folder, split)
-            counts[split] = sum(len(open_tokens(path, kind)) for path in paths)
+            counts[split] = sum(len(open_tokens(path, kind, meta.get("dtype"))) for path in paths)
         except UserError:
             return False
     return counts == {"train": meta.get("train_tokens"), "val": meta.get("val_tokens")}

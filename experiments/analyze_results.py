@@ -1,6 +1,6 @@
 """Analyse the runs of an experiment: their spread, and a test that the mean is below the target.
 
-    python experiments/analyze_results.py experiment_logs/baseline_20261121-120000 [DIR ...]
+    python experiments/analyze_results.py experiment_logs/nanogpt_baseline_20261121_120000 [DIR ...]
 
 For each folder prints a report and writes analysis.md, analysis.json and loss_curves.png into it. The test is
 Student's, one-sided: if the mean over seeds were not below the target, p < 0.01 would occur in fewer than one
@@ -9,13 +9,13 @@ configuration's have no target, unless --target names one. Failed runs are count
 the cause of a failure depends on the loss, as that of a divergence does, the statistics are too good.
 """
 
-import math
 import os
 
 if __name__ == "__main__":
     import root_path  # noqa: F401
 
 from configurator import Parser
+from experiments.experiment_config import MAX_NUMBER, in_range
 from experiments.experiment_statistics import describe, differ, p_at_most, runs_needed
 from experiments.report import (
     Experiment,
@@ -26,6 +26,7 @@ from experiments.report import (
     p_value,
     read_experiment,
     table,
+    without_nan,
     write,
 )
 from nanosync.errors import UserError
@@ -56,7 +57,7 @@ def verdict(figures: dict) -> str:
         return "No target to test against: the configuration has none for this data set; --target names one."
     against = f"{target['val_loss']:g} at p < {target['alpha']:g}"
     if target["p_value"] is None:
-        why = "one run has no spread" if figures["successful_runs"] == 1 else "the runs do not differ at all"
+        why = "one run has no spread" if figures["successful_runs"] == 1 else "the runs do not differ"
         return f"Cannot test if the mean is at most {against}: {why}."
     shown = "" if target["reached"] else "not shown to be "
     text = f"The mean is {shown}at most {against}: one-sided t-test, p = {p_value(target['p_value'])}."
@@ -75,8 +76,8 @@ def report(experiment: Experiment, figures: dict) -> str:
     for result in experiment.results:
         state = "" if result["success"] else f"failed, not counted: {result.get('error', '')}"
         rows.append([str(result["run_id"]), str(result["seed"]), number(result["final_val_loss"]),
-                     number(result["final_train_loss"]), number(result["time_seconds"], ".1f"),
-                     str(result["final_step"]), state])
+                     number(result.get("final_train_loss")), number(result["time_seconds"], ".1f"),
+                     str(result.get("final_step", "-")), state])
     loss, time = figures["val_loss"], figures["time"]
     statistics = table(
         ["", "mean", "std", "95% CI of the mean", "median", "min", "max"],
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--power", type=float, default=0.8, help="power to reach (default: 0.8)")
     args = parser.parse_args()
     check_levels(args)
-    if args.target is not None and not math.isfinite(args.target):
+    if args.target is not None and not in_range(args.target, -MAX_NUMBER):
         raise UserError(f"--target={args.target} must be finite")
     experiments = [read_experiment(folder) for folder in dict.fromkeys(args.folders)]
     for experiment in experiments:
@@ -121,7 +122,7 @@ def main() -> None:
         names = [os.path.join(experiment.folder, name)
                  for name in ("loss_curves.png", "analysis.json", "analysis.md")]
         draw([experiment], target, names[0])
-        write(names[1], json_text(figures))
+        write(names[1], json_text(without_nan(figures)))
         write(names[2], text)
         print(text)
         print(f"written: {', '.join(names)}\n")

@@ -3,19 +3,21 @@
 import os
 
 from experiments.experiment_config import (
+    MAX_RUNS,
     NUMBER,
     STAGES,
     all_settings,
     check_keys,
     check_name,
-    finite,
+    in_range,
     judged_by,
     load_config,
     read_json,
+    stage_name,
 )
 from experiments.experiment_logger import differences
 from experiments.runner import ENDING
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 
 PLAN = {"campaign_name": (str, True), "description": (str, False), "baseline": (str, True),
         "variants": (list, True), "target_val_loss": ((*NUMBER, type(None)), True), "stages": (list, True),
@@ -25,35 +27,55 @@ STAGE = {"stage": (str, True), "config": ((str, dict), True), "n_runs": (int, Tr
 BUDGET = {"gpu_hours": (NUMBER, True), "gpu_hours_per_run": (NUMBER, True), "probe_gpu_hours": (NUMBER, True),
           "price_per_gpu_hour": ((*NUMBER, type(None)), False)}
 HOUR = 3600.0
+MAX_BUDGET = 1e9  # GPU-hours, or price of one
 STARTING = 60.0  # seconds added to a run's limit, because the time to compile varies
 
 
 def read_plan(path: str) -> dict:
-    """Read and check a plan. Raises UserError."""
+    """Read and check a plan, and replace short names of stages. Raises UserError."""
     plan = read_json(path)
+    check_plan(plan, path)
+    return plan
+
+
+def check_plan(plan: dict, path: str) -> None:
+    """Do what read_plan does with a plan that was read."""
     check_keys(plan, PLAN, path)
     check_keys(plan["budget"], BUDGET, f"budget of {path}")
     check_name(plan["campaign_name"], "campaign_name", path)
     for stage in plan["stages"]:
         check_keys(stage, STAGE, f"a stage of {path}")
-        if stage["n_runs"] < 1:
-            raise UserError(f"{path}: n_runs={stage['n_runs']} of {stage['stage']} must be at least 1")
+        stage["stage"] = stage_name(stage["stage"])
+        if not 1 <= stage["n_runs"] <= MAX_RUNS:
+            raise UserError(f"{path}: n_runs={stage['n_runs']} of {shown(stage['stage'])} must be from 1 to "
+                            f"{MAX_RUNS}")
     names = [stage["stage"] for stage in plan["stages"]]
     if names != list(STAGES):
-        raise UserError(f"{path}: the stages must be {', '.join(STAGES)}, and are {', '.join(names)}")
+        raise UserError(f"{path}: the stages must be {', '.join(STAGES)}, and are {shown(names, 200)}")
     arms = [plan["baseline"], *plan["variants"]]
     if not plan["variants"] or not all(isinstance(arm, str) for arm in arms) or len(set(arms)) < len(arms):
-        raise UserError(f"{path}: variants must be names, each once, without {plan['baseline']!r}")
+        raise UserError(f"{path}: variants must be names, each once, without {shown(plan['baseline'])}")
+    check_name(plan["baseline"], "baseline", path)
+    for arm in plan["variants"]:
+        check_name(arm, "a variant", path)
     for key in ("most_advanced", "most_proved", "probe_steps"):
         if plan[key] < 1:
             raise UserError(f"{path}: {key}={plan[key]} must be at least 1")
     for key, value in plan["budget"].items():
-        if value is not None and (finite(value) is None or value <= 0):
-            raise UserError(f"{path}: budget's {key}={str(value)[:20]} must be finite and above 0")
+        if value is not None and not (in_range(value, most=MAX_BUDGET) and value > 0):
+            raise UserError(f"{path}: budget's {key}={shown(value)} must be finite, above 0 and at most "
+                            f"{MAX_BUDGET:g}")
     target = plan["target_val_loss"]
-    if target is not None and (finite(target) is None or target < 0):
-        raise UserError(f"{path}: target_val_loss={str(target)[:20]} must be finite and not below 0")
-    return plan
+    if target is not None and not in_range(target):
+        raise UserError(f"{path}: target_val_loss={shown(target)} must be finite and not below 0")
+
+
+def parts_that_stay(plan: dict) -> dict:
+    """Return what a resumed campaign may not change: all but budget, description and names of files, whose
+    content is compared when its experiment is reopened."""
+    stages = [{key: value for key, value in stage.items() if key != "config"} for stage in plan["stages"]]
+    return {key: value for key, value in plan.items() if key not in ("budget", "description")} | {
+        "stages": stages}
 
 
 def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str, str], dict]:
@@ -66,7 +88,7 @@ def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str,
             name = stage["config"]  # a pattern, or the file of each arm
             name = name.replace("{variant}", arm) if isinstance(name, str) else name.get(arm)
             if not isinstance(name, str):
-                raise UserError(f"{path}: the config of {stage['stage']} names no file for {arm!r}")
+                raise UserError(f"{path}: the config of {stage['stage']} names no file for {arm}")
             file = os.path.join(os.path.dirname(path), name)
             config = configs[stage["stage"], arm] = load_config(file, overrides, stage.get("n_gpus"))
             if config["stage"] != stage["stage"]:

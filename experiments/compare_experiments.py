@@ -39,6 +39,7 @@ from experiments.report import (
     read_experiment,
     table,
     time_to,
+    without_nan,
     write,
 )
 from nanosync.errors import UserError
@@ -103,8 +104,10 @@ def conclusion(one: dict, baseline: str, alpha: float) -> str:
     if one["judged_otherwise"]:
         return f"{name}: its losses are not comparable with {baseline}'s, whatever the tests say."
     if test["p"] is None:
-        return f"{name}: cannot be tested: {test['n'][0]} and {test['n'][1]} runs have no spread."
-    detectable = f"the minimum detectable effect is {one['minimum_detectable']:.4f}"
+        few = min(test["n"]) < 2
+        reason = "a test needs two runs of each" if few else "the runs of neither differ"
+        return f"{name}: cannot be tested: of {test['n'][0]} and {test['n'][1]} runs, {reason}."
+    detectable = f"the minimum detectable effect is {number(one['minimum_detectable'])}"
     if test["p_holm"] >= alpha:
         return f"{name}: no difference from {baseline} found (p = {p_value(test['p_holm'])}); {detectable}."
     lower = "lower" if test["mean"] < 0 else "higher"
@@ -218,8 +221,9 @@ def write_comparison(experiments: list[Experiment], stem: str, alpha: float, pow
     text = report(baseline, comparisons, alpha, alpha_each, power,
                   os.path.basename(stem) + ".png")
     target = baseline.config["target_val_loss"]
-    write(stem + ".json", json_text({"baseline": baseline.name, "alpha": alpha, "alpha_each": alpha_each,
-                                     "power": power, "comparisons": comparisons}))
+    figures = {"baseline": baseline.name, "alpha": alpha, "alpha_each": alpha_each, "power": power,
+               "comparisons": comparisons}
+    write(stem + ".json", json_text(without_nan(figures)))
     draw(experiments, target, stem + ".png")
     write(stem + ".md", text)
     print(text)

@@ -7,7 +7,7 @@
      "hyperparameters": {"variant": "palm", "notes": "for readers"},
      "baseline_val_loss": null, "baseline_std": null}
 
-experiment_name and script are required; DEFAULTS has the rest. stage may be short, as in A_screening.
+experiment_name and script are required; DEFAULTS has the rest. stage may be short, as in A_screening or A.
 Settings of the script are in `hyperparameters`, which become --key=value arguments, and in `stage_config`,
 common to all experiments of a stage, which becomes environment variables STAGE_<KEY>. For a script that does
 not call configure(..., environment="STAGE_") both become arguments. Run i has the seed base_seed + i.
@@ -27,6 +27,7 @@ import shlex
 import sys
 
 from configurator import (
+    MAX_CONFIG_FILE,
     Setting,
     check_type,
     join_values,
@@ -35,13 +36,16 @@ from configurator import (
     read_settings,
     unknown_key,
 )
-from nanosync.errors import UserError
-from nanosync.files import MAX_JSON, ROOT, dataset_folder, first_line, is_utf8, nearest_file, read_file
-from nanosync.token_files import split_files
+from nanosync import files
+from nanosync.errors import UserError, shortened, shown
+from nanosync.files import MAX_DEPTH, ROOT, dataset_folder, first_line, is_utf8, nearest_file, read_file
 
 STAGES = {"stage_a_screening": 2, "stage_b_validation": 3, "stage_c_full": 5}  # with the number of runs
 SHORT_STAGES = {"A_screening": "stage_a_screening", "B_validation": "stage_b_validation",
-                "C_full": "stage_c_full"}
+                "C_full": "stage_c_full"} | {stage[6].upper(): stage for stage in STAGES}
+MAX_RUNS = 10_000  # of an experiment
+MAX_NUMBER = 1e100  # size of a loss or time; its square is still finite
+MAX_VALUE = 100_000  # characters of a setting; Linux takes 131,072 in one argument or variable
 NOTES = "notes"  # entry of hyperparameters for readers
 LOSSES = "target_val_loss", "baseline_val_loss", "baseline_std"  # each belongs to a data set
 RUNNER_SETTINGS = ("seed", "out_dir", "resume", "list_checkpoints")  # set by the runner
@@ -62,44 +66,46 @@ KINDS = {str: "a string", int: "an integer", float: "a number", dict: "an object
 
 def read_json(path: str):
     """Read a JSON file. Raises UserError, also for a key that an object has twice, and for NaN."""
-
-    def pairs(items: list) -> dict:
-        keys = [key for key, _ in items]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise UserError(f"{path} has {twice.pop()!r} twice in one object")
-        return dict(items)
-
-    def constant(name: str):
-        raise UserError(f"{path} has the number {name}, which JSON does not: write one that is finite")
-
     try:
-        text = read_file(path, MAX_JSON).decode()
-        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-        check_strings(value, path)
-        return value
+        value = files.read_json(path)
     except json.JSONDecodeError as e:
         raise UserError(f"{path}, line {e.lineno}: not JSON: {e.msg}") from None
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as e:  # also a number of thousands of digits
-        raise UserError(f"{path} is not JSON: {first_line(e)}") from None
+    except ValueError as e:  # also a number of thousands of digits
+        raise UserError(f"{path}: {first_line(e)}") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}{nearest_file(path, '.json')}") from None
+    check_stored(value, path)
+    return value
 
 
-def check_strings(value, where: str) -> None:
-    """Raise UserError for a string that no command, file name or terminal takes: one with a NUL or a lone
-    surrogate."""
-    pending = [value]
+def check_stored(value, where: str) -> None:
+    """Raise UserError for a value that cannot be written again or used: a string with a NUL or a lone
+    surrogate, a number beyond 64 bits or fp64, values nested deeper than MAX_DEPTH."""
+    pending = [(value, 0)]
     while pending:
-        value = pending.pop()
+        value, depth = pending.pop()
+        if depth > MAX_DEPTH:
+            raise UserError(f"{where}: its values are nested too deeply")
         if isinstance(value, str) and ("\0" in value or not is_utf8(value)):
             raise UserError(f"{where}: {value[:40]!a} has a NUL or a lone surrogate: remove it")
+        if type(value) is int and not -2**63 <= value < 2**63:
+            raise UserError(f"{where}: {shown(value)} does not fit into 64 bits")
+        if type(value) is float and not math.isfinite(value):
+            raise UserError(f"{where} has {value}, and its numbers must be finite")
         if isinstance(value, dict):
-            pending += [*value, *value.values()]
+            pending += [(item, depth + 1) for item in (*value, *value.values())]
         elif isinstance(value, list):
-            pending += value
+            pending += [(item, depth + 1) for item in value]
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes for all characters that a terminal or a reader of JSON would not take."""
+    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
+
+
+def stage_name(name: str) -> str:
+    """Return the name in STAGES that a short name stands for; any other name as it is."""
+    return SHORT_STAGES.get(name, name)
 
 
 def finite(value) -> float | int | None:
@@ -110,15 +116,20 @@ def finite(value) -> float | int | None:
     return None
 
 
+def in_range(value, least: float = 0, most: float = MAX_NUMBER) -> bool:
+    """Return True for a finite number within a range."""
+    return finite(value) is not None and least <= value <= most
+
+
 def check_keys(value, schema: dict, where: str) -> None:
     """Raise UserError unless a value is an object that matches a schema and has no other keys."""
     if not isinstance(value, dict):
         raise UserError(f"{where} must be a JSON object, not {KINDS.get(type(value), type(value).__name__)}")
     for key in value:
         if key not in schema:
-            near = difflib.get_close_matches(key, schema, 1)
+            near = difflib.get_close_matches(key[:80], schema, 1)
             hint = f": did you mean {near[0]!r}?" if near else f": it may have {', '.join(schema)}"
-            raise UserError(f"unknown key {key!r} in {where}{hint}")
+            raise UserError(f"unknown key {shown(key)} in {where}{hint}")
     for key, (kinds, needed) in schema.items():
         if key not in value and needed:
             raise UserError(f"{where} has no {key!r}: add it (configs/baseline.json shows all keys)")
@@ -127,28 +138,30 @@ def check_keys(value, schema: dict, where: str) -> None:
                              or (isinstance(value[key], bool) and bool not in kinds)):
             names = [KINDS[kind] for kind in kinds if kind is not int or float not in kinds]
             expected = " or ".join(names)
-            raise UserError(f"{where}: {key}={json.dumps(value[key])} must be {expected}")
+            raise UserError(f"{where}: {key}={shortened(json.dumps(value[key]), 80)} must be {expected}")
 
 
 def check_name(name: str, key: str, where: str) -> None:
     """Raise UserError unless a name is portable as the name of a folder."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise UserError(f"{where}: {key}={name!r} names a folder: use letters, digits, '.', '_' and '-'")
+        raise UserError(f"{where}: {key}={shown(name)} names a folder: use up to 100 letters, digits, '.', "
+                        f"'_' and '-', a letter or digit first")
 
 
 def check_values(config: dict, where: str) -> None:
     """Raise UserError for values outside their ranges."""
     check_name(config["experiment_name"], "experiment_name", where)
     if config["stage"] not in STAGES:
-        raise UserError(f"{where}: stage={config['stage'][:40]!r} is unknown: use "
+        raise UserError(f"{where}: stage={shown(config['stage'])} is unknown: use "
                         f"{', '.join([*STAGES, *SHORT_STAGES])}")
     if not 1 <= config["n_gpus"] <= 1024:
-        raise UserError(f"{where}: n_gpus={config['n_gpus']} must be at least 1 (processes, on a CPU)")
+        raise UserError(f"{where}: n_gpus={config['n_gpus']} must be at least 1 (processes, on a CPU) and at "
+                        f"most 1024")
     if not 0 <= config["base_seed"] < 2**31:  # the order of the data uses 32 bits of base_seed + run_id
         raise UserError(f"{where}: base_seed={config['base_seed']} must be at least 0 and below 2**31")
     for key in LOSSES:
-        if config[key] is not None and (finite(config[key]) is None or config[key] < 0):
-            raise UserError(f"{where}: {key}={str(config[key])[:20]} must be finite and not below 0")
+        if config[key] is not None and not in_range(config[key]):
+            raise UserError(f"{where}: {key}={shown(config[key])} must be finite and not below 0")
     both = set(config["stage_config"]) & set(config["hyperparameters"])
     if both:
         raise UserError(f"{where} has {sorted(both)[0]!r} in stage_config and in hyperparameters: keep one")
@@ -161,19 +174,28 @@ def script_settings(config: dict, where: str) -> dict[str, Setting]:
     """Return the settings of the script, which is not executed. Raises UserError."""
     path = script_path(config)
     try:
-        with open(path, encoding="utf-8") as f:
-            tree = ast.parse(f.read())
+        tree = script_tree(path)
+        defaults = literal_defaults(path)
     except (OSError, SyntaxError, ValueError) as e:
         reason = getattr(e, "strerror", None) or getattr(e, "msg", None) or first_line(e)
         raise UserError(f"{where}: cannot read the script {path}: {reason}") from None
     if not any(isinstance(node, ast.Name) and node.id == "configure" for node in ast.walk(tree)):
         raise UserError(f"{where}: {path} never calls configurator.configure, so its keys are not known: "
                         f"take them by it, as train_gpt.py does")
-    return {setting.name: setting for setting in read_settings(literal_defaults(path) | {"__file__": path})}
+    return {setting.name: setting for setting in read_settings(defaults | {"__file__": path})}
+
+
+def script_tree(path: str) -> ast.Module:
+    """Parse a script. Raises OSError, SyntaxError or ValueError."""
+    try:
+        return ast.parse(read_file(path, MAX_CONFIG_FILE).decode("utf-8-sig"))
+    except (RecursionError, MemoryError):
+        raise SyntaxError("it is nested too deeply") from None
 
 
 def check_settings(config: dict, where: str) -> None:
-    """Raise UserError for a setting that the script lacks or that has another type there."""
+    """Raise UserError for a setting that the script lacks or that has another type there. A value that the
+    script converts, such as 1e3 for an integer, is replaced by what the script will have."""
     settings = script_settings(config, where)
     for key in ("seed", "out_dir"):
         if key not in settings:
@@ -184,7 +206,9 @@ def check_settings(config: dict, where: str) -> None:
                 continue
             if key not in settings:
                 raise unknown_key(key, settings, f"{part} of {where}")
-            check_type(settings[key], value, f"{part} of {where}")
+            config[part] = config[part] | {key: check_type(settings[key], value, f"{part} of {where}")}
+            if len(str(value)) > MAX_VALUE:
+                raise UserError(f"{part} of {where}: {key}={shown(value)} is too long for a command line")
     steps = num_iterations(config)
     if type(steps) is not int or not 1 <= steps < 2**53:
         raise UserError(f"{where}: stage_config needs num_iterations, an integer of at least 1, and has "
@@ -204,7 +228,8 @@ def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None)
     config = read_json(path)
     check_keys(config, SCHEMA, path)
     config = DEFAULTS | config
-    config["stage"] = SHORT_STAGES.get(config["stage"], config["stage"])
+    config = {key: config[key] for key in SCHEMA}  # in the order of readers
+    config["stage"] = stage_name(config["stage"])
     if n_gpus is not None:
         config["n_gpus"] = n_gpus
     settings = script_settings(config, path) if overrides else {}
@@ -233,8 +258,7 @@ def script_path(config: dict) -> str:
 
 def reads_stage_variables(config: dict) -> bool:
     """Return True if the script takes settings from variables STAGE_<KEY>."""
-    with open(script_path(config), encoding="utf-8") as f:
-        calls = [node for node in ast.walk(ast.parse(f.read())) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(script_tree(script_path(config))) if isinstance(node, ast.Call)]
     keywords = [keyword for call in calls if isinstance(call.func, ast.Name) and call.func.id == "configure"
                 for keyword in call.keywords if keyword.arg == "environment"]
     return any(isinstance(k.value, ast.Constant) and k.value.value == "STAGE_" for k in keywords)
@@ -256,11 +280,13 @@ def dataset_of(config: dict) -> str | None:
 
 
 def check_data(config: dict) -> None:
-    """Raise UserError if the runs would find no tokens."""
-    folder = dataset_of(config)
-    if isinstance(folder, str):
-        for split in ("train", "val"):
-            split_files(folder, split)
+    """Raise UserError if the runs would find no tokens, or too few."""
+    settings = all_settings(config)
+    name, length = settings.get("dataset"), settings.get("sequence_length")
+    if isinstance(name, str):
+        from nanosync.dataloader import open_dataset  # which imports PyTorch, for seconds
+
+        open_dataset(name, length if type(length) is int and length > 0 else 1, "sequence_length")
 
 
 def judged_by(settings: dict) -> dict:
@@ -303,7 +329,7 @@ def variables(config: dict, gpus: str | None = None) -> dict[str, str]:
     return found
 
 
-def shown(arguments: list[str], environment: dict[str, str]) -> str:
+def command_line(arguments: list[str], environment: dict[str, str]) -> str:
     """Return a command as a user types it."""
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()),
                      shlex.join(arguments)])

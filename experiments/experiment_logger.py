@@ -37,16 +37,21 @@ if __name__ == "__main__":
 from configurator import Parser
 from experiments.experiment_config import (
     DEFAULTS,
+    MAX_NUMBER,
+    MAX_RUNS,
+    NUMBER,
     SCHEMA,
     check_keys,
-    check_strings,
+    check_stored,
     check_values,
     finite,
+    in_range,
     read_json,
     script_path,
+    stage_name,
 )
 from experiments.experiment_statistics import describe, p_at_most
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 from nanosync.files import (
     ROOT,
     first_line,
@@ -54,14 +59,24 @@ from nanosync.files import (
     made_folder,
     open_regular,
     os_error_as_user_error,
+    read_file,
     replace_file,
     sha256_of,
     unused_path,
 )
 
-RESULT = {"run_id": int, "seed": int, "success": bool, "final_val_loss": (int, float, type(None)),
-          "time_seconds": (int, float), "wall_seconds": (int, float)}
+MAX_LINES = 2**30  # bytes of a JSON Lines file
+NONE = type(None)
+RESULT = {"run_id": int, "seed": int, "success": bool, "final_val_loss": (*NUMBER, NONE),
+          "time_seconds": NUMBER, "wall_seconds": NUMBER}
+OPTIONAL = {"final_train_loss": (*NUMBER, NONE), "final_step": int, "gpus": int, "error": str,
+            "ended_by": str}  # of a result
+RANGES = {"run_id": (0, 2**31), "seed": (0, 2**32), "step": (0, 2**53), "final_step": (0, 2**53),
+          "gpus": (1, 2**31), "time_seconds": (0, MAX_NUMBER), "wall_seconds": (0, MAX_NUMBER),
+          "train_time_ms": (0, MAX_NUMBER)}  # least and most; of other numbers -MAX_NUMBER and MAX_NUMBER
 METRICS = {"run_id", "step", "val_loss", "train_loss", "train_time_ms", "step_avg_ms"}  # numbers
+DESCRIBED = {"script": {"path": str, "sha256": str}, "git_info": {"commit": (str, NONE),
+             "diff_sha256": (str, NONE)}, "gpu_info": {"gpus": list}}  # in config.json, if present
 GPU_FIELDS = ("name", "memory.total", "driver_version")
 
 
@@ -117,7 +132,7 @@ class ExperimentLogger:
                 raise UserError(f"{folder}: run {run_id} had the seed {result['seed']}, and config.json has "
                                 f"base_seed={log.config['base_seed']} now: put that back")
         script = script_path(log.config)
-        if digest(script) != described["script"]["sha256"]:
+        if digest(script) != described["script"].get("sha256"):
             raise UserError(f"{script} has changed since {folder} began: its runs would not be comparable; "
                             f"start a new experiment, or use the copy in that folder")
         now = described | {"git_info": log._git, "gpu_info": log._gpus, "parallel": parallel}
@@ -162,8 +177,8 @@ class ExperimentLogger:
     def note(self, text: str) -> None:
         """Write a line to experiment.log only."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
-        with contextlib.suppress(OSError), open(self.path("experiment.log"), "a", encoding="utf-8",
-                                                errors="backslashreplace") as f:
+        with contextlib.suppress(OSError), open_regular(self.path("experiment.log"), "a", encoding="utf-8",
+                                                        errors="backslashreplace") as f:
             f.writelines(stamp + part + "\n" for part in text.splitlines())
 
     def record(self, result: dict, metrics: list[dict]) -> None:
@@ -229,15 +244,16 @@ def read_lines(path: str) -> list[dict]:
     if not os.path.exists(path):
         return []
     try:
-        with open_regular(path, "r", encoding="utf-8") as f:
-            rows = [json.loads(text) for text in f]
+        lines = read_file(path, MAX_LINES).decode().split("\n")
+        rows = [json.loads(text) for text in lines if text]
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSON Lines: {first_line(e)}") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} has a line that is no JSON object")
-    check_strings(rows, path)
+    for row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{path} has a line that is no JSON object")
+        check_stored(row, path)
     return rows
 
 
@@ -251,30 +267,63 @@ def read_folder(folder: str) -> tuple[dict, dict[int, dict], dict[int, list[dict
         raise UserError(f"{path} is not of an experiment: it has no config and script")
     check_keys(described.get("config"), SCHEMA, path)
     described["config"] = DEFAULTS | described["config"]
+    described["config"]["stage"] = stage_name(described["config"]["stage"])
     check_values(described["config"], path)
-    n_runs = described.get("n_runs", 1)
-    if type(n_runs) is not int or not 1 <= n_runs < 2**31:
-        raise UserError(f"{path}: n_runs={str(n_runs)[:40]!a} must be an integer of at least 1")
+    check_described(described, path)
     results, metrics = {}, {}
-    for row in read_lines(os.path.join(folder, "results.jsonl")):
-        for key, kinds in RESULT.items():
-            if not isinstance(row.get(key), kinds):
-                raise UserError(f"{folder}/results.jsonl: a run has {key}={row.get(key)!r}")
-        numbers = ("run_id", "seed", "time_seconds", "wall_seconds")
-        if any(finite(row[key]) is None for key in numbers) or row["run_id"] < 0:
-            raise UserError(f"{folder}/results.jsonl: a run has numbers out of range: {str(row)[:80]!a}")
-        if row["success"] and finite(row["final_val_loss"]) is None:
-            raise UserError(f"{folder}/results.jsonl: run {row['run_id']} succeeded without a val loss")
+    path = os.path.join(folder, "results.jsonl")
+    for row in read_lines(path):
+        check_result(row, path)
         results[row["run_id"]] = row
-    for row in read_lines(os.path.join(folder, "metrics.jsonl")):
-        for key in METRICS & set(row):
-            if finite(row[key]) is None and not (row[key] is None and key not in ("run_id", "step")):
-                raise UserError(f"{folder}/metrics.jsonl: a row has {key}={str(row[key])[:40]!a}, which must "
-                                f"be a number")
+    path = os.path.join(folder, "metrics.jsonl")
+    for row in read_lines(path):
         if not {"run_id", "step"} <= set(row):
-            raise UserError(f"{folder}/metrics.jsonl has a row without run_id and step")
-        metrics.setdefault(row.get("run_id"), []).append(row)
+            raise UserError(f"{path} has a row without run_id and step")
+        for key in METRICS & set(row):
+            if row[key] is not None or key in ("run_id", "step"):
+                check_number(row, key, path, "a row")
+        metrics.setdefault(row["run_id"], []).append(row)
     return described, results, metrics
+
+
+def check_described(described: dict, path: str) -> None:
+    """Raise UserError for a config.json whose n_runs, script, git_info or gpu_info cannot be used."""
+    n_runs = described.get("n_runs", 1)
+    if type(n_runs) is not int or not 1 <= n_runs <= MAX_RUNS:
+        raise UserError(f"{path}: n_runs={shown(n_runs)} must be an integer from 1 to {MAX_RUNS}")
+    if not isinstance(described.get("parallel"), (int, NONE)):
+        raise UserError(f"{path}: parallel={shown(described['parallel'])} must be an integer")
+    for name, entries in DESCRIBED.items():
+        found = described.get(name) or {}
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: {name}={shown(found)} must be an object")
+        for key, kinds in entries.items():
+            if key in found and not isinstance(found[key], kinds):
+                raise UserError(f"{path}: {name} has {key}={shown(found[key])}, which is of another type")
+    for gpu in (described.get("gpu_info") or {}).get("gpus", []):
+        if not isinstance(gpu, dict) or not isinstance(gpu.get("name"), str):
+            raise UserError(f"{path}: gpu_info has a GPU without a name: {shown(gpu)}")
+
+
+def check_result(row: dict, path: str) -> None:
+    """Raise UserError for a row of results.jsonl that lacks a field, or has one of another type or range."""
+    for key, kinds in (RESULT | OPTIONAL).items():
+        if key not in row and key in RESULT:
+            raise UserError(f"{path}: a run has no {key}")
+        if key in row and not isinstance(row[key], kinds):
+            raise UserError(f"{path}: a run has {key}={shown(row[key])}")
+        if row.get(key) is not None and kinds not in (bool, str):
+            check_number(row, key, path, "a run")
+    if row["success"] and row["final_val_loss"] is None:
+        raise UserError(f"{path}: run {row['run_id']} succeeded without a val loss")
+
+
+def check_number(row: dict, key: str, path: str, what: str) -> None:
+    """Raise UserError unless an entry is a number within its range."""
+    if finite(row[key]) is None:
+        raise UserError(f"{path}: {what} has {key}={shown(row[key])}, which must be a number")
+    if not in_range(row[key], *RANGES.get(key, (-MAX_NUMBER, MAX_NUMBER))):
+        raise UserError(f"{path}: {what} has {key}={shown(row[key])}, which is out of range")
 
 
 def digest(path: str) -> str:

@@ -2,7 +2,8 @@
 
 Runs that differ only in their seed count as independent draws from a normal distribution. With 2 to 5 runs
 all intervals are Student's; `python experiments/simulate.py` checks their coverage by simulation. Samples
-contain no failed run. If the runs do not differ at all, intervals and p-values are None, not 0.
+contain no failed run. If the runs do not differ at all, intervals and p-values are None, where scipy has NaN
+or infinite test statistics.
 """
 
 import math
@@ -13,6 +14,7 @@ from scipy import optimize, special, stats
 
 CONFIDENCE = 0.95
 MOST_RUNS = 1000  # the limit of `runs_needed`
+ROUNDING, LEAST_SPREAD = 1e-12, 1e-100  # of values that differ: relative, and absolute, whose square is not 0
 
 
 def _quadrature(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -30,14 +32,20 @@ def describe(values: list[float]) -> dict:
         return dict.fromkeys(("mean", "std", "min", "max", "median", "ci_95"))
     x = np.asarray(values, float)
     interval = mean_interval(values)
-    return {"mean": float(x.mean()), "std": float(x.std(ddof=1)) if len(x) > 1 else None,
+    return {"mean": float(x.mean()), "std": spread(values) if len(x) > 1 else None,
             "min": float(x.min()), "max": float(x.max()), "median": float(np.median(x)),
             "ci_95": None if interval is None else list(interval)}
 
 
-def differ(values) -> bool:
-    """Return True if values differ by more than rounding."""
-    return len(values) > 1 and float(np.ptp(values)) > 1e-12 * max(map(abs, values))
+def differ(values, largest: float | None = None) -> bool:
+    """Return True if values differ by more than rounding.
+
+    largest: size of the numbers that they are computed from; by default of the values.
+    """
+    if len(values) < 2:
+        return False
+    largest = max(map(abs, values)) if largest is None else largest
+    return float(np.ptp(values)) > max(ROUNDING * largest, LEAST_SPREAD)
 
 
 def mean_interval(values: list[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
@@ -93,13 +101,30 @@ class Difference:
 
 
 def welch(a: list[float], b: list[float]) -> Difference:
-    """Apply Welch's t-test, for samples with different spreads."""
+    """Apply Welch's t-test, for samples with different spreads. One of them may have no spread, of which
+    scipy warns."""
     mean, n = float(np.mean(b) - np.mean(a)), (len(a), len(b))
     if min(n) < 2 or not (differ(a) or differ(b)):
         return Difference(mean, None, None, None, n)
-    test = stats.ttest_ind(b, a, equal_var=False)
-    low, high = test.confidence_interval(CONFIDENCE)
-    return Difference(mean, (float(low), float(high)), float(test.pvalue), float(test.df), n)
+    error, df = map(float, welch_error([spread(a) / math.sqrt(n[0]), spread(b) / math.sqrt(n[1])], n))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, df)) * error
+    p = 2 * float(stats.t.sf(abs(mean) / error, df))
+    return Difference(mean, (mean - half, mean + half), p, df, n)
+
+
+def welch_error(errors, n: tuple[int, int]):
+    """Return the standard error of a difference, and its degrees of freedom after Welch and Satterthwaite.
+
+    errors: standard errors of the two means, numbers or arrays; not both 0.
+    """
+    error = np.hypot(*errors)
+    shares = [(one / error) ** 2 for one in errors]  # of the variance: squares of these do not underflow
+    return error, 1 / sum(share**2 / (m - 1) for share, m in zip(shares, n))
+
+
+def spread(values: list[float]) -> float:
+    """Return the standard deviation of a sample; 0 if its values do not differ."""
+    return float(np.std(values, ddof=1)) if differ(values) else 0.0
 
 
 def paired(a: list[float], b: list[float]) -> Difference:
@@ -109,9 +134,9 @@ def paired(a: list[float], b: list[float]) -> Difference:
         raise ValueError(f"{len(a)} and {len(b)} values are no pairs")
     differences = [y - x for x, y in zip(a, b)]
     mean, n = float(np.mean(differences)), (len(a), len(b))
-    interval = mean_interval(differences)
-    if interval is None:
+    if not differ(differences, max(map(abs, (*a, *b)))):
         return Difference(mean, None, None, None, n)
+    interval = mean_interval(differences)
     return Difference(mean, interval, float(stats.ttest_1samp(differences, 0.0).pvalue), len(a) - 1.0, n)
 
 
@@ -155,13 +180,12 @@ class WelchPower:
 
     def __init__(self, std: tuple[float, float], n: tuple[int, int], alpha: float):
         quantiles, weights = _quadrature(64)
-        true = [s**2 / m for s, m in zip(std, n)]  # variances of the two means
+        true = [s / math.sqrt(m) for s, m in zip(std, n)]  # standard errors of the two means
         # the same as estimated from a sample, at the quantiles of their distribution
-        a, b = (v * stats.chi2.ppf(quantiles, m - 1) / (m - 1) for v, m in zip(true, n))
-        a, b = a[:, None], b[None, :]
-        df = (a + b) ** 2 / (a**2 / (n[0] - 1) + b**2 / (n[1] - 1))
-        self.scale = math.sqrt(sum(true))
-        self._bars = stats.t.ppf(1 - alpha / 2, df) * np.sqrt(a + b) / self.scale
+        a, b = (e * np.sqrt(stats.chi2.ppf(quantiles, m - 1) / (m - 1)) for e, m in zip(true, n))
+        error, df = welch_error([a[:, None], b[None, :]], n)
+        self.scale = math.hypot(*true)
+        self._bars = stats.t.isf(alpha / 2, df) * error / self.scale
         self._weights = np.outer(weights, weights)
 
     def __call__(self, difference: float) -> float:
@@ -177,9 +201,10 @@ def minimum_detectable(a: list[float], b: list[float], alpha: float = 0.05, powe
     if the values do not differ."""
     if min(len(a), len(b)) < 2 or not (differ(a) or differ(b)):
         return None
-    spreads = float(np.std(a, ddof=1)), float(np.std(b, ddof=1))
-    power_at = WelchPower(spreads, (len(a), len(b)), alpha)
+    power_at = WelchPower((spread(a), spread(b)), (len(a), len(b)), alpha)
     high = power_at.scale
     while power_at(high) < power:
         high *= 2
+        if not math.isfinite(high):
+            return None
     return float(optimize.brentq(lambda difference: power_at(difference) - power, 0.0, high))

@@ -2,16 +2,20 @@
 
 import contextlib
 import io
+import math
 import os
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from configurator import literal_defaults
+from experiments.experiment_config import printable
 from experiments.experiment_logger import made_by, read_folder
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shortened
 from nanosync.files import os_error_as_user_error, replace_file
 
+LEVELS = 1e-6, 0.9999  # limits of --alpha and --power
+LONGEST_CELL = 300  # characters of a table's cell
 SHOWN = 0.25  # share of the steps after which the whole curve must be in the picture
 
 
@@ -78,8 +82,8 @@ def defaults_of(script: str) -> dict:
 
 def curve(rows: list[dict]) -> np.ndarray:
     """Return the finite val losses of one run's metrics, (n, 3): the last evaluation of each step counts."""
-    points = {row["step"]: (row["step"], row["val_loss"], (row["train_time_ms"] or 0.0) / 1e3) for row in rows
-              if row.get("val_loss") is not None}
+    points = {row["step"]: (row["step"], row["val_loss"], (row.get("train_time_ms") or 0.0) / 1e3)
+              for row in rows if row.get("val_loss") is not None}
     return np.array([points[step] for step in sorted(points)], float).reshape(-1, 3)
 
 
@@ -154,6 +158,7 @@ def draw_curve(axes, experiment: Experiment, color: str) -> tuple[float, float]:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
+    rows = [[shortened(printable(cell), LONGEST_CELL).replace("|", r"\|") for cell in row] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
     return "\n".join(lines) + "\n"
 
@@ -170,14 +175,23 @@ def interval(value, form: str = ".4f") -> str:
 
 def p_value(p: float | None) -> str:
     """Format a p-value, None as '-'."""
-    return "-" if p is None else f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
+    return "-" if p is None else f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}" if p >= 1e-99 else "<1e-99"
 
 
 def check_levels(args) -> None:
-    """Raise UserError unless --alpha and --power are probabilities."""
+    """Raise UserError unless --alpha and --power are probabilities that tests can have."""
     for name in ("alpha", "power"):
-        if not 0 < getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)} must be between 0 and 1")
+        if not LEVELS[0] <= getattr(args, name) <= LEVELS[1]:
+            raise UserError(f"--{name}={getattr(args, name)} must be from {LEVELS[0]:g} to {LEVELS[1]:g}")
+
+
+def without_nan(value):
+    """Return a value for JSON with None in place of each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(path: str, content: str | bytes) -> None:

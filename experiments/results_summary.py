@@ -11,7 +11,7 @@ loss that --baseline names. Runs that differ in more than schedule and seed are 
 names the settings in which they differ. These and runs that did not finish are not judged.
 """
 
-import json
+import io
 import math
 import os
 import statistics
@@ -20,10 +20,12 @@ if __name__ == "__main__":
     import root_path  # noqa: F401
 
 from configurator import Parser
+from experiments.report import number, table, without_nan, write
 from nanosync.errors import UserError, shown
-from nanosync.files import check_can_write
+from nanosync.files import check_can_write, json_text
 from nanosync.run_log import RunLog
 
+MOST_SYNCS = 10**6
 SCHEDULE_SETTINGS = {"tp_size", "sync_strategy", "attn_sync_layers", "layers_per_group", "sync_points",
                      "block_types", "model_type", "tp_processes"}
 IGNORED_SETTINGS = SCHEDULE_SETTINGS | {
@@ -47,8 +49,11 @@ def summary_of(out_dir: str) -> dict:
     if "n_layer" not in config:
         raise UserError(f"{out_dir} has no n_layer in its log: it is not the run of a model with layers")
     final, dense = max(losses), 2 * config["n_layer"]  # a dense model on ranks synchronises everywhere
+    syncs = log.last("schedule").get("syncs", dense)
+    if not 0 <= syncs <= MOST_SYNCS or dense > MOST_SYNCS:
+        raise UserError(f"{out_dir} has {shown(syncs)} syncs and {config['n_layer']} layers in its log")
     return {"run": os.path.basename(os.path.normpath(out_dir)), "config": config,
-            "syncs": log.last("schedule").get("syncs", dense), "dense_syncs": dense, "step": final,
+            "syncs": syncs, "dense_syncs": dense, "step": final,
             "val_loss": losses[final],
             "best_val_loss": min(losses.values(), key=lambda loss: (math.isnan(loss), loss)),
             "status": "diverged" if math.isnan(losses[final]) else log.last("end").get("status", "not ended")}
@@ -58,19 +63,22 @@ def compare(runs: list[dict], baseline_loss: float | None, threshold: float) -> 
     """Add to each run its percent above the baseline, the settings that make it not comparable, and `within`:
     whether it is at most threshold percent above; None if it is not judged.
 
-    baseline_loss: val loss of the baseline, None to take that of the runs with the most syncs.
+    baseline_loss: val loss of the baseline, None to take that of the runs with the most syncs. A run that
+        diverged has no percent, and is in no mean.
     """
     most = max(run["syncs"] for run in runs)
     baseline = [run for run in runs if run["syncs"] == most]
-    loss = statistics.mean(run["val_loss"] for run in baseline) if baseline_loss is None else baseline_loss
+    losses = [run["val_loss"] for run in baseline if math.isfinite(run["val_loss"])]
+    loss = (statistics.mean(losses) if losses else math.nan) if baseline_loss is None else baseline_loss
     reference = baseline[0]["config"]
     for run in runs:
-        run["percent"] = 100 * (run["val_loss"] / loss - 1)
+        percent = 100 * (run["val_loss"] / loss - 1) if loss > 0 else math.nan
+        run["percent"] = percent if math.isfinite(percent) else None
         keys = (set(run["config"]) | set(reference)) - IGNORED_SETTINGS
         run["differs"] = sorted(k for k in keys if run["config"].get(k) != reference.get(k))
         if run["step"] != baseline[0]["step"]:
             run["differs"].append("step")
-        judged = run["status"] == "finished" and not run["differs"]
+        judged = run["status"] == "finished" and not run["differs"] and run["percent"] is not None
         run["within"] = run["percent"] <= threshold if judged else None
 
 
@@ -78,6 +86,8 @@ def conclusion(runs: list[dict], threshold: float, baseline_loss: float | None) 
     """Return a sentence about the fewest syncs all of whose judged runs are within the threshold."""
     judged = [run for run in runs if run["within"] is not None]
     most = max(run["syncs"] for run in runs)
+    if baseline_loss is None and all(run["percent"] is None for run in runs if run["syncs"] == most):
+        return f"No run can be judged: no run with the most syncs, {most}, has a val loss above 0."
     against = f"the baseline's {most} syncs" if baseline_loss is None else f"a val loss of {baseline_loss:g}"
     counts = {run["syncs"] for run in judged if baseline_loss is not None or run["syncs"] < most}
     close = [n for n in counts if all(run["within"] for run in judged if run["syncs"] == n)]
@@ -92,16 +102,16 @@ def conclusion(runs: list[dict], threshold: float, baseline_loss: float | None) 
             f"({seeds} run{'s' * (seeds > 1)}).")
 
 
-def table(runs: list[dict], threshold: float) -> str:
+def runs_table(runs: list[dict], threshold: float) -> str:
     """Return the runs as a Markdown table."""
     judgement = {True: "yes", False: "no", None: "not judged"}
-    lines = [f"| run | ranks | syncs | step | val loss | vs. baseline | within {threshold:g}% | status | not "
-             "comparable in |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for run in runs:
-        lines.append(f"| {run['run']} | {run['config'].get('tp_size', 1)} | {run['syncs']} | {run['step']} | "
-                     f"{run['val_loss']:.4f} | {run['percent']:+.2f}% | {judgement[run['within']]} | "
-                     f"{run['status']} | {', '.join(run['differs']) or '-'} |")
-    return "\n".join(lines) + "\n"
+    return table(
+        ["run", "ranks", "syncs", "step", "val loss", "vs. baseline", f"within {threshold:g}%", "status",
+         "not comparable in"],
+        [[run["run"], str(run["config"].get("tp_size", 1)), str(run["syncs"]), str(run["step"]),
+          "-" if math.isnan(run["val_loss"]) else number(run["val_loss"]),
+          "-" if run["percent"] is None else f"{run['percent']:+.2f}%", judgement[run["within"]],
+          run["status"], ", ".join(run["differs"]) or "-"] for run in runs])
 
 
 def draw(runs: list[dict], path: str) -> None:
@@ -128,8 +138,12 @@ def draw(runs: list[dict], path: str) -> None:
     axes.set_xlabel("all-reduces of a forward pass")
     axes.set_ylabel("val loss")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    if axes.lines:
+        axes.legend(frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    plt.close(figure)
+    write(path, picture.getvalue())
 
 
 def main() -> None:
@@ -149,15 +163,13 @@ def main() -> None:
     check_can_write(os.path.dirname(args.out) or ".", "--out")
     runs = [summary_of(out_dir) for out_dir in args.out_dirs]
     compare(runs, args.baseline, args.threshold)
-    runs.sort(key=lambda run: (-run["syncs"], run["config"].get("tp_size", 1), run["val_loss"]))
-    text = table(runs, args.threshold) + "\n" + conclusion(runs, args.threshold, args.baseline) + "\n"
+    runs.sort(key=lambda run: (-run["syncs"], run["config"].get("tp_size", 1), math.isnan(run["val_loss"]),
+                               run["val_loss"]))
+    text = runs_table(runs, args.threshold) + "\n" + conclusion(runs, args.threshold, args.baseline) + "\n"
     print(text, end="")
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    with open(args.out + ".md", "w", encoding="utf-8") as f:
-        f.write(text)
-    with open(args.out + ".json", "w", encoding="utf-8") as f:
-        json.dump(runs, f, indent=1)
+    write(args.out + ".json", json_text(without_nan(runs)))
     draw(runs, args.out + ".png")
+    write(args.out + ".md", text)
     print(f"written: {args.out}.md, {args.out}.json, {args.out}.png")
 
 

@@ -20,13 +20,14 @@ if __name__ == "__main__":
 
 from configurator import Parser
 from experiments.experiment_config import (
+    MAX_RUNS,
     STAGES,
     check_data,
     check_settings,
     check_values,
     command,
+    command_line,
     load_config,
-    shown,
     variables,
 )
 from experiments.experiment_logger import ExperimentLogger, read_folder, statistics_of
@@ -54,8 +55,8 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     if args.resume and (overrides or args.n_gpus is not None):
         raise UserError(f"{[*overrides, '--n_gpus'][0]} would change the experiment in {args.resume}: "
                         f"its runs would not be comparable")
-    if args.n_runs is not None and args.n_runs < 1:
-        raise UserError(f"--n_runs={args.n_runs} must be at least 1")
+    if args.n_runs is not None and not 1 <= args.n_runs <= MAX_RUNS:
+        raise UserError(f"--n_runs={args.n_runs} must be from 1 to {MAX_RUNS}")
     if args.limit_minutes is not None and not (math.isfinite(args.limit_minutes) and args.limit_minutes > 0):
         raise UserError(f"--limit_minutes={args.limit_minutes} must be finite and above 0")
     return args, overrides
@@ -68,7 +69,7 @@ def dry_run(config: dict, folder: str, run_ids: list[int], places: list) -> None
     for i, run_id in enumerate(run_ids):
         name = f"run_{run_id}_seed_{config['base_seed'] + run_id}"
         out_dir = os.path.join(os.path.abspath(folder), "runs", name, "out")
-        print(shown(command(config, run_id, out_dir), variables(config, places[i % len(places)])))
+        print(command_line(command(config, run_id, out_dir), variables(config, places[i % len(places)])))
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ from experiments.campaign_plan import (
     HOUR,
     STARTING,
     check_cap,
+    check_plan,
+    parts_that_stay,
     read_configs,
     read_plan,
     stages_until,
@@ -39,31 +41,59 @@ from experiments.campaign_plan import (
     with_ends,
 )
 from experiments.experiment_config import (
+    SHORT_STAGES,
     STAGES,
     all_settings,
+    check_data,
     command,
+    command_line,
     finite,
+    in_range,
     num_iterations,
     read_json,
-    shown,
+    stage_name,
     variables,
 )
-from experiments.experiment_logger import ExperimentLogger, lines_of, read_lines
+from experiments.experiment_logger import MAX_LINES, ExperimentLogger, lines_of, read_lines
 from experiments.report import table, write
-from experiments.runner import Job, end_on_signals, lock, recover, run_jobs, slots, visible_gpus
-from nanosync.errors import UserError
-from nanosync.files import check_can_write, json_text, os_error_as_user_error, replace_file, unused_path
+from experiments.runner import (
+    Job,
+    end_on_signals,
+    lock,
+    read_report,
+    recover,
+    run_jobs,
+    slots,
+    visible_gpus,
+)
+from nanosync.errors import UserError, shortened, shown
+from nanosync.files import (
+    check_can_write,
+    json_text,
+    open_regular,
+    os_error_as_user_error,
+    read_file,
+    replace_file,
+    unused_path,
+)
 from nanosync.run_log import RunLog
+
+LABELS = ("experiment_name", "description", "modification_type", "modification_details")  # for readers
 
 
 def check_unchanged(folder: str, before: dict, now: dict) -> None:
     """Raise UserError if a resumed experiment was edited: its runs would not be comparable."""
     now = json.loads(json.dumps(now))  # as it would be read from config.json
     for key in sorted(before.keys() | now.keys()):
-        if key != "description" and before.get(key) != now.get(key):
-            raise UserError(f"{folder} was begun with {key}={json.dumps(before.get(key))} and not "
-                            f"{json.dumps(now.get(key))}: put that back, or use another --log_dir or "
+        if key not in LABELS and before.get(key) != now.get(key):
+            raise UserError(f"{folder} was begun with {key}={_json(before.get(key))} and not "
+                            f"{_json(now.get(key))}: put that back, or use another --log_dir or "
                             f"campaign_name")
+
+
+def _json(value) -> str:
+    """Return a value as JSON, shortened for an error message."""
+    return shortened(json.dumps(value), 300)
 
 
 class Campaign:
@@ -97,11 +127,14 @@ class Campaign:
         path = self.path("plan.json")
         if os.path.exists(path):
             before = read_json(path)
-            for key in sorted(plan.keys() | before.keys()):
-                if key not in ("budget", "description") and plan.get(key) != before.get(key):
-                    raise UserError(f"{self.folder} was begun with {key}={json.dumps(before.get(key))} and "
-                                    f"not {json.dumps(plan.get(key))}: only the budget may change; use "
-                                    f"another --log_dir or campaign_name")
+            overrides = before.pop("overrides", []) if isinstance(before, dict) else []
+            check_plan(before, path)
+            before, now = parts_that_stay(before | {"overrides": overrides}), parts_that_stay(plan)
+            for key in sorted(now.keys() | before.keys()):
+                if now.get(key) != before.get(key):
+                    raise UserError(f"{self.folder} was begun with {key}={_json(before.get(key))} and not "
+                                    f"{_json(now.get(key))}: only the budget may change; use another "
+                                    f"--log_dir or campaign_name")
         write(path, json_text(plan))
 
     def _sequences(self, stage: str) -> float:
@@ -134,7 +167,8 @@ class Campaign:
     def _enter(self, **entry) -> None:
         """Append a line to the ledger, and flush it to the disk before anything else happens."""
         path = self.path("ledger.jsonl")
-        with os_error_as_user_error(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
+        with os_error_as_user_error(f"cannot write {path}"), \
+                open_regular(path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"time": time.time(), **entry}) + "\n")
             f.flush()
             os.fsync(f.fileno())
@@ -145,6 +179,7 @@ class Campaign:
         unsettled, path = {}, self.path("ledger.jsonl")
         cut_torn_line(path)
         for entry in read_lines(path):
+            check_entry(entry, path)
             if entry["what"] == "reserve":
                 unsettled[entry["key"]] = entry
             else:
@@ -153,11 +188,10 @@ class Campaign:
                 if entry["measured"] is not None:
                     self.costs.add(entry["stage"], entry["variant"], entry["measured"])
         for key, entry in unsettled.items():
-            try:
-                seconds = read_json(self.path(os.path.join(entry["folder"], "report.json")))["seconds"]
-                spent = min(seconds * entry["n_gpus"], entry["reserved"])
-            except (UserError, KeyError, TypeError):
-                spent = entry["reserved"]
+            report = read_report(self.path(entry["folder"]))
+            spent = entry["reserved"]
+            if report is not None:
+                spent = min(report["seconds"] * entry["n_gpus"], spent)
             self.budget.spent += spent
             self._enter(what="settle", key=key, stage=entry["stage"], variant=entry["variant"], spent=spent,
                         measured=None)
@@ -251,7 +285,8 @@ class Campaign:
             return  # the earlier decisions are being repeated, so far without a change
         if self._told[same:]:
             path = self.path("superseded.jsonl")
-            with os_error_as_user_error(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
+            with os_error_as_user_error(f"cannot write {path}"), \
+                    open_regular(path, "a", encoding="utf-8") as f:
                 f.write(lines_of({"until": time.time(), **one} for one in self._told[same:]))
         for one in now[same:]:
             print(f"{one['stage']}: {one['decision']}: {one['text']}", flush=True)
@@ -304,8 +339,18 @@ def experiments_in(parent: str) -> list[str]:
 def cut_torn_line(path: str) -> None:
     """Remove an incomplete last line from a file that is appended to. Raises UserError."""
     if os.path.exists(path):
-        with os_error_as_user_error(f"cannot write {path}"), open(path, "r+b") as f:
-            f.truncate(f.read().rfind(b"\n") + 1)
+        with os_error_as_user_error(f"cannot write {path}"), open_regular(path, "r+b") as f:
+            f.truncate(read_file(path, MAX_LINES).rfind(b"\n") + 1)
+
+
+def check_entry(entry: dict, path: str) -> None:
+    """Raise UserError for an entry of the ledger that lacks a field, or has one of another type or range."""
+    of = {"reserve": ("reserved", "n_gpus"), "settle": ("spent", "measured")}.get(str(entry.get("what")))
+    names = ("key", "stage", "variant", *(("folder",) if entry.get("what") == "reserve" else ()))
+    if of is None or not all(isinstance(entry.get(name), str) for name in names) or not all(
+            name in entry and (in_range(entry[name]) or (name == "measured" and entry[name] is None))
+            for name in of):
+        raise UserError(f"{path} has an entry that is no reservation and no cost: {shown(entry)}")
 
 
 def cost_shown(result: dict) -> float | None:
@@ -341,7 +386,7 @@ def dry_run(plan: dict, stages: list[dict], configs: dict) -> None:
             for run_id in range(stage["n_runs"]):
                 config = configs[stage["stage"], arm]
                 out_dir = os.path.join("...", f"run_{run_id}_seed_{config['base_seed'] + run_id}", "out")
-                print(shown(command(config, run_id, out_dir), variables(config)))
+                print(command_line(command(config, run_id, out_dir), variables(config)))
 
 
 def main() -> None:
@@ -349,9 +394,12 @@ def main() -> None:
     parser.add_argument("--plan", metavar="FILE", required=True)
     parser.add_argument("--log_dir", default="experiment_logs", help="parent of the campaign's folder")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, if there are GPUs for them")
-    parser.add_argument("--until", choices=list(STAGES), help="the stage to stop after")
+    parser.add_argument("--until", metavar="STAGE", help=f"the stage to stop after: {', '.join(STAGES)}")
     parser.add_argument("--dry_run", action="store_true", help="check, print the commands, and run nothing")
     args, overrides = parser.parse_known_args()
+    args.until = args.until and stage_name(args.until)
+    if args.until not in (None, *STAGES):
+        raise UserError(f"--until={shown(args.until)} is no stage: use {', '.join([*STAGES, *SHORT_STAGES])}")
     plan = read_plan(args.plan)
     configs = read_configs(plan, args.plan, overrides)
     stages, target = stages_until(plan, args.until), target_of(plan, configs)
@@ -362,6 +410,9 @@ def main() -> None:
         raise UserError(f"--parallel={args.parallel} must be at least 1")
     if args.dry_run:
         return dry_run(plan, stages, configs)
+    for stage in stages:
+        for arm in (plan["baseline"], *plan["variants"]):
+            check_data(configs[stage["stage"], arm])
     check_can_write(args.log_dir, "--log_dir")
     end_on_signals()
     folder = os.path.join(args.log_dir, plan["campaign_name"])

@@ -11,7 +11,6 @@ there waits until all processes of the earlier runner have ended.
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import re
@@ -21,20 +20,34 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from experiments.experiment_config import NUMBER, command, finite, num_iterations, shown, variables
+from experiments.experiment_config import (
+    MAX_NUMBER,
+    MAX_RUNS,
+    NUMBER,
+    arguments_of,
+    command,
+    command_line,
+    finite,
+    in_range,
+    num_iterations,
+    printable,
+    variables,
+)
 from experiments.experiment_logger import ExperimentLogger, gpu_info
-from nanosync.errors import UserError
-from nanosync.files import first_line, os_error_as_user_error, unused_path
+from nanosync.errors import UserError, shortened, shown
+from nanosync.files import first_line, open_regular, os_error_as_user_error, read_json, unused_path
 from nanosync.folder_lock import lock_folder
 from nanosync.run_log import LogTail, RunLog
 
 SUPERVISOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervise.py")
 ENDING = 5.0  # longest time to end a run, seconds
 PATIENCE = 2 * ENDING  # longest wait for the processes of an earlier runner, seconds
-KEPT_LINES = 20  # of a failed run's output
+KEPT_LINES, KEPT_BYTES = 20, 200_000  # of a failed run's output
+LONGEST_LINE = 1000  # characters of a line that is kept
 POLL = 0.25  # seconds
 # the first line of torchrun's report of a failed worker, which does not name the cause
 TORCHRUN_REPORT = re.compile(r"[EWI]\d{4} \d\d:\d\d:\d\d.*torch/distributed/elastic/multiprocessing/")
+ENDINGS = "itself", "limit", "signal", "starter"  # values of ended_by in report.json
 EMPTY_RESULT = {"final_val_loss": None, "final_train_loss": None, "time_seconds": 0.0, "final_step": 0,
                 "success": False}
 MALFORMED_EVENT_ERRORS = (ArithmeticError, LookupError, TypeError, ValueError)
@@ -77,8 +90,9 @@ class Running:
         self.report = os.path.join(self.folder, "report.json")
         self.command = command(job.log.config, job.run_id, os.path.abspath(self.out_dir), **job.changed)
         added = variables(job.log.config, gpus)
-        job.log.note(f"{job.name}: {shown(self.command, added)}")
-        with open(os.path.join(self.folder, "stdout.log"), "wb") as output:
+        job.log.note(f"{job.name}: {command_line(self.command, added)}")
+        with os_error_as_user_error(f"cannot start {job.name}"), \
+                open(os.path.join(self.folder, "stdout.log"), "wb") as output:
             self.supervisor = subprocess.Popen(
                 [sys.executable, SUPERVISOR, self.report, str(job.limit), *self.command],
                 stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=os.environ | added,
@@ -92,28 +106,43 @@ class Running:
 
     def result(self) -> tuple[dict, list[dict]]:
         """Return what `record` takes, once the supervisor has ended."""
-        try:
-            with open(self.report, encoding="utf-8") as f:
-                report = json.load(f)
-        except (OSError, ValueError):
+        report = read_report(self.folder)
+        if report is None:
             report = {"code": None, "seconds": time.monotonic() - self.started, "ended_by": "unknown"}
         return result_of(self.job, self.folder, report)
+
+
+def read_report(folder: str) -> dict | None:
+    """Return the report of supervise.py in the folder of a run; None without a valid one."""
+    try:
+        report = read_json(os.path.join(folder, "report.json"))
+    except (OSError, ValueError):
+        return None
+    valid = isinstance(report, dict) and in_range(report.get("seconds")) \
+        and report.get("ended_by") in ENDINGS and type(report.get("code")) in (int, type(None))
+    return report if valid else None
 
 
 def result_of(job: Job, folder: str, report: dict) -> tuple[dict, list[dict]]:
     """Return what `record` takes of an ended run, from its folder and the report of supervise.py."""
     try:
-        return _result_of(job, folder, report)
+        result, metrics = _result_of(job, folder, report)
     except Exception as e:  # the unexpected output of one script must not end the other runs
-        return EMPTY_RESULT | {"run_id": job.run_id, "seed": job.log.config["base_seed"] + job.run_id,
-                               "error": f"its output cannot be read: {type(e).__name__}: {first_line(e)}",
-                               "wall_seconds": round(report["seconds"], 3), "gpus": job.log.config["n_gpus"],
-                               "ended_by": report["ended_by"], "output_tail": []}, []
+        result = EMPTY_RESULT | {"run_id": job.run_id, "seed": job.log.config["base_seed"] + job.run_id,
+                                 "error": f"its output cannot be read: {type(e).__name__}: {first_line(e)}",
+                                 "wall_seconds": round(report["seconds"], 3),
+                                 "gpus": job.log.config["n_gpus"],
+                                 "ended_by": report["ended_by"], "output_tail": []}
+        metrics = []
+    if "error" in result:  # results.jsonl and terminals take no control characters
+        result["error"] = shortened(printable(result["error"]), LONGEST_LINE)
+        result["output_tail"] = [shortened(printable(line), LONGEST_LINE) for line in result["output_tail"]]
+    return result, metrics
 
 
 def _result_of(job: Job, folder: str, report: dict) -> tuple[dict, list[dict]]:
     config = job.log.config
-    asked = config["stage_config"] | config["hyperparameters"] | {"seed": config["base_seed"] + job.run_id}
+    asked = config["stage_config"] | arguments_of(config) | {"seed": config["base_seed"] + job.run_id}
     asked |= job.changed
     result, metrics = judge_run(os.path.join(folder, "out"), asked, report)
     result = {"run_id": job.run_id, "seed": asked["seed"], **result,
@@ -128,12 +157,10 @@ def recover(log: ExperimentLogger, n_runs: int) -> None:
     """Record the runs that ended by themselves after their runner was killed."""
     for run_id in log.missing(n_runs):
         folder = log.run_folder(run_id)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
-                report = json.load(f)
-            if report["ended_by"] == "itself":
-                job = Job(log, run_id)
-                settle(job, *result_of(job, folder, report))
+        report = read_report(folder)
+        if report is not None and report["ended_by"] == "itself":
+            job = Job(log, run_id)
+            settle(job, *result_of(job, folder, report))
 
 
 class RunProgress:
@@ -169,9 +196,7 @@ def judge_run(out_dir: str, asked: dict, report: dict) -> tuple[dict, list[dict]
     asked: the settings it was given; report: the report of supervise.py.
     """
     result = dict(EMPTY_RESULT)
-    status, metrics, config = {}, [], {}
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(out_dir, "status.json")) as f:
-        status = json.load(f)
+    status, metrics, config = read_status(out_dir), [], {}
     try:
         log = RunLog.read(out_dir)
         metrics = [row for event in log.events if (row := metric(event))]
@@ -194,6 +219,19 @@ def judge_run(out_dir: str, asked: dict, report: dict) -> tuple[dict, list[dict]
     return result | ({"success": True} if error is None else {"error": error}), metrics
 
 
+def read_status(out_dir: str) -> dict | str:
+    """Return the status.json of a run, or the reason why there is none that is valid."""
+    try:
+        status = read_json(os.path.join(out_dir, "status.json"))
+    except FileNotFoundError:
+        return "it left no status.json in its out_dir"
+    except (OSError, ValueError) as e:
+        return f"its status.json cannot be read: {getattr(e, 'strerror', None) or first_line(e)}"
+    if not isinstance(status, dict) or not isinstance(status.get("status"), str):
+        return "its status.json has no status"
+    return status
+
+
 def metric(event: dict) -> dict | None:
     """Return the line of metrics.jsonl for an event, None for events without one.
 
@@ -207,26 +245,27 @@ def metric(event: dict) -> dict | None:
     for needed, kinds in (("step", int), (key, NUMBER), ("train_time_ms", NUMBER), ("step_avg_ms", NUMBER)):
         value = event.get(needed, "")
         if not isinstance(value, kinds) and (value is not None or needed == "step"):
-            found = f"{needed}={value!r:.40}" if needed in event else f"no {needed}"
+            found = f"{needed}={shown(value, 40)}" if needed in event else f"no {needed}"
             raise UserError(f"an event {event['event']!r} of its log has {found}")
     done = event["step"] + (event["event"] == "iter")  # the step of an iteration is the index of its update
-    return {"step": done, name: finite(event[key]), "train_time_ms": finite(event["train_time_ms"]),
-            "step_avg_ms": finite(event["step_avg_ms"])}
+    values = {name: event[key], "train_time_ms": event["train_time_ms"], "step_avg_ms": event["step_avg_ms"]}
+    return {"step": done} | {name: value if in_range(value, -MAX_NUMBER if "loss" in name else 0) else None
+                             for name, value in values.items()}
 
 
-def problem_of(status: dict, unreadable: str, asked: dict, config: dict, last_val: dict | None, report: dict
-               ) -> str | None:
+def problem_of(status: dict | str, unreadable: str, asked: dict, config: dict, last_val: dict | None,
+               report: dict) -> str | None:
     """Say why a run does not count; None if it does."""
     ended = {"limit": f"ended at its limit, after {report['seconds']:.0f} s", "signal": "ended by SIGTERM",
              "starter": "ended because the runner was"}
     if report["ended_by"] in ended:
         return ended[report["ended_by"]]
     code = report["code"]
-    if not isinstance(status, dict) or "status" not in status:
-        return f"it left no status.json in its out_dir (exit code {code}): it ended before it trained, or " \
-               f"its script does not report as train_gpt.py does"
+    if isinstance(status, str):
+        return f"{status} (exit code {code}): it ended before it trained, or its script does not report as " \
+               f"train_gpt.py does"
     if status["status"] != "finished":
-        state = "crashed" if status["status"] == "running" else status["status"]
+        state = "crashed" if status["status"] == "running" else shortened(status["status"], 80)
         return f"{state} at step {status['step']} (exit code {code})"
     if unreadable or last_val is None:
         return f"no validation loss captured: {unreadable or 'its log has no eval event'}"
@@ -240,15 +279,20 @@ def problem_of(status: dict, unreadable: str, asked: dict, config: dict, last_va
         return "no training time captured: train_time_ms of its last evaluation is no number"
     other = [key for key, value in asked.items() if config.get(key) != value]
     if other:
-        return f"it was asked for {other[0]}={asked[other[0]]!r} and ran with {config.get(other[0])!r}"
+        return f"it was asked for {other[0]}={shown(asked[other[0]])} and ran with " \
+               f"{shown(config.get(other[0]))}"
     return None
 
 
 def last_lines(path: str) -> list[str]:
-    """Return the last lines of a run's output, without torchrun's report of a failed worker."""
-    with open(path, "rb") as f:
-        f.seek(max(os.path.getsize(path) - 200_000, 0))
-        lines = f.read().decode(errors="backslashreplace").splitlines()
+    """Return the last lines of a run's output, without torchrun's report of a failed worker; or the reason
+    why they cannot be read."""
+    try:
+        with open_regular(path) as f:
+            f.seek(max(os.fstat(f.fileno()).st_size - KEPT_BYTES, 0))
+            lines = f.read(KEPT_BYTES).decode(errors="backslashreplace").splitlines()
+    except OSError as e:
+        return [f"({os.path.basename(path)} cannot be read: {e.strerror})"]
     end = next((i for i, line in enumerate(lines) if TORCHRUN_REPORT.match(line)), len(lines))
     return lines[max(end - KEPT_LINES, 0):end] or lines[-KEPT_LINES:]
 
@@ -265,8 +309,8 @@ def visible_gpus() -> list[str]:
 def slots(config: dict, parallel: int) -> list[str | None]:
     """Return the GPUs for each of the parallel runs; None for all that the run finds. Raises UserError."""
     n = config["n_gpus"]
-    if parallel < 1:
-        raise UserError(f"parallel={parallel} must be at least 1")
+    if not 1 <= parallel <= MAX_RUNS:
+        raise UserError(f"parallel={parallel} must be from 1 to {MAX_RUNS}")
     gpus = visible_gpus()
     settings = config["stage_config"] | config["hyperparameters"]
     if not gpus or settings.get("device") == "cpu":

@@ -14,9 +14,11 @@ from model import (
     use_triton_layer_norm,
 )
 from models.registry import ARCHITECTURE, KINDS, build_model
+from nanosync import huggingface
 from nanosync.checkpoint import Checkpoint, find, find_weights
 from nanosync.distributed import Processes
 from nanosync.errors import UserError
+from nanosync.files import expand_path
 from nanosync.model_kind import check_size, model_config, model_description, schedule_description
 from nanosync.parallelism import Parallelism
 from nanosync.random_states import seed_random_states
@@ -159,7 +161,7 @@ def load(out_dir: str, which: str | int = "latest", **overrides) -> nn.Module:
 
     which: 'latest', 'best' or a step. overrides: see load_model.
     """
-    return load_model(find(out_dir, which, kinds=KINDS), **overrides)
+    return load_model(find(expand_path(out_dir), which, kinds=KINDS), **overrides)
 
 
 def load_weights(name: str, kind: str = "gpt", variant: dict | None = None, warn=print, group=None,
@@ -263,7 +265,10 @@ def find_for_inference(config: dict, group=None) -> Checkpoint | None:
     """
     if config["init_from"] == "resume":
         return find(config["out_dir"], config["checkpoint_step"], group=group, kinds=KINDS)
-    return find_weights(config["init_from"], config["checkpoint_step"], group=group, kinds=KINDS)
+    found = find_weights(config["init_from"], config["checkpoint_step"], group=group, kinds=KINDS)
+    if found is None:  # an error comes before a script reads or downloads anything else
+        huggingface.check_name(config["init_from"])
+    return found
 
 
 def load_for_inference(config: dict, found: Checkpoint | None, processes: Processes, say) -> nn.Module:

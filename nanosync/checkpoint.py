@@ -25,7 +25,16 @@ import torch
 
 from nanosync.distributed import env_rank, on_main
 from nanosync.errors import UserError, shown
-from nanosync.files import MAX_JSON, json_text, parse_json, read_file, replace_file, sha256_of, write_json
+from nanosync.files import (
+    MAX_JSON,
+    json_text,
+    os_error_as_user_error,
+    parse_json,
+    read_file,
+    replace_file,
+    sha256_of,
+    write_json,
+)
 from nanosync.foreign_weights import advice
 from nanosync.model_kind import ModelKind, model_config
 from nanosync.tensor_files import check_values, read_tensors
@@ -95,9 +104,10 @@ def _read_json(path: str):
 
 def steps_in(out_dir: str) -> list[int]:
     """Return the steps that have a checkpoint folder, valid or not, in ascending order. Other names in ckpt/
-    are ignored."""
+    are ignored. Raises UserError if ckpt/ cannot be read."""
     folder = os.path.join(out_dir, "ckpt")
-    names = os.listdir(folder) if os.path.isdir(folder) else []
+    with os_error_as_user_error(f"cannot read {folder}"):
+        names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(int(m[1]) for m in map(STEP_NAME.fullmatch, names) if m)
 
 
@@ -241,8 +251,9 @@ def listing(out_dir: str, kinds: dict[str, ModelKind] | None = None) -> str:
             state = open_checkpoint(path, kinds).state
         except UserError as e:
             state, problem = {}, str(e).partition("cannot be used: ")[2] or str(e)
-        size = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(path)) \
-            if os.path.isdir(path) else 0
+        size = 0
+        with contextlib.suppress(OSError):  # not a folder, or not readable
+            size = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(path))
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(os.lstat(path).st_mtime))
         val_loss = state.get("val_loss")
         val_loss = "-" if val_loss is None else f"{val_loss:.4f}"

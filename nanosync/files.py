@@ -22,9 +22,9 @@ FREE_TEXT = ("chars", "sample_prompt", "start", "stop_token", "text")  # may hav
 
 
 def open_regular(path: str, mode: str = "rb", **options):
-    """Open a regular file for reading. Raises OSError, also for a pipe or a device, without waiting for it.
+    """Open a regular file. Raises OSError, also for a pipe or a device, without waiting for it.
 
-    options: of the function open.
+    mode, options: of the function open.
     """
     try:
         return open(path, mode, opener=_open_regular, **options)
@@ -35,7 +35,8 @@ def open_regular(path: str, mode: str = "rb", **options):
 
 
 def _open_regular(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_NONBLOCK)  # without O_NONBLOCK a pipe blocks until it is written
+    # without O_NONBLOCK a pipe blocks until it is written, or read
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
@@ -48,8 +49,9 @@ def _open_regular(path: str, flags: int) -> int:
 def read_file(path: str, limit: int) -> bytes:
     """Read a regular file of at most `limit` bytes. Raises OSError."""
     with open_regular(path) as f:
-        content = f.read(limit + 1)
-    if len(content) > limit:
+        fits = os.fstat(f.fileno()).st_size <= limit
+        content = f.read(limit + 1) if fits else b""
+    if not fits or len(content) > limit:  # also of a file that grows, or whose size is not known
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", path)
     return content
 

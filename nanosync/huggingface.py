@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from nanosync.errors import UserError, shortened, shown
-from nanosync.files import first_line, read_json
+from nanosync.files import expand_path, first_line, read_json
 from nanosync.foreign_weights import advice
 from nanosync.tensor_files import check_values, read_tensors
 
@@ -22,10 +22,10 @@ GPT2_VOCAB_SIZE = 50257
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def find_folder(name: str) -> str:
-    """Return the folder of GPT-2 weights, downloaded if they are not in the local cache. Raises UserError.
+def check_name(name: str) -> None:
+    """Raise UserError unless a name is that of a folder with a GPT-2's configuration, or a key of GPT2_SIZES.
 
-    name: a local folder, or a key of GPT2_SIZES.
+    The weights are not read and nothing is downloaded.
     """
     if unread := advice(name):
         raise UserError(unread)
@@ -33,9 +33,20 @@ def find_folder(name: str) -> str:
         if not os.path.exists(os.path.join(name, "config.json")):
             raise UserError(f"{name} has neither checkpoints (ckpt/step-...) nor config.json and "
                             f"model.safetensors: name another folder")
-        return name
-    if name not in GPT2_SIZES:
+        read_config(name)
+    elif name not in GPT2_SIZES:
         raise UserError(f"{name!r} is neither a folder nor one of {', '.join(GPT2_SIZES)}")
+
+
+def find_folder(name: str) -> str:
+    """Return the folder of GPT-2 weights, downloaded if they are not in the local cache. Raises UserError.
+
+    name: a local folder, or a key of GPT2_SIZES.
+    """
+    name = expand_path(name)
+    check_name(name)
+    if os.path.isdir(name):
+        return name
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
@@ -152,7 +163,7 @@ def save(model: nn.Module, folder: str) -> None:
     """
     from safetensors.torch import save_file
 
-    c = model.config
+    folder, c = expand_path(folder), model.config
     tensors = {}
     for name, p in model.named_parameters():
         p = p.detach().cpu()

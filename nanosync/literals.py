@@ -7,6 +7,8 @@ MAX_LITERAL = 10_000  # characters of a literal
 MAX_VALUES = 100_000  # values in the lists of a literal, and characters of its texts
 MAX_NESTING = 100  # operations and lists of a literal inside each other
 MAX_BITS = 4096  # of an integer; 401 digits have 1330
+NESTED = f"it has more than {MAX_NESTING} operations or lists inside each other"
+DIGITS = "its numbers have too many digits"
 
 
 class TooLarge(ValueError):
@@ -20,12 +22,22 @@ def evaluate(text: str):
     """
     if len(text) > MAX_LITERAL:
         raise TooLarge(f"it has {len(text):,} characters, and a literal may have {MAX_LITERAL:,}")
-    return _evaluate(ast.parse(text.strip(), mode="eval").body, 0)
+    try:
+        body = ast.parse(text.strip(), mode="eval").body
+    except (RecursionError, MemoryError):
+        raise TooLarge(NESTED) from None
+    except SyntaxError as e:
+        if "too many nested" in str(e):
+            raise TooLarge(NESTED) from None
+        if "integer string conversion" in str(e):  # Python's own limit
+            raise TooLarge(DIGITS) from None
+        raise
+    return _evaluate(body, 0)
 
 
 def _evaluate(node, depth: int):
     if depth > MAX_NESTING:
-        raise TooLarge(f"it has more than {MAX_NESTING} operations or lists inside each other")
+        raise TooLarge(NESTED)
     if isinstance(node, ast.BinOp):
         a, b = _evaluate(node.left, depth + 1), _evaluate(node.right, depth + 1)
         return _operate(node.op, a, b)
@@ -47,7 +59,7 @@ def _operate(op, a, b):
             if isinstance(many, (list, str, bytes)) and isinstance(times, int):
                 _check_values(_values(many) * max(times, 0))
         if isinstance(a, int) and isinstance(b, int) and a.bit_length() + b.bit_length() > MAX_BITS:
-            raise TooLarge("its numbers have too many digits")
+            raise TooLarge(DIGITS)
     elif type(op) is ast.Add and isinstance(a, (list, str, bytes)):
         _check_values(_values(a) + _values(b))
     return _bounded(operations[type(op)](a, b))
@@ -68,7 +80,7 @@ def _check_values(number: int) -> None:
 
 def _bounded(value):
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
-        raise TooLarge("its numbers have too many digits")
+        raise TooLarge(DIGITS)
     return value
 
 

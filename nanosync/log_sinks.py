@@ -20,6 +20,7 @@ import time
 from nanosync.errors import UserError
 from nanosync.files import first_line, open_regular, replace_file
 from nanosync.log_fields import curves_of
+from nanosync.wandb_files import next_step
 
 BACKLOG = 20_000  # pending lines or records of a file on a full disk
 WANDB_SECONDS = 60.0  # limit for reaching wandb at the start, and for sending the rest at the end
@@ -272,6 +273,7 @@ class _Wandb:
 
         id_path = os.path.join(out_dir, "wandb_id")
         self._warn, run_id = warn, _read_id(id_path) if resumed else None
+        in_files = None if run_id is None else next_step(out_dir, run_id)
 
         def init(mode: str):
             settings = wandb.Settings(init_timeout=WANDB_SECONDS)
@@ -290,21 +292,29 @@ class _Wandb:
                 warn(f"warning: wandb is not reachable ({first_line(e)}): logging offline, into "
                      f"{out_dir}/wandb")
                 wandb.teardown()  # frees the id
-                self._run = init("offline")
+                mode, self._run = "offline", init("offline")
         except Exception as e:
             raise UserError(f"wandb cannot start ({first_line(e)}): run wandb login, or use "
                             f"--wandb_mode=offline or --wandb_log=False") from None
-        self._next = self._run.step if run_id is not None else 0
-        self._continues = run_id is not None
+        self._continues, self._next = run_id is not None, 0  # _next: first step to send, None if unknown
+        if self._continues:
+            self._next = in_files if mode == "offline" else self._run.step
         try:
             replace_file(id_path, f"{self._run.id}\n".encode())
         except OSError as e:
             warn(f"warning: cannot write {id_path} ({e.strerror}): a resumed run will be a new wandb run")
 
-    def skip_to(self, step: int) -> None:
-        """Send no step before this step, as the resumed wandb run has those steps."""
-        if self._continues:
-            self._next = max(self._next, step)
+    def fill(self, kept: list[dict], reached: int) -> None:
+        """Send the steps of the log that the resumed wandb run lacks, e.g. because the run was killed.
+
+        kept: events before the checkpoint. reached: last step in the log; wandb has it if nothing is known.
+        """
+        if not self._continues:
+            return
+        self._next = reached + 1 if self._next is None else self._next
+        for event in kept:
+            if event["event"] != "end":
+                self.event(event)
 
     def event(self, event: dict) -> None:
         values, step = curves_of(event), event.get("step", 0)

@@ -9,6 +9,7 @@ from nanosync import run_dir
 from nanosync.checkpoint import UNREADABLE, Checkpoint, find, find_resumed, steps_in
 from nanosync.distributed import Job, Processes, all_values, on_main
 from nanosync.errors import UserError, shown
+from nanosync.foreign_weights import advice
 from nanosync.model_kind import ModelKind, model_config
 
 
@@ -85,7 +86,8 @@ def is_restart(out_dir: str, group) -> bool:
 def _newest(out_dir: str, say, kinds: dict[str, ModelKind]) -> Checkpoint | None:
     """Return the newest valid checkpoint in out_dir, None if out_dir has no valid checkpoint."""
     if not steps_in(out_dir):
-        say(f"no checkpoint in {out_dir}: this is the start of the run")
+        unread = advice(out_dir)
+        say(f"no checkpoint in {out_dir}{f' ({unread})' if unread else ''}: this is the start of the run")
         return None
     try:
         return find(out_dir, "latest", say, None, kinds)

@@ -137,6 +137,7 @@ class Run:
         saves = "saving" if config.get("save_checkpoint", True) else "ending"
         answer = f"finishing this step, then {saves}; again to end at once" if processes.main else ""
         self.signals, self.stopwatch = StopSignal(answer), Stopwatch()
+        barrier(processes.group)  # all have handlers: a signal would end a process without one
         before_exit.append(lambda: self._close(self.status if self.status == "non_finite" else "failed"))
         if progress:
             self.log.begin(self.first_step, self.last_step)
@@ -292,4 +293,5 @@ class Run:
         for note in notes:
             self.line(note)
         self._close(self.status)
+        self.signals.end()
         finish(self.processes)

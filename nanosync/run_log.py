@@ -84,7 +84,9 @@ class LogTail:
                 self._file = open_regular(max(paths)) if paths else None
         if self._file is None:
             return []
-        *lines, self._partial = (self._partial + self._file.read()).split(b"\n")
+        *lines, self._partial = (self._partial + self._file.read(4 * MAX_LINE)).split(b"\n")
+        if len(self._partial) >= MAX_LINE:  # no line of ours
+            self._partial = b""
         values = []
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):
@@ -103,8 +105,10 @@ def read_log(path: str) -> list[dict]:
         paths = log_paths(path)
         if not paths:
             raise UserError(f"{path} has no run_*.jsonl: it is no out_dir of a training run")
-    else:
+    elif os.path.exists(path):
         paths = [path]
+    else:
+        raise UserError(f"there is no run in {path}: give the out_dir of a run or one of its run_*.jsonl")
     logs = []
     for path in paths:
         events = read_events(path)

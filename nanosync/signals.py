@@ -50,6 +50,13 @@ class StopSignal:
         elif again and not (number == signal.SIGTERM and time.monotonic() - self._since < self.TOGETHER):
             os._exit(128 + number)
 
+    def end(self) -> None:
+        """Ignore further signals except SIGINT: nothing is left to save, and Python restores the signals'
+        default actions, which end the process with an error, before it exits."""
+        for number in self.SIGNALS:
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_IGN)
+
     def _print_answer(self) -> None:
         """Print the answer, unless stderr is closed or does not take it now: a signal must not wait."""
         with contextlib.suppress(OSError, ValueError):

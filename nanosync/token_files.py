@@ -25,10 +25,10 @@ import numpy as np
 from nanosync.errors import UserError, shown
 from nanosync.files import first_line, open_regular, os_error_as_user_error, read_json
 
-SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
-SHARDS = {SHARD_MAGIC: ("uint16", (SHARD_VERSION,)), 20240801: ("uint32", (1, 7))}  # magic -> dtype, versions
-TOKEN_DTYPE = np.dtype("<u2")  # of the files that this repository writes
-DTYPES = {"uint16": TOKEN_DTYPE, "uint32": np.dtype("<u4")}  # dtypes of tokens that can be read
+HEADER_INTS = 256
+SHARDS = {20240520: ("uint16", (1,)), 20240801: ("uint32", (1, 7))}  # magic -> dtype, versions
+SHARD_HEADS = {dtype: (magic, versions[-1]) for magic, (dtype, versions) in SHARDS.items()}  # of new shards
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}  # of tokens, by name
 MAX_VOCAB_SIZE = {"uint16": 1 << 16, "uint32": 1 << 31}  # PyTorch's token ids are signed
 META = {"vocab_size": int, "tokenizer": str, "dtype": str, "end_of_text": int, "train_tokens": int,
         "val_tokens": int, "name": str, "format": str, "sha256": dict}  # entries of meta.json -> types; the
@@ -49,6 +49,11 @@ class TokenFormat:
     open: Callable  # (open file, its size in bytes, its path, name of the dtype in meta.json or None) ->
     # read-only memory map of the tokens; raises UserError if the file is malformed
     ordered: bool  # True: the first epoch reads the windows in the order of the files
+
+
+def dtype_for(vocab_size: int) -> str:
+    """Return the name of the narrowest dtype that holds the tokens of a vocabulary."""
+    return next(name for name, size in MAX_VOCAB_SIZE.items() if vocab_size <= size)
 
 
 def split_files(folder: str, split: str) -> tuple[str, list[str]]:

@@ -66,7 +66,7 @@ class TrainingLogger:
             samples = {event["step"]: event["text"] for event in events if event["event"] == "sample"}
             self._drop_lines(os.path.join(out_dir, "log.txt"), resumed_step, evaluated, epoch, samples)
             if self._wandb is not None:
-                self._wandb.skip_to(reached + 1)
+                self._wandb.fill(kept, reached)
         if path is None:
             path = unused_path(os.path.join(out_dir, time.strftime("run_%Y%m%d-%H%M%S")), ".jsonl")
         else:

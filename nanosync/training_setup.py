@@ -12,7 +12,7 @@ from nanosync.dataloader import evaluate, evaluation_batches
 from nanosync.distributed import finish, start
 from nanosync.errors import UserError, shown
 from nanosync.hardware import check_compile, make_deterministic, pick_dtype
-from nanosync.model_kind import ModelKind
+from nanosync.model_kind import MAX_LAYERS, ModelKind
 from nanosync.muon import build_muon
 from nanosync.optim import build_adamw
 from nanosync.parallelism import Parallelism, check_parallelism, parallelism_of, settle_buckets
@@ -31,6 +31,7 @@ def check_training_settings(config: dict) -> None:
                    "sample_interval", "hellaswag_interval")
     check_at_least(config, 1, "sample_tokens", "timeout")
     check_at_most(config, 1e6, "timeout")
+    check_at_most(config, MAX_LAYERS, "n_layer")
     check_at_least(config, 0, "fsdp_min_num_params")
     if config["use_triton"] not in (True, False, "auto"):
         raise UserError(f"use_triton={shown(config['use_triton'])} is unknown: use True, False or auto")

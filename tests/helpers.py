@@ -521,7 +521,7 @@ def log_a_run(folder, first, last, resumed=None, evaluated=True, closed=True, co
 def wandb_run(folder, first, last, resumed=None, mode="online"):
     log = TrainingLogger()
     log.start_wandb("project", "name", {"lr": 1.0}, str(folder), mode, resumed=resumed is not None)
-    log.open_files(str(folder), {}, {}, resumed_step=resumed)
+    log.open_files(str(folder), {}, {}, resumed_step=resumed, evaluated=False)
     for step in range(first, last):
         log.evaluation(step, 3.0, 4.0, 1e-3)
         log.iteration(step, math.nan, 1e-3, 0.5, 0.25, 1000, None, 0)

@@ -75,6 +75,7 @@ for step in range(last + 1):
         event("eval", step=step, train_loss=loss, lr=0.1, **clock,
               **{name: None if behaviour == "not finite" else loss})
     if behaviour == "crash" and step == 7:
+        sys.stdout.buffer.write(b"\\x00\\x1b[2J\\xff\\n")
         raise RuntimeError("the GPU has fallen off the bus")
     time.sleep(step_seconds)
 status("non_finite" if behaviour == "diverged" else "finished", last)

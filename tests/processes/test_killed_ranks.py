@@ -5,6 +5,7 @@ part of tests/restarts.py, which has the loop.
 """
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -22,7 +23,8 @@ def test_run_goes_on_after_a_rank_is_killed(tmp_path):
     case = restarts.kill_and_compare(data, tmp_path / "out", tmp_path / "whole", [(0, 23)])
     assert case["ok"], case
     text = (tmp_path / "out" / "log.txt").read_text()
-    assert "resuming from " in text and ": step 20, epoch 0, val loss " in text
+    # of step 20, or of step 10 if the kill came before the saver had written step 20
+    assert re.search(r"resuming from .*: step [12]0, epoch 0, val loss ", text)
     assert text.count("\nShuffled 4 training shards for epoch 1\nStarting epoch 1\niter 24: ") == 1
     assert "evaluating: 4 batches of each split\nstep 0: " in text
 

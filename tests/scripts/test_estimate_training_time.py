@@ -228,7 +228,7 @@ def test_time_zone():
     (["run", "run"], "run, run: give one of them"),
     (["run", "--max_iters=5"], "--max_iters is for a run that has not begun"),
     (["run", "--tokens_per_second=5"], "--tokens_per_second is for a run that has not begun"),
-    (["nowhere"], "cannot read nowhere: No such file"),
+    (["nowhere"], "there is no run in nowhere: give"),
     (["empty"], "empty has no run_*.jsonl"),
     (["text.txt"], "text.txt is no log of a training run"),
     (["new.jsonl"], "new.jsonl has no iteration yet"),

@@ -85,6 +85,8 @@ def test_runs_that_go_wrong(tmp_path, light_launcher):
         assert words in errors.pop(what)
     assert not errors
     assert results[1]["output_tail"][-1] == "RuntimeError: the GPU has fallen off the bus"
+    assert r"\x00\x1b[2J\xff" in results[1]["output_tail"]
+    assert b"\x1b" not in (folder / "experiment.log").read_bytes()
     assert results[7]["output_tail"] == ["error: no data set"]
     before = (folder / "results.jsonl").read_text()
     (folder / "results.jsonl").unlink()  # as if the runner had been killed before it could record

@@ -4,12 +4,15 @@
 """
 
 import os
+import signal
 import subprocess
 import sys
 
 from helpers import PATIENCE, ROOT
 from helpers import event_steps as steps
 from helpers import logged_events as said
+
+from nanosync.wandb_files import records
 
 PATHS = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
 
@@ -34,21 +37,35 @@ def test_a_console_that_goes_away(tmp_path):
 
 
 WITH_WANDB = """
-import time
+import os, signal, sys
 from pathlib import Path
 from helpers import wandb_run
-wandb_run(Path("out"), 0, 4, mode="offline")
-time.sleep(1.1)  # wandb names its folder by the second
-wandb_run(Path("out"), 2, 6, resumed=2, mode="offline")
+from nanosync.training_logger import TrainingLogger
+if sys.argv[1] == "killed":
+    TrainingLogger.close = lambda log, **summary: os.kill(os.getpid(), signal.SIGKILL)
+    wandb_run(Path("out"), 0, 40, mode="offline")
+wandb_run(Path("out"), 30, 50, resumed=30, mode="offline")
 """
 
 
+def wandb_steps(out):
+    """Return the steps in all .wandb files of an out_dir."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    read = [Record.FromString(data) for path in sorted(out.glob("wandb/offline-run-*/*.wandb"))
+            for data in records(str(path))]
+    return [record.history.step.num for record in read if record.HasField("history")]
+
+
 def test_wandb_itself_offline(tmp_path):
+    """A run is killed with steps that wandb has not written. The resumed run writes them."""
     env = {name: value for name, value in os.environ.items() if "WANDB" not in name} | PATHS
-    done = subprocess.run([sys.executable, "-c", WITH_WANDB], cwd=tmp_path, env=env, capture_output=True,
-                          text=True, timeout=PATIENCE)
-    assert done.returncode == 0 and "warning" not in done.stdout, done.stderr
-    assert "Steps must be monotonically increasing" not in done.stderr
+    for what, code in (("killed", -signal.SIGKILL), ("resumed", 0)):
+        done = subprocess.run([sys.executable, "-c", WITH_WANDB, what], cwd=tmp_path, env=env, text=True,
+                              capture_output=True, timeout=PATIENCE)
+        assert done.returncode == code and "warning" not in done.stdout, done.stderr
+        assert "Steps must be monotonically increasing" not in done.stderr
     name = (tmp_path / "out" / "wandb_id").read_text().strip()
     assert os.listdir(tmp_path) == ["out"]
     assert len(list((tmp_path / "out" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
+    assert sorted(wandb_steps(tmp_path / "out")) == list(range(50))

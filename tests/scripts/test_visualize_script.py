@@ -86,8 +86,8 @@ def test_a_real_run_and_its_continuation(run_script, tiny_data, tmp_path):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["none"], "cannot read none: No such file"),
-    ([], "cannot read out: No such file"),
+    (["none"], "there is no run in none: give the out_dir of a run or"),
+    ([], "there is no run in out: give"),
     (["empty"], "no run_*.jsonl"),
     (["text.txt"], "text.txt is no log of a training run"),
     (["binary"], "binary is no log of a training run"),

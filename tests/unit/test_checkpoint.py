@@ -3,6 +3,7 @@
     python -m pytest tests/unit/test_checkpoint.py
 """
 
+import errno
 import json
 import os
 import random
@@ -258,3 +259,20 @@ def test_a_model_that_no_memory_holds():
     with pytest.raises(UserError, match=r"n_embd=100000000,.* GB of parameters"):
         registry.check_size(GPTConfig(n_embd=10**8, n_head=1))
     registry.check_size(GPTConfig())
+
+
+@pytest.mark.parametrize("unreadable", ["listdir", "scandir"])
+def test_folders_that_cannot_be_read(tmp_path, monkeypatch, unreadable):
+    """By a mock, as the tests may run as root, who can read everything."""
+    save(tmp_path, 5)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, unreadable, refuse)
+    if unreadable == "scandir":  # of a checkpoint: the listing has its line
+        assert "0.0 MB" in checkpoint.listing(str(tmp_path))
+        return
+    for find in (checkpoint.steps_in, checkpoint.listing, checkpoint.find, checkpoint.find_weights):
+        with pytest.raises(UserError, match=r"cannot read .*ckpt: Permission denied"):
+            find(str(tmp_path))

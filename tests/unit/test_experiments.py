@@ -31,7 +31,7 @@ from experiments import (
 )
 from experiments import experiment_statistics as es
 from experiments.campaign import Budget, Costs, Plan, Results, Run, decide
-from experiments.experiment_config import STAGES, load_config, shown
+from experiments.experiment_config import STAGES, command_line, load_config
 from experiments.experiment_logger import ExperimentLogger, gpu_info, made_by, read_folder
 from experiments.report import Experiment, curve, on_common_steps, time_to
 from nanosync.errors import UserError
@@ -242,7 +242,14 @@ def test_a_stage_is_judged_by_the_same(tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     ({"campaign_name": "../../x"}, "campaign_name='../../x' names a folder"),
-    ({"target_val_loss": 10**400}, "must be finite"), ({"budget": {"gpu_hours": 10**400}}, "must be finite"),
+    ({"target_val_loss": 10**400}, "does not fit into 64 bits"),
+    ({"target_val_loss": 1e200}, "must be finite"),
+    ({"budget": {"gpu_hours": 1e308}}, "must be finite, above 0 and at most 1e+09"),
+    ({"variants": ["../x"]}, "a variant='../x' names a folder"), ({"variants": [""]}, "a variant='' names a"),
+    ({"variants": ["a/b"]}, "a variant='a/b' names a folder"), ({"variants": ["a\tb"]}, "names a folder"),
+    ({"variants": ["a\n"]}, "names a folder"), ({"variants": ["x" * 300]}, "xx...xxx"),
+    ({"variants": ["ok", ".."]}, "a variant='..' names"), ({"baseline": "~"}, "baseline='~' names a folder"),
+    ({"variants": ["a\x1b[2J"]}, "has control characters"),
     ({"budget": {"gpu_hours_per_run": 1.0}}, "gpu_hours_per_run=1.0 is below the 1.144 that a probe on 8"),
     ({"budget": {"gpu_hours_per_run": 1.2}}, None)])
 def test_plans(tmp_path, change, words):
@@ -284,10 +291,12 @@ def test_shipped_configurations():
     ({"n_gpus": True}, "n_gpus=true must be an integer"), ({"n_gpus": 0}, "n_gpus=0 must be at least 1"),
     ({"stage": "a"}, "stage='a' is unknown"), ({"experiment_name": "a/b"}, "names a folder"),
     ({"script": "none.py"}, "cannot read the script"), ({"base_seed": -1}, "base_seed=-1"),
-    ({"base_seed": 2**32}, "below 2**31"), ({"target_val_loss": 10**400}, "must be finite"),
+    ({"base_seed": 2**32}, "below 2**31"), ({"target_val_loss": 1e200}, "must be finite"),
     ({"stage_config": {"num_iterations": 0}}, "stage_config needs num_iterations"),
-    ({"description": "a\0b"}, "'a\\x00b' has a NUL or a lone surrogate"),
-    ({"hyperparameters": {"notes": "\ud800"}}, "has a NUL or a lone surrogate"),
+    ({"description": "a\0b"}, "'description' has control characters: 'a\\x00b'"),
+    ({"hyperparameters": {"text": "a\0b"}}, "'a\\x00b' has a NUL or a lone surrogate"),
+    ({"hyperparameters": {"notes": "\ud800"}}, "'notes' is not valid Unicode"),
+    ({"experiment_name": "x" * 300}, "names a folder: use up to 100 letters"),
     ({"hyperparameters": {"batch_size": 1}}, "'batch_size' in stage_config and in hyperparameters"),
     ({"hyperparameters": {"seed": 1}}, "'seed' is set by the runner"),
     ({"hyperparameters": {"efect": 1}}, "unknown key 'efect' in hyperparameters of"),
@@ -338,12 +347,21 @@ def test_the_script_is_never_executed(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, change, words", [
     ("metrics", {"step": "6"}, "step='6', which must be a number"),
-    ("metrics", {"val_loss": [1]}, "val_loss='\\[1\\]', which must be a number"),
-    ("metrics", {"run_id": None}, "run_id='None', which must"), ("results", {"run_id": True}, "out of range"),
-    ("results", {"final_val_loss": float("inf")}, "succeeded without a val loss"),
+    ("metrics", {"val_loss": [1]}, "val_loss=\\[1\\], which must be a number"),
+    ("metrics", {"step": -1}, "step=-1, which is out of range"),
+    ("metrics", {"run_id": None}, "run_id=None, which must"),
+    ("results", {"run_id": True}, "must be a number"),
+    ("results", {"run_id": -1}, "out of range"), ("results", {"final_step": "x"}, "final_step='x'"),
+    ("results", {"final_val_loss": float("inf")}, "has inf, and its numbers must be finite"),
+    ("results", {"final_val_loss": None}, "succeeded without a val loss"),
+    ("results", {"final_val_loss": 1e200}, "out of range"), ("results", {"final_train_loss": "x"}, "='x'"),
     ("results", {"error": "\ud800"}, "lone surrogate"), ("results", {"seed": "many"}, "seed='many'"),
+    ("results", {"output_tail": 10**30}, "does not fit into 64 bits"),
     ("config", {"n_runs": "many"}, "n_runs='many' must be an integer"),
-    ("config", {"n_runs": 10**30}, "must be an integer of at least 1")])
+    ("config", {"n_runs": 10**9}, "must be an integer from 1 to"), ("config", {"git_info": [1]}, "an object"),
+    ("config", {"gpu_info": {"gpus": [{}]}}, "a GPU without a name"),
+    ("config", {"parallel": "x"}, "'x' must"),
+    ("config", {"script": {"sha256": 1}}, "script has sha256=1")])
 def test_damaged_experiment_folders(tmp_path, name, change, words):
     config = load_config(str(runner_kills.write_experiment(tmp_path)))
     log = ExperimentLogger.create(config, str(tmp_path), 1, 1, lambda text: None)
@@ -370,7 +388,7 @@ def test_conclusions_about_syncs(losses, threshold, baseline, said):
     results_summary.compare(runs, baseline, threshold)
     assert results_summary.conclusion(runs, threshold, baseline) == said
     stopped = any(None in values for values in losses.values())
-    assert ("not judged" in results_summary.table(runs, threshold)) == stopped
+    assert ("not judged" in results_summary.runs_table(runs, threshold)) == stopped
 
 
 def test_a_target_is_for_a_data_set(tmp_path):
@@ -649,7 +667,7 @@ def test_a_script_elsewhere_finds_the_project(tmp_path, monkeypatch):
     assert variables({"script": "train_gpt.py"}, "2,3") == {"CUDA_VISIBLE_DEVICES": "2,3"}
     assert variables({"script": str(tmp_path / "mine.py")}) == {"PYTHONPATH": str(ROOT)}
     monkeypatch.setenv("PYTHONPATH", "lib of mine")
-    assert shown(["python", "a b"], variables({"script": "experiments/mine.py"})) == \
+    assert command_line(["python", "a b"], variables({"script": "experiments/mine.py"})) == \
         f"PYTHONPATH='{ROOT}{os.pathsep}lib of mine' python 'a b'"
 
 

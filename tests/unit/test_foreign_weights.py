@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from helpers import ROOT, random_model, tokens
+from helpers import ROOT, random_model, save_random_model, tokens
 from safetensors.torch import load_file, save_file
 
 import models
@@ -88,6 +88,8 @@ def test_weights_that_are_not_read(tmp_path, monkeypatch, path, files, words):
     with pytest.raises(UserError, match=words) as error:
         models.load_weights(path)
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=words):  # before a script reads or downloads anything else
+        models.find_for_inference({"init_from": path, "checkpoint_step": "latest"})
     if files == ["ckpt.pt"]:
         for find in (checkpoint.find, checkpoint.find_resumed):
             with pytest.raises(UserError, match="is a checkpoint of nanoGPT"):
@@ -99,6 +101,18 @@ def test_a_folder_of_another_kind_of_model(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "hidden_size": 8}))
         with pytest.raises(UserError, match=f"its model_type is {kind!r}$"):
             GPT.from_pretrained(str(tmp_path))
+        with pytest.raises(UserError, match="its model_type is"):
+            models.find_for_inference({"init_from": str(tmp_path), "checkpoint_step": "latest"})
+
+
+def test_home_in_paths_of_functions(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = random_model(torch.float32)
+    model.save_pretrained("~/exported")
+    assert (tmp_path / "exported" / "config.json").is_file()
+    assert torch.equal(GPT.from_pretrained("~/exported").lm_head.weight, model.lm_head.weight)
+    save_random_model(tmp_path / "out", 3)
+    assert models.load("~/out").config.n_layer > 0
 
 
 @pytest.mark.parametrize("vocab_size, token", [(61, None), (50257, 50256), (50304, None)])

@@ -44,6 +44,9 @@ def test_auto_resumes_the_newest_valid_checkpoint_or_starts(tmp_path):
     assert find(out, resume="auto")[:2] == (None, False)
     with pytest.raises(UserError, match="no checkpoint"):
         find(out, resume="latest")
+    out.mkdir()
+    (out / "ckpt.pt").touch()
+    assert "ckpt.pt is a checkpoint of nanoGPT" in find(out, resume="auto")[2][0]
     for step in (5, 10):
         save_random_model(out, step)
     assert find(out, resume="auto")[:2] == find(out, resume="latest")[:2] == (10, False)

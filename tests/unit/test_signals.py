@@ -5,10 +5,15 @@
 
 import os
 import signal
+import types
 
 import pytest
+import torch
 
+from nanosync import run
+from nanosync.distributed import Processes
 from nanosync.signals import StopSignal
+from nanosync.training_logger import TrainingLogger
 
 
 @pytest.fixture
@@ -40,6 +45,27 @@ def test_second_request_ends_the_process_but_a_warning_never_does(requests, capf
         stop.ask(number)
         assert stop.received
     assert ended == codes and capfd.readouterr().err == "answer\n"
+
+
+def test_signals_after_the_end_of_a_run_do_not_change_its_exit_code(requests, monkeypatch):
+    """Python restores the default actions of signals with a handler of its own before it exits."""
+    set_to = {}
+    monkeypatch.setattr(signal, "signal", set_to.__setitem__)
+    requests[0].end()
+    assert set_to == dict.fromkeys((TERM, HUP, USR1, USR2), signal.SIG_IGN)
+
+
+def test_no_process_trains_before_all_handle_signals(monkeypatch):
+    """A signal to all processes would end one without a handler, and the others would fail with it."""
+    order, one = [], Processes(0, 1, 0, torch.device("cpu"), None)
+    monkeypatch.setattr(run, "StopSignal", lambda answer: order.append("handlers"))
+    monkeypatch.setattr(run, "barrier", lambda group: order.append("barrier"))
+    monkeypatch.setattr(run, "before_exit", [])
+    begun = types.SimpleNamespace(processes=one, resumed=None, continues=False,
+                                  config={"out_dir": "out", "keep_checkpoints": 1},
+                                  log=TrainingLogger(False), write_status=order.append)
+    run.Run.begin(begun, types.SimpleNamespace(epoch=0), 1, kind="gpt", random_states=False, progress=False)
+    assert order == ["handlers", "barrier", "running"]
 
 
 def test_answer_does_not_wait_for_a_reader(requests):

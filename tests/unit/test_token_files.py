@@ -22,9 +22,10 @@ from data.token_writer import (
     publish_dataset,
 )
 from nanosync import tokenizers
+from nanosync.dataloader import open_dataset
 from nanosync.errors import UserError
 from nanosync.files import decode_text
-from nanosync.token_files import open_tokens, read_meta, split_files
+from nanosync.token_files import dtype_for, open_tokens, read_meta, split_files
 
 
 def test_three_formats_read_the_same_tokens(tmp_path):
@@ -296,6 +297,23 @@ def test_writer_splits_into_shards_and_publishes_at_the_end(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["meta.json", "x_train_000000.bin", "x_val_000000.bin"]
 
 
+@pytest.mark.parametrize("shard_tokens", [None, 100])
+def test_writer_of_a_large_vocabulary(tmp_path, shard_tokens):
+    """Ids above 65,535 are uint32, in the files and in meta.json; a writer of uint16 does not cut them."""
+    tokens, size = np.arange(70000, 70300), 70300
+    with dataset_writers(str(tmp_path), "x", shard_tokens, dtype_for(size)) as (train, val):
+        train.write(tokens)
+        val.write(tokens[:80])
+        publish_dataset(str(tmp_path), {"vocab_size": size, "tokenizer": "own"}, train, val)
+    assert read_meta(str(tmp_path))["dtype"] == "uint32" and is_published(str(tmp_path), vocab_size=size)
+    data = open_dataset(str(tmp_path), 16)
+    assert np.concatenate(data.train.files).tolist() == tokens.tolist() and data.val.n_tokens == 80
+    assert [dtype_for(size) for size in (1, 65536, 65537)] == ["uint16", "uint16", "uint32"]
+    for wrong in ([65536], [-1]):
+        with pytest.raises(AssertionError, match="uint16 cannot hold"):
+            TokenWriter(str(tmp_path), "train").write(np.array(wrong))
+
+
 def publish_shards(folder, train_tokens, val_tokens=3):
     with dataset_writers(str(folder), "x", 10) as (train, val):
         train.write(np.arange(train_tokens))
@@ -362,7 +380,7 @@ def test_full_disk(tmp_path):
     with pytest.raises(UserError, match=r"cannot write to .*: No space left on device"):
         with dataset_writers(str(tmp_path)) as (train, _):
             os.symlink("/dev/full", tmp_path / "train.bin.tmp")
-            train.write(np.arange(10**6))
+            train.write(np.zeros(10**6))
             train.close()
     with pytest.raises(UserError, match=r"needs about 1,000,000,000,000 MB and has .* free: choose another"):
         check_space(str(tmp_path / "not" / "there"), 1e18)

@@ -498,14 +498,16 @@ def fake(monkeypatch):
 
 
 def test_wandb_is_told_each_step_once(fake, tmp_path):
-    """Resumed: the same run, and only the steps that it does not have, by its own count or by the log's."""
+    """Resumed: the same run, and only the steps that it does not have; also those before the checkpoint."""
     wandb_run(tmp_path, 0, 6)
-    fake.step = 3
-    wandb_run(tmp_path, 2, 4, resumed=2)
+    assert [step for step, _ in fake.logged[::2]] == [0, 1, 2, 3, 4, 5]
+    fake.step = 2  # the others were lost
+    wandb_run(tmp_path, 4, 8, resumed=4)
+    assert [step for step, _ in fake.logged[12::2]] == [2, 3, 4, 5, 6, 7]
+    fake.step = 8
     wandb_run(tmp_path, 2, 8, resumed=2)
-    fake.step = 9
     wandb_run(tmp_path, 4, 11, resumed=4)
-    assert [step for step, _ in fake.logged[::2]] == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10]
+    assert [step for step, _ in fake.logged[24::2]] == [8, 9, 10]
     assert fake.logged[0][1] == {"iter": 0, "train/loss": 3.0, "val/loss": 4.0}
     assert math.isnan(fake.logged[1][1]["train/iter_loss"]) and "mfu_percent" not in fake.logged[1][1]
     first, *others = fake.started
