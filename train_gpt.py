@@ -15,7 +15,6 @@ embeddings, QK-norm, RMSNorm, ReLU^2, zero projections, Muon). An environment va
 config files, and the command line overrides STAGE_<KEY>.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +29,9 @@ from kernels.relu_squared import relu_squared, relu_squared_mlp
 from model import padded_vocab_size
 from nanosync.checkpoint import exit_with_listing
 from nanosync.dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
-from nanosync.distributed import env_rank, start
+from nanosync.distributed import env_rank
 from nanosync.errors import UserError
-from nanosync.hardware import check_compile, make_deterministic, peak_memory, pick_dtype
+from nanosync.hardware import peak_memory
 from nanosync.model_kind import MAX_LAYERS, ModelKind, check_size, schedule_description
 from nanosync.muon import build_muon
 from nanosync.optim import set_learning_rate, trapezoidal_learning_rate
@@ -40,7 +39,8 @@ from nanosync.random_states import seed_random_states
 from nanosync.ranks import Ranks, column_parallel, f_op, g_op, row_parallel
 from nanosync.run import Run
 from nanosync.sharding import Replicated
-from nanosync.step_clock import StepClock
+from nanosync.speedrun_setup import evaluation_windows, start_processes
+from nanosync.step_clock import STATE, StepClock
 from nanosync.step_schedules import Curriculum, DepthWarm, Plan, Schedule
 from nanosync.sync_schedule import SyncSchedule
 from reduced_sync_model import GPTConfig as SyncStrategy
@@ -356,8 +356,7 @@ SPEEDRUN = ModelKind(
     "train_gpt.py", GPTConfig, model_of, settings_entry="config",
     settings=("sequence_length", "n_layer", "n_head", "n_embd", "variant",
               *(name for _, _, names in VARIANTS.values() for name in names)),
-    state={"variant": dict, "train_seconds": float, "train_loss": float | None, "last_val_loss": float | None,
-           "last_val_step": int | None})
+    state={"variant": dict, **STATE})
 
 
 def check_settings(config: dict) -> None:
@@ -385,16 +384,8 @@ if __name__ == "__main__":
     check_settings(config)
     kinds = models.KINDS | {models.SPEEDRUN: SPEEDRUN}
     exit_with_listing(config, kinds)
-    if deterministic:
-        make_deterministic()
-    processes = start(device, backend, timeout, settings=config)
+    processes, compute_dtype = start_processes(config)
     group, device = processes.group, processes.device
-    compute_dtype = pick_dtype(dtype, device)
-    if compute_dtype == torch.float16:
-        raise UserError("dtype='float16' needs scaled losses, which this script does not have: use "
-                        "--dtype=bfloat16 or --dtype=float32")
-    if compile:
-        check_compile(device)
     at_once = device_batch_size * processes.world_size
     if batch_size % at_once:
         raise UserError(f"{batch_size=} is the total over all processes and must be a multiple of {at_once}, "
@@ -419,12 +410,11 @@ if __name__ == "__main__":
     model.to(device)
     optimizer = build_muon(model, learning_rate, learning_rate * muon_lr_ratio, (beta1, beta2), weight_decay,
                            muon_momentum, group, sum_gradients=True)
-    val_loss, val_step, clock = None, None, StepClock(run, compute_dtype, schedule.observe)
+    clock = StepClock(run, compute_dtype, schedule.observe)
     run.restore(model, optimizer)
     if run.resumed is not None:
         schedule.load(run.resumed.state["variant"])
         clock.load(run.resumed.state)
-        val_loss, val_step = run.resumed.state["last_val_loss"], run.resumed.state["last_val_step"]
     run.open(source=__file__)
     run.line("Python {python}, PyTorch {torch}, {device}, git {git_commit}".format(**run.environment))
     run.line(f"{model.n_parameters() / 1e6:.2f}M parameters, {compute_dtype}; {data.folder}: "
@@ -436,10 +426,7 @@ if __name__ == "__main__":
         run.line(f"{model.syncs} of {2 * n_layer} synchronization points, {tp_size} simulated ranks")
         run.log.event("schedule", **schedule_description(model))
 
-    val_windows = min(max(1, val_tokens // sequence_length), sum(data.val.eval_windows))
-    if val_windows * sequence_length != val_tokens:
-        why = "whole sequences" if val_windows < sum(data.val.eval_windows) else "the whole val split"
-        run.line(f"warning: {val_tokens=}, but evaluations use {val_windows * sequence_length} tokens: {why}")
+    val_windows = evaluation_windows(config, data.val, run.line)
     if warmup_iters + warmdown_iters > num_iterations + (warmup_iters > 0):
         run.line(f"warning: {warmup_iters=} and {warmdown_iters=} exceed {num_iterations=}: the learning "
                  f"rate never reaches its peak")
@@ -481,10 +468,8 @@ if __name__ == "__main__":
     loader = DataLoader(data.train, device_batch_size, micro_steps, architecture.vocab_size, seed, device,
                         processes.rank, processes.world_size, run.sample)
     run.begin(loader, tokens_per_step, kind=models.SPEEDRUN, random_states=False, progress=False,
-              extra_state=lambda: {"variant": schedule.state(), **clock.state(), "last_val_loss": val_loss,
-                                   "last_val_step": val_step},
-              extra_status=lambda: {"val_loss": val_loss, "val_step": val_step, "variant": variant,
-                                    "seed": seed, "train_loss": clock.train_loss, **clock.timing(run.step)})
+              extra_state=lambda: {"variant": schedule.state(), **clock.state()},
+              extra_status=lambda: {"variant": variant, "seed": seed, **clock.status()})
     if compile:
         warm_up()
     clock.start()
@@ -493,24 +478,11 @@ if __name__ == "__main__":
             step, learning_rate, warmup_iters, warmdown_iters, num_iterations)
         save_due = step > 0 and ((last and save_checkpoint) or
                                      (run.is_due(checkpoint_interval) and step % checkpoint_interval == 0))
-        if clock.stop_asked or save_due or last or run.is_due(val_loss_every) or step == clock.skipped:
-            clock.settle()
-        if clock.problem:
-            run.fail(clock.problem, "no checkpoint has the weights after it")
-        run.stopping = clock.stop_asked and not last
-        measured = None
+        clock.begin_step(settle=save_due or run.is_due(val_loss_every))
         if run.due(val_loss_every) or last:
             if step == run.first_step:  # nothing is on the screen yet that moves
                 run.line(f"evaluating on {val_windows * sequence_length:,} tokens")
-            measured = run_evaluation()
-        if measured is not None:
-            val_loss, val_step = measured, step
-            clock.report(f"val_loss:{val_loss:.4f}", step)
-            run.log.event("eval", step=step, train_loss=clock.train_loss, val_loss=val_loss, lr=lr,
-                          **clock.timing(step))
-            run.val_loss = val_loss
-            if not math.isfinite(val_loss):
-                run.fail(f"the val loss is {val_loss} at step {step}", "no checkpoint has these weights")
+            clock.evaluated(run_evaluation(), lr)
         if not run.proceed(save=save_due):
             break
 
@@ -525,7 +497,8 @@ if __name__ == "__main__":
         optimizer.step()  # also sums the gradients over the processes
         optimizer.zero_grad(set_to_none=True)
         flops = model.flops_per_token(plan.crop, len(plan.layers)) * tokens_per_step
-        clock.step_done(step, loss_share, flops, tokens_per_step, lr=lr, crop=plan.crop, layers=len(plan.layers))
+        clock.step_done(step, loss_share, flops, tokens_per_step, lr=lr, crop=plan.crop,
+                        layers=len(plan.layers))
 
     memory = peak_memory(device)
     notes = [] if memory is None else [f"peak memory: {memory / 2**20:.0f} MiB"]

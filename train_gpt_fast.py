@@ -30,9 +30,9 @@ from kernels.relu_squared import relu_squared_mlp
 from model import padded_vocab_size
 from nanosync.checkpoint import exit_with_listing
 from nanosync.dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
-from nanosync.distributed import env_rank, start
+from nanosync.distributed import env_rank
 from nanosync.errors import UserError
-from nanosync.hardware import check_compile, make_deterministic, peak_memory, pick_dtype
+from nanosync.hardware import peak_memory
 from nanosync.model_kind import MAX_LAYERS, ModelKind, check_size
 from nanosync.muon import Muon
 from nanosync.optim import set_learning_rate
@@ -40,7 +40,8 @@ from nanosync.packing import PackedSplit
 from nanosync.random_states import seed_random_states
 from nanosync.run import Run
 from nanosync.sharding import Replicated
-from nanosync.step_clock import StepClock
+from nanosync.speedrun_setup import evaluation_windows, start_processes
+from nanosync.step_clock import STATE, StepClock
 
 # -----------------------------------------------------------------------------
 out_dir = "out-fast"  # folder for checkpoints and logs
@@ -72,8 +73,8 @@ half_rotary = True  # rotate half of the channels only
 softcap = True  # cap the logits
 untie_at = 0.65  # share of the steps after which head and embedding are two matrices; 1: never
 further_targets = True  # early stages also predict the second and third next token
-# optimizers: NorMuon for the matrices of layers, AdamW for the rest. A step has the rate of its stage, and falls
-# linearly to final_rate over the last cooldown_share of the steps
+# optimizers: NorMuon for the matrices of layers, AdamW for the rest; the rates fall linearly to the share
+# final_rate over the last cooldown_share of the steps
 num_iterations = 1490
 cooldown_share = 0.6
 final_rate = 0.15
@@ -115,7 +116,7 @@ CAP = Softcap(23.0, 7.5, 5.0)  # of the logits
 
 @dataclass
 class GPTConfig:
-    """Architecture of the fast speedrun's GPT. Raises UserError for values from which no model can be built."""
+    """Architecture of the fast speedrun's GPT. Raises UserError if no model has these values."""
 
     sequence_length: int
     vocab_size: int
@@ -139,8 +140,8 @@ class GPTConfig:
     def __post_init__(self):
         check_at_least(vars(self), 1, "sequence_length", "vocab_size", "n_layer", "n_head", "n_embd")
         if self.n_embd % (4 * self.n_head) or self.n_embd < GATE:
-            raise UserError(f"n_embd={self.n_embd} and n_head={self.n_head} do not give heads whose width is a "
-                            f"multiple of 4: choose n_embd as a multiple of {4 * self.n_head}")
+            raise UserError(f"n_embd={self.n_embd} and n_head={self.n_head} do not give heads whose width is "
+                            f"a multiple of 4: choose n_embd as a multiple of {4 * self.n_head}")
         if len(self.windows) != 2 or not all(type(n) is int and n > 0 for n in self.windows):
             raise UserError(f"windows must be two positive numbers of tokens, not {self.windows}")
         for name in ("long_layers", "value_layers"):
@@ -180,22 +181,12 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qk_norm_rotary(qkv, cos, sin)
         if value is not None:
-            v = v + 2 * self.value_gate(torch.cat((x[..., :GATE // 2], value[..., :GATE // 2]), -1))[..., None] \
-                * value.view_as(v)
+            share = 2 * self.value_gate(torch.cat((x[..., :GATE // 2], value[..., :GATE // 2]), dim=-1))
+            v = v + share[..., None] * value.view_as(v)
         y = interval_attention(q, k, v, first, scale=0.1)
         if self.gate is not None:
             y = y * self.gate(x)[..., None]
         return self.c_proj(y.view(B, T, C))
-
-
-class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
-
-    def forward(self, x):
-        return relu_squared_mlp(x, self.c_fc.weight, self.c_proj.weight)
 
 
 class Block(nn.Module):
@@ -203,7 +194,10 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.attn, self.mlp = Attention(config, layer), MLP(config)
+        C = config.n_embd
+        self.attn = Attention(config, layer)
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(C, 4 * C, bias=False),
+                                      c_proj=nn.Linear(4 * C, C, bias=False)))
         self.factors = nn.Parameter(torch.tensor([1.1**0.5, 0.0, 0.05, 1.1**0.5]))
         self.embedding_skip = config.embedding_skip
 
@@ -216,7 +210,7 @@ class Block(nn.Module):
             x = x + b * x0
         if pair is not None:
             x = x + c * pair
-        return d * x + self.mlp(rms_norm(x))
+        return d * x + relu_squared_mlp(rms_norm(x), self.mlp.c_fc.weight, self.mlp.c_proj.weight)
 
 
 class GPT(Replicated):
@@ -227,14 +221,15 @@ class GPT(Replicated):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(V, C), h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)])))
         self.lm_head = nn.Linear(C, V, bias=False)  # in use after `untie`
-        self.values = nn.ParameterDict({str(i): nn.Parameter(torch.zeros(V, C)) for i in config.value_layers})
+        self.values = nn.ParameterDict({str(i): torch.zeros(V, C) for i in config.value_layers})
         self.pairs = nn.Parameter(torch.zeros(5 * V, C)) if config.bigram else None
         self.smear = Gate(1) if config.smear else None
         self.smear_factor = nn.Parameter(torch.zeros(1)) if config.smear else None
         # base 1024; the second half of a head's channels does not turn with half_rotary
         D = C // config.n_head
         turning = D // 4 if config.half_rotary else D // 2
-        speeds = torch.cat((1024 ** -(torch.arange(turning) / max(1, turning - 1)), torch.zeros(D // 2 - turning)))
+        speeds = 1024 ** -(torch.arange(turning) / max(1, turning - 1))
+        speeds = torch.cat((speeds, torch.zeros(D // 2 - turning)))
         angles = torch.outer(torch.arange(config.sequence_length), speeds)
         self.register_buffer("cos", angles.cos(), persistent=False)  # (T, D / 2)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -265,7 +260,7 @@ class GPT(Replicated):
                 optimizer.state[self.lm_head.weight][name].copy_(value)
 
     def hidden(self, idx, windows=None):
-        """Map token ids (B, T) to the input of the head (B, T, C). windows: (2,) int32, None for the config's."""
+        """Map token ids (B, T) to the input of the head (B, T, C). windows: see forward."""
         config, T = self.config, idx.size(1)
         windows = self.windows if windows is None else windows
         short, long = (first_visible(idx, config.end_of_text, window) for window in windows.unbind())
@@ -322,8 +317,8 @@ def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_t
     L = config["n_layer"]
     long_layers, value_layers = config["long_layers"], config["value_layers"]
     architecture = GPTConfig(
-        **{name: config[name] for name in SETTINGS if name not in ("long_layers", "value_layers", "document_mask",
-                                                                   "eval_windows")},
+        **{name: config[name] for name in SETTINGS if name in GPTConfig.__annotations__
+           and name not in ("long_layers", "value_layers")},
         windows=config["eval_windows"], used_vocab_size=used_vocab_size, vocab_size=vocab_size,
         end_of_text=end_of_text if config["document_mask"] else None,
         long_layers=sorted({min(3, L - 1), L - 1}) if long_layers is None else long_layers,
@@ -333,12 +328,11 @@ def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_t
     return architecture
 
 
-SETTINGS = ("sequence_length", "n_layer", "n_head", "n_embd", "document_mask", "eval_windows", "long_layers",
-            "value_layers", "bigram", "embedding_skip", "smear", "attention_gate", "late_attention", "backout",
-            "half_rotary", "softcap")  # that a checkpoint decides
+SETTINGS = ("sequence_length", "n_layer", "n_head", "n_embd", "document_mask", "eval_windows",
+            "long_layers", "value_layers", "bigram", "embedding_skip", "smear", "attention_gate",
+            "late_attention", "backout", "half_rotary", "softcap")  # that a checkpoint decides
 FAST = ModelKind("train_gpt_fast.py", GPTConfig, GPT, settings_entry="config", settings=SETTINGS,
-                 state={"untied": bool, "train_seconds": float, "train_loss": float | None,
-                        "last_val_loss": float | None, "last_val_step": int | None})
+                 state={"untied": bool, **STATE})
 
 
 # The schedule.
@@ -360,8 +354,8 @@ def stages_of(config: Config) -> list[Stage]:
     names = ("stage_shares", "batch_sizes", "short_windows", "long_windows", "stage_rates")
     lists = [config[name] for name in names]
     if len({len(values) for values in lists}) != 1 or not lists[0]:
-        raise UserError(", ".join(f"{name} has {len(config[name])}" for name in names) + " entries: give each "
-                        "as many entries as there are stages")
+        raise UserError(", ".join(f"{name} has {len(config[name])}" for name in names) + " entries: give "
+                        "each as many entries as there are stages")
     for name in names:
         kinds = (int,) if name in ("batch_sizes", "short_windows", "long_windows") else (int, float)
         if not all(type(value) in kinds and value > 0 for value in config[name]):
@@ -379,7 +373,8 @@ def stages_of(config: Config) -> list[Stage]:
 
 
 def target_weights_at(config: Config, stages: list[Stage], step: int) -> list[float]:
-    """Return the weights of the next three tokens: the third fades in the first stage, the second in the next."""
+    """Return the weights of the next three tokens. The third fades in the first stage, the second in the
+    next."""
     number = next(i for i, stage in enumerate(stages) if step < stage.end)
     left = 1 - (step - stages[number].begin) / (stages[number].end - stages[number].begin)
     if not config["further_targets"] or number > 1 or number == len(stages) - 1:
@@ -421,11 +416,12 @@ def build_optimizer(model: GPT, config: Config, group) -> Muon:
 
 def check_settings(config: dict) -> None:
     """Raise UserError for wrong settings, before any work is done."""
-    check_at_least(config, 1, "device_batch_size", "sequence_length", "n_layer", "n_head", "n_embd", "val_tokens",
-                   "log_interval", "keep_checkpoints", "timeout")
-    check_at_least(config, 0, "num_iterations", "val_loss_every", "checkpoint_interval", "muon_momentum_warmup",
-                   "muon_weight_decay", "untie_at", "cooldown_share", "final_rate", "table_learning_rate",
-                   "scalar_learning_rate", "adam_learning_rate", "muon_beta2", "muon_momentum")
+    check_at_least(config, 1, "device_batch_size", "sequence_length", "n_layer", "n_head", "n_embd",
+                   "val_tokens", "log_interval", "keep_checkpoints", "timeout")
+    check_at_least(config, 0, "num_iterations", "val_loss_every", "checkpoint_interval",
+                   "muon_momentum_warmup", "muon_weight_decay", "untie_at", "cooldown_share", "final_rate",
+                   "table_learning_rate", "scalar_learning_rate", "adam_learning_rate", "muon_beta2",
+                   "muon_momentum")
     check_at_most(config, 1.0, "untie_at", "cooldown_share", "final_rate")
     check_at_most(config, 1e6, "timeout")
     check_at_most(config, MAX_LAYERS, "n_layer")
@@ -439,16 +435,8 @@ if __name__ == "__main__":
     stages = stages_of(config)
     kinds = models.KINDS | {models.FAST: FAST}
     exit_with_listing(config, kinds)
-    if deterministic:
-        make_deterministic()
-    processes = start(device, backend, timeout, settings=config)
+    processes, compute_dtype = start_processes(config)
     group, device = processes.group, processes.device
-    compute_dtype = pick_dtype(dtype, device)
-    if compute_dtype == torch.float16:
-        raise UserError("dtype='float16' needs scaled losses, which this script does not have: use "
-                        "--dtype=bfloat16 or --dtype=float32")
-    if compile:
-        check_compile(device)
     at_once = device_batch_size * processes.world_size
     if any(stage.batch_size % at_once for stage in stages):
         raise UserError(f"{batch_sizes=} are totals over all processes and must be multiples of {at_once}, "
@@ -468,12 +456,10 @@ if __name__ == "__main__":
         models.load_parameters(model, run.resumed.tensors("model"), run.resumed.path)
     model.to(device)
     optimizer = build_optimizer(model, config, group)
-    val_loss, val_step = None, None
     clock = StepClock(run, compute_dtype)
     run.restore(model, optimizer)
     if run.resumed is not None:
         clock.load(run.resumed.state)
-        val_loss, val_step = run.resumed.state["last_val_loss"], run.resumed.state["last_val_step"]
         if run.resumed.state["untied"]:
             model.untie()
     run.open(source=__file__)
@@ -483,13 +469,10 @@ if __name__ == "__main__":
     if document_mask and data.train.end_of_text is None:
         run.line("the data set's tokenizer has no end-of-text token: each sequence is one document")
     for stage in stages:
-        run.line(f"steps {stage.begin} to {stage.end - 1}: {stage.batch_size} sequences x {sequence_length} = "
-                 f"{stage.batch_size * sequence_length:,} tokens, windows of {stage.windows[0]} and "
+        run.line(f"steps {stage.begin} to {stage.end - 1}: {stage.batch_size} sequences x {sequence_length} "
+                 f"tokens = {stage.batch_size * sequence_length:,}, windows of {stage.windows[0]} and "
                  f"{stage.windows[1]} tokens")
-    val_windows = min(max(1, val_tokens // sequence_length), sum(data.val.eval_windows))
-    if val_windows * sequence_length != val_tokens:
-        why = "whole sequences" if val_windows < sum(data.val.eval_windows) else "the whole val split"
-        run.line(f"warning: {val_tokens=}, but evaluations use {val_windows * sequence_length} tokens: {why}")
+    val_windows = evaluation_windows(config, data.val, run.line)
 
     # speed
     torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
@@ -516,13 +499,11 @@ if __name__ == "__main__":
         return evaluate(lambda x, y: (None, loss_of(x, y)), batches, group, run.stop_anywhere)
 
     # training loop. A global batch of the loader is a micro-batch of each process, so that stages can differ
-    loader = DataLoader(data.train, device_batch_size, 1, architecture.vocab_size, seed, device, processes.rank,
-                        processes.world_size, run.sample)
+    loader = DataLoader(data.train, device_batch_size, 1, architecture.vocab_size, seed, device,
+                        processes.rank, processes.world_size, run.sample)
     run.begin(loader, sequence_length, kind=models.FAST, random_states=False, progress=False,
-              extra_state=lambda: {"untied": not model.tied, **clock.state(), "last_val_loss": val_loss,
-                                   "last_val_step": val_step},
-              extra_status=lambda: {"val_loss": val_loss, "val_step": val_step, "seed": seed,
-                                    "train_loss": clock.train_loss, **clock.timing(run.step)})
+              extra_state=lambda: {"untied": not model.tied, **clock.state()},
+              extra_status=lambda: {"seed": seed, **clock.status()})
     if compile:
         warm_up()
     clock.start()
@@ -530,24 +511,11 @@ if __name__ == "__main__":
         last = step == num_iterations
         save_due = step > 0 and ((last and save_checkpoint) or
                                  (run.is_due(checkpoint_interval) and step % checkpoint_interval == 0))
-        if clock.stop_asked or save_due or last or run.is_due(val_loss_every) or step == clock.skipped:
-            clock.settle()
-        if clock.problem:
-            run.fail(clock.problem, "no checkpoint has the weights after it")
-        run.stopping = clock.stop_asked and not last
-        measured = None
+        clock.begin_step(settle=save_due or run.is_due(val_loss_every))
         if run.due(val_loss_every) or last:
             if step == run.first_step:  # nothing is on the screen yet that moves
                 run.line(f"evaluating on {val_windows * sequence_length:,} tokens")
-            measured = run_evaluation()
-        if measured is not None:
-            val_loss, val_step = measured, step
-            clock.report(f"val_loss:{val_loss:.4f}", step)
-            run.log.event("eval", step=step, train_loss=clock.train_loss, val_loss=val_loss,
-                          lr=optimizer.param_groups[0]["lr"], **clock.timing(step))
-            run.val_loss = val_loss
-            if not math.isfinite(val_loss):
-                run.fail(f"the val loss is {val_loss} at step {step}", "no checkpoint has these weights")
+            clock.evaluated(run_evaluation(), optimizer.param_groups[0]["lr"])
         if not run.proceed(save=save_due):
             break
 

@@ -4,13 +4,13 @@
 
 One tensor, `first`, describes causal attention (0), sliding windows (t - window + 1), packed documents (the
 first token of t's document) and their combinations (the maximum). It never falls along a sequence. So the
-tokens that see key j are an interval, too: j to last[j]. The kernels skip all blocks outside the intervals, and
-apply the mask to blocks at their ends only. A change of the window changes values of `first`, not the compiled
-graph.
+tokens that see key j are an interval, too: j to last[j]. The kernels skip all blocks outside the intervals,
+and apply the mask to blocks at their ends only. A change of the window changes values of `first`, not the
+compiled graph.
 
-The forward pass is FlashAttention-2's (arXiv 2307.08691). The backward pass computes the gradients of k and v in
-one kernel and that of q in another. No kernel uses atomic additions, so results have the same bits in every
-run. If no kernel can run, and in fp32 and fp64 on a GPU, PyTorch's code runs.
+The forward pass is FlashAttention-2's (arXiv 2307.08691). The backward pass computes the gradients of k and v
+in one kernel and that of q in another. No kernel uses atomic additions, so results have the same bits in
+every run. If no kernel can run, and in fp32 and fp64 on a GPU, PyTorch's code runs.
 
 Shapes: B = sequences, T = tokens of a sequence, H = heads, D = channels of a head.
 """
@@ -128,7 +128,8 @@ if triton is not None:
         first_ptr,  # (B, T)
         out_ptr,  # (B, T, H, D)
         lse_ptr,  # (B, H, T) fp32: log2 of the sum of e^score
-        scale2: tl.constexpr, T, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        scale2: tl.constexpr, T, H,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):
         """Process BLOCK_M queries of a head per program."""
         start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
@@ -197,7 +198,8 @@ if triton is not None:
         first_ptr, last_ptr,  # (B, T)
         lse_ptr, delta_ptr,  # (B, H, T)
         grad_k_ptr, grad_v_ptr,  # (B, T, H, D)
-        scale: tl.constexpr, T, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        scale: tl.constexpr, T, H,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):
         """Process BLOCK_N keys of a head per program."""
         start, head = tl.program_id(0) * BLOCK_N, tl.program_id(1)
@@ -230,8 +232,9 @@ if triton is not None:
         _store_rows(grad_v_ptr + offset, grad_v, keys, T, stride, D, BLOCK_D)
 
     @triton.jit
-    def _backward_q_steps(grad_q, q, grad, k_ptr, v_ptr, lse, delta, rows, first, scale2, begin, end, T, stride,
-                          D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr):
+    def _backward_q_steps(grad_q, q, grad, k_ptr, v_ptr, lse, delta, rows, first, scale2, begin, end, T,
+                          stride, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+                          MASK: tl.constexpr):
         """Add what the keys begin to end - 1 contribute to the gradient of a block of queries."""
         for n in range(begin, end, BLOCK_N):
             keys = n + tl.arange(0, BLOCK_N)
@@ -252,7 +255,8 @@ if triton is not None:
         first_ptr,  # (B, T)
         lse_ptr, delta_ptr,  # (B, H, T)
         grad_q_ptr,  # (B, T, H, D)
-        scale: tl.constexpr, T, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        scale: tl.constexpr, T, H,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):
         """Process BLOCK_M queries of a head per program, with the blocks of the forward kernel."""
         start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
@@ -272,12 +276,12 @@ if triton is not None:
         grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         k_ptr, v_ptr = k_ptr + offset, v_ptr + offset
         scale2: tl.constexpr = scale * 1.4426950408889634
-        grad_q = _backward_q_steps(grad_q, q, grad, k_ptr, v_ptr, lse, delta, rows, first, scale2, begin, full,
-                                   T, stride, D, BLOCK_D, BLOCK_N, True)
+        grad_q = _backward_q_steps(grad_q, q, grad, k_ptr, v_ptr, lse, delta, rows, first, scale2, begin,
+                                   full, T, stride, D, BLOCK_D, BLOCK_N, True)
         grad_q = _backward_q_steps(grad_q, q, grad, k_ptr, v_ptr, lse, delta, rows, first, scale2, full,
                                    middle, T, stride, D, BLOCK_D, BLOCK_N, False)
-        grad_q = _backward_q_steps(grad_q, q, grad, k_ptr, v_ptr, lse, delta, rows, first, scale2, middle, end,
-                                   T, stride, D, BLOCK_D, BLOCK_N, True)
+        grad_q = _backward_q_steps(grad_q, q, grad, k_ptr, v_ptr, lse, delta, rows, first, scale2, middle,
+                                   end, T, stride, D, BLOCK_D, BLOCK_N, True)
         _store_rows(grad_q_ptr + offset, grad_q * scale, rows, T, stride, D, BLOCK_D)
 
 
@@ -291,7 +295,7 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Ten
              scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the result, and log2 of the sums of e^score, (B, H, T) fp32. last: for the backward pass."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    B, T, H, D = q.shape
+    B, T, H, _ = q.shape
     out, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
     config = CONFIGS["forward"]
     wrap_triton(_forward_kernel)[(triton.cdiv(T, config["BLOCK_M"]), B * H)](
@@ -305,10 +309,11 @@ def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of q, k and v."""
     grad, q, k, v, first, last = (x.contiguous() for x in (grad, q, k, v, first, last))
-    B, T, H, D = q.shape
+    B, T, H, _ = q.shape
     sizes, delta = _sizes(q), torch.empty_like(lse)
     grad_q, grad_k, grad_v = (torch.empty_like(q) for _ in range(3))
-    wrap_triton(_delta_kernel)[(triton.cdiv(T, 64), B * H)](out, grad, delta, BLOCK_M=64, num_warps=4, **sizes)
+    wrap_triton(_delta_kernel)[(triton.cdiv(T, 64), B * H)](out, grad, delta, BLOCK_M=64, num_warps=4,
+                                                                **sizes)
     config = CONFIGS["backward_kv"]
     wrap_triton(_backward_kv_kernel)[(triton.cdiv(T, config["BLOCK_N"]), B * H)](
         q, k, v, grad, first, last, lse, delta, grad_k, grad_v, scale, **sizes, **config)

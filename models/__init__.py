@@ -18,7 +18,7 @@ from models.weights import (
 )
 
 __all__ = [
-    "ARCHITECTURE", "FAST", "KINDS", "SPEEDRUN", "as_kind", "build_model", "fill", "find_for_inference", "load",
-    "load_for_inference", "load_model", "load_parameters", "load_weights", "model_for_training",
+    "ARCHITECTURE", "FAST", "KINDS", "SPEEDRUN", "as_kind", "build_model", "fill", "find_for_inference",
+    "load", "load_for_inference", "load_model", "load_parameters", "load_weights", "model_for_training",
     "note_other_schedule", "run_evaluations", "unsharded", "with_ranks",
 ]

@@ -41,8 +41,12 @@ class LateReport:
         return loss, stops > 0
 
 
+STATE = {"train_seconds": float, "train_loss": float | None, "last_val_loss": float | None,
+         "last_val_step": int | None}  # entries that the clock adds to state.json -> their types
+
+
 class StepClock:
-    """Training seconds so far, and the pending report of the newest step."""
+    """Training seconds so far, the pending report of the newest step, and the newest val loss."""
 
     skipped = 10  # steps before the clock starts, as in modded-nanogpt's record
 
@@ -55,16 +59,23 @@ class StepClock:
         """
         self.run, self.observe = run, observe
         self.peak = peak_flops(run.processes.device, dtype)
-        self.train_seconds, self.train_loss, self.stop_asked, self.problem = 0.0, None, False, None
-        self._late = None
+        self.train_seconds, self.train_loss, self.stop_asked, self._problem = 0.0, None, False, None
+        self.val_loss, self.val_step, self._late = None, None, None
 
     def state(self) -> dict:
         """Return the entries of a checkpoint's state.json."""
-        return {"train_seconds": self.train_seconds, "train_loss": self.train_loss}
+        return {"train_seconds": self.train_seconds, "train_loss": self.train_loss,
+                "last_val_loss": self.val_loss, "last_val_step": self.val_step}
 
     def load(self, state: dict) -> None:
         """Load the entries that `state` returned."""
         self.train_seconds, self.train_loss = state["train_seconds"], state["train_loss"]
+        self.val_loss, self.val_step = state["last_val_loss"], state["last_val_step"]
+
+    def status(self) -> dict:
+        """Return the entries of status.json and of the end event."""
+        return {"val_loss": self.val_loss, "val_step": self.val_step, "train_loss": self.train_loss,
+                **self.timing(self.run.step)}
 
     def start(self) -> None:
         """Start to measure; the time so far, e.g. for compiling, does not count."""
@@ -81,6 +92,32 @@ class StepClock:
         clock = self.timing(done)
         self.run.line(f"step:{done}/{self.run.last_step} {what} train_time:{clock['train_time_ms']:.0f}ms "
                       f"step_avg:{clock['step_avg_ms']:.2f}ms")
+
+    def begin_step(self, settle: bool) -> None:
+        """Set run.stopping if any process was asked to stop. Raises UserError, which ends the run, if a loss
+        is not finite.
+
+        settle: True if work is due that needs the newest step to be settled. Otherwise that step still runs.
+        """
+        last = self.run.step == self.run.last_step
+        if settle or last or self.stop_asked or self.run.step == self.skipped:
+            self.settle()
+        if self._problem:
+            self.run.fail(self._problem, "no checkpoint has the weights after it")
+        self.run.stopping = self.stop_asked and not last
+
+    def evaluated(self, val_loss: float | None, lr: float) -> None:
+        """Print and log the result of an evaluation; None: it was stopped. Raises UserError, which ends the
+        run, if the loss is not finite."""
+        if val_loss is None:
+            return
+        run, step = self.run, self.run.step
+        self.val_loss, self.val_step, run.val_loss = val_loss, step, val_loss
+        self.report(f"val_loss:{val_loss:.4f}", step)
+        run.log.event("eval", step=step, train_loss=self.train_loss, val_loss=val_loss, lr=lr,
+                      **self.timing(step))
+        if not math.isfinite(val_loss):
+            run.fail(f"the val loss is {val_loss} at step {step}", "no checkpoint has these weights")
 
     def step_done(self, step: int, loss: torch.Tensor, flops: float, tokens: int, **fields) -> None:
         """Settle the previous step, and start the report of this step.
@@ -105,7 +142,7 @@ class StepClock:
             self.train_seconds += seconds
         self.observe(late.step, self.train_loss)
         if not math.isfinite(self.train_loss):
-            self.problem = f"the loss is {self.train_loss} at step {late.step}"
+            self._problem = f"the loss is {self.train_loss} at step {late.step}"
         if (late.step + 1) % self.run.config["log_interval"] == 0:
             self.report(f"train_loss:{self.train_loss:.4f}", late.step + 1)
             self._event(late, seconds)
