@@ -133,7 +133,8 @@ def test_stages_go_on(tmp_path, light_launcher):
             runner_kills.write_experiment(tmp_path, name, stage, steps=steps, effect=effect)
     stages = [{"stage": stage, "config": "{variant}_" + stage + ".json", "n_runs": 2} for stage in STAGES]
     plan = {"campaign_name": "toy", "baseline": "baseline", "variants": ["good", "bad"],
-            "settings": {"bad": {"effect": 0.05}}, "target_val_loss": 3.7, "stages": stages, "most_advanced": 1, "most_proved": 1, "probe_steps": 5,
+            "settings": {"bad": {"effect": 0.05}}, "target_val_loss": 3.7, "stages": stages,
+            "most_advanced": 1, "most_proved": 1, "probe_steps": 5,
             "budget": {"gpu_hours": 1, "gpu_hours_per_run": 0.2, "probe_gpu_hours": 0.1,
                        "price_per_gpu_hour": 2.5}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
