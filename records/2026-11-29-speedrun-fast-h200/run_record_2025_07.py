@@ -1,15 +1,16 @@
 """Run modded-nanogpt's record script of 2025-07-18 as it is, but for the settings and the seed given here.
 
-    torchrun --standalone --nproc_per_node=1 run_record_2025_07.py RECORD.TXT --seed=42 --grad_accum_steps=2 \\
-        --align_to_bos=False --num_iterations=600 --val_loss_every=100 --val_tokens=524288 \\
-        --val_seq_len=65536 --train_files='/data/*_train_*.bin' --val_files='/data/*_val_*.bin'
+    torchrun --standalone --nproc_per_node=1 run_record_2025_07.py RECORD.TXT --seed=42 \\
+        --grad_accum_steps=2 --align_to_bos=False --num_iterations=600 --val_loss_every=100 \\
+        --val_tokens=524288 --val_seq_len=65536 --train_files='/data/*_train_*.bin' \\
+        --val_files='/data/*_val_*.bin'
 
 RECORD.TXT is that record's log, which begins with its script, or the script alone. A --key=value replaces the
 value of that name in its class Hyperparameters. Besides:
 
     --grad_accum_steps=N    micro-batches of train_seq_len tokens a step; the script has 8 / GPUs
-    --align_to_bos=False    cut the tokens as they come: the script's own cut stops at a document that is longer
-                            than its window, as Python source has some
+    --align_to_bos=False    cut the tokens as they come: the script's own cut stops at a document that is
+                            longer than its window, as Python source has some
     --seed=N                for torch.manual_seed: the script sets none, so that all its runs begin alike
     --print                 print the changed script instead of running it
 

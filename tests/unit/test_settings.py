@@ -15,7 +15,8 @@ from nanosync.parallelism import Parallelism
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda p: p.stem)
 def test_config_files_have_only_known_keys_and_right_types(path):
-    script = ROOT / ("train_reduced_sync.py" if "sync" in path.stem else "train.py")
+    script = ROOT / ("train_reduced_sync.py" if "sync" in path.stem else
+                     "train_gpt_fast.py" if path.stem.startswith("fast") else "train.py")
     namespace = {"__file__": str(script)}
     source = script.read_text()
     exec(source[source.index("# ----"):source.index("config = configure")], namespace)
