@@ -12,6 +12,7 @@ divides it by the slope of the frontier (delta method). A family with one run a 
 
 import csv
 import io
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -34,6 +35,7 @@ from nanosync.files import read_file
 
 EXTRAPOLATED = 1.1  # factor of time beyond the shortest and the longest length
 APART = 1.25  # runs without `steps` whose times differ by a larger factor are of different lengths
+SAME = 1e-6  # difference of log(seconds) of two lengths that counts as none
 MOST_BYTES, MOST_POINTS = 2**26, 100_000  # of a file of points
 FIELDS = {"name": str, "seed": int, "seconds": NUMBER, "loss": NUMBER, "steps": int}
 STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"),
@@ -64,7 +66,7 @@ class Estimate:
         if self.error is None:
             return None
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.df)) * self.error
-        return self.value - half, self.value + half
+        return (self.value - half, self.value + half) if math.isfinite(half) else None
 
 
 @dataclass
@@ -147,7 +149,7 @@ def difference(a: Estimate, b: Estimate) -> tuple[Estimate, float | None]:
     """Return b - a, with the degrees of freedom of Welch and Satterthwaite, and the two-sided p that it is 0.
     """
     value = b.value - a.value
-    if a.error is None or b.error is None or not a.error + b.error > 0:
+    if a.error is None or b.error is None or not 0 < a.error + b.error < math.inf:
         return Estimate(value, None, None), None
     error, df = welch_error([a.error, b.error], (a.df + 1, b.df + 1))
     return Estimate(value, float(error), float(df)), 2 * float(stats.t.sf(abs(value) / error, df))
@@ -194,6 +196,10 @@ def checked_family(name: str, lengths, where: str) -> Family:
         if any(run.seconds <= 0 for run in runs):
             raise UserError(f"{where}: {shown(name)} has a run without training time: its clock leaves out "
                             f"the first steps, so train more of them")
+    times = sorted(float(np.mean([math.log(run.seconds) for run in runs])) for runs in lengths)
+    if any(b - a < SAME for a, b in itertools.pairwise(times)):
+        raise UserError(f"{where}: {shown(name)} has two lengths with the same mean time: a frontier needs "
+                        f"different times")
     return Family(name, lengths)
 
 

@@ -111,6 +111,7 @@ def test_json_and_csv_are_the_same_runs(tmp_path):
     (json.dumps([RUNS[0] | {"seed": True}]), "seed=True must be an integer"),
     (json.dumps([RUNS[0] | {"name": "x" * 200}]), "at most 100 characters"),
     (json.dumps([RUNS[0], RUNS[0]]), "two runs of seed 1 and one length"),
+    (json.dumps([RUNS[0] | {"steps": steps} for steps in (5, 6)]), "two lengths with the same mean time"),
     ("[NaN]", "NaN"), ("[", "not JSON"),
     ("name,seed,seconds\na,1,2\n", "run 1 has no loss"), ("name,seed,seconds,loss\na,1,x,2\n", "seconds='x'"),
     ("name,seed,seconds,loss\na,1,nan,2\n", "seconds=nan must be"), ("name\n\"a", "is not CSV"),
