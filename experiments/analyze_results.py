@@ -2,11 +2,18 @@
 
     python experiments/analyze_results.py experiment_logs/nanogpt_baseline_20261121_120000 [DIR ...]
 
+    python experiments/analyze_results.py experiment_logs/fast_* --frontier=frontier --points=peer.csv \
+        --reference=peer --at=60,120,240
+
 For each folder prints a report and writes analysis.md, analysis.json and loss_curves.png into it. The test is
 Student's, one-sided: if the mean over seeds were not below the target, p < 0.01 would occur in fewer than one
 of a hundred such experiments. A target belongs to a data set: runs on another data set than their
 configuration's have no target, unless --target names one. Failed runs are counted but are in no statistic. If
 the cause of a failure depends on the loss, as that of a divergence does, the statistics are too good.
+
+--frontier=STEM does another analysis: final val loss against training time of experiments of several lengths,
+see frontier.py. Experiments of one name are a family. Prints a report and writes STEM.md, STEM.json and the
+picture STEM.png. --target names a loss to reach.
 """
 
 import os
@@ -15,6 +22,7 @@ if __name__ == "__main__":
     import root_path  # noqa: F401
 
 from configurator import Parser
+from experiments import frontier
 from experiments.experiment_config import MAX_NUMBER, in_range
 from experiments.experiment_statistics import describe, differ, p_at_most, runs_needed
 from experiments.report import (
@@ -29,7 +37,7 @@ from experiments.report import (
     without_nan,
     write,
 )
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shortened, shown
 from nanosync.files import check_can_write, json_text
 
 
@@ -102,17 +110,80 @@ def report(experiment: Experiment, figures: dict) -> str:
         + statistics + "\n" + "\n".join(f"- {note}" for note in notes) + "\n\n![Val loss](loss_curves.png)\n"
 
 
+def write_frontier(args, experiments: list[Experiment]) -> None:
+    """Analyse final losses against time: print and write the report. Raises UserError."""
+    families, notes = frontier.families_of(experiments)
+    for path in dict.fromkeys(args.points):
+        families += frontier.read_points(path)
+    names = [family.name for family in families]
+    if not names:
+        raise UserError("--frontier needs experiments: give their folders, or --points=FILE")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{shown(twice[0])} is the name of two families: rename one in its file of --points")
+    if args.reference is not None and args.reference not in names:
+        raise UserError(f"--reference={shown(args.reference)} is no family: use one of "
+                        f"{shortened(', '.join(names), 300)}")
+    reference = next((family for family in families if family.name == args.reference), None)
+    targets = [] if args.target is None else [args.target]
+    at = args.at or (reference or families[0]).seconds()
+    found = frontier.figures(families, reference, targets, at)
+    stem = args.frontier
+    text = frontier.report(found, notes, os.path.basename(stem) + ".png")
+    frontier.draw(families, targets, stem + ".png")
+    write(stem + ".json", json_text(without_nan(found)))
+    write(stem + ".md", text)
+    print(text)
+    print(f"written: {stem}.md, {stem}.json, {stem}.png")
+
+
+def seconds_of(text: str) -> list[float]:
+    """Parse --at. Raises UserError."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(in_range(value) and value > 0 for value in values):
+        raise UserError(f"--at={shown(text)} must be seconds, separated by commas: --at=60,120,240")
+    return values
+
+
+def check_frontier(args) -> None:
+    """Raise UserError for options that do not belong together. Parses --at."""
+    if args.frontier is None:
+        for name in ("points", "reference", "at"):
+            if getattr(args, name):
+                raise UserError(f"--{name} is for the analysis by time: add --frontier=STEM")
+        if not args.folders:
+            raise UserError("give the folder of an experiment or more (--help lists the options)")
+        return
+    args.frontier = args.frontier.removesuffix(".png")
+    if not os.path.basename(args.frontier) or os.path.isdir(args.frontier):
+        raise UserError(f"--frontier={args.frontier} names no file: give a path without ending")
+    check_can_write(os.path.dirname(args.frontier) or ".", "--frontier")
+    args.at = seconds_of(args.at) if args.at is not None else None
+
+
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("folders", nargs="+", metavar="DIR")
+    parser.add_argument("folders", nargs="*", metavar="DIR")
     parser.add_argument("--target", type=float, help="val loss (default: the experiment's target_val_loss)")
     parser.add_argument("--alpha", type=float, default=0.01, help="level of the test (default: 0.01)")
     parser.add_argument("--power", type=float, default=0.8, help="power to reach (default: 0.8)")
+    parser.add_argument("--frontier", metavar="STEM", help="analyse final losses against time; path of the "
+                        "files, without ending")
+    parser.add_argument("--points", action="append", default=[], metavar="FILE", help="with --frontier: runs "
+                        "of other programs, JSON or CSV of name, seed, seconds, loss and, if known, steps")
+    parser.add_argument("--reference", metavar="NAME", help="with --frontier: the family to compare with")
+    parser.add_argument("--at", metavar="SECONDS", help="with --frontier: times at which to compare, as in "
+                        "60,120,240 (default: those of the reference)")
     args = parser.parse_args()
     check_levels(args)
+    check_frontier(args)
     if args.target is not None and not in_range(args.target, -MAX_NUMBER):
         raise UserError(f"--target={args.target} must be finite")
     experiments = [read_experiment(folder) for folder in dict.fromkeys(args.folders)]
+    if args.frontier is not None:
+        return write_frontier(args, experiments)
     for experiment in experiments:
         check_can_write(experiment.folder, "DIR")
     for experiment in experiments:

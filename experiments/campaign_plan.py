@@ -1,4 +1,9 @@
-"""Read the plan of a campaign and the experiments of its stages, and check all before anything runs."""
+"""Read the plan of a campaign and the experiments of its stages, and check all before anything runs.
+
+A variant is either a file, as the baseline, or an entry of `settings`: the settings of the script in which it
+differs from the baseline's file, {"no_bigram": {"bigram": false}}. `settings` of a stage add to those of the
+plan, and win.
+"""
 
 import os
 
@@ -12,6 +17,7 @@ from experiments.experiment_config import (
     in_range,
     judged_by,
     load_config,
+    num_iterations,
     read_json,
     stage_name,
 )
@@ -22,8 +28,9 @@ from nanosync.errors import UserError, shown
 PLAN = {"campaign_name": (str, True), "description": (str, False), "baseline": (str, True),
         "variants": (list, True), "target_val_loss": ((*NUMBER, type(None)), True), "stages": (list, True),
         "most_advanced": (int, True), "most_proved": (int, True), "probe_steps": (int, True),
-        "budget": (dict, True)}
-STAGE = {"stage": (str, True), "config": ((str, dict), True), "n_runs": (int, True), "n_gpus": (int, False)}
+        "budget": (dict, True), "settings": (dict, False)}
+STAGE = {"stage": (str, True), "config": ((str, dict), True), "n_runs": (int, True), "n_gpus": (int, False),
+         "settings": (dict, False)}
 BUDGET = {"gpu_hours": (NUMBER, True), "gpu_hours_per_run": (NUMBER, True), "probe_gpu_hours": (NUMBER, True),
           "price_per_gpu_hour": ((*NUMBER, type(None)), False)}
 HOUR = 3600.0
@@ -65,6 +72,13 @@ def check_plan(plan: dict, path: str) -> None:
         if value is not None and not (in_range(value, most=MAX_BUDGET) and value > 0):
             raise UserError(f"{path}: budget's {key}={shown(value)} must be finite, above 0 and at most "
                             f"{MAX_BUDGET:g}")
+    for part, where in ((plan, path), *((stage, f"{stage['stage']} of {path}") for stage in plan["stages"])):
+        for arm, settings in part.get("settings", {}).items():
+            if arm not in plan["variants"]:
+                raise UserError(f"{where}: settings has {shown(arm)}, which is not in variants")
+            if not isinstance(settings, dict) or not settings:
+                raise UserError(f"{where}: settings of {shown(arm)} must be an object with a setting of the "
+                                f"script or more")
     target = plan["target_val_loss"]
     if target is not None and not in_range(target):
         raise UserError(f"{path}: target_val_loss={shown(target)} must be finite and not below 0")
@@ -85,20 +99,48 @@ def read_configs(plan: dict, path: str, overrides: list[str]) -> dict[tuple[str,
     for stage in plan["stages"]:
         arm_of = {}  # script and settings -> arm
         for arm in (plan["baseline"], *plan["variants"]):
-            name = stage["config"]  # a pattern, or the file of each arm
-            name = name.replace("{variant}", arm) if isinstance(name, str) else name.get(arm)
-            if not isinstance(name, str):
-                raise UserError(f"{path}: the config of {stage['stage']} names no file for {arm}")
+            settings = settings_of(plan, stage, arm)
+            name = file_of(stage, plan["baseline"] if settings else arm, path)
             file = os.path.join(os.path.dirname(path), name)
-            config = configs[stage["stage"], arm] = load_config(file, overrides, stage.get("n_gpus"))
+            config = configs[stage["stage"], arm] = load_config(
+                file, overrides, stage.get("n_gpus"), {arm: settings} if settings else None)
+            where = f"{file} with the plan's settings of {arm}" if settings else file
             if config["stage"] != stage["stage"]:
                 raise UserError(f"{file} is of {config['stage']} and the plan names it for {stage['stage']}")
-            check_comparable(file, config, configs[stage["stage"], plan["baseline"]])
+            check_comparable(where, config, configs[stage["stage"], plan["baseline"]])
             other = arm_of.setdefault((config["script"], repr(sorted(all_settings(config).items()))), arm)
             if other != arm:
-                raise UserError(f"{file} has the settings of {other}: there is nothing to compare "
+                raise UserError(f"{where} has the settings of {other}: there is nothing to compare "
                                 f"(--key=value sets a key in all experiments)")
     return configs
+
+
+def settings_of(plan: dict, stage: dict, arm: str) -> dict:
+    """Return the settings in which an arm differs from the baseline's file; none for an arm with a file."""
+    found = {}
+    for part in (plan, stage):
+        found |= part.get("settings", {}).get(arm, {})
+    return found
+
+
+def file_of(stage: dict, arm: str, path: str) -> str:
+    """Return the name of an arm's file, relative to the plan's folder. Raises UserError."""
+    name = stage["config"]  # a pattern, or the file of each arm
+    name = name.replace("{variant}", arm) if isinstance(name, str) else name.get(arm)
+    if not isinstance(name, str):
+        raise UserError(f"{path}: the config of {stage['stage']} names no file for {arm}")
+    return name
+
+
+def tokens_of(config: dict) -> float:
+    """Return the tokens that a run trains on, up to a factor that all experiments of a script share."""
+    settings = all_settings(config)
+    batch, length = settings.get("batch_size", 1), settings.get("sequence_length", 1)
+    sizes, shares = settings.get("batch_sizes"), settings.get("stage_shares")
+    if all(isinstance(values, list) and values and all(map(in_range, values)) for values in (sizes, shares)):
+        batch = sum(size * share for size, share in zip(sizes, shares))
+    values = [value if in_range(value) and value > 0 else 1 for value in (batch, length)]
+    return num_iterations(config) * float(values[0]) * values[1]
 
 
 def check_comparable(file: str, config: dict, baseline: dict) -> None:

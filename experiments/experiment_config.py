@@ -219,9 +219,11 @@ def check_settings(config: dict, where: str) -> None:
                             f"put {name[6:].lower()!r} into hyperparameters or give it as --key=value")
 
 
-def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None) -> dict:
+def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None,
+                arm: dict[str, dict] | None = None) -> dict:
     """Load and check an experiment's JSON, and add defaults.
 
+    arm: name of a variant -> its settings of the script, which replace those of the file.
     overrides: --key=value arguments for the script; a key of stage_config is replaced there, any other key is
     set in hyperparameters, another dataset sets LOSSES to null. Raises UserError.
     """
@@ -232,6 +234,13 @@ def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None)
     config["stage"] = stage_name(config["stage"])
     if n_gpus is not None:
         config["n_gpus"] = n_gpus
+    where = path
+    for name, changed in (arm or {}).items():
+        where = f"{path} with the plan's settings of {name}"
+        config |= {"experiment_name": f"{config['experiment_name']}_{name}",
+                   "modification_type": "settings", "modification_details": changed}
+        for key, value in changed.items():
+            replace_setting(config, key, value)
     settings = script_settings(config, path) if overrides else {}
     dataset = dataset_of(config) if overrides else None
     for argument in join_values(overrides, settings):
@@ -239,13 +248,18 @@ def load_config(path: str, overrides: list[str] = (), n_gpus: int | None = None)
             raise UserError(f"cannot read argument {argument!r}: --key=value goes to the script, and --help "
                             f"lists the runner's own options")
         key, value = parse_argument(argument, settings)
-        part = "stage_config" if key in config["stage_config"] else "hyperparameters"
-        config[part] = config[part] | {key: value}
+        replace_setting(config, key, value)
     if overrides and dataset_of(config) != dataset:
         config |= dict.fromkeys(LOSSES)
-    check_values(config, path)
-    check_settings(config, path)
+    check_values(config, where)
+    check_settings(config, where)
     return config
+
+
+def replace_setting(config: dict, key: str, value) -> None:
+    """Set a setting of the script where an experiment has it, else in its hyperparameters."""
+    part = "stage_config" if key in config["stage_config"] else "hyperparameters"
+    config[part] = config[part] | {key: value}
 
 
 def script_path(config: dict) -> str:

@@ -38,6 +38,7 @@ from experiments.campaign_plan import (
     read_plan,
     stages_until,
     target_of,
+    tokens_of,
     with_ends,
 )
 from experiments.experiment_config import (
@@ -107,7 +108,7 @@ class Campaign:
         self._check_plan(plan | {"overrides": overrides})
         hours = plan["budget"]
         self.budget = Budget(HOUR * hours["gpu_hours"], HOUR * hours["gpu_hours_per_run"])
-        self.costs, self.results, self.logs = Costs(self._sequences), Results(), {}
+        self.costs, self.results, self.logs = Costs(self._tokens), Results(), {}
         for stage, arm in configs:
             existing = experiments_in(os.path.join(folder, stage, arm))
             if existing:
@@ -137,10 +138,9 @@ class Campaign:
                                     f"--log_dir or campaign_name")
         write(path, json_text(plan))
 
-    def _sequences(self, stage: str) -> float:
-        """Return the sequences that a run of the stage trains on."""
-        config = self.configs[stage, self.plan["baseline"]]
-        return num_iterations(config) * float(all_settings(config).get("batch_size", 1))
+    def _tokens(self, stage: str) -> float:
+        """Return the tokens that a run of the stage trains on, see tokens_of."""
+        return tokens_of(self.configs[stage, self.plan["baseline"]])
 
     def _open(self, stage: str, arm: str, log: ExperimentLogger, lock_descriptor: int) -> None:
         """Take an experiment, and its results, into the campaign."""

@@ -92,7 +92,8 @@ def make_campaign(folder: Path) -> None:
             runner_kills.write_experiment(folder, arm, stage, effect=0.1 * i)
     stages = [{"stage": stage, "config": "{variant}_" + stage + ".json", "n_runs": 2} for stage in STAGES]
     plan = {"campaign_name": "toy", "baseline": ARMS[0], "variants": [*ARMS[1:]], "target_val_loss": 3.7,
-            "stages": stages, "most_advanced": 1, "most_proved": 1, "probe_steps": 5,
+            "settings": {ARMS[1]: {"effect": 0.1}}, "stages": stages, "most_advanced": 1,
+            "most_proved": 1, "probe_steps": 5,
             "budget": {"gpu_hours": 1, "gpu_hours_per_run": 0.2, "probe_gpu_hours": 0.1,
                        "price_per_gpu_hour": 2.5}}
     write_json(str(folder / "plan.json"), plan)
@@ -126,6 +127,12 @@ def make_good_files(folder: Path) -> None:
     make_campaign(folder / "campaign")
     fuzz.make_log(folder / "out")
     fuzz.make_log(folder / "other")
+    runs = [{"name": name, "seed": seed, "seconds": seconds + seed / 10, "loss": seed / 100 + 50 / seconds}
+            for name in ("peer", "ours") for seconds in (60, 120) for seed in (1, 2)]
+    write_json(str(folder / "runs.json"), runs)
+    lines = ["name,seed,seconds,loss", *(",".join(map(str, run.values())) for run in runs)]
+    text = "\n".join(lines).replace("peer", "third").replace("ours", "fourth")
+    (folder / "runs.csv").write_text(text + "\n")
 
 
 def read_configuration(folder: Path) -> None:
@@ -167,6 +174,14 @@ def read_experiments(folder: Path) -> None:
     check_report((folder / "comparison.md").read_text(), json.loads(written))
     log = ExperimentLogger.reopen(str(folder / "logs" / "a"), 1, quiet)
     log.write_summary()
+
+
+def read_points(folder: Path) -> None:
+    """Analyse runs of other programs by their time."""
+    run_main(analyze_results, f"--points={folder / 'runs.json'}", f"--points={folder / 'runs.csv'}",
+             f"--frontier={folder / 'frontier'}", "--target=0.5", "--at=80")
+    written = (folder / "frontier.json").read_text()
+    check_report((folder / "frontier.md").read_text(), json.loads(written))
 
 
 def check_report(text: str, figures: dict) -> None:
@@ -229,6 +244,8 @@ KINDS = {  # name -> file that is mutated, how, function that reads
     "experiment": ("logs/a/config.json", mutate_json, read_experiments),
     "results": ("logs/a/results.jsonl", mutate_lines, read_experiments),
     "metrics": ("logs/a/metrics.jsonl", mutate_lines, read_experiments),
+    "points": ("runs.json", mutate_json, read_points),
+    "points_csv": ("runs.csv", mutate_bytes, read_points),
     "status": (RUN + "out/status.json", mutate_json, read_run),
     "report": (RUN + "report.json", mutate_json, read_run),
     "output": (RUN + "stdout.log", mutate_bytes, read_run),

@@ -127,13 +127,14 @@ def test_killed_runners(tmp_path):
 
 def test_stages_go_on(tmp_path, light_launcher):
     """A campaign that is killed and goes on, with its budget kept over both; the plan may not change."""
-    truth = {"baseline": 0.0, "good": -0.05, "bad": 0.05}
+    truth = {"baseline": 0.0, "good": -0.05}
     for stage, steps in zip(STAGES, (10, 12, 14)):
         for name, effect in truth.items():
             runner_kills.write_experiment(tmp_path, name, stage, steps=steps, effect=effect)
     stages = [{"stage": stage, "config": "{variant}_" + stage + ".json", "n_runs": 2} for stage in STAGES]
     plan = {"campaign_name": "toy", "baseline": "baseline", "variants": ["good", "bad"],
-            "target_val_loss": 3.7, "stages": stages, "most_advanced": 1, "most_proved": 1, "probe_steps": 5,
+            "settings": {"bad": {"effect": 0.05}}, "target_val_loss": 3.7, "stages": stages,
+            "most_advanced": 1, "most_proved": 1, "probe_steps": 5,
             "budget": {"gpu_hours": 1, "gpu_hours_per_run": 0.2, "probe_gpu_hours": 0.1,
                        "price_per_gpu_hour": 2.5}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
@@ -210,6 +211,18 @@ def test_pipeline(tmp_path):
     compared = run("compare_experiments.py", folders[1], palm, f"--out={tmp_path / 'compared'}", cwd=tmp_path)
     assert "| nanogpt_palm_screening | variant | baseline | palm |" in compared
     assert (tmp_path / "compared.png").stat().st_size > 1e4
+
+
+def test_the_fast_experiment_at_toy_size(tmp_path):
+    """An experiment of the plan with a technique switched off, with train_gpt_fast.py itself."""
+    tokens = (np.arange(9000) * 3 + np.random.RandomState(7).randint(0, 2, 9000)) % 26
+    data = write_dataset(tmp_path / "letters", tokens[:8000], tokens[8000:], 26)
+    run("run_nanogpt_experiment.py", "--config", CONFIGS / A / "fast_screening.json", "--n_runs=1",
+        f"--dataset={data}", "--bigram=False", "--device=cpu", "--compile=False", "--n_layer=4", "--n_head=2",
+        "--n_embd=32", "--sequence_length=64", "--num_iterations=20", "--val_loss_every=10",
+        "--val_tokens=256", cwd=tmp_path)
+    losses = val_losses(only(tmp_path / "experiment_logs"))
+    assert len(losses) == 3 and losses[-1] < losses[0] - 0.5
 
 
 def test_a_folder_is_locked_until_the_supervisors_have_ended(tmp_path, monkeypatch):

@@ -18,8 +18,10 @@ import runner_kills
 from helpers import ROOT
 from scipy import stats
 
+from configurator import script_defaults
 from experiments import (
     analyze_results,
+    campaign_plan,
     compare_experiments,
     experiment_config,
     report,
@@ -31,7 +33,7 @@ from experiments import (
 )
 from experiments import experiment_statistics as es
 from experiments.campaign import Budget, Costs, Plan, Results, Run, decide
-from experiments.experiment_config import STAGES, command_line, load_config
+from experiments.experiment_config import STAGES, all_settings, command_line, load_config
 from experiments.experiment_logger import ExperimentLogger, gpu_info, made_by, read_folder
 from experiments.report import Experiment, curve, on_common_steps, time_to
 from nanosync.errors import UserError
@@ -274,6 +276,8 @@ def test_shipped_configurations():
     names = set()
     for path in sorted(CONFIGS.glob("stage_*/*.json")):
         config = load_config(str(path))
+        if config["script"] != "train_gpt.py":
+            continue
         stage, settings = config["stage"], config["stage_config"]
         assert path.parent.name == stage and config["experiment_name"].startswith("nanogpt_")
         assert path.stem.startswith(config["hyperparameters"]["variant"])
@@ -284,6 +288,59 @@ def test_shipped_configurations():
     assert {(stage, name) for stage in STAGES for name in wanted} <= names
     full = load_config(str(CONFIGS / "baseline.json"))
     assert full["stage_config"] == load_config(str(CONFIGS / C / "palm_parallel.json"))["stage_config"]
+
+
+def test_the_fast_plan_switches_off_each_technique():
+    """One experiment a stage is a file; each variant is the same with one or two other settings."""
+    path = str(CONFIGS / "plan_fast.json")
+    plan = run_stages.read_plan(path)
+    configs = run_stages.read_configs(plan, path, [])
+    run_stages.check_cap(plan, plan["stages"], configs, path)
+    defaults = script_defaults(str(ROOT / "train_gpt_fast.py"))
+    techniques = {key for key, value in defaults.items() if value is True
+                  and key not in ("save_checkpoint", "compile")}
+    techniques |= {"value_layers", "untie_at", "muon_beta2", "muon_weight_decay"}
+    for stage in STAGES:
+        baseline = all_settings(configs[stage, "fast"])
+        changed = {}
+        for arm in plan["variants"]:
+            settings = all_settings(configs[stage, arm])
+            changed[arm] = {key for key, value in settings.items() if value != baseline[key]}
+            assert configs[stage, arm]["experiment_name"].endswith(arm)
+        assert set().union(*changed.values()) == techniques | {
+            "batch_sizes", "stage_rates", "short_windows", "long_windows"}
+        assert all(len(keys) == 1 for arm, keys in changed.items() if arm.startswith("no_"))
+    for key in ("num_iterations", "sequence_length", "batch_sizes", "val_tokens"):  # stage C is the script's
+        assert all_settings(configs[C, "fast"])[key] == defaults[key]
+    tokens = [campaign_plan.tokens_of(configs[stage, "fast"]) for stage in STAGES]
+    assert tokens == pytest.approx([430 * 1.675 * 32768, 860 * 1.675 * 32768, 1490 * 16.2 * 16384])
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"c": {"effect": 1}}, "settings has 'c', which is not in variants"),
+    ({"b": {}}, "settings of 'b' must be an object"), ({"b": 1}, "settings of 'b' must be an object"),
+    ({"b": {"efect": 1}}, "plan's settings of b: did you mean"), ({"b": {"effect": "big"}}, "effect='big'"),
+    ({"b": {"num_iterations": 9}}, "settings of b has another stage_config than the stage's baseline"),
+    ({"b": {"effect": 0.0}}, "settings of b has the settings of a"), ({"b": {"effect": 1}}, None)])
+def test_settings_of_a_variant_in_the_plan(tmp_path, settings, words):
+    runner_kills.write_experiment(tmp_path, "a", A)
+    stages = [{"stage": stage, "config": "{variant}_" + A + ".json", "n_runs": 2} for stage in STAGES]
+    plan = json.loads((CONFIGS / "plan.json").read_text()) | {
+        "baseline": "a", "variants": ["b"], "stages": stages, "settings": settings}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+
+    def read():
+        plan = run_stages.read_plan(str(path))
+        return run_stages.read_configs({**plan, "stages": plan["stages"][:1]}, str(path), [])
+
+    if words is None:
+        config = read()[A, "b"]
+        assert config["hyperparameters"]["effect"] == 1 and config["modification_details"] == {"effect": 1}
+        return
+    with pytest.raises(UserError) as e:
+        read()
+    assert words in str(e.value) and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("change, words", [

@@ -3,6 +3,8 @@
     python -m pytest tests/unit/test_settings.py
 """
 
+import re
+
 import pytest
 import torch
 from helpers import ROOT, random_model
@@ -15,10 +17,11 @@ from nanosync.parallelism import Parallelism
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda p: p.stem)
 def test_config_files_have_only_known_keys_and_right_types(path):
-    script = ROOT / ("train_reduced_sync.py" if "sync" in path.stem else "train.py")
+    script = ROOT / ("train_reduced_sync.py" if "sync" in path.stem else
+                     "train_gpt_fast.py" if path.stem.startswith("fast") else "train.py")
     namespace = {"__file__": str(script)}
     source = script.read_text()
-    exec(source[source.index("# ----"):source.index("config = configure")], namespace)
+    exec(re.split("^# -{9,}$", source, flags=re.MULTILINE)[1].split("config = configure")[0], namespace)
     settings = {s.name: s for s in read_settings(namespace)}
     values = run_config_file(str(path), {name: namespace[name] for name in settings}, settings)
     heads = values.get("n_head", namespace["n_head"])
