@@ -360,7 +360,8 @@ def check_type(setting: Setting, value, where: str):
     if float in allowed and type(value) is float and not math.isfinite(value):
         raise UserError(f"{setting.name}={value!r} ({where}) must be a finite number")
     if type(value) is int and not -2**63 <= value < 2**63:
-        raise UserError(f"{setting.name}={shown(value)} ({where}) does not fit into 64 bits")
+        raise UserError(f"{setting.name}={shown(value)} ({where}) does not fit into 64 bits: use a number "
+                        f"from -2**63 to 2**63 - 1")
     if type(value) is str and not is_utf8(value):
         raise UserError(f"{setting.name}={shown(value)} ({where}) {NOT_UTF8}")
     try:
