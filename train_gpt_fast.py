@@ -1,7 +1,7 @@
 """The fast speedrun: train a GPT-2-size model with what the public speedrun's later records found.
 
 8 GPUs of one machine, or any other number with the same tokens per step:
-$ python data/cached_fineweb10B.py 9
+$ python data/cached_fineweb10B.py 4
 $ torchrun --standalone --nproc_per_node=8 train_gpt_fast.py
 
 One GPU, on tokens from Python's own source:
