@@ -32,6 +32,9 @@ KINDS = {
 }
 
 
+SCRIPTS_OWN = {SPEEDRUN: "SPEEDRUN", FAST: "FAST"}  # kind -> name of its ModelKind in its script
+
+
 class KindsForInference(Mapping):
     """KINDS with the kinds of the speedrun scripts, whose models are in the scripts.
 
@@ -39,14 +42,11 @@ class KindsForInference(Mapping):
     repository's script, never the copy in a run's log.
     """
 
-    constants = {SPEEDRUN: "SPEEDRUN", FAST: "FAST"}  # kind -> name of its ModelKind in the script
-
     def __getitem__(self, name: str) -> ModelKind:
         kind = KINDS[name]
-        if name not in self.constants:
+        if name not in SCRIPTS_OWN:
             return kind
-        script = importlib.import_module(kind.script.removesuffix(".py"))
-        return getattr(script, self.constants[name])
+        return getattr(importlib.import_module(kind.script.removesuffix(".py")), SCRIPTS_OWN[name])
 
     def __iter__(self):
         return iter(KINDS)

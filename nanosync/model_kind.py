@@ -30,7 +30,7 @@ class ModelKind:
     variant: tuple[str, ...] = ()  # the subset of `settings` that the dense GPT lacks
     settings_entry: str = "model"  # entry of state.json with their values: "model" or "config"
     state: dict = field(default_factory=dict)  # entries that the script adds to state.json -> their types
-    finish: Callable = lambda model, state: None  # completes a model whose parameters are loaded, by state.json
+    finish: Callable = lambda model, state: None  # sets what state.json has of a model with loaded parameters
 
 
 def model_config(description: dict, kinds: dict[str, ModelKind], **overrides):
