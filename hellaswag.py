@@ -23,6 +23,7 @@ from nanosync.distributed import env_rank, finish, on_main, print0
 from nanosync.distributed import start as start_processes
 from nanosync.files import check_output_file, write_json
 from nanosync.hardware import environment, pick_dtype
+from nanosync.model_kind import model_config
 
 # -----------------------------------------------------------------------------
 init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', a folder of weights
@@ -57,8 +58,8 @@ def say(text: str) -> None:
 # weights and examples; checks come before slow work
 found = models.find_for_inference(config, group)
 if found is not None:
-    trained = found.state["model"]["config"]
-    hellaswag_eval.check_vocabulary(trained["used_vocab_size"], found.state["meta"], found.path)
+    trained = model_config(found.state["model"], models.INFERENCE_KINDS)
+    hellaswag_eval.check_vocabulary(trained.used_vocab_size, found.state["meta"], found.path)
 examples = on_main(lambda: hellaswag_eval.load(input, n_examples), group)
 model = models.load_for_inference(config, found, processes, say)
 if found is None:

@@ -244,6 +244,10 @@ class GPT(Replicated):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
+    def head(self, x):
+        """Map the output of `hidden` (..., C) to logits (..., V), in its dtype."""
+        return F.linear(x, self.lm_head.weight.to(x.dtype))
+
     def forward(self, idx, targets=None, all_logits: bool = False):
         """Map token ids (B, T) to (logits, loss).
 

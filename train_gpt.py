@@ -30,7 +30,7 @@ from model import padded_vocab_size
 from nanosync.checkpoint import exit_with_listing
 from nanosync.dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
 from nanosync.distributed import env_rank
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 from nanosync.hardware import peak_memory
 from nanosync.model_kind import MAX_LAYERS, ModelKind, check_size, schedule_description
 from nanosync.muon import build_muon
@@ -38,7 +38,7 @@ from nanosync.optim import set_learning_rate, trapezoidal_learning_rate
 from nanosync.random_states import seed_random_states
 from nanosync.ranks import Ranks, column_parallel, f_op, g_op, row_parallel
 from nanosync.run import Run
-from nanosync.sharding import Replicated
+from nanosync.speedrun_model import SpeedrunConfig, SpeedrunModel
 from nanosync.speedrun_setup import evaluation_windows, start_processes
 from nanosync.step_clock import STATE, StepClock
 from nanosync.step_schedules import Curriculum, DepthWarm, Plan, Schedule
@@ -109,7 +109,7 @@ if __name__ == "__main__":  # tests import the classes below
 
 
 @dataclass
-class GPTConfig:
+class GPTConfig(SpeedrunConfig):
     """Architecture of the speedrun's GPT. Raises UserError for values from which no model can be built."""
 
     sequence_length: int
@@ -130,17 +130,31 @@ class GPTConfig:
         if self.n_embd % (2 * self.n_head):
             raise UserError(f"n_embd={self.n_embd} and n_head={self.n_head} do not give heads of even width: "
                             f"choose n_embd as a multiple of {2 * self.n_head}")
+        self.check_used_vocab_size()
+        points = range(2 * self.n_layer)
+        if self.variant == "sync" and (self.n_head % self.tp_size or type(self.sync_points) is not list
+                                       or not all(type(j) is int and j in points for j in self.sync_points)):
+            raise UserError(f"tp_size={self.tp_size} must divide n_head={self.n_head}, and sync_points="
+                            f"{shown(self.sync_points)} must be numbers of sublayers, below {len(points)}")
+
+    @property
+    def other_values(self) -> int:
+        """Number of values of the model besides embedding and layers' matrices, for check_size."""
+        return self.sequence_length * self.n_embd // self.n_head
 
 
-def attend(qkv, cos, sin, crop: int):
+def attend(qkv, cos, sin, crop: int, cache=None):
     """Apply QK-norm, rotary embedding, and causal attention inside pieces of `crop` tokens.
 
     If crop does not divide T, each sequence ends with a shorter piece.
 
     qkv: (B, T, 3, H, D). cos, sin: (T, D / 2). The result has the shape (B, T, H * D).
+    cache: LayerCache with the tokens before these, instead of pieces; None in training.
     """
     B, T, _, H, D = qkv.shape
     qkv = qk_norm_rotary(qkv, cos, sin)
+    if cache is not None:
+        return cache.attend(*qkv).reshape(B, T, H * D)
     parts, begin = [], 0
     for end in [T] if T % crop == 0 or T < crop else [T - T % crop, T]:
         length = min(crop, end - begin)
@@ -158,10 +172,10 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # q, k and v of all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, crop: int):
+    def forward(self, x, cos, sin, crop: int, cache=None):
         B, T, C = x.size()
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        return self.c_proj(attend(qkv, cos, sin, crop))
+        return self.c_proj(attend(qkv, cos, sin, crop, cache))
 
 
 class MLP(nn.Module):
@@ -180,12 +194,12 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, crop: int):
-        x = x + self.attn(rms_norm(x), cos, sin, crop)
+    def forward(self, x, cos, sin, crop: int, cache=None):
+        x = x + self.attn(rms_norm(x), cos, sin, crop, cache)
         return x + self.mlp(rms_norm(x))
 
 
-class GPT(Replicated):
+class GPT(SpeedrunModel):
     block = Block
 
     def __init__(self, config: GPTConfig):
@@ -224,13 +238,29 @@ class GPT(Replicated):
         return tuple(torch.cat([table[:n] for n in lengths]) if len(lengths) > 1 else table[:T]
                      for table in (self.cos, self.sin))
 
-    def hidden(self, idx, crop: int, layers: tuple[int, ...]):
-        """Map token ids (B, T) to the input of the head (B, T, C)."""
-        cos, sin = self.rotations(idx.size(1), crop)
-        x = self.embed(idx)
-        for i in layers:
-            x = self.transformer.h[i](x, cos, sin, crop)
+    def begin(self, idx, crop: int | None, layers: tuple[int, ...] | None, cache):
+        """Return cos and sin, the embeddings, the length of pieces, and (number, LayerCache) of each layer,
+        for `hidden`."""
+        start = 0 if cache is None else cache.length
+        crop = idx.size(1) if crop is None else crop
+        cos, sin = (table[start:] for table in self.rotations(idx.size(1), crop))
+        layers = range(self.config.n_layer) if layers is None else layers
+        caches = [(i, None if cache is None else cache.layers[i]) for i in layers]
+        return cos, sin, self.embed(idx[:, start:]), crop, caches
+
+    def hidden(self, idx, crop: int | None = None, layers: tuple[int, ...] | None = None, cache=None):
+        """Map token ids (B, T) to the input of the head (B, T, C), or of the tokens that the cache lacks.
+
+        crop, layers: see forward. cache: KVCache of the tokens before them, None in training.
+        """
+        cos, sin, x, crop, caches = self.begin(idx, crop, layers, cache)
+        for i, layer_cache in caches:
+            x = self.transformer.h[i](x, cos, sin, crop, layer_cache)
         return rms_norm(x)
+
+    def head(self, x):
+        """Map the output of `hidden` (..., C) to logits (..., V), in its dtype."""
+        return F.linear(x, self.transformer.wte.weight.to(x.dtype))
 
     def forward(self, idx, targets=None, crop: int | None = None, layers: tuple[int, ...] | None = None):
         """Map token ids (B, T) to (None, mean loss) with targets, or to (logits (B, T, V), None) without.
@@ -239,12 +269,10 @@ class GPT(Replicated):
         crop: length of the pieces inside which tokens see each other, None for T.
         layers: numbers of the layers that take part, None for all.
         """
-        every = tuple(range(self.config.n_layer))
-        x = self.hidden(idx, idx.size(1) if crop is None else crop, every if layers is None else layers)
-        weight = self.transformer.wte.weight
+        x = self.hidden(idx, crop, layers)
         if targets is None:
-            return F.linear(x, weight), None
-        return None, linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+            return self.head(x), None
+        return None, linear_cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
 
     def flops_per_token(self, crop: int, n_layer: int) -> int:
         """Return the FLOPs of a training step per token, counted as in model.GPT.flops_per_token."""
@@ -261,9 +289,9 @@ class PalmBlock(Block):
     Their sum is scaled by 2**-0.5, as for two independent terms.
     """
 
-    def forward(self, x, cos, sin, crop: int):
+    def forward(self, x, cos, sin, crop: int, cache=None):
         y = rms_norm(x)
-        return x + (self.attn(y, cos, sin, crop) + self.mlp(y)) * 2**-0.5
+        return x + (self.attn(y, cos, sin, crop, cache) + self.mlp(y)) * 2**-0.5
 
 
 class PalmGPT(GPT):
@@ -290,13 +318,13 @@ class SyncGPT(GPT):
         self.hidden(torch.zeros(1, 1, dtype=torch.int64), 1, tuple(range(self.config.n_layer)))
         self.ranks = ranks
 
-    def hidden(self, idx, crop: int, layers: tuple[int, ...]):
-        cos, sin = self.rotations(idx.size(1), crop)
-        base, pending = self.embed(idx), None  # (B, T, C), the same on all TP ranks; (R, B, T, C)
-        for i in layers:
+    def hidden(self, idx, crop: int | None = None, layers: tuple[int, ...] | None = None, cache=None):
+        cos, sin, base, crop, caches = self.begin(idx, crop, layers, cache)
+        pending = None  # (R, B, T, C); base (B, T, C) is the same on all TP ranks
+        for i, layer_cache in caches:
             after_attention, after_mlp = self.schedule.sublayers[2 * i:2 * i + 2]
             block = self.transformer.h[i]
-            y = self.heads(block.attn, self.seen(base, pending), cos, sin, crop)
+            y = self.heads(block.attn, self.seen(base, pending), cos, sin, crop, layer_cache)
             base, pending = self.add(base, pending, y, block.attn.c_proj.weight, after_attention.sync)
             y = relu_squared(column_parallel(self.seen(base, pending), block.mlp.c_fc))
             base, pending = self.add(base, pending, y, block.mlp.c_proj.weight, after_mlp.sync)
@@ -307,11 +335,11 @@ class SyncGPT(GPT):
         x = f_op(base, self.ranks if pending is not None else self.ranks.as_one)
         return rms_norm(x if pending is None else x + pending)
 
-    def heads(self, attn, x, cos, sin, crop: int):
+    def heads(self, attn, x, cos, sin, crop: int, cache):
         """Attend with each rank's heads: (m, B, T, C) -> (m, B, T, C / m)."""
         m, B, T, C = x.shape
         qkv = column_parallel(x, attn.c_attn, parts=3).view(m * B, T, 3, attn.n_head // m, C // attn.n_head)
-        return attend(qkv, cos, sin, crop).view(m, B, T, -1)
+        return attend(qkv, cos, sin, crop, cache).view(m, B, T, -1)
 
     def add(self, base, pending, y, weight, sync: bool):
         """Add the row-parallel product of y (m, B, T, K / m), and synchronise if `sync`."""

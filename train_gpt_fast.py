@@ -31,15 +31,15 @@ from model import padded_vocab_size
 from nanosync.checkpoint import exit_with_listing
 from nanosync.dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
 from nanosync.distributed import env_rank
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 from nanosync.hardware import peak_memory
-from nanosync.model_kind import MAX_LAYERS, ModelKind, check_size
+from nanosync.model_kind import MAX_FIELD, MAX_LAYERS, ModelKind, check_size
 from nanosync.muon import Muon
 from nanosync.optim import set_learning_rate
 from nanosync.packing import PackedSplit
 from nanosync.random_states import seed_random_states
 from nanosync.run import Run
-from nanosync.sharding import Replicated
+from nanosync.speedrun_model import SpeedrunConfig, SpeedrunModel
 from nanosync.speedrun_setup import evaluation_windows, start_processes
 from nanosync.step_clock import STATE, StepClock
 
@@ -115,7 +115,7 @@ CAP = Softcap(23.0, 7.5, 5.0)  # of the logits
 
 
 @dataclass
-class GPTConfig:
+class GPTConfig(SpeedrunConfig):
     """Architecture of the fast speedrun's GPT. Raises UserError if no model has these values."""
 
     sequence_length: int
@@ -142,12 +142,19 @@ class GPTConfig:
         if self.n_embd % (4 * self.n_head) or self.n_embd < GATE:
             raise UserError(f"n_embd={self.n_embd} and n_head={self.n_head} do not give heads whose width is "
                             f"a multiple of 4: choose n_embd as a multiple of {4 * self.n_head}")
-        if len(self.windows) != 2 or not all(type(n) is int and n > 0 for n in self.windows):
-            raise UserError(f"windows must be two positive numbers of tokens, not {self.windows}")
+        if len(self.windows) != 2 or not all(type(n) is int and 0 < n < MAX_FIELD for n in self.windows):
+            raise UserError(f"windows must be two positive numbers of tokens, not {shown(self.windows)}")
         for name in ("long_layers", "value_layers"):
             layers = getattr(self, name)
             if not all(type(i) is int and 0 <= i < self.n_layer for i in layers):
-                raise UserError(f"{name}={layers} must be numbers of layers, 0 to {self.n_layer - 1}")
+                raise UserError(f"{name}={shown(layers)} must be numbers of layers, 0 to {self.n_layer - 1}")
+        self.check_used_vocab_size()
+
+    @property
+    def other_values(self) -> int:
+        """Number of values of the model besides embedding and layers' matrices, for check_size."""
+        tables = 1 + len(set(self.value_layers)) + 5 * self.bigram
+        return tables * self.vocab_size * self.n_embd + self.sequence_length * self.n_embd // self.n_head
 
     @property
     def middle(self) -> int:
@@ -175,18 +182,19 @@ class Attention(nn.Module):
         self.gate = Gate(config.n_head) if config.attention_gate else None
         self.value_gate = Gate(config.n_head) if layer in config.value_layers else None
 
-    def forward(self, x, cos, sin, first, value):
-        """Attend. first: of interval_attention. value: (B, T, C), added to v; None in layers without."""
+    def forward(self, x, cos, sin, first, value, cache=None):
+        """Attend. first: of interval_attention. value: (B, T, C), added to v; None in layers without.
+        cache: LayerCache with the tokens before these; None in training."""
         B, T, C = x.size()
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qk_norm_rotary(qkv, cos, sin)
         if value is not None:
             share = 2 * self.value_gate(torch.cat((x[..., :GATE // 2], value[..., :GATE // 2]), dim=-1))
             v = v + share[..., None] * value.view_as(v)
-        y = interval_attention(q, k, v, first, scale=0.1)
+        y = (interval_attention if cache is None else cache.attend)(q, k, v, first, scale=0.1)
         if self.gate is not None:
             y = y * self.gate(x)[..., None]
-        return self.c_proj(y.view(B, T, C))
+        return self.c_proj(y.reshape(B, T, C))
 
 
 class Block(nn.Module):
@@ -201,10 +209,10 @@ class Block(nn.Module):
         self.factors = nn.Parameter(torch.tensor([1.1**0.5, 0.0, 0.05, 1.1**0.5]))
         self.embedding_skip = config.embedding_skip
 
-    def forward(self, x, x0, pair, source, cos, sin, first, value):
+    def forward(self, x, x0, pair, source, cos, sin, first, value, cache=None):
         """x: stream; x0: embedding; pair: row of the bigram table or None; source: see GPT.hidden."""
         a, b, c, d = self.factors.to(x.dtype).unbind()
-        y = self.attn(rms_norm(x if source is None else source), cos, sin, first, value)
+        y = self.attn(rms_norm(x if source is None else source), cos, sin, first, value, cache)
         x = a * x + y
         if self.embedding_skip:
             x = x + b * x0
@@ -213,7 +221,7 @@ class Block(nn.Module):
         return d * x + relu_squared_mlp(rms_norm(x), self.mlp.c_fc.weight, self.mlp.c_proj.weight)
 
 
-class GPT(Replicated):
+class GPT(SpeedrunModel):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, self.tied = config, True
@@ -259,13 +267,15 @@ class GPT(Replicated):
             for name, value in optimizer.state[self.transformer.wte.weight].items():
                 optimizer.state[self.lm_head.weight][name].copy_(value)
 
-    def hidden(self, idx, windows=None):
-        """Map token ids (B, T) to the input of the head (B, T, C). windows: see forward."""
-        config, T = self.config, idx.size(1)
-        windows = self.windows if windows is None else windows
-        short, long = (first_visible(idx, config.end_of_text, window) for window in windows.unbind())
-        cos, sin = self.cos[:T], self.sin[:T]
-        dtype = torch.get_autocast_dtype(idx.device.type) if torch.is_autocast_enabled(idx.device.type) \
+    def load_state(self, state: dict) -> None:
+        """Load the entry `untied` of state.json."""
+        if state["untied"]:
+            self.untie()
+
+    def embed(self, idx):
+        """Map token ids (B, T) to embeddings, smeared, and rows of the bigram table or None, (B, T, C)."""
+        config, device_type = self.config, idx.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) \
             else self.transformer.wte.weight.dtype
         x, pair = self.transformer.wte(idx).to(dtype), None
         if config.bigram:
@@ -274,15 +284,43 @@ class GPT(Replicated):
             begins = torch.zeros_like(idx) if config.end_of_text is None else idx == config.end_of_text
             share = self.smear_factor.to(dtype) * self.smear(x[:, 1:]) * ~begins[:, 1:, None].bool()
             x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
-        x = x0 = rms_norm(x)
-        middle = None  # the stream after the layer config.middle
+        return x, pair
+
+    def hidden(self, idx, windows=None, cache=None):
+        """Map token ids (B, T) to the input of the head (B, T, C), or of the tokens that the cache lacks.
+
+        windows: see forward. cache: KVCache of the tokens before them, None in training.
+        """
+        config, start = self.config, 0 if cache is None else cache.length
+        windows = self.windows if windows is None else windows
+        short, long = (first_visible(idx, config.end_of_text, window)[:, start:]
+                       for window in windows.unbind())
+        cos, sin = self.cos[start:idx.size(1)], self.sin[start:idx.size(1)]
+        x, pair = self.embed(idx[:, max(0, start - 1):])  # bigrams and smear need the token before
+        if start > 0:
+            x, pair, idx = x[:, 1:], None if pair is None else pair[:, 1:], idx[:, start:]
+        dtype, x = x.dtype, rms_norm(x)
+        x0, middle = x, None  # middle: the stream after the layer config.middle
         for i, block in enumerate(self.transformer.h):
             value = F.embedding(idx, self.values[str(i)]).to(dtype) if i in config.value_layers else None
             x = block(x, x0, pair, middle if config.late_attention else None, cos, sin,
-                      long if i in config.long_layers else short, value)
+                      long if i in config.long_layers else short, value,
+                      None if cache is None else cache.layers[i])
             if i == config.middle and i < config.n_layer - 1:
                 middle = x
         return rms_norm(x - 0.5 * middle if config.backout and middle is not None else x)
+
+    def layer_windows(self) -> list[int]:
+        return [self.config.windows[i in self.config.long_layers] for i in range(self.config.n_layer)]
+
+    def head_weight(self):
+        return self.transformer.wte.weight if self.tied else self.lm_head.weight
+
+    def head(self, x):
+        """Map the output of `hidden` (..., C) to logits (..., V); with softcap at least in fp32."""
+        logits = F.linear(x, self.head_weight().to(x.dtype))
+        return cap_logits(logits.to(torch.promote_types(x.dtype, torch.float32)), CAP) \
+            if self.config.softcap else logits
 
     def pair_of(self, idx):
         """Return the row of the bigram table of each token and the token before it, (B, T)."""
@@ -297,11 +335,10 @@ class GPT(Replicated):
         target_weights: of the next tokens in the loss, see linear_cross_entropy.
         """
         x = self.hidden(idx, windows)
-        weight = self.transformer.wte.weight if self.tied else self.lm_head.weight
         if targets is None:
-            logits = F.linear(x, weight)
-            return cap_logits(logits.float(), CAP) if self.config.softcap else logits, None
-        return None, linear_cross_entropy(x.flatten(0, 1), weight, targets, target_weights=target_weights,
+            return self.head(x), None
+        return None, linear_cross_entropy(x.flatten(0, 1), self.head_weight(), targets,
+                                          target_weights=target_weights,
                                           softcap=CAP if self.config.softcap else None)
 
     def flops_per_token(self, windows: list) -> int:
@@ -332,7 +369,7 @@ SETTINGS = ("sequence_length", "n_layer", "n_head", "n_embd", "document_mask", "
             "long_layers", "value_layers", "bigram", "embedding_skip", "smear", "attention_gate",
             "late_attention", "backout", "half_rotary", "softcap")  # that a checkpoint decides
 FAST = ModelKind("train_gpt_fast.py", GPTConfig, GPT, settings_entry="config", settings=SETTINGS,
-                 state={"untied": bool, **STATE})
+                 state={"untied": bool, **STATE}, finish=GPT.load_state)
 
 
 # The schedule.
@@ -460,8 +497,7 @@ if __name__ == "__main__":
     run.restore(model, optimizer)
     if run.resumed is not None:
         clock.load(run.resumed.state)
-        if run.resumed.state["untied"]:
-            model.untie()
+        model.load_state(run.resumed.state)
     run.open(source=__file__)
     run.line("Python {python}, PyTorch {torch}, {device}, git {git_commit}".format(**run.environment))
     run.line(f"{model.n_parameters() / 1e6:.2f}M parameters, {compute_dtype}; {data.folder}: "

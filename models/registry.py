@@ -1,5 +1,8 @@
 """The table of model kinds, and building a model of any kind."""
 
+import importlib
+from collections.abc import Mapping
+
 import torch
 import torch.nn as nn
 
@@ -29,7 +32,33 @@ KINDS = {
 }
 
 
-def build_model(description: dict, kinds: dict[str, ModelKind] = KINDS, **overrides) -> nn.Module:
+SCRIPTS_OWN = {SPEEDRUN: "SPEEDRUN", FAST: "FAST"}  # kind -> name of its ModelKind in its script
+
+
+class KindsForInference(Mapping):
+    """KINDS with the kinds of the speedrun scripts, whose models are in the scripts.
+
+    A script is imported when its kind is read, that is, for a checkpoint of that kind only. It is this
+    repository's script, never the copy in a run's log.
+    """
+
+    def __getitem__(self, name: str) -> ModelKind:
+        kind = KINDS[name]
+        if name not in SCRIPTS_OWN:
+            return kind
+        return getattr(importlib.import_module(kind.script.removesuffix(".py")), SCRIPTS_OWN[name])
+
+    def __iter__(self):
+        return iter(KINDS)
+
+    def __len__(self):
+        return len(KINDS)
+
+
+INFERENCE_KINDS = KindsForInference()
+
+
+def build_model(description: dict, kinds: Mapping[str, ModelKind] = KINDS, **overrides) -> nn.Module:
     """Build and initialise a model with the architecture of a `model` entry of state.json. Raises UserError.
 
     If PyTorch's default device is 'meta', the model has no values.

@@ -13,7 +13,7 @@ from model import (
     padded_vocab_size,
     use_triton_layer_norm,
 )
-from models.registry import ARCHITECTURE, KINDS, build_model
+from models.registry import ARCHITECTURE, INFERENCE_KINDS, KINDS, SCRIPTS_OWN, build_model
 from nanosync import huggingface
 from nanosync.checkpoint import Checkpoint, find, find_weights
 from nanosync.distributed import Processes
@@ -151,8 +151,10 @@ def load_model(checkpoint: Checkpoint, **overrides) -> nn.Module:
 
     overrides: fields of the configuration that change no shape.
     """
-    model = build_model(checkpoint.state["model"], **overrides)
+    description = checkpoint.state["model"]
+    model = build_model(description, INFERENCE_KINDS, **overrides)
     load_parameters(model, checkpoint.tensors("model"), checkpoint.path)
+    INFERENCE_KINDS[description["kind"]].finish(model, checkpoint.state)
     return model
 
 
@@ -161,7 +163,7 @@ def load(out_dir: str, which: str | int = "latest", **overrides) -> nn.Module:
 
     which: 'latest', 'best' or a step. overrides: see load_model.
     """
-    return load_model(find(expand_path(out_dir), which, kinds=KINDS), **overrides)
+    return load_model(find(expand_path(out_dir), which, kinds=INFERENCE_KINDS), **overrides)
 
 
 def load_weights(name: str, kind: str = "gpt", variant: dict | None = None, warn=print, group=None,
@@ -263,11 +265,18 @@ def find_for_inference(config: dict, group=None) -> Checkpoint | None:
 
     Return None if init_from names weights for GPT.from_pretrained.
     """
+    kinds = INFERENCE_KINDS
     if config["init_from"] == "resume":
-        return find(config["out_dir"], config["checkpoint_step"], group=group, kinds=KINDS)
-    found = find_weights(config["init_from"], config["checkpoint_step"], group=group, kinds=KINDS)
+        found = find(config["out_dir"], config["checkpoint_step"], group=group, kinds=kinds)
+    else:
+        found = find_weights(config["init_from"], config["checkpoint_step"], group=group, kinds=kinds)
     if found is None:  # an error comes before a script reads or downloads anything else
         huggingface.check_name(config["init_from"])
+    elif (kind := found.state["model"]["kind"]) in SCRIPTS_OWN:
+        for name, plain in (("tp_size", None), ("block_types", None), ("tp_processes", 1)):
+            if config.get(name, plain) != plain:
+                raise UserError(f"{name}={config[name]} is for models of train.py and train_reduced_sync.py, "
+                                f"and {found.path} is from {KINDS[kind].script}: leave {name} out")
     return found
 
 
@@ -278,6 +287,8 @@ def load_for_inference(config: dict, found: Checkpoint | None, processes: Proces
 
     found: result of find_for_inference. say: function that prints a line.
     """
+    if found is not None and found.state["model"]["kind"] in SCRIPTS_OWN:
+        return load_model(found)
     model = GPT.from_pretrained(config["init_from"]) if found is None else load_model(found, dropout=0.0)
     if config["tp_size"] is not None or config["block_types"] is not None:
         model = with_ranks(model, config["tp_size"], config["block_types"])

@@ -95,7 +95,7 @@ class Decoder:
 
         batch_size: B, sequences. slide: tokens to drop at once. sampling: fields of Sampling.
         """
-        config, weight = model.config, model.lm_head.weight
+        config, weight = model.config, next(model.parameters())
         self.sampling = Sampling(**sampling)
         self.sampling.check()
         if not 1 <= slide <= config.block_size:

@@ -241,11 +241,10 @@ def ending_losses(model, idx: torch.Tensor, targets: torch.Tensor, device: torch
     x = model.hidden(idx.to(device)).flatten(0, 1)[places]  # (P, C)
     targets = targets.flatten().to(device)[places]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    weight = model.lm_head.weight.to(dtype)
     losses = torch.zeros(N * T, dtype=dtype, device=device)
     with torch.autocast(device.type, enabled=False):
         for start in range(0, len(places), HEAD_ROWS):
             part = slice(start, start + HEAD_ROWS)
-            logits = F.linear(x[part].to(dtype), weight)  # (HEAD_ROWS, V)
+            logits = model.head(x[part].to(dtype))  # (HEAD_ROWS, V)
             losses[places[part]] = F.cross_entropy(logits, targets[part], reduction="none")
     return losses.view(N, T)

@@ -30,6 +30,7 @@ class ModelKind:
     variant: tuple[str, ...] = ()  # the subset of `settings` that the dense GPT lacks
     settings_entry: str = "model"  # entry of state.json with their values: "model" or "config"
     state: dict = field(default_factory=dict)  # entries that the script adds to state.json -> their types
+    finish: Callable = lambda model, state: None  # sets what state.json has of a model with loaded parameters
 
 
 def model_config(description: dict, kinds: dict[str, ModelKind], **overrides):
@@ -85,21 +86,24 @@ def check_size(config, whole: bool = True) -> None:
 
     Linux grants the memory and later kills the process that uses it.
 
-    config: a configuration with n_layer, n_embd, vocab_size and, if positions are learned, block_size.
+    config: a dataclass with n_layer, n_embd, vocab_size and, if positions are learned, block_size. A property
+        other_values is the number of further values.
     whole: False if the process never holds more than one parameter, as for a model that is built on the meta
         device and filled on GPUs.
     """
     shape = {name: getattr(config, name) for name in ("n_layer", "n_embd", "vocab_size", "block_size")
-             if hasattr(config, name)}
+             if name in vars(config)}
     if shape["n_layer"] > MAX_LAYERS:
         raise UserError(f"n_layer={shape['n_layer']} is above {MAX_LAYERS}: choose a smaller model")
     rows, C = shape["vocab_size"] + shape.get("block_size", 0), shape["n_embd"]
-    n_bytes = 4 * (12 * shape["n_layer"] * C**2 + rows * C) if whole else 4 * max(4 * C**2, rows * C)
+    other = getattr(config, "other_values", 0)
+    n_bytes = 4 * (12 * shape["n_layer"] * C**2 + rows * C + other if whole else max(4 * C**2, rows * C))
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # the system does not report its memory
         return
     if n_bytes > memory:
+        shape |= {name: getattr(config, name) for name in ("sequence_length",) if other}
         named = ", ".join(f"{name}={value}" for name, value in shape.items())
         raise UserError(f"{named} make {n_bytes // 2**30:,} GB of parameters, and this machine has "
                         f"{memory // 2**30:,} GB of memory: choose a smaller model")

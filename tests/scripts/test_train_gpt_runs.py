@@ -188,9 +188,8 @@ def test_checkpoints_of_other_scripts(train, run_script, tiny_data, tmp_path):
     assert done.code == 2 and "kind 'gpt': resume it with train.py" in done.err, done.err
     done = train("--num_iterations=2", "--warmdown_iters=0", "--val_tokens=100000")
     assert done.code == 0 and "val_tokens=100000, but evaluations use 672 tokens" in done.out, done.out
-    for script in ("train.py", "sample.py"):
-        option = "--resume" if script == "train.py" else "--out_dir"
-        done = run_script(script, *(TINY if script == "train.py" else ["--device=cpu"]),
+    for option in ("--resume", "--init_from"):
+        done = run_script("train.py", *TINY, f"--dataset={tiny_data}", "--out_dir=other",
                           f"{option}={tmp_path / 'out'}")
         assert done.code == 2 and "only train_gpt.py can use it" in done.err, done.err
         assert len(done.err.splitlines()) == 1

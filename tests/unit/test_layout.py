@@ -62,6 +62,23 @@ def test_imports_go_one_way():
         assert not imported(path) & scripts, f"{path} imports a script"
 
 
+def test_only_the_registry_imports_a_script():
+    """Files that import a module by a name that is a value are these, each for its reason."""
+    reasons = {
+        "models/registry.py": "a speedrun script has its model, which inference with its checkpoint needs; "
+                              "tests/unit/test_speedrun_inference.py: it imports for no other checkpoint",
+        "benchmarks/peers.py": "the user's file of another project",
+        "experiments/experiment_logger.py": "versions of packages",
+        "nanosync/log_sinks.py": "optional packages",
+    }
+    calls = ("import_module", "__import__", "run_path", "run_module", "spec_from_file_location")
+    for path in python_files():
+        nodes = ast.walk(ast.parse((ROOT / path).read_text()))
+        names = {node.attr if isinstance(node, ast.Attribute) else node.id for node in nodes
+                 if isinstance(node, (ast.Name, ast.Attribute))}
+        assert path in reasons or not names & set(calls), path
+
+
 def test_logs_are_read_without_torch():
     code = "import sys; import nanosync.run_log; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
