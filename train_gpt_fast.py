@@ -14,6 +14,7 @@ technique is a setting, so an ablation is a command line: --bigram=False. docs/s
 gains. An environment variable STAGE_<KEY> overrides config files, and the command line overrides STAGE_<KEY>.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -138,12 +139,13 @@ class GPTConfig:
     softcap: bool = False
 
     def __post_init__(self):
-        check_at_least(vars(self), 1, "sequence_length", "vocab_size", "n_layer", "n_head", "n_embd")
-        if self.n_embd % (4 * self.n_head) or self.n_embd < GATE:
+        check_at_least(vars(self), 1, "sequence_length", "vocab_size", "n_layer", "n_head")
+        check_at_least(vars(self), GATE, "n_embd")
+        if self.n_embd % (4 * self.n_head):
             raise UserError(f"n_embd={self.n_embd} and n_head={self.n_head} do not give heads whose width is "
                             f"a multiple of 4: choose n_embd as a multiple of {4 * self.n_head}")
-        if len(self.windows) != 2 or not all(type(n) is int and n > 0 for n in self.windows):
-            raise UserError(f"windows must be two positive numbers of tokens, not {self.windows}")
+        if len(self.windows) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in self.windows):
+            raise UserError(f"eval_windows={self.windows} must be two positive whole numbers below 2**31")
         for name in ("long_layers", "value_layers"):
             layers = getattr(self, name)
             if not all(type(i) is int and 0 <= i < self.n_layer for i in layers):
@@ -239,7 +241,7 @@ class GPT(Replicated):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Set projections into the stream to zero, other matrices of layers to a standard deviation of 0.5
-        C**-0.5, the embedding to 0.005. Gates, tables and factors have values already."""
+        C**-0.5, embedding and head to 0.005. Gates, tables and factors have values already."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 p.zero_()
@@ -248,6 +250,8 @@ class GPT(Replicated):
                 p.uniform_(-bound, bound)
             elif name.endswith("wte.weight"):
                 p.normal_(std=0.005)
+            else:
+                assert kind_of(name) in ("embedding", "table", "scalar"), name
         self.lm_head.weight.copy_(self.transformer.wte.weight)
 
     @torch.no_grad()
@@ -268,11 +272,12 @@ class GPT(Replicated):
         dtype = torch.get_autocast_dtype(idx.device.type) if torch.is_autocast_enabled(idx.device.type) \
             else self.transformer.wte.weight.dtype
         x, pair = self.transformer.wte(idx).to(dtype), None
+        begins = torch.zeros_like(idx, dtype=torch.bool) if config.end_of_text is None \
+            else idx == config.end_of_text  # of documents
         if config.bigram:
-            pair = F.embedding(self.pair_of(idx), self.pairs).to(dtype)
+            pair = F.embedding(self.pair_of(idx, begins), self.pairs).to(dtype)
         if config.smear:
-            begins = torch.zeros_like(idx) if config.end_of_text is None else idx == config.end_of_text
-            share = self.smear_factor.to(dtype) * self.smear(x[:, 1:]) * ~begins[:, 1:, None].bool()
+            share = self.smear_factor.to(dtype) * self.smear(x[:, 1:]) * ~begins[:, 1:, None]
             x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
         x = x0 = rms_norm(x)
         middle = None  # the stream after the layer config.middle
@@ -284,10 +289,14 @@ class GPT(Replicated):
                 middle = x
         return rms_norm(x - 0.5 * middle if config.backout and middle is not None else x)
 
-    def pair_of(self, idx):
-        """Return the row of the bigram table of each token and the token before it, (B, T)."""
-        before = F.pad(idx[:, :-1], (1, 0))
-        return ((36313 * idx) ^ (27191 * before)) % (len(self.pairs) - 1)
+    def pair_of(self, idx, begins):
+        """Return the row of the bigram table of each token and the token before it, (B, T).
+
+        The last row is for tokens without one: at the beginning of a document (begins) or of the sequence.
+        """
+        last = len(self.pairs) - 1
+        rows = ((36313 * idx[:, 1:]) ^ (27191 * idx[:, :-1])) % last
+        return F.pad(rows, (1, 0), value=last).masked_fill(begins, last)
 
     def forward(self, idx, targets=None, windows=None, target_weights=None):
         """Map token ids (B, T) to (None, mean loss) with targets, or to (logits (B, T, V), None) without.
@@ -310,6 +319,17 @@ class GPT(Replicated):
         C, L, long = config.n_embd, config.n_layer, len(set(config.long_layers))
         seen = (L - long) * windows[0] + long * windows[1]
         return 6 * (L * 12 * C**2 + config.vocab_size * C) + 12 * C * seen
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a parameter, which decides how the optimizer updates it."""
+    kinds = {"c_attn.weight": "stacked", "c_fc.weight": "matrix", "c_proj.weight": "matrix",
+             "wte.weight": "embedding", "lm_head.weight": "embedding", "factors": "scalar",
+             "gate.weight": "scalar", "smear.weight": "scalar", "smear_factor": "scalar"}
+    found = {kind for end, kind in kinds.items() if name.endswith(end)}
+    found |= {"table"} if name.startswith(("values.", "pairs")) else set()
+    assert len(found) == 1, f"no rule for parameter {name}"
+    return found.pop()
 
 
 def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_text: int | None) -> GPTConfig:
@@ -360,12 +380,14 @@ def stages_of(config: Config) -> list[Stage]:
         kinds = (int,) if name in ("batch_sizes", "short_windows", "long_windows") else (int, float)
         if not all(type(value) in kinds and value > 0 for value in config[name]):
             raise UserError(f"{name}={config[name]} must be positive {'whole ' * (len(kinds) == 1)}numbers")
-    if not math.isclose(sum(config["stage_shares"]), 1, abs_tol=1e-6):
+        if len(kinds) == 1 and max(config[name]) >= 2**31:
+            raise UserError(f"{name}={config[name]} must be below {2**31}")
+    ends = [*itertools.accumulate(config["stage_shares"])]
+    if not math.isclose(ends[-1], 1, abs_tol=1e-5):
         raise UserError(f"stage_shares={config['stage_shares']} must add up to 1")
-    stages, begin, share = [], 0, 0.0
-    for stage_share, batch, short, long, rate in zip(*lists):
-        share += stage_share
-        end = round(share * config["num_iterations"])
+    stages, begin = [], 0
+    for share, batch, short, long, rate in zip(ends, *lists[1:]):
+        end = round(share / ends[-1] * config["num_iterations"])  # the last is exact
         if end > begin:
             stages.append(Stage(begin, end, batch, (short, long), rate))
         begin = end
@@ -374,7 +396,7 @@ def stages_of(config: Config) -> list[Stage]:
 
 def target_weights_at(config: Config, stages: list[Stage], step: int) -> list[float]:
     """Return the weights of the next three tokens. The third fades in the first stage, the second in the
-    next."""
+    next. The last stage has the next token only."""
     number = next(i for i, stage in enumerate(stages) if step < stage.end)
     left = 1 - (step - stages[number].begin) / (stages[number].end - stages[number].begin)
     if not config["further_targets"] or number > 1 or number == len(stages) - 1:
@@ -389,9 +411,11 @@ def rate_at(config: Config, stage: Stage, step: int) -> float:
 
 
 def momentum_at(config: Config, step: int) -> float:
-    """Return Muon's momentum: 0.85 at the first step and after the last."""
+    """Return Muon's momentum: 0.85 at the first step and after the last, if there is a warm-up."""
     peak, warmup = config["muon_momentum"], config["muon_momentum_warmup"]
-    up, down = step / max(1, warmup), (config["num_iterations"] - step) / max(1, warmup / 6)
+    if warmup == 0:
+        return peak
+    up, down = step / warmup, (config["num_iterations"] - step) / max(1, warmup / 6)
     return min(0.85, peak) + (peak - min(0.85, peak)) * min(1.0, up, down)
 
 
@@ -404,10 +428,7 @@ def build_optimizer(model: GPT, config: Config, group) -> Muon:
         "table": dict(lr_ratio=config["table_learning_rate"] / lr, betas=(0.75, 0.95)),
         "scalar": dict(lr_ratio=config["scalar_learning_rate"] / lr, betas=(0.9, 0.99))}
     for name, p in model.named_parameters():
-        kind = "stacked" if "c_attn" in name else "matrix" if "c_fc" in name or "c_proj" in name \
-            else "embedding" if "wte" in name or "lm_head" in name \
-            else "table" if name.startswith(("values", "pairs")) else "scalar"
-        kinds.setdefault(kind, []).append(p)
+        kinds.setdefault(kind_of(name), []).append(p)
     groups = [dict(params=parameters, **rules[kind]) for kind, parameters in kinds.items()]
     return Muon(groups, group, sum_gradients=True, momentum=config["muon_momentum"], scale="spectral",
                 polar_express=config["polar_express"], norm_beta2=config["muon_beta2"] or None, cautious=True,
@@ -423,6 +444,9 @@ def check_settings(config: dict) -> None:
                    "table_learning_rate", "scalar_learning_rate", "adam_learning_rate", "muon_beta2",
                    "muon_momentum")
     check_at_most(config, 1.0, "untie_at", "cooldown_share", "final_rate")
+    for name in ("muon_momentum", "muon_beta2"):
+        if config[name] >= 1:
+            raise UserError(f"{name}={config[name]} must be below 1")
     check_at_most(config, 1e6, "timeout")
     check_at_most(config, MAX_LAYERS, "n_layer")
     if config["muon_learning_rate"] <= 0:
