@@ -380,8 +380,8 @@ def stages_of(config: Config) -> list[Stage]:
         kinds = (int,) if name in ("batch_sizes", "short_windows", "long_windows") else (int, float)
         if not all(type(value) in kinds and value > 0 for value in config[name]):
             raise UserError(f"{name}={config[name]} must be positive {'whole ' * (len(kinds) == 1)}numbers")
-        if len(kinds) == 1 and max(config[name]) >= 2**31:
-            raise UserError(f"{name}={config[name]} must be below {2**31}")
+        if max(config[name]) > (most := 2**31 - 1 if len(kinds) == 1 else 10**6):
+            raise UserError(f"{name}={config[name]} must be at most {most}")
     ends = [*itertools.accumulate(config["stage_shares"])]
     if not math.isclose(ends[-1], 1, abs_tol=1e-5):
         raise UserError(f"stage_shares={config['stage_shares']} must add up to 1")
@@ -447,7 +447,8 @@ def check_settings(config: dict) -> None:
     for name in ("muon_momentum", "muon_beta2"):
         if config[name] >= 1:
             raise UserError(f"{name}={config[name]} must be below 1")
-    check_at_most(config, 1e6, "timeout")
+    check_at_most(config, 1e6, "timeout", "muon_learning_rate", "muon_weight_decay", "adam_learning_rate",
+                  "table_learning_rate", "scalar_learning_rate")  # of rates, so that fp32 holds an update
     check_at_most(config, MAX_LAYERS, "n_layer")
     if config["muon_learning_rate"] <= 0:
         raise UserError(f"muon_learning_rate={config['muon_learning_rate']} must be above 0")
