@@ -14,7 +14,6 @@ technique is a setting, so an ablation is a command line: --bigram=False. docs/s
 gains. An environment variable STAGE_<KEY> overrides config files, and the command line overrides STAGE_<KEY>.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +41,7 @@ from nanosync.run import Run
 from nanosync.speedrun_model import SpeedrunConfig, SpeedrunModel
 from nanosync.speedrun_setup import evaluation_windows, start_processes
 from nanosync.step_clock import STATE, StepClock
+from nanosync.step_schedules import Stage, stages_of
 
 # -----------------------------------------------------------------------------
 out_dir = "out-fast"  # folder for checkpoints and logs
@@ -138,12 +138,14 @@ class GPTConfig(SpeedrunConfig):
     softcap: bool = False
 
     def __post_init__(self):
-        check_at_least(vars(self), 1, "sequence_length", "vocab_size", "n_layer", "n_head", "n_embd")
-        if self.n_embd % (4 * self.n_head) or self.n_embd < GATE:
+        check_at_least(vars(self), 1, "sequence_length", "vocab_size", "n_layer", "n_head")
+        check_at_least(vars(self), GATE, "n_embd")
+        if self.n_embd % (4 * self.n_head):
             raise UserError(f"n_embd={self.n_embd} and n_head={self.n_head} do not give heads whose width is "
                             f"a multiple of 4: choose n_embd as a multiple of {4 * self.n_head}")
         if len(self.windows) != 2 or not all(type(n) is int and 0 < n < MAX_FIELD for n in self.windows):
-            raise UserError(f"windows must be two positive numbers of tokens, not {shown(self.windows)}")
+            raise UserError(f"eval_windows={shown(self.windows)} must be two positive whole numbers below "
+                            f"2**31")
         for name in ("long_layers", "value_layers"):
             layers = getattr(self, name)
             if not all(type(i) is int and 0 <= i < self.n_layer for i in layers):
@@ -247,7 +249,7 @@ class GPT(SpeedrunModel):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Set projections into the stream to zero, other matrices of layers to a standard deviation of 0.5
-        C**-0.5, the embedding to 0.005. Gates, tables and factors have values already."""
+        C**-0.5, embedding and head to 0.005. Gates, tables and factors have values already."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 p.zero_()
@@ -256,6 +258,8 @@ class GPT(SpeedrunModel):
                 p.uniform_(-bound, bound)
             elif name.endswith("wte.weight"):
                 p.normal_(std=0.005)
+            else:
+                assert kind_of(name) in ("embedding", "table", "scalar"), name
         self.lm_head.weight.copy_(self.transformer.wte.weight)
 
     @torch.no_grad()
@@ -278,11 +282,12 @@ class GPT(SpeedrunModel):
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) \
             else self.transformer.wte.weight.dtype
         x, pair = self.transformer.wte(idx).to(dtype), None
+        begins = torch.zeros_like(idx, dtype=torch.bool) if config.end_of_text is None \
+            else idx == config.end_of_text  # of documents
         if config.bigram:
-            pair = F.embedding(self.pair_of(idx), self.pairs).to(dtype)
+            pair = F.embedding(self.pair_of(idx, begins), self.pairs).to(dtype)
         if config.smear:
-            begins = torch.zeros_like(idx) if config.end_of_text is None else idx == config.end_of_text
-            share = self.smear_factor.to(dtype) * self.smear(x[:, 1:]) * ~begins[:, 1:, None].bool()
+            share = self.smear_factor.to(dtype) * self.smear(x[:, 1:]) * ~begins[:, 1:, None]
             x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
         return x, pair
 
@@ -322,10 +327,14 @@ class GPT(SpeedrunModel):
         return cap_logits(logits.to(torch.promote_types(x.dtype, torch.float32)), CAP) \
             if self.config.softcap else logits
 
-    def pair_of(self, idx):
-        """Return the row of the bigram table of each token and the token before it, (B, T)."""
-        before = F.pad(idx[:, :-1], (1, 0))
-        return ((36313 * idx) ^ (27191 * before)) % (len(self.pairs) - 1)
+    def pair_of(self, idx, begins):
+        """Return the row of the bigram table of each token and the token before it, (B, T).
+
+        The last row is for tokens without one: at the beginning of a document (begins) or of the sequence.
+        """
+        last = len(self.pairs) - 1
+        rows = ((36313 * idx[:, 1:]) ^ (27191 * idx[:, :-1])) % last
+        return F.pad(rows, (1, 0), value=last).masked_fill(begins, last)
 
     def forward(self, idx, targets=None, windows=None, target_weights=None):
         """Map token ids (B, T) to (None, mean loss) with targets, or to (logits (B, T, V), None) without.
@@ -347,6 +356,17 @@ class GPT(SpeedrunModel):
         C, L, long = config.n_embd, config.n_layer, len(set(config.long_layers))
         seen = (L - long) * windows[0] + long * windows[1]
         return 6 * (L * 12 * C**2 + config.vocab_size * C) + 12 * C * seen
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a parameter, which decides how the optimizer updates it."""
+    kinds = {"c_attn.weight": "stacked", "c_fc.weight": "matrix", "c_proj.weight": "matrix",
+             "wte.weight": "embedding", "lm_head.weight": "embedding", "factors": "scalar",
+             "gate.weight": "scalar", "smear.weight": "scalar", "smear_factor": "scalar"}
+    found = {kind for end, kind in kinds.items() if name.endswith(end)}
+    found |= {"table"} if name.startswith(("values.", "pairs")) else set()
+    assert len(found) == 1, f"no rule for parameter {name}"
+    return found.pop()
 
 
 def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_text: int | None) -> GPTConfig:
@@ -375,43 +395,9 @@ FAST = ModelKind("train_gpt_fast.py", GPTConfig, GPT, settings_entry="config", s
 # The schedule.
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stretch of the steps with one batch size and one pair of windows."""
-
-    begin: int  # first step
-    end: int  # first step after it
-    batch_size: int  # sequences
-    windows: tuple[int, int]  # short, long
-    rate: float
-
-
-def stages_of(config: Config) -> list[Stage]:
-    """Make the stages that the settings name; stages without a step are left out. Raises UserError."""
-    names = ("stage_shares", "batch_sizes", "short_windows", "long_windows", "stage_rates")
-    lists = [config[name] for name in names]
-    if len({len(values) for values in lists}) != 1 or not lists[0]:
-        raise UserError(", ".join(f"{name} has {len(config[name])}" for name in names) + " entries: give "
-                        "each as many entries as there are stages")
-    for name in names:
-        kinds = (int,) if name in ("batch_sizes", "short_windows", "long_windows") else (int, float)
-        if not all(type(value) in kinds and value > 0 for value in config[name]):
-            raise UserError(f"{name}={config[name]} must be positive {'whole ' * (len(kinds) == 1)}numbers")
-    if not math.isclose(sum(config["stage_shares"]), 1, abs_tol=1e-6):
-        raise UserError(f"stage_shares={config['stage_shares']} must add up to 1")
-    stages, begin, share = [], 0, 0.0
-    for stage_share, batch, short, long, rate in zip(*lists):
-        share += stage_share
-        end = round(share * config["num_iterations"])
-        if end > begin:
-            stages.append(Stage(begin, end, batch, (short, long), rate))
-        begin = end
-    return stages
-
-
 def target_weights_at(config: Config, stages: list[Stage], step: int) -> list[float]:
     """Return the weights of the next three tokens. The third fades in the first stage, the second in the
-    next."""
+    next. The last stage has the next token only."""
     number = next(i for i, stage in enumerate(stages) if step < stage.end)
     left = 1 - (step - stages[number].begin) / (stages[number].end - stages[number].begin)
     if not config["further_targets"] or number > 1 or number == len(stages) - 1:
@@ -426,9 +412,11 @@ def rate_at(config: Config, stage: Stage, step: int) -> float:
 
 
 def momentum_at(config: Config, step: int) -> float:
-    """Return Muon's momentum: 0.85 at the first step and after the last."""
+    """Return Muon's momentum: 0.85 at the first step and after the last, if there is a warm-up."""
     peak, warmup = config["muon_momentum"], config["muon_momentum_warmup"]
-    up, down = step / max(1, warmup), (config["num_iterations"] - step) / max(1, warmup / 6)
+    if warmup == 0:
+        return peak
+    up, down = step / warmup, (config["num_iterations"] - step) / max(1, warmup / 6)
     return min(0.85, peak) + (peak - min(0.85, peak)) * min(1.0, up, down)
 
 
@@ -441,10 +429,7 @@ def build_optimizer(model: GPT, config: Config, group) -> Muon:
         "table": dict(lr_ratio=config["table_learning_rate"] / lr, betas=(0.75, 0.95)),
         "scalar": dict(lr_ratio=config["scalar_learning_rate"] / lr, betas=(0.9, 0.99))}
     for name, p in model.named_parameters():
-        kind = "stacked" if "c_attn" in name else "matrix" if "c_fc" in name or "c_proj" in name \
-            else "embedding" if "wte" in name or "lm_head" in name \
-            else "table" if name.startswith(("values", "pairs")) else "scalar"
-        kinds.setdefault(kind, []).append(p)
+        kinds.setdefault(kind_of(name), []).append(p)
     groups = [dict(params=parameters, **rules[kind]) for kind, parameters in kinds.items()]
     return Muon(groups, group, sum_gradients=True, momentum=config["muon_momentum"], scale="spectral",
                 polar_express=config["polar_express"], norm_beta2=config["muon_beta2"] or None, cautious=True,
@@ -460,7 +445,11 @@ def check_settings(config: dict) -> None:
                    "table_learning_rate", "scalar_learning_rate", "adam_learning_rate", "muon_beta2",
                    "muon_momentum")
     check_at_most(config, 1.0, "untie_at", "cooldown_share", "final_rate")
-    check_at_most(config, 1e6, "timeout")
+    for name in ("muon_momentum", "muon_beta2"):
+        if config[name] >= 1:
+            raise UserError(f"{name}={config[name]} must be below 1")
+    check_at_most(config, 1e6, "timeout", "muon_learning_rate", "muon_weight_decay", "adam_learning_rate",
+                  "table_learning_rate", "scalar_learning_rate")  # of rates, so that fp32 holds an update
     check_at_most(config, MAX_LAYERS, "n_layer")
     if config["muon_learning_rate"] <= 0:
         raise UserError(f"muon_learning_rate={config['muon_learning_rate']} must be above 0")

@@ -1,8 +1,11 @@
-"""Schedules of a speedrun's training steps: the length of attended pieces, and the layers that take part.
+"""Schedules of a speedrun's training steps: the length of attended pieces, the layers that take part, stages
+with a batch size and windows.
 
 A schedule is made from a script's settings. Its state is part of a checkpoint.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,3 +145,39 @@ class DepthWarm(Schedule):
         random = np.random.RandomState([self.config["seed"] % 2**32, step])
         drawn = random.random_sample(len(self.full.layers))  # in [0, 1)
         return Plan(self.full.crop, tuple(i for i in self.full.layers if drawn[i] < self.survival(i, step)))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the steps with one batch size and one pair of windows."""
+
+    begin: int  # first step
+    end: int  # first step after it
+    batch_size: int  # sequences
+    windows: tuple[int, int]  # short, long
+    rate: float
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """Make the stages that the settings name; stages without a step are left out. Raises UserError."""
+    names = ("stage_shares", "batch_sizes", "short_windows", "long_windows", "stage_rates")
+    lists = [config[name] for name in names]
+    if len({len(values) for values in lists}) != 1 or not lists[0]:
+        raise UserError(", ".join(f"{name} has {len(config[name])}" for name in names) + " entries: give "
+                        "each as many entries as there are stages")
+    for name in names:
+        kinds = (int,) if name in ("batch_sizes", "short_windows", "long_windows") else (int, float)
+        if not all(type(value) in kinds and value > 0 for value in config[name]):
+            raise UserError(f"{name}={config[name]} must be positive {'whole ' * (len(kinds) == 1)}numbers")
+        if max(config[name]) > (most := 2**31 - 1 if len(kinds) == 1 else 10**6):
+            raise UserError(f"{name}={config[name]} must be at most {most}")
+    ends = [*itertools.accumulate(config["stage_shares"])]
+    if not math.isclose(ends[-1], 1, abs_tol=1e-5):
+        raise UserError(f"stage_shares={config['stage_shares']} must add up to 1")
+    stages, begin = [], 0
+    for share, batch, short, long, rate in zip(ends, *lists[1:]):
+        end = round(share / ends[-1] * config["num_iterations"])  # the last is exact
+        if end > begin:
+            stages.append(Stage(begin, end, batch, (short, long), rate))
+        begin = end
+    return stages

@@ -69,6 +69,24 @@ def write_dataset(folder: Path, train: np.ndarray, val: np.ndarray, vocab_size: 
     return folder
 
 
+FAST_SETTINGS = ["--device=cpu", "--compile=False", "--n_layer=4", "--n_head=2", "--n_embd=16",
+                 "--sequence_length=32", "--stage_shares=[0.3,0.4,0.3]", "--batch_sizes=[2,4,4]",
+                 "--short_windows=[4,8,16]", "--long_windows=[8,16,32]", "--stage_rates=[1.0,1.2,1.2]",
+                 "--eval_windows=[16,32]", "--num_iterations=20", "--untie_at=0.5", "--val_loss_every=8",
+                 "--val_tokens=320", "--cooldown_share=0.6", "--final_rate=0.15",
+                 "--muon_learning_rate=0.023", "--muon_momentum=0.95", "--muon_momentum_warmup=10",
+                 "--muon_beta2=0.9", "--muon_weight_decay=1.2", "--adam_learning_rate=0.008",
+                 "--table_learning_rate=0.3", "--scalar_learning_rate=0.04"]  # of train_gpt_fast.py
+
+
+def write_documents(folder: Path) -> Path:
+    """A data set of 3000 train and 700 val tokens: noisy counters of letters, each after an end-of-text."""
+    random = np.random.RandomState(5)
+    tokens = (np.arange(3700) * 3 + random.randint(0, 2, 3700)) % 26
+    tokens[random.rand(3700) < 0.05] = 26
+    return write_dataset(folder, tokens[:3000], tokens[3000:], 27, end_of_text=26)
+
+
 # Imported once, in the server that most processes of tests are forked from
 PRELOAD = ["pytest", "torch", "torch._dynamo", "torch.distributed.run", "torch.distributed.fsdp",
            "safetensors.torch", "models", "nanosync.training_setup", "nanosync.step_clock"]

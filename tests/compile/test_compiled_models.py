@@ -22,7 +22,9 @@ from helpers import (
     tokens,
 )
 from helpers import random_hellaswag as random_examples
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import train_gpt_fast
 from model import GPT, MLP, GPTConfig
 from nanosync.errors import UserError
 from nanosync.hellaswag_eval import accuracy
@@ -155,6 +157,34 @@ def test_speedrun_variants_compile_without_breaks(variant, crop):
         model(x, y, crop, (0, 2))[1].backward()
     for p, q in zip(eager.parameters(), compiled.parameters()):
         assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.allclose(p.grad, q.grad))
+
+
+def test_fast_speedrun_compiles_once():
+    """One graph for all windows, targets' weights and both states of the head; gradients are eager's."""
+    techniques = ("bigram", "embedding_skip", "smear", "attention_gate", "late_attention", "backout",
+                  "half_rotary", "softcap")
+    torch.manual_seed(0)
+    eager = train_gpt_fast.GPT(train_gpt_fast.GPTConfig(
+        sequence_length=32, vocab_size=61, n_layer=3, n_head=2, n_embd=16, windows=[4, 8], long_layers=[1],
+        value_layers=[0, 2], end_of_text=7, **dict.fromkeys(techniques, True)))
+    with torch.no_grad():
+        for p in eager.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    compiled, counter = copy.deepcopy(eager), CompileCounterWithBackend("aot_eager")
+    compiled.hidden = torch.compile(compiled.hidden, dynamic=False, fullgraph=True, backend=counter)
+    for seed, (windows, weights) in enumerate([((4, 8), (1, 0.5, 0.25)), ((1, 32), (1, 0, 0)),
+                                               ((9, 100), (1, 0.2, 0))]):
+        x, y = tokens(2, 32, seed=seed), tokens(2, 32, seed=seed + 10)
+        for model in (eager, compiled):
+            if seed == 2:
+                model.untie()
+            model.zero_grad()
+            model(x, y, torch.tensor(windows, dtype=torch.int32), torch.tensor(weights))[1].backward()
+        for (name, p), q in zip(eager.named_parameters(), compiled.parameters()):
+            assert (p.grad is None) == (q.grad is None), name
+            # fp32; gradients are of size 1
+            assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-5), name
+    assert counter.frame_count == 1
 
 
 def test_training_compiled(run_script, tiny_data):

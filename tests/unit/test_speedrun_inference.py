@@ -164,8 +164,8 @@ HOSTILE = [  # changes of a configuration, words of the error
 ]
 HOSTILE_FAST = [
     *HOSTILE,
-    (dict(windows=[1, 2**31]), "two positive numbers"), (dict(windows=[1]), "two positive numbers"),
-    (dict(windows=[1, "2"]), "two positive numbers"), (dict(long_layers=[5]), "must be numbers of layers"),
+    (dict(windows=[1, 2**31]), "two positive whole"), (dict(windows=[1]), "two positive whole"),
+    (dict(windows=[1, "2"]), "two positive whole"), (dict(long_layers=[5]), "must be numbers of layers"),
     (dict(value_layers=[[0]]), "must be numbers of layers"), (dict(long_layers=None), "must be of type list"),
     (dict(bigram=1), "must be of type bool"), (dict(end_of_text=2**40), "which no model has")]
 HOSTILE_BASELINE = [
