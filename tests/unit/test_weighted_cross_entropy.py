@@ -1,6 +1,6 @@
 """Cross-entropy with a softcap and several targets a row: PyTorch code against loops in fp64. CPU; seconds.
 
-    python -m pytest tests/unit/test_cross_entropy.py
+    python -m pytest tests/unit/test_weighted_cross_entropy.py
 
 tests/kernels/test_cross_entropy.py does the same with the Triton kernel.
 """
