@@ -46,6 +46,7 @@ SHORT_STAGES = {"A_screening": "stage_a_screening", "B_validation": "stage_b_val
 MAX_RUNS = 10_000  # of an experiment
 MAX_NUMBER = 1e100  # size of a loss or time; its square is still finite
 MAX_VALUE = 100_000  # characters of a setting; Linux takes 131,072 in one argument or variable
+STEPS = "num_iterations", "max_iters"  # settings that are the updates of a run, of scripts that have them
 NOTES = "notes"  # entry of hyperparameters for readers
 LOSSES = "target_val_loss", "baseline_val_loss", "baseline_std"  # each belongs to a data set
 RUNNER_SETTINGS = ("seed", "out_dir", "resume", "list_checkpoints")  # set by the runner
@@ -209,9 +210,9 @@ def check_settings(config: dict, where: str) -> None:
             config[part] = config[part] | {key: check_type(settings[key], value, f"{part} of {where}")}
             if len(str(value)) > MAX_VALUE:
                 raise UserError(f"{part} of {where}: {key}={shown(value)} is too long for a command line")
-    steps = num_iterations(config)
+    steps, key = num_iterations(config), steps_key(config)
     if type(steps) is not int or not 1 <= steps < 2**53:
-        raise UserError(f"{where}: stage_config needs num_iterations, an integer of at least 1, and has "
+        raise UserError(f"{where}: stage_config needs {key}, an integer of at least 1, and has "
                         f"{json.dumps(steps)[:40]}")
     for name in os.environ:
         if name.startswith("STAGE_") and name[6:].lower() in settings:
@@ -302,9 +303,14 @@ def judged_by(settings: dict) -> dict:
     return found
 
 
+def steps_key(config: dict) -> str:
+    """Return the setting of the script that is the number of updates."""
+    return STEPS[1] if STEPS[1] in all_settings(config) else STEPS[0]
+
+
 def num_iterations(config: dict) -> int:
     """Return the updates of a run."""
-    return all_settings(config).get("num_iterations")
+    return all_settings(config).get(steps_key(config))
 
 
 def command(config: dict, run_id: int, out_dir: str, **changed) -> list[str]:

@@ -70,7 +70,7 @@ def _tell(story: Story) -> dict:
     if stopped:
         return _outcome(story, (plan.counts[-1], plan.counts[0]), None, None, stopped)
     low, high = _bisect(story)
-    winner = _place(story, low, high)
+    winner = _place(story, high)
     interval = plan.counts[low], plan.counts[high]
     story.note(SEARCH, "interval", f"the fewest evenly spaced syncs are from {interval[0]} to {interval[1]}",
                interval=list(interval))
@@ -171,18 +171,22 @@ def _bisect(story: Story) -> tuple[int, int]:
     return above - 1, good
 
 
-def _place(story: Story, low: int, high: int) -> str | None:
-    """Test other placements at the two counts beside the boundary; return the arm to prove, if any."""
+def _place(story: Story, high: int) -> str | None:
+    """Test other placements at the two counts beside the boundary; return the arm to prove, if any.
+
+    An undecided arm is proved too if a proof would succeed with PROOF_POWER at its measured ratio.
+    """
     plan = story.plan
-    for i in ((high + 1, high) if high + 1 < len(plan.counts) else (high,)):
-        count = plan.counts[i]
-        even = arm_name(count)
-        arms = [arm_name(count, placement) for placement, n in plan.placements if n == count and i]
-        for arm in arms:
-            _test(story, arm)
-        good = [arm for arm in (even, *arms) if story.verdicts.get(arm) == WITHIN]
-        if good:
-            best = min(good, key=lambda arm: story.ratio(arm).mean)
+    beside = plan.counts[max(high, 1):high + 2]
+    for count in reversed(beside):
+        for placement, n in plan.placements:
+            if n == count:
+                _test(story, arm_name(count, placement))
+    for count in reversed(plan.counts[1:]):
+        arms = [arm for arm, verdict in story.verdicts.items() if count_of(arm) == count and (
+            verdict == WITHIN or (verdict == OPEN and _proof_size(story, arm) is not None))]
+        if arms:
+            best = min(arms, key=lambda arm: story.ratio(arm).mean)
             story.note(SEARCH, "winner", f"{best} goes into the proof", arm=best)
             return best
     return None
@@ -195,7 +199,7 @@ def _prove(story: Story, winner: str) -> dict | None:
     tested = [n for n in larger if story.verdicts.get(arm_name(n)) == WITHIN]
     attempts, found = [winner, *(arm_name(n) for n in (tested or larger)[-1:])], None
     for arm in attempts:
-        n = _proof_size(story, arm)
+        n = _proof_size(story, arm) or plan.looks[-1]
         while n >= LEAST_PROOF and not story.need(PROOF, {plan.baseline: n, arm: n}):
             n -= 1
         if n < LEAST_PROOF:
@@ -220,14 +224,15 @@ def _prove(story: Story, winner: str) -> dict | None:
     return found
 
 
-def _proof_size(story: Story, arm: str) -> int:
-    """Return the runs with which the proof succeeds with PROOF_POWER if spread and ratio are as searched."""
+def _proof_size(story: Story, arm: str) -> int | None:
+    """Return the runs with which the proof succeeds with PROOF_POWER if spread and ratio are as searched;
+    None if too many."""
     plan, ratio, pooled = story.plan, story.ratio(arm), story.spread()
-    for n in range(LEAST_PROOF, plan.looks[-1]):
+    for n in range(LEAST_PROOF, plan.looks[-1] + 1):
         reach = float(stdtrit(2 * n - 2, 1 - plan.alpha / 2) + ndtri(PROOF_POWER))
         if ratio is not None and reach * pooled[0] * math.sqrt(2 / n) <= plan.margin - ratio.mean:
             return n
-    return plan.looks[-1]
+    return None
 
 
 def _control(story: Story) -> None:
