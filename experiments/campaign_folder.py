@@ -14,7 +14,7 @@ from experiments.campaign_plan import HOUR, STARTING, with_ends
 from experiments.experiment_config import in_range, read_json
 from experiments.experiment_logger import MAX_LINES, ExperimentLogger, lines_of, read_lines
 from experiments.report import table, write
-from experiments.runner import Job, lock, read_report, recover, run_jobs
+from experiments.runner import Job, lock, read_report, recover, run_jobs, slots, visible_gpus
 from nanosync.errors import UserError, shortened, shown
 from nanosync.files import (
     json_text,
@@ -72,6 +72,11 @@ class CampaignFolder:
     def places(self, stage: str) -> list[str | None]:
         """Return the GPUs of each parallel run."""
         raise NotImplementedError
+
+    def places_of(self, config: dict) -> list[str | None]:
+        """Return the GPUs of --parallel runs of an experiment, or of as many as have GPUs of their own."""
+        most = len(visible_gpus()) // config["n_gpus"]
+        return slots(config, max(1, min(self.parallel, most or self.parallel)))
 
     def report(self, decisions: list[dict]) -> str:
         """Return the decisions and costs as Markdown."""

@@ -55,7 +55,6 @@ from experiments.runner import (
     end_on_signals,
     run_jobs,
     slots,
-    visible_gpus,
 )
 from nanosync.errors import UserError, shown
 from nanosync.files import (
@@ -122,10 +121,7 @@ class Campaign(CampaignFolder):
         return True
 
     def places(self, stage: str) -> list[str | None]:
-        """Return the GPUs of each parallel run: --parallel runs, or as many as have GPUs of their own."""
-        config = self.configs[stage, self.plan["baseline"]]
-        most = len(visible_gpus()) // config["n_gpus"]
-        return slots(config, max(1, min(self.parallel, most or self.parallel)))
+        return self.places_of(self.configs[stage, self.plan["baseline"]])
 
     def report(self, decisions: list[dict]) -> str:
         """Return the decisions and costs as Markdown."""
