@@ -19,6 +19,7 @@ code of the script is never executed here.
 import ast
 import contextlib
 import difflib
+import functools
 import json
 import math
 import os
@@ -176,18 +177,44 @@ def script_settings(config: dict, where: str) -> dict[str, Setting]:
     path = script_path(config)
     try:
         tree = script_tree(path)
-        defaults = literal_defaults(path)
+        script_defaults(path)
     except (OSError, SyntaxError, ValueError) as e:
         reason = getattr(e, "strerror", None) or getattr(e, "msg", None) or first_line(e)
         raise UserError(f"{where}: cannot read the script {path}: {reason}") from None
     if not any(isinstance(node, ast.Name) and node.id == "configure" for node in ast.walk(tree)):
         raise UserError(f"{where}: {path} never calls configurator.configure, so its keys are not known: "
                         f"take them by it, as train_gpt.py does")
-    return {setting.name: setting for setting in read_settings(defaults | {"__file__": path})}
+    return dict(_settings(path, _stamp(path)))
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    """Return time and size of a file, for caches of what it contains. Raises OSError."""
+    found = os.stat(path)
+    return found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=16)
+def _defaults(path: str, stamp: tuple[int, int]) -> dict:
+    return literal_defaults(path)
+
+
+@functools.lru_cache(maxsize=16)
+def _settings(path: str, stamp: tuple[int, int]) -> dict[str, Setting]:
+    return {setting.name: setting for setting in read_settings(_defaults(path, stamp) | {"__file__": path})}
+
+
+def script_defaults(path: str) -> dict:
+    """Return the literal defaults of a script; it is parsed again if it has changed."""
+    return dict(_defaults(path, _stamp(path)))
 
 
 def script_tree(path: str) -> ast.Module:
-    """Parse a script. Raises OSError, SyntaxError or ValueError."""
+    """Parse a script; again if it has changed. Raises OSError, SyntaxError or ValueError."""
+    return _tree(path, _stamp(path))
+
+
+@functools.lru_cache(maxsize=16)
+def _tree(path: str, stamp: tuple[int, int]) -> ast.Module:
     try:
         return ast.parse(read_file(path, MAX_CONFIG_FILE).decode("utf-8-sig"))
     except (RecursionError, MemoryError):
@@ -267,7 +294,7 @@ def reads_stage_variables(config: dict) -> bool:
 
 def all_settings(config: dict) -> dict:
     """Return all settings of the script: its defaults, replaced by the experiment's values."""
-    return literal_defaults(script_path(config)) | config["stage_config"] | arguments_of(config)
+    return script_defaults(script_path(config)) | config["stage_config"] | arguments_of(config)
 
 
 def arguments_of(config: dict) -> dict:

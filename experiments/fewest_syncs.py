@@ -261,7 +261,7 @@ def _second_budget(story: Story, winner: str) -> list[dict]:
     rows = []
     for arm in arms:
         both = {arm: plan.second_runs, plan.baseline: max(plan.second_runs, 2)}
-        if not story.need(SECOND, both):
+        if not story.need(SEARCH, {arm: plan.second_runs}) or not story.need(SECOND, both):
             story.note(SECOND, "budget", f"{arm}: the budget does not pay for its runs on more tokens")
             break
         before, after = story.ratio(arm, (SEARCH, PROOF)), story.ratio(arm, (SECOND,))

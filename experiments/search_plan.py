@@ -115,7 +115,7 @@ def check_plan(plan: dict, path: str) -> None:
     for key, least in (("control_runs", 2), ("second_runs", 2)):
         check_integers([plan[key]], key, path, least, looks[-1])
     for name in plan["placements"]:
-        if name not in PLACEMENTS:
+        if not isinstance(name, str) or name not in PLACEMENTS:
             raise UserError(f"{path}: placements has {shown(name)}: use {', '.join(PLACEMENTS)}")
     if not in_range(plan["alpha"], 1e-6, 0.5):
         raise UserError(f"{path}: alpha={shown(plan['alpha'])} must be from 1e-6 to 0.5")
@@ -161,54 +161,57 @@ def points_of(plan: dict, path: str) -> dict[str, list[int]]:
 
 def configs_of(plan: dict, rules: SearchPlan, points: dict[str, list[int]], path: str) -> dict:
     """Return the experiment of each stage and arm. Raises UserError."""
-    layers, seeds = rules.counts[0] // 2, {SEARCH: "search_seed", PROOF: "proof_seed", SECOND: "search_seed"}
-    base = experiment(plan, path, rules.baseline, plan["search_seed"], {"sync_strategy": "standard"},
-                      plan["tokens"][0])
-    if all_settings(base).get("n_layer") != layers:
+    layers, where = rules.counts[0] // 2, f"settings of {path}"
+    base = DEFAULTS | {"experiment_name": rules.baseline, "script": plan["script"], "n_gpus": plan["n_gpus"],
+                       "base_seed": plan["search_seed"], "hyperparameters": plan["settings"]}
+    check_values(base | {"base_seed": plan["proof_seed"]}, where)
+    check_values(base, where)
+    check_settings(base, where)
+    settings, key = all_settings(base), steps_key(base)
+    if "sync_points" not in settings:
+        raise UserError(f"{where}: {plan['script']} has no setting 'sync_points': use "
+                        f"train_reduced_sync.py or train_gpt.py")
+    if settings.get("n_layer") != layers:
         raise UserError(f"{path}: {rules.counts[0]} syncs are those of {layers} layers, and settings have "
-                        f"n_layer={shown(all_settings(base).get('n_layer'))}")
+                        f"n_layer={shown(settings.get('n_layer'))}")
+
+    def experiment(arm: str, seed: int, tokens: int, changed: dict) -> dict:
+        changed = changed | lengths(plan, base, settings, key, tokens, path)
+        config = base | {"experiment_name": arm, "base_seed": seed,
+                         "hyperparameters": base["hyperparameters"] | changed}
+        check_settings(config, where)
+        return config
+
     found = {}
-    for stage, key in seeds.items():
-        if stage == SECOND and not rules.second_multiple:
-            continue
+    seeds = {SEARCH: plan["search_seed"], PROOF: plan["proof_seed"]}
+    for stage, seed in (seeds | ({SECOND: plan["search_seed"]} if rules.second_multiple else {})).items():
         tokens = plan["tokens"][-1 if stage == SECOND else 0]
         for arm, places in points.items():
-            changed = {"sync_strategy": "custom", "sync_points": places}
-            if arm == rules.baseline:
-                changed = {"sync_strategy": "standard"}
-            found[stage, arm] = experiment(plan, path, arm, plan[key], changed, tokens)
+            dense = arm == rules.baseline
+            found[stage, arm] = experiment(arm, seed, tokens, {"sync_strategy": "standard"} if dense else {
+                "sync_strategy": "custom", "sync_points": places})
     for k in rules.control_layers:
-        arm = control_name(k)
-        found[SEARCH, arm] = experiment(plan, path, arm, plan["search_seed"],
-                                        {"sync_strategy": "standard", "n_layer": k}, plan["tokens"][0])
+        found[SEARCH, control_name(k)] = experiment(
+            control_name(k), plan["search_seed"], plan["tokens"][0],
+            {"sync_strategy": "standard", "n_layer": k})
     return found
 
 
-def experiment(plan: dict, path: str, arm: str, seed: int, changed: dict, tokens: int) -> dict:
-    """Return the experiment of an arm; its schedule of learning rates is as long as its run."""
-    config = DEFAULTS | {"experiment_name": arm, "script": plan["script"], "n_gpus": plan["n_gpus"],
-                         "base_seed": seed, "hyperparameters": plan["settings"] | changed}
-    where = f"settings of {path}"
-    check_values(config, where)
-    check_settings(config, where)
-    settings, key = all_settings(config), steps_key(config)
-    if "variant" in settings:
-        changed = changed | {"variant": "sync"}
+def lengths(plan: dict, base: dict, settings: dict, key: str, tokens: int, path: str) -> dict:
+    """Return the settings of a run on so many tokens; its schedule of learning rates is as long as the run.
+    Raises UserError."""
     length = settings.get("block_size", settings.get("sequence_length"))
     per_step = settings.get("batch_size", 1) * (length or 1) * settings.get("gradient_accumulation_steps", 1)
     steps = round(tokens / per_step) if per_step > 0 else 0
     if steps < 1:
         raise UserError(f"{path}: {tokens} tokens are less than an update, which takes {per_step}")
-    changed = changed | {key: steps}
+    found = {key: steps} | ({"variant": "sync"} if "variant" in settings else {})
     for name in WITH_STEPS:
-        given = config["hyperparameters"].get(name)
         if name in settings:
             first = max(round(plan["tokens"][0] / per_step), 1)
-            given = (steps if name == "lr_decay_iters" else settings[name]) if given is None else given
-            changed[name] = given if steps == first else round(given * steps / first)
-    config["hyperparameters"] = config["hyperparameters"] | changed
-    check_settings(config, where)
-    return config
+            given = base["hyperparameters"].get(name, first if name == "lr_decay_iters" else settings[name])
+            found[name] = round(given * steps / first)
+    return found
 
 
 def parts_that_stay(plan: dict) -> dict:
@@ -223,8 +226,8 @@ def read_latencies(path: str, width: int | None) -> dict[str, float]:
     """
     table = read_json(path)
     rows = table.get("rows") if isinstance(table, dict) else None
-    found = {}
-    rows = [row for row in rows or [] if isinstance(row, dict) and in_range(row.get("us"))]
+    rows, found = rows if isinstance(rows, list) else [], {}
+    rows = [row for row in rows if isinstance(row, dict) and in_range(row.get("us"))]
     rows = [row for row in rows if row.get("n_embd") == width] or rows
     for row in rows:
         words = str(row.get("name")).split()

@@ -4,6 +4,8 @@ import io
 import math
 import os
 
+import numpy as np
+
 from experiments.report import table, write
 from experiments.search_evidence import OPEN, SearchPlan, arm_name, count_of
 from nanosync.files import json_text
@@ -14,20 +16,29 @@ CONTROL = "dense_"  # how the name of a dense model of fewer layers begins
 def rows_of(rules: SearchPlan, outcome: dict, times: dict[str, float]) -> list[dict]:
     """Return the arms with their syncs, layers, and µs a token; None for an unknown time.
 
-    times: µs by arm. Without a measured time, a dense model of fewer layers takes its share of the layers.
+    times: µs by arm. Times that were not measured are estimated: of a count between two measured ones by a
+    line through these, of a dense model of fewer layers by its share of the layers.
     """
     rows, dense = [], rules.counts[0] // 2
+    measured = sorted((count_of(arm), us) for arm, us in times.items() if not arm.startswith(CONTROL))
     for arm in outcome["arms"]:
         control = arm["arm"].startswith(CONTROL)
         layers = int(arm["arm"][len(CONTROL):].removesuffix("layers")) if control else dense
         syncs = 2 * layers if control else count_of(arm["arm"])
         us = times.get(arm["arm"] if control else arm_name(syncs))
-        estimated = control and us is None and rules.baseline in times
-        if estimated:
+        estimated = us is None
+        if control and us is None and rules.baseline in times:
             us = times[rules.baseline] * layers / dense
+        elif us is None and not control and measured and measured[0][0] <= syncs <= measured[-1][0]:
+            us = float(np.interp(syncs, *zip(*measured)))
+        estimated = estimated and us is not None
         rows.append(arm | {"control": control, "layers": layers, "syncs": syncs, "us": us,
                            "us_estimated": estimated, "answer": arm["arm"] == outcome["arm"]})
     return sorted(rows, key=lambda row: (row["control"], -row["syncs"], row["arm"]))
+
+
+def plural(layers: int) -> str:
+    return f"{layers} layer{'s' * (layers > 1)}"
 
 
 def control_text(rules: SearchPlan, rows: list[dict]) -> str:
@@ -39,7 +50,7 @@ def control_text(rules: SearchPlan, rows: list[dict]) -> str:
     text = "No dense model of fewer layers was shown to be within the margin."
     if close:
         least = min(row["layers"] for row in close)
-        text = f"A dense model of {least} layers is within the margin as well: the loss says little about " \
+        text = f"A dense model of {plural(least)} is within the margin as well: the loss says little about " \
                f"capacity here."
     answer = next((row for row in rows if row["answer"]), None)
     if answer is None:
@@ -54,7 +65,7 @@ def control_text(rules: SearchPlan, rows: list[dict]) -> str:
     verdict = "has a lower loss than" if better else "has a higher loss than" if worse else \
         "cannot be told from"
     return text + f" At equal latency, {answer['arm']} ({answer['us']:.0f} µs) {verdict} a dense model of " \
-                  f"{best['layers']} layers ({best['us']:.0f} µs{', estimated' * best['us_estimated']})."
+                  f"{plural(best['layers'])} ({best['us']:.0f} µs{', estimated' * best['us_estimated']})."
 
 
 def rows_table(rows: list[dict]) -> str:
@@ -120,8 +131,8 @@ def draw(rules: SearchPlan, rows: list[dict], path: str) -> None:
             name = f"{row['layers']} layers" if row["control"] else str(row["syncs"])
             axes.annotate(name, (x, y), textcoords="offset points", xytext=(9, 6), fontsize=8, color=color)
     axes.axhline(100 * rules.within, color="#c00000", linestyle="--", linewidth=1)
-    axes.annotate(f"margin, {100 * rules.within:g}%", (0.995, 100 * rules.within), fontsize=8,
-                  xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="right",
+    axes.annotate(f"margin, {100 * rules.within:g}%", (0.005, 100 * rules.within), fontsize=8,
+                  xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="left",
                   color="#c00000")
     if not timed:
         axes.set_xscale("log", base=2)
