@@ -41,7 +41,6 @@ from experiments.search_evidence import (
     control_name,
 )
 from nanosync.errors import UserError, shown
-from nanosync.model_kind import MAX_LAYERS
 
 NONE = type(None)
 PLAN = {"campaign_name": (str, True), "description": (str, False), "script": (str, False),
@@ -61,7 +60,7 @@ PLACEMENTS = {  # name -> function of (layers, count) that returns the sublayers
 }
 SCHEDULE = "sync_strategy", "sync_points", "attn_sync_layers", "layers_per_group", "variant"  # set by arms
 WITH_STEPS = "lr_decay_iters", "warmdown_iters"  # settings that grow with the number of updates
-MAX_LOOKS, MAX_ARM_RUNS, MAX_TOKENS = 10, 100, 10**15
+MAX_SYNCS, MAX_LOOKS, MAX_ARM_RUNS, MAX_TOKENS = 10_000, 10, 100, 10**15
 
 
 @dataclass
@@ -101,7 +100,7 @@ def check_plan(plan: dict, path: str) -> None:
     check_keys(plan["budget"], BUDGET, f"budget of {path}")
     check_name(plan["campaign_name"], "campaign_name", path)
     counts, looks, tokens = plan["counts"], plan["looks"], plan["tokens"]
-    check_integers(counts, "counts", path, 1, 2 * MAX_LAYERS)
+    check_integers(counts, "counts", path, 1, MAX_SYNCS)
     if len(counts) < 2 or sorted(set(counts), reverse=True) != counts or counts[0] % 2:
         raise UserError(f"{path}: counts={shown(counts)} must fall from all syncs, two a layer, to "
                         f"the fewest")
