@@ -71,7 +71,8 @@ class SearchCampaign(CampaignFolder):
                        parts_that_stay)
         self.budget = Budget(HOUR * hours["gpu_hours"], HOUR * hours["gpu_hours_per_run"])
         self.results, self._seen = SearchResults(), {}
-        self.costs = SearchCosts(self._steps, self.budget.per_run - with_ends(0.0, search.plan["n_gpus"]))
+        unknown = self.budget.per_run - with_ends(0.0, search.plan["n_gpus"])
+        self.costs = SearchCosts(self._steps, (1 - 1e-9) * unknown)  # rounding must not exceed the limit
         self.reopen()
 
     def _steps(self, stage: str) -> float:

@@ -112,7 +112,7 @@ def check_plan(plan: dict, path: str) -> None:
         raise UserError(f"{path}: tokens={shown(tokens)} must be those of a run, and more for the second "
                         f"budget")
     for key, least in (("control_runs", 2), ("second_runs", 2)):
-        check_integers([plan[key]], key, path, least, looks[-1])
+        check_integers([plan[key]], key, path, least, most_runs(looks) - SPARE)
     for name in plan["placements"]:
         if not isinstance(name, str) or name not in PLACEMENTS:
             raise UserError(f"{path}: placements has {shown(name)}: use {', '.join(PLACEMENTS)}")
