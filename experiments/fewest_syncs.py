@@ -46,6 +46,7 @@ from experiments.search_evidence import (
 LEAST_PROOF = 3  # runs of an arm in a proof; the search leaves budget for them
 POWER = 0.8  # with which the pilot says what can be decided
 PROOF_POWER = 0.9  # for the number of runs of a proof
+WORTH = 0.5  # with so much power at the most runs the proof of an undecided arm is tried
 SUPPORTED = 4  # multiple of the largest budget up to which a prediction is supported by the runs
 
 
@@ -174,7 +175,7 @@ def _bisect(story: Story) -> tuple[int, int]:
 def _place(story: Story, high: int) -> str | None:
     """Test other placements at the two counts beside the boundary; return the arm to prove, if any.
 
-    An undecided arm is proved too if a proof would succeed with PROOF_POWER at its measured ratio.
+    The proof of an undecided arm is tried if it would succeed with the power WORTH at the measured ratio.
     """
     plan = story.plan
     beside = plan.counts[max(high, 1):high + 2]
@@ -184,7 +185,7 @@ def _place(story: Story, high: int) -> str | None:
                 _test(story, arm_name(count, placement))
     for count in reversed(plan.counts[1:]):
         arms = [arm for arm, verdict in story.verdicts.items() if count_of(arm) == count and (
-            verdict == WITHIN or (verdict == OPEN and _proof_size(story, arm) is not None))]
+            verdict == WITHIN or (verdict == OPEN and _proof_size(story, arm, WORTH) is not None))]
         if arms:
             best = min(arms, key=lambda arm: story.ratio(arm).mean)
             story.note(SEARCH, "winner", f"{best} goes into the proof", arm=best)
@@ -224,12 +225,12 @@ def _prove(story: Story, winner: str) -> dict | None:
     return found
 
 
-def _proof_size(story: Story, arm: str) -> int | None:
-    """Return the runs with which the proof succeeds with PROOF_POWER if spread and ratio are as searched;
+def _proof_size(story: Story, arm: str, power: float = PROOF_POWER) -> int | None:
+    """Return the runs with which the proof succeeds with this power if spread and ratio are as searched;
     None if too many."""
     plan, ratio, pooled = story.plan, story.ratio(arm), story.spread()
     for n in range(LEAST_PROOF, plan.looks[-1] + 1):
-        reach = float(stdtrit(2 * n - 2, 1 - plan.alpha / 2) + ndtri(PROOF_POWER))
+        reach = float(stdtrit(2 * n - 2, 1 - plan.alpha / 2) + ndtri(power))
         if ratio is not None and reach * pooled[0] * math.sqrt(2 / n) <= plan.margin - ratio.mean:
             return n
     return None
