@@ -302,6 +302,8 @@ def _outcome(story: Story, interval: tuple[int, int], winner: str | None, proof:
     """Return the outcome, after the second budget if a count was proved."""
     proved = bool(proof and proof["proved"])
     second = _second_budget(story, proof["arm"]) if proved else []
+    if proved and proof["arm"].startswith("even_"):  # a smaller count may have failed its proof
+        interval = interval[0], max(interval[1], count_of(proof["arm"]))
     undecided = [{"arm": arm, "runs": story.asked.get((SEARCH, arm), 0)}
                  for arm, verdict in story.verdicts.items() if verdict == OPEN]
     found = {"fewest": count_of(proof["arm"]) if proved else None, "proved": proved,
@@ -326,7 +328,8 @@ def verdict_text(plan: SearchPlan, found: dict) -> str:
                f"not proved"
         if proof and "estimate" in proof:
             text += f": {proof['estimate']} on fresh seeds for {proof['arm']}"
-    text += f"; 95% interval {low}" + (f"–{high}" if high != low else "")
+    even = "" if (found["arm"] or "even").startswith("even") else " of even placement"
+    text += f"; 95% interval{even} {low}" + (f"–{high}" if high != low else "")
     for one in found["undecided"]:
         text += f"; {one['arm'].removeprefix('even_')} undecided after {one['runs']} runs"
     return text

@@ -128,7 +128,7 @@ def draw(rules: SearchPlan, rows: list[dict], path: str) -> None:
             axes.plot([x, x], [low, high], color=color, linewidth=1.2)
             axes.scatter([x], [y], s=30 + 6 * row["syncs"], edgecolors=color, linewidths=1.5, zorder=3,
                          facecolors="white" if row["verdict"] == OPEN else color)
-            name = f"{row['layers']} layers" if row["control"] else str(row["syncs"])
+            name = plural(row["layers"]) if row["control"] else str(row["syncs"])
             axes.annotate(name, (x, y), textcoords="offset points", xytext=(9, 6), fontsize=8, color=color)
     axes.axhline(100 * rules.within, color="#c00000", linestyle="--", linewidth=1)
     axes.annotate(f"margin, {100 * rules.within:g}%", (0.005, 100 * rules.within), fontsize=8,

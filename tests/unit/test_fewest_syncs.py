@@ -59,7 +59,7 @@ def play(plan: SearchPlan, loss, affordable=lambda batch: True) -> tuple[list[di
 
 
 def test_search_proves_the_fewest_count():
-    decisions, outcome, results = play(PLAN, lambda run: loss_of(run, EFFECTS))
+    decisions, outcome, _ = play(PLAN, lambda run: loss_of(run, EFFECTS))
     assert outcome["proved"] and outcome["fewest"] == 6 and outcome["count_interval"] == [6, 6]
     assert outcome["verdict"].startswith("fewest syncs within 2%: 6, proved +")
     assert "95% CI" in outcome["verdict"]
@@ -123,6 +123,9 @@ def test_proof_has_fresh_seeds_and_at_most_two_attempts():
     assert all(one["p"] > PLAN.alpha / 2 for one in proofs) and outcome["fewest"] is None
     assert "6 by the search, not proved" in outcome["verdict"]
     assert sum(run.stage == PROOF for run in results.losses) >= 3 * LEAST_PROOF
+    bad[12] = 0.0  # the second attempt succeeds
+    _, outcome, _ = play(PLAN, lambda run: loss_of(run, EFFECTS if run.stage == SEARCH else bad))
+    assert outcome["fewest"] == 12 and outcome["count_interval"] == [6, 12]
 
 
 def test_failed_runs_are_replaced():
@@ -151,13 +154,13 @@ def test_a_better_placement_can_win():
     effects = EFFECTS | {"ends_3": 0.0, "ends_6": 0.05}
     _, outcome, _ = play(plan, lambda run: loss_of(run, effects))
     assert outcome["arm"] == "ends_3" and "3 (ends), proved" in outcome["verdict"]
-    assert outcome["count_interval"] == [6, 6]  # of evenly spaced syncs
+    assert outcome["count_interval"] == [6, 6] and "95% interval of even placement 6" in outcome["verdict"]
 
 
 def test_controls_and_second_budget():
     plan = SearchPlan(COUNTS, 0.02, control_layers=(10, 8), second_multiple=4.0)
     effects = EFFECTS | {"dense_10layers": 0.001, "dense_8layers": 0.06}
-    decisions, outcome, results = play(plan, lambda run: loss_of(run, effects))
+    _, outcome, results = play(plan, lambda run: loss_of(run, effects))
     assert [row["arm"] for row in outcome["second_budget"]] == ["even_6", "even_12", "even_3"]
     assert {run.variant for run in results.losses if run.stage == SECOND} == {
         "even_24", "even_12", "even_6", "even_3"}
