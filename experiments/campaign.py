@@ -403,12 +403,15 @@ class Costs:
             and self.MARGIN * most <= budget.per_run
 
 
-def run_campaign(plan: Plan, results: Results, budget: Budget, costs: Costs, probe, do, tell) -> dict:
+def run_campaign(plan: Plan, results: Results, budget: Budget, costs: Costs, probe, do, tell,
+                 decide=decide) -> dict:
     """Alternate between deciding and running until there is an outcome, and return it.
 
     probe(stage): measure the cost of a run and add it to `costs`; returns False if the budget does not pay
-    for that. do(batch): do these runs in order while the budget can reserve for the next; adds losses to
-    results, and costs to budget and costs. tell(decisions): takes all decisions so far, after each change.
+    for that; None if runs of unknown cost may start. do(batch): do these runs in order while the budget can
+    reserve for the next; adds losses to results, and costs to budget and costs. tell(decisions): takes all
+    decisions so far, after each change.
+    decide(plan, results, affordable): the rules.
     """
     without = set()  # stages whose probe or next run the budget does not pay for
 
@@ -421,7 +424,7 @@ def run_campaign(plan: Plan, results: Results, budget: Budget, costs: Costs, pro
         if outcome is not None:
             return outcome
         stage, done = batch[0].stage, len(results.losses)
-        if not costs.knows(stage):
+        if probe is not None and not costs.knows(stage):
             if not probe(stage):
                 without.add(stage)
             continue

@@ -19,6 +19,7 @@ code of the script is never executed here.
 import ast
 import contextlib
 import difflib
+import functools
 import json
 import math
 import os
@@ -46,6 +47,7 @@ SHORT_STAGES = {"A_screening": "stage_a_screening", "B_validation": "stage_b_val
 MAX_RUNS = 10_000  # of an experiment
 MAX_NUMBER = 1e100  # size of a loss or time; its square is still finite
 MAX_VALUE = 100_000  # characters of a setting; Linux takes 131,072 in one argument or variable
+STEPS = "num_iterations", "max_iters"  # settings that are the updates of a run, of scripts that have them
 NOTES = "notes"  # entry of hyperparameters for readers
 LOSSES = "target_val_loss", "baseline_val_loss", "baseline_std"  # each belongs to a data set
 RUNNER_SETTINGS = ("seed", "out_dir", "resume", "list_checkpoints")  # set by the runner
@@ -175,18 +177,44 @@ def script_settings(config: dict, where: str) -> dict[str, Setting]:
     path = script_path(config)
     try:
         tree = script_tree(path)
-        defaults = literal_defaults(path)
+        script_defaults(path)
     except (OSError, SyntaxError, ValueError) as e:
         reason = getattr(e, "strerror", None) or getattr(e, "msg", None) or first_line(e)
         raise UserError(f"{where}: cannot read the script {path}: {reason}") from None
     if not any(isinstance(node, ast.Name) and node.id == "configure" for node in ast.walk(tree)):
         raise UserError(f"{where}: {path} never calls configurator.configure, so its keys are not known: "
                         f"take them by it, as train_gpt.py does")
-    return {setting.name: setting for setting in read_settings(defaults | {"__file__": path})}
+    return dict(_settings(path, _stamp(path)))
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    """Return time and size of a file, for caches of what it contains. Raises OSError."""
+    found = os.stat(path)
+    return found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=16)
+def _defaults(path: str, stamp: tuple[int, int]) -> dict:
+    return literal_defaults(path)
+
+
+@functools.lru_cache(maxsize=16)
+def _settings(path: str, stamp: tuple[int, int]) -> dict[str, Setting]:
+    return {setting.name: setting for setting in read_settings(_defaults(path, stamp) | {"__file__": path})}
+
+
+def script_defaults(path: str) -> dict:
+    """Return the literal defaults of a script; it is parsed again if it has changed."""
+    return dict(_defaults(path, _stamp(path)))
 
 
 def script_tree(path: str) -> ast.Module:
-    """Parse a script. Raises OSError, SyntaxError or ValueError."""
+    """Parse a script; again if it has changed. Raises OSError, SyntaxError or ValueError."""
+    return _tree(path, _stamp(path))
+
+
+@functools.lru_cache(maxsize=16)
+def _tree(path: str, stamp: tuple[int, int]) -> ast.Module:
     try:
         return ast.parse(read_file(path, MAX_CONFIG_FILE).decode("utf-8-sig"))
     except (RecursionError, MemoryError):
@@ -209,9 +237,9 @@ def check_settings(config: dict, where: str) -> None:
             config[part] = config[part] | {key: check_type(settings[key], value, f"{part} of {where}")}
             if len(str(value)) > MAX_VALUE:
                 raise UserError(f"{part} of {where}: {key}={shown(value)} is too long for a command line")
-    steps = num_iterations(config)
+    steps, key = num_iterations(config), steps_key(config)
     if type(steps) is not int or not 1 <= steps < 2**53:
-        raise UserError(f"{where}: stage_config needs num_iterations, an integer of at least 1, and has "
+        raise UserError(f"{where}: stage_config needs {key}, an integer of at least 1, and has "
                         f"{json.dumps(steps)[:40]}")
     for name in os.environ:
         if name.startswith("STAGE_") and name[6:].lower() in settings:
@@ -280,7 +308,7 @@ def reads_stage_variables(config: dict) -> bool:
 
 def all_settings(config: dict) -> dict:
     """Return all settings of the script: its defaults, replaced by the experiment's values."""
-    return literal_defaults(script_path(config)) | config["stage_config"] | arguments_of(config)
+    return script_defaults(script_path(config)) | config["stage_config"] | arguments_of(config)
 
 
 def arguments_of(config: dict) -> dict:
@@ -316,9 +344,14 @@ def judged_by(settings: dict) -> dict:
     return found
 
 
+def steps_key(config: dict) -> str:
+    """Return the setting of the script that is the number of updates."""
+    return STEPS[1] if STEPS[1] in all_settings(config) else STEPS[0]
+
+
 def num_iterations(config: dict) -> int:
     """Return the updates of a run."""
-    return all_settings(config).get("num_iterations")
+    return all_settings(config).get(steps_key(config))
 
 
 def command(config: dict, run_id: int, out_dir: str, **changed) -> list[str]:

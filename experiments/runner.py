@@ -11,7 +11,6 @@ there waits until all processes of the earlier runner have ended.
 
 import contextlib
 import itertools
-import math
 import os
 import re
 import signal
@@ -31,13 +30,15 @@ from experiments.experiment_config import (
     in_range,
     num_iterations,
     printable,
+    steps_key,
     variables,
 )
 from experiments.experiment_logger import ExperimentLogger, gpu_info
+from experiments.progress import ProgressBar, RunProgress
 from nanosync.errors import UserError, shortened, shown
 from nanosync.files import first_line, open_regular, os_error_as_user_error, read_json, unused_path
 from nanosync.folder_lock import lock_folder
-from nanosync.run_log import LogTail, RunLog
+from nanosync.run_log import RunLog
 
 SUPERVISOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervise.py")
 ENDING = 5.0  # longest time to end a run, seconds
@@ -50,7 +51,6 @@ TORCHRUN_REPORT = re.compile(r"[EWI]\d{4} \d\d:\d\d:\d\d.*torch/distributed/elas
 ENDINGS = "itself", "limit", "signal", "starter"  # values of ended_by in report.json
 EMPTY_RESULT = {"final_val_loss": None, "final_train_loss": None, "time_seconds": 0.0, "final_step": 0,
                 "success": False}
-MALFORMED_EVENT_ERRORS = (ArithmeticError, LookupError, TypeError, ValueError)
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Job:
 
     @property
     def steps(self) -> int:
-        return self.changed.get("num_iterations", num_iterations(self.log.config))
+        return self.changed.get(steps_key(self.log.config), num_iterations(self.log.config))
 
 
 class Running:
@@ -98,18 +98,27 @@ class Running:
                 stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=os.environ | added,
                 start_new_session=True, pass_fds=[job.log.lock])
         self.progress = RunProgress(self.out_dir)
+        self.early = None  # what its result says if it was ended early
 
     def end(self) -> None:
         """Make the supervisor end the run."""
         with contextlib.suppress(OSError):
             self.supervisor.stdin.close()
 
+    def end_early(self, reason: str, at_least: float) -> None:
+        """End a run whose final loss is predicted. at_least: the lower end of its prediction interval."""
+        self.early = {"error": f"ended early: {reason}", "ended_by": "early", "at_least": at_least}
+        self.end()
+
     def result(self) -> tuple[dict, list[dict]]:
         """Return what `record` takes, once the supervisor has ended."""
         report = read_report(self.folder)
         if report is None:
             report = {"code": None, "seconds": time.monotonic() - self.started, "ended_by": "unknown"}
-        return result_of(self.job, self.folder, report)
+        result, metrics = result_of(self.job, self.folder, report)
+        if self.early is not None and not result["success"]:
+            result |= self.early
+        return result, metrics
 
 
 def read_report(folder: str) -> dict | None:
@@ -142,7 +151,8 @@ def result_of(job: Job, folder: str, report: dict) -> tuple[dict, list[dict]]:
 
 def _result_of(job: Job, folder: str, report: dict) -> tuple[dict, list[dict]]:
     config = job.log.config
-    asked = config["stage_config"] | arguments_of(config) | {"seed": config["base_seed"] + job.run_id}
+    asked = {steps_key(config): num_iterations(config)} | config["stage_config"] | arguments_of(config)
+    asked |= {"seed": config["base_seed"] + job.run_id}
     asked |= job.changed
     result, metrics = judge_run(os.path.join(folder, "out"), asked, report)
     result = {"run_id": job.run_id, "seed": asked["seed"], **result,
@@ -163,33 +173,6 @@ def recover(log: ExperimentLogger, n_runs: int) -> None:
             settle(job, *result_of(job, folder, report))
 
 
-class RunProgress:
-    """Step and val loss of a run that trains, by the events in its log so far."""
-
-    def __init__(self, out_dir: str):
-        self._tail = LogTail(out_dir)
-        self.step, self.val_loss, self.val_step, self.first = 0, None, None, None  # first: (time, step)
-
-    def update(self) -> None:
-        """Read the new events. A malformed one is skipped here, and judged when the run has ended."""
-        for event in self._tail.read():
-            with contextlib.suppress(*MALFORMED_EVENT_ERRORS):
-                self._take(event)
-
-    def _take(self, event: dict) -> None:
-        if event["event"] == "iter":
-            self.step = int(event["step"]) + 1
-            self.first = self.first or (time.monotonic(), self.step)
-        elif event["event"] == "eval":
-            self.val_loss, self.val_step = finite(event["val_loss"]), int(event["step"])
-
-    def seconds_left(self, steps: int) -> float | None:
-        """Estimate the seconds left, evaluations included; None before the second step."""
-        if self.first is None or self.step <= self.first[1]:
-            return None
-        return (steps - self.step) * (time.monotonic() - self.first[0]) / (self.step - self.first[1])
-
-
 def judge_run(out_dir: str, asked: dict, report: dict) -> tuple[dict, list[dict]]:
     """Return (result, metrics) of an ended run; a result without success has an `error`.
 
@@ -199,7 +182,7 @@ def judge_run(out_dir: str, asked: dict, report: dict) -> tuple[dict, list[dict]
     status, metrics, config = read_status(out_dir), [], {}
     try:
         log = RunLog.read(out_dir)
-        metrics = [row for event in log.events if (row := metric(event))]
+        metrics = [row for event in with_clock(log.events) if (row := metric(event))]
         config = log.starts[0]["config"] if log.starts else {}
         unreadable = "" if log.starts else "its events have no start"
     except UserError as e:
@@ -230,6 +213,18 @@ def read_status(out_dir: str) -> dict | str:
     if not isinstance(status, dict) or not isinstance(status.get("status"), str):
         return "its status.json has no status"
     return status
+
+
+def with_clock(events: list[dict]) -> list[dict]:
+    """Add the training time to the events of a script that logs only the seconds of each iteration."""
+    if any("train_time_ms" in event for event in events):
+        return events
+    found, total, n = [], 0.0, 0
+    for event in events:
+        if event["event"] == "iter" and in_range(event.get("seconds")):
+            total, n = total + 1e3 * event["seconds"], n + 1
+        found.append(event | {"train_time_ms": total, "step_avg_ms": total / n if n else None})
+    return found
 
 
 def metric(event: dict) -> dict | None:
@@ -272,9 +267,9 @@ def problem_of(status: dict | str, unreadable: str, asked: dict, config: dict, l
     loss = last_val["val_loss"]
     if finite(loss) is None:
         return f"the last validation loss is {loss}"
-    if last_val["step"] != asked["num_iterations"]:
-        return f"no validation loss captured at step {asked['num_iterations']}: the last is of " \
-               f"{last_val['step']}"
+    steps = asked["num_iterations"] if "num_iterations" in asked else asked["max_iters"]
+    if last_val["step"] != steps:
+        return f"no validation loss captured at step {steps}: the last is of {last_val['step']}"
     if last_val["train_time_ms"] is None:
         return "no training time captured: train_time_ms of its last evaluation is no number"
     other = [key for key, value in asked.items() if config.get(key) != value]
@@ -341,66 +336,7 @@ def end_on_signals() -> None:
             signal.signal(number, on_signal)
 
 
-class ProgressBar:
-    """The progress of all runs: a bar on a terminal; in a file a line at evaluations, at most one in `EVERY`.
-    """
-
-    EVERY = 10.0  # seconds
-
-    def __init__(self, steps: int):
-        self.bar, self.total, self.walls, self._printed = None, steps, [], {}
-        if sys.stdout.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=steps, unit="step", dynamic_ncols=True, file=sys.stdout)
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar; for ExperimentLogger's `say`."""
-        if self.bar is None:
-            print(text, flush=True)
-        else:
-            self.bar.write(text, file=sys.stdout)
-
-    def show(self, done: int, running: list[Running], waiting: list[Job], parallel: int) -> None:
-        """Show the steps of all runs. done: the steps of the runs that have ended."""
-        left = self._left(running, waiting, parallel)
-        for run in running:
-            run.progress.update()
-            now, key = run.progress, id(run)
-            last, step = self._printed.get(key, (-self.EVERY, None))
-            if now.val_step is not None and now.val_step != step and time.monotonic() > last + self.EVERY:
-                self._printed[key] = time.monotonic(), now.val_step
-                loss = "none" if now.val_loss is None else f"{now.val_loss:.4f}"
-                text = f"{run.job.name}: step {now.val_step}/{run.job.steps}, val loss {loss}{left}"
-                run.job.log.note(text)
-                if self.bar is None:
-                    self.say(text)
-        if self.bar is not None:
-            self.bar.n = done + sum(run.progress.step for run in running)
-            losses = (f"run {run.job.run_id} {run.progress.val_loss:.4f}" for run in running
-                      if run.progress.val_loss is not None)
-            self.bar.set_postfix_str(", ".join(losses) + left)
-
-    def _left(self, running: list[Running], waiting: list[Job], parallel: int) -> str:
-        """Return ', h:mm:ss left', or '' while that is unknown."""
-        lefts = [run.progress.seconds_left(run.job.steps) for run in running]
-        known = [left for left in lefts if left is not None]
-        if not known:
-            return ""
-        if waiting and not self.walls:  # no run has ended: assume that waiting runs take as long as these
-            per_run = max(time.monotonic() - run.started + left for run, left in zip(running, lefts)
-                          if left is not None)
-        else:
-            per_run = sum(self.walls) / max(len(self.walls), 1)
-        seconds = round(max(known) + per_run * math.ceil(len(waiting) / parallel))
-        return f", {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def run_jobs(jobs: list[Job], places: list[str | None], may_start=None, ended=None) -> None:
+def run_jobs(jobs: list[Job], places: list[str | None], may_start=None, ended=None, watch=None) -> None:
     """Do all jobs, as many at a time as there are places, and record them.
 
     may_start(job): called right before each launch, False skips the job; ended(job, result): called after
@@ -417,6 +353,8 @@ def run_jobs(jobs: list[Job], places: list[str | None], may_start=None, ended=No
                 if may_start is None or may_start(job):
                     running.append(Running(job, free.pop(0)))
             bar.show(done, running, waiting, len(places))
+            for run in running if watch is not None else []:
+                watch(run)
             time.sleep(POLL)
             for run in [run for run in running if run.supervisor.poll() is not None]:
                 running.remove(run)

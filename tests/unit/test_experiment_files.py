@@ -19,6 +19,7 @@ from scipy import stats
 
 from experiments import (
     analyze_results,
+    campaign_folder,
     compare_experiments,
     experiment_config,
     report,
@@ -127,9 +128,9 @@ def test_a_file_that_is_none_is_one_line(log, tmp_path, kind):
         campaign.tell([{"stage": B, "decision": "keep", "text": "x"}])
     make_odd(tmp_path / "ledger.jsonl", kind)
     with pytest.raises(UserError):
-        run_stages.cut_torn_line(str(tmp_path / "ledger.jsonl"))
-        for entry in run_stages.read_lines(str(tmp_path / "ledger.jsonl")):
-            run_stages.check_entry(entry, "ledger.jsonl")
+        campaign_folder.cut_torn_line(str(tmp_path / "ledger.jsonl"))
+        for entry in campaign_folder.read_lines(str(tmp_path / "ledger.jsonl")):
+            campaign_folder.check_entry(entry, "ledger.jsonl")
         raise UserError("a whole line is none of a ledger")
 
 
@@ -183,8 +184,8 @@ def test_entries_that_lack_a_field_are_refused():
     settle = {"what": "settle", "key": "x", "stage": A, "variant": "x", "spent": 1.0, "measured": None}
     reserve = {"what": "reserve", "key": "x", "stage": A, "variant": "x", "reserved": 1.0, "n_gpus": 1,
                "folder": "x"}
-    for whole, check in ((run, check_result), (settle, run_stages.check_entry),
-                         (reserve, run_stages.check_entry)):
+    for whole, check in ((run, check_result), (settle, campaign_folder.check_entry),
+                         (reserve, campaign_folder.check_entry)):
         check(whole, "file")
         for key in whole:
             with pytest.raises(UserError, match=r"^file"):

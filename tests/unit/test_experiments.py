@@ -21,6 +21,7 @@ from scipy import stats
 from configurator import script_defaults
 from experiments import (
     analyze_results,
+    campaign_folder,
     campaign_plan,
     compare_experiments,
     experiment_config,
@@ -199,8 +200,9 @@ def test_budget_and_costs():
 def test_a_crash_says_nothing_of_costs():
     """Else the next run would be ended when it has taken 1.5 times as long as the crash."""
     crash = {"success": False, "ended_by": "itself", "wall_seconds": 3.0, "gpus": 2}
-    assert run_stages.cost_shown(crash) is None and run_stages.cost_shown(crash | {"success": True}) == 6.0
-    assert run_stages.cost_shown(crash | {"ended_by": "limit"}) == 6.0
+    assert campaign_folder.cost_shown(crash) is None
+    assert campaign_folder.cost_shown(crash | {"success": True}) == 6.0
+    assert campaign_folder.cost_shown(crash | {"ended_by": "limit"}) == 6.0
     costs = Costs({A: 1.0}.__getitem__)
     for variant, cost in (("baseline", 100.0), ("baseline", 120.0), ("x", 5.0)):  # the first is the probe's
         costs.add(A, variant, cost)
@@ -209,9 +211,9 @@ def test_a_crash_says_nothing_of_costs():
 
 def test_edited_experiments_do_not_go_on(tmp_path):
     config = load_config(str(runner_kills.write_experiment(tmp_path)))
-    run_stages.check_unchanged("f", config, config | {"description": "in other words"})
+    campaign_folder.check_unchanged("f", config, config | {"description": "in other words"})
     with pytest.raises(UserError, match="hyperparameters="):
-        run_stages.check_unchanged("f", config, config | {"hyperparameters": {"effect": 1}})
+        campaign_folder.check_unchanged("f", config, config | {"hyperparameters": {"effect": 1}})
 
 
 def test_what_a_probe_says():
@@ -583,8 +585,8 @@ def test_what_else_may_lie_in_a_campaigns_folder(tmp_path):
     log = ExperimentLogger.create(config, str(parent), 1, say=lambda text: None)
     (parent / "comparison_1.json").write_text("{}")
     (parent / ".new-1" / "runs").mkdir(parents=True)
-    assert run_stages.experiments_in(str(parent)) == [log.folder]
-    assert not run_stages.experiments_in(str(tmp_path / "none"))
+    assert campaign_folder.experiments_in(str(parent)) == [log.folder]
+    assert not campaign_folder.experiments_in(str(tmp_path / "none"))
 
 
 def test_superseded_decisions_are_kept_and_new_ones_said(tmp_path, capsys):
@@ -606,15 +608,15 @@ def test_superseded_decisions_are_kept_and_new_ones_said(tmp_path, capsys):
 
 def test_a_torn_line_of_the_ledger(tmp_path):
     path = tmp_path / "ledger.jsonl"
-    run_stages.cut_torn_line(str(path))
+    campaign_folder.cut_torn_line(str(path))
     for text, left in (('{"a": 1}\n{"b', '{"a": 1}\n'), ('{"a', ""), ('{"a": 1}\n', '{"a": 1}\n')):
         path.write_text(text)
-        run_stages.cut_torn_line(str(path))
+        campaign_folder.cut_torn_line(str(path))
         assert path.read_text() == left
     path.unlink()
     path.mkdir()
     with pytest.raises(UserError, match="cannot write"):
-        run_stages.cut_torn_line(str(path))
+        campaign_folder.cut_torn_line(str(path))
 
 
 @pytest.mark.parametrize("script, arguments, words", [

@@ -1,0 +1,186 @@
+"""find_fewest_syncs.py as a command: a search that is killed in its middle and resumes, runs that are ended
+early, and a model that trains. CPU.
+
+    python -m pytest tests/scripts/test_find_fewest_syncs.py
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE, ROOT, TINY
+
+from experiments import campaign_folder
+from experiments.fewest_syncs import decide
+from experiments.runner import judge_run
+from experiments.search_evidence import SearchResults
+from experiments.search_plan import read_search
+
+SCRIPT = str(ROOT / "experiments" / "find_fewest_syncs.py")
+LOSS = '''
+def true_loss(points, n_layer, seed):
+    """A loss that depends on the syncs and, a little, on the seed and the schedule."""
+    syncs = 2 * n_layer if points is None else len(points)
+    effect = {8: 0.0, 4: 0.002, 2: 0.005, 1: 0.08, 6: 0.001, 3: 0.03}.get(syncs, 0.0)
+    return 2.0 * math.exp(effect + 0.003 * random.Random(f"{points} {n_layer} {seed}").gauss(0, 1))
+'''
+FAKE = f'''"""Writes the log of train_reduced_sync.py, with a loss that is made up."""
+import json, math, os, random, time
+
+from configurator import configure
+
+sync_strategy = "standard"
+sync_points: list | None = None
+tp_size = 2
+n_layer = 4
+batch_size = 8
+block_size = 16
+max_iters = 10
+lr_decay_iters = 10
+step_seconds = 0.0
+seed = 1
+out_dir = "out"
+config = configure(globals())
+{LOSS}
+os.makedirs(out_dir)
+log = open(os.path.join(out_dir, "run_1.jsonl"), "w", buffering=1)
+
+
+def event(kind, **fields):
+    log.write(json.dumps({{"event": kind, "time": time.time(), **fields}}) + "\\n")
+
+
+event("start", config=config, environment={{}}, resumed=False)
+loss = true_loss(sync_points, n_layer, seed)
+for step in range(max_iters + 1):
+    if step:
+        event("iter", step=step - 1, loss=loss, lr=0.1, norm=None, seconds=1e-3,
+              tokens_per_second=1.0, mfu=None)
+        time.sleep(step_seconds if step > 5 and len(sync_points or []) == 3 else 0)
+    if step % 5 == 0:
+        event("eval", step=step, train_loss=loss, val_loss=loss * (1 + 0.1 * (max_iters - step)), lr=0.1)
+with open(os.path.join(out_dir, "status.json"), "w") as f:
+    json.dump({{"status": "finished", "step": max_iters}}, f)
+'''
+exec("import math, random\n" + LOSS)
+
+
+@pytest.fixture
+def launcher(tmp_path) -> dict[str, str]:
+    """Variables with which a process is launched without torchrun, which imports PyTorch for seconds."""
+    folder = tmp_path / "launcher" / "torch" / "distributed"
+    folder.mkdir(parents=True)
+    for path in (folder.parent / "__init__.py", folder / "__init__.py"):
+        path.touch()
+    (folder / "run.py").write_text("import subprocess, sys\ncommand = sys.argv[sys.argv.index('--') + 1:]\n"
+                                   "sys.exit(subprocess.run([sys.executable, *command]).returncode)\n")
+    return os.environ | {"PYTHONPATH": str(tmp_path / "launcher"), "OMP_NUM_THREADS": "1"}
+
+
+def write_plan(folder: Path, **changed) -> Path:
+    (folder / "fake_train.py").write_text(FAKE)
+    plan = {"campaign_name": "toy", "script": str(folder / "fake_train.py"), "settings": {},
+            "counts": [8, 4, 2, 1], "placements": ["even", "ends"], "control_layers": [3], "control_runs": 2,
+            "tokens": [1280], "search_seed": 10, "proof_seed": 100, "looks": [2, 3, 4],
+            "budget": {"gpu_hours": 4, "gpu_hours_per_run": 0.2}}
+    (folder / "plan.json").write_text(json.dumps(plan | changed))
+    return folder / "plan.json"
+
+
+def find(folder: Path, launcher: dict, *args: str, code: int = 0) -> str:
+    done = subprocess.run([sys.executable, SCRIPT, "--plan=plan.json", *args], cwd=folder, text=True,
+                          capture_output=True, timeout=PATIENCE, env=launcher)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert code != 2 or done.stderr.count("\n") == 1, done.stderr
+    return done.stdout + done.stderr
+
+
+def results_of(folder: Path) -> dict[str, str]:
+    return {str(path): path.read_text() for path in folder.glob("*/*/*/results.jsonl")}
+
+
+def test_a_killed_search_decides_the_same(tmp_path, launcher):
+    plan = write_plan(tmp_path)
+    first = subprocess.Popen([sys.executable, SCRIPT, "--plan=plan.json", "--within=2%", "--parallel=2"],
+                             cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=launcher)
+    for line in first.stdout:
+        if "even_2 run 0" in line and "of training" in line:
+            break
+    first.kill()
+    first.wait()
+    folder = tmp_path / "experiment_logs" / "toy"
+    before = results_of(folder)
+    assert before and not (folder / "verdict.txt").exists()
+    said = find(tmp_path, launcher, "--within=2%", "--parallel=2")
+    for path, rows in results_of(folder).items():
+        assert set(before.get(path, "").splitlines()) <= set(rows.splitlines()), "a run was repeated"
+
+    # the same decisions as those of a search that is not interrupted
+    search, results, expected = read_search(str(plan), 0.02, {}), SearchResults(), None
+    while expected is None:
+        decisions, batch, expected = decide(search.rules, results)
+        for run in batch:
+            config = search.configs[run.stage, run.variant]
+            settings = config["hyperparameters"]
+            results.take(run, true_loss(settings.get("sync_points"), settings.get("n_layer", 4),  # noqa: F821
+                                        config["base_seed"] + run.run_id))
+    found = json.loads((folder / "outcome.json").read_text())
+    assert found.pop("gpu_seconds_spent") <= found.pop("gpu_seconds_budget") == 4 * 3600
+    assert found == json.loads(json.dumps(expected)) and found["fewest"] == 2 and found["verdict"] in said
+    told = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
+    assert told == json.loads(json.dumps(decisions))
+    assert (folder / "verdict.txt").read_text() == expected["verdict"] + "\n"
+    assert (folder / "frontier.png").stat().st_size > 1e4 and "proved" in (folder / "frontier.md").read_text()
+    ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    settled = {entry["key"]: entry["spent"] for entry in ledger if entry["what"] == "settle"}
+    reserved = {entry["key"]: entry["reserved"] for entry in ledger if entry["what"] == "reserve"}
+    assert settled.keys() == reserved.keys() and all(settled[key] <= reserved[key] for key in settled)
+
+    # the same command again does nothing more; another margin is another search
+    rows = results_of(folder)
+    assert found["verdict"] in find(tmp_path, launcher, "--within=2%") and results_of(folder) == rows
+    assert "was begun with within=0.02" in find(tmp_path, launcher, "--within=3%", code=2)
+
+
+def test_a_dry_run_runs_nothing(tmp_path, launcher):
+    write_plan(tmp_path)
+    said = find(tmp_path, launcher, "--within=2%", "--budget_gpu_hours=2", "--batch_size=4", "--dry_run")
+    assert "pays for 10 runs" in said and "| ends_2 | 2 | 0, 7 |" in said and "--batch_size=4" in said
+    assert "--max_iters=20" in said and not (tmp_path / "experiment_logs").exists()
+    for words, args in (("no margin", ["--within=x"]), ("gpu_hours=-1", ["--budget_gpu_hours=-1"]),
+                        ("'batch_siz'", ["--batch_siz=4"]), ("cannot read", ["--latency=none.json"])):
+        assert words in find(tmp_path, launcher, "--within=2%", *args, code=2)
+    assert not (tmp_path / "experiment_logs").exists()
+
+
+def test_a_run_that_cannot_be_good_enough_is_ended_early(tmp_path, launcher):
+    """3 syncs are 1% above the margin. Their runs wait in their middle, until they are ended there."""
+    write_plan(tmp_path, counts=[8, 4, 3, 1], looks=[3, 4], placements=[], control_layers=[],
+               settings={"step_seconds": 10.0})
+    find(tmp_path, launcher, "--within=2%", "--parallel=4")
+    folder = tmp_path / "experiment_logs" / "toy"
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["fewest"] == 4 and outcome["count_interval"] == [4, 4]
+    (path,) = folder.glob("search/even_3/*/results.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 3 and all(row["ended_by"] == "early" and not row["success"] for row in rows)
+    assert all(row["at_least"] > 2.04 and "ended early: at step 5" in row["error"] for row in rows)
+
+
+def test_a_trained_model_is_judged(tmp_path, tiny_data, run_script):
+    """train_reduced_sync.py counts its updates as max_iters, and its log has no clock."""
+    out = tmp_path / "out"
+    done = run_script("train_reduced_sync.py", *TINY, f"--dataset={tiny_data}", "--max_iters=6",
+                      "--eval_interval=3", "--sync_strategy=custom", "--sync_points=[3]", f"--out_dir={out}")
+    assert done.code == 0, done.err
+    asked = {"max_iters": 6, "sync_points": [3], "n_layer": 2}
+    report = {"code": 0, "seconds": 1.0, "ended_by": "itself"}
+    result, metrics = judge_run(str(out), asked, report)
+    assert result["success"] and result["time_seconds"] > 0 and math.isfinite(result["final_val_loss"])
+    assert [row["step"] for row in metrics if "val_loss" in row] == [0, 3, 6]
+    assert "captured at step 7" in judge_run(str(out), asked | {"max_iters": 7}, report)[0]["error"]
+    assert campaign_folder.cost_shown(result | {"wall_seconds": 2.0, "gpus": 1}) == 2.0
