@@ -63,6 +63,7 @@ n_head = 6
 n_embd = 768
 long_layers: list | None = None  # layers with long windows; None: the fourth and the last
 value_layers: list | None = None  # layers whose values get a table of tokens; None: the first and last three
+value_tables: int | None = None  # number of these tables, which the layers take in turn; None: one a layer
 bigram = True  # a table of pairs of tokens, added to the input of every layer
 embedding_skip = True  # add the embedding to the input of every layer, with a learned factor
 smear = True  # add a share of the previous token's embedding to each embedding
@@ -128,6 +129,7 @@ class GPTConfig(SpeedrunConfig):
     value_layers: list
     used_vocab_size: int | None = None  # number of tokens; later rows of the embedding are padding
     end_of_text: int | None = None  # token with which a document begins; None: a sequence is one document
+    value_tables: int | None = None  # see value_table; None: one a layer
     bigram: bool = False
     embedding_skip: bool = False
     smear: bool = False
@@ -150,12 +152,21 @@ class GPTConfig(SpeedrunConfig):
             layers = getattr(self, name)
             if not all(type(i) is int and 0 <= i < self.n_layer for i in layers):
                 raise UserError(f"{name}={shown(layers)} must be numbers of layers, 0 to {self.n_layer - 1}")
+        if self.value_tables is not None:
+            check_at_least(vars(self), 1, "value_tables")
         self.check_used_vocab_size()
+
+    def value_table(self, layer: int) -> str | None:
+        """Return the name of the table that a layer adds to its values: the first layer that has it."""
+        layers = sorted(set(self.value_layers))
+        if layer not in layers:
+            return None
+        return str(layers[layers.index(layer) % (self.value_tables or len(layers))])
 
     @property
     def other_values(self) -> int:
         """Number of values of the model besides embedding and layers' matrices, for check_size."""
-        tables = 1 + len(set(self.value_layers)) + 5 * self.bigram
+        tables = 1 + len(set(map(self.value_table, self.value_layers))) + 5 * self.bigram
         return tables * self.vocab_size * self.n_embd + self.sequence_length * self.n_embd // self.n_head
 
     @property
@@ -231,7 +242,8 @@ class GPT(SpeedrunModel):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(V, C), h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)])))
         self.lm_head = nn.Linear(C, V, bias=False)  # in use after `untie`
-        self.values = nn.ParameterDict({str(i): torch.zeros(V, C) for i in config.value_layers})
+        self.values = nn.ParameterDict({name: torch.zeros(V, C)
+                                        for name in map(config.value_table, config.value_layers)})
         self.pairs = nn.Parameter(torch.zeros(5 * V, C)) if config.bigram else None
         self.smear = Gate(1) if config.smear else None
         self.smear_factor = nn.Parameter(torch.zeros(1)) if config.smear else None
@@ -307,7 +319,8 @@ class GPT(SpeedrunModel):
         dtype, x = x.dtype, rms_norm(x)
         x0, middle = x, None  # middle: the stream after the layer config.middle
         for i, block in enumerate(self.transformer.h):
-            value = F.embedding(idx, self.values[str(i)]).to(dtype) if i in config.value_layers else None
+            table = config.value_table(i)
+            value = None if table is None else F.embedding(idx, self.values[table]).to(dtype)
             x = block(x, x0, pair, middle if config.late_attention else None, cos, sin,
                       long if i in config.long_layers else short, value,
                       None if cache is None else cache.layers[i])
@@ -386,8 +399,9 @@ def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_t
 
 
 SETTINGS = ("sequence_length", "n_layer", "n_head", "n_embd", "document_mask", "eval_windows",
-            "long_layers", "value_layers", "bigram", "embedding_skip", "smear", "attention_gate",
-            "late_attention", "backout", "half_rotary", "softcap")  # that a checkpoint decides
+            "long_layers", "value_layers", "value_tables", "bigram", "embedding_skip", "smear",
+            "attention_gate", "late_attention", "backout", "half_rotary",
+            "softcap")  # that a checkpoint decides
 FAST = ModelKind("train_gpt_fast.py", GPTConfig, GPT, settings_entry="config", settings=SETTINGS,
                  state={"untied": bool, **STATE}, finish=GPT.load_state)
 

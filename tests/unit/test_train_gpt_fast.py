@@ -125,7 +125,7 @@ def reference_logits(model: GPT, ids: list[int], windows: list[int]):
             return p[block + name]
         a, b, c, d = of("factors")
         source = middle if config.late_attention and middle is not None else x
-        value = p[f"values.{i}"][ids] if i in config.value_layers else None
+        value = p[f"values.{config.value_table(i)}"][ids] if i in config.value_layers else None
         y = attention(lambda name: of("attn." + name), norm(source), value, begins,
                       windows[i in config.long_layers], config)
         x = a * x + y
@@ -184,7 +184,8 @@ CHANGES = {"all on": {}, **{f"no {name}": {name: False} for name in TECHNIQUES},
            "one document": dict(end_of_text=None), "plain": PLAIN | dict.fromkeys(TECHNIQUES, False),
            "one layer": dict(n_layer=1, long_layers=[0], value_layers=[0]),
            "two layers": dict(n_layer=2, long_layers=[1], value_layers=[0, 1]),
-           "five layers": dict(n_layer=5, long_layers=[4], value_layers=[1, 4])}
+           "five layers": dict(n_layer=5, long_layers=[4], value_layers=[1, 4]),
+           "shared value tables": dict(n_layer=5, value_layers=[0, 1, 3, 4], value_tables=3)}
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
@@ -445,6 +446,16 @@ def test_default_layers():
     assert architecture(document_mask=False).end_of_text is None and architecture().end_of_text == EOT
 
 
+@pytest.mark.parametrize("number, tables", [(None, "0 1 3 4"), (1, "0 0 0 0"), (2, "0 1 0 1"),
+                                            (3, "0 1 3 0"), (9, "0 1 3 4")])
+def test_layers_take_the_value_tables_in_turn(number, tables):
+    model = random_model(n_layer=5, value_layers=[4, 0, 1, 3], value_tables=number)
+    assert [model.config.value_table(i) for i in (0, 1, 3, 4)] == tables.split()
+    assert model.config.value_table(2) is None and set(model.values) == set(tables.split())
+    assert model.config.other_values == sum(p.numel() for p in (
+        model.transformer.wte.weight, *model.values.parameters(), model.pairs)) + model.cos.numel() * 2
+
+
 @pytest.fixture
 def refusal(monkeypatch):
     """refusal(*args): the line with which settings are refused before a process starts; None if they are not.
@@ -486,6 +497,7 @@ def refusal(monkeypatch):
     (["--eval_windows=[768,2560.5]"], "eval_windows=[768, 2560.5] must be two positive"),
     (["--eval_windows=[768,3000000000]"], "eval_windows=[768, 3000000000] must be two positive"),
     (["--value_layers=[99]"], "value_layers=[99] must be numbers of layers, 0 to 3"),
+    (["--value_tables=0"], "value_tables=0 must be at least 1"),
     (["--value_layers=[-1]"], "value_layers=[-1] must be numbers of layers"),
     (["--long_layers=[1.5]"], "long_layers=[1.5] must be numbers of layers"),
     (["--long_layers=[[1]]"], "long_layers=[[1]] must be numbers of layers"),
