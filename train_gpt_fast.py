@@ -14,7 +14,7 @@ technique is a setting, so an ablation is a command line: --bigram=False. docs/s
 gains. An environment variable STAGE_<KEY> overrides config files, and the command line overrides STAGE_<KEY>.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -38,7 +38,7 @@ from nanosync.optim import set_learning_rate
 from nanosync.packing import PackedSplit
 from nanosync.random_states import seed_random_states
 from nanosync.run import Run
-from nanosync.speedrun_model import SpeedrunConfig, SpeedrunModel
+from nanosync.speedrun_model import SpeedrunConfig, SpeedrunModel, offset_keys
 from nanosync.speedrun_setup import evaluation_windows, start_processes
 from nanosync.step_clock import STATE, StepClock
 from nanosync.step_schedules import Stage, stages_of
@@ -62,6 +62,7 @@ n_layer = 11
 n_head = 6
 n_embd = 768
 long_layers: list | None = None  # layers with long windows; None: the fourth and the last
+offset_layers: list | None = None  # layers where half of a key is the token before's; None: long_layers
 value_layers: list | None = None  # layers whose values get a table of tokens; None: the first and last three
 value_tables: int | None = None  # number of these tables, which the layers take in turn; None: one a layer
 bigram = True  # a table of pairs of tokens, added to the input of every layer
@@ -130,6 +131,7 @@ class GPTConfig(SpeedrunConfig):
     used_vocab_size: int | None = None  # number of tokens; later rows of the embedding are padding
     end_of_text: int | None = None  # token with which a document begins; None: a sequence is one document
     value_tables: int | None = None  # see value_table; None: one a layer
+    offset_layers: list = field(default_factory=list)
     bigram: bool = False
     embedding_skip: bool = False
     smear: bool = False
@@ -148,7 +150,7 @@ class GPTConfig(SpeedrunConfig):
         if len(self.windows) != 2 or not all(type(n) is int and 0 < n < MAX_FIELD for n in self.windows):
             raise UserError(f"eval_windows={shown(self.windows)} must be two positive whole numbers below "
                             f"2**31")
-        for name in ("long_layers", "value_layers"):
+        for name in ("long_layers", "value_layers", "offset_layers"):
             layers = getattr(self, name)
             if not all(type(i) is int and 0 <= i < self.n_layer for i in layers):
                 raise UserError(f"{name}={shown(layers)} must be numbers of layers, 0 to {self.n_layer - 1}")
@@ -194,6 +196,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.gate = Gate(config.n_head) if config.attention_gate else None
         self.value_gate = Gate(config.n_head) if layer in config.value_layers else None
+        self.offset = layer in config.offset_layers and config.half_rotary
 
     def forward(self, x, cos, sin, first, value, cache=None):
         """Attend. first: of interval_attention. value: (B, T, C), added to v; None in layers without.
@@ -204,6 +207,8 @@ class Attention(nn.Module):
         if value is not None:
             share = 2 * self.value_gate(torch.cat((x[..., :GATE // 2], value[..., :GATE // 2]), dim=-1))
             v = v + share[..., None] * value.view_as(v)
+        if self.offset:
+            k = offset_keys(k, first, cache)
         y = (interval_attention if cache is None else cache.attend)(q, k, v, first, scale=0.1)
         if self.gate is not None:
             y = y * self.gate(x)[..., None]
@@ -386,12 +391,14 @@ def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_t
     """Make the architecture that the settings name. Raises UserError."""
     L = config["n_layer"]
     long_layers, value_layers = config["long_layers"], config["value_layers"]
+    long_layers = sorted({min(3, L - 1), L - 1}) if long_layers is None else long_layers
     architecture = GPTConfig(
         **{name: config[name] for name in SETTINGS if name in GPTConfig.__annotations__
-           and name not in ("long_layers", "value_layers")},
+           and name not in ("long_layers", "value_layers", "offset_layers")},
         windows=config["eval_windows"], used_vocab_size=used_vocab_size, vocab_size=vocab_size,
         end_of_text=end_of_text if config["document_mask"] else None,
-        long_layers=sorted({min(3, L - 1), L - 1}) if long_layers is None else long_layers,
+        long_layers=long_layers,
+        offset_layers=long_layers if config["offset_layers"] is None else config["offset_layers"],
         value_layers=sorted({*range(min(3, L)), *range(max(0, L - 3), L)}) if value_layers is None
         else value_layers)
     check_size(architecture)
@@ -399,8 +406,8 @@ def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_t
 
 
 SETTINGS = ("sequence_length", "n_layer", "n_head", "n_embd", "document_mask", "eval_windows",
-            "long_layers", "value_layers", "value_tables", "bigram", "embedding_skip", "smear",
-            "attention_gate", "late_attention", "backout", "half_rotary",
+            "long_layers", "offset_layers", "value_layers", "value_tables", "bigram", "embedding_skip",
+            "smear", "attention_gate", "late_attention", "backout", "half_rotary",
             "softcap")  # that a checkpoint decides
 FAST = ModelKind("train_gpt_fast.py", GPTConfig, GPT, settings_entry="config", settings=SETTINGS,
                  state={"untied": bool, **STATE}, finish=GPT.load_state)

@@ -24,6 +24,7 @@ class LayerCache:
     def __init__(self, window: int | None):
         """window: number of tokens that a token sees, with itself; None for no limit."""
         self.window, self.k, self.v = window, None, None
+        self.count, self.last_key = 0, None  # number of tokens so far; see offset_keys
 
     def attend(self, q, k, v, first=None, scale: float | None = None):
         """Add the keys and values of n new tokens, and attend with their queries; return (B, n, H, D).
@@ -54,6 +55,24 @@ class LayerCache:
     def _product(self, q, k, v, seen, scale, causal: bool):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, scale=scale).transpose(1, 2)
+
+
+def offset_keys(k, first, cache: LayerCache | None = None):
+    """Give each token the previous token's key in the channels that do not turn with half_rotary.
+
+    So a token can look for what followed an earlier occurrence of itself with one layer. The first token of a
+    document has its own key.
+
+    k: (B, n, H, D), of all tokens, or of those after the tokens in the cache.
+    first: first token that each token sees, (B, n) int32.
+    """
+    start, D = 0 if cache is None else cache.count, k.size(-1)
+    previous = torch.cat((k[:, :1] if start == 0 else cache.last_key, k[:, :-1]), dim=1)
+    if cache is not None:
+        cache.last_key = k[:, -1:]
+    position = torch.arange(start, start + k.size(1), device=k.device)
+    still = torch.arange(D, device=k.device) % (D // 2) >= D // 4
+    return torch.where((first < position)[:, :, None, None] & still, previous, k)
 
 
 class KVCache:

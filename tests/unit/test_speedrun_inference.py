@@ -26,7 +26,7 @@ EOT = 7
 SWITCHES = ("bigram", "embedding_skip", "smear", "attention_gate", "late_attention", "backout",
             "half_rotary", "softcap")
 SHAPE = dict(sequence_length=24, vocab_size=61, n_layer=5, n_head=2, n_embd=24, windows=[3, 6],
-             long_layers=[1, 4], value_layers=[0, 4], end_of_text=EOT)
+             long_layers=[1, 4], value_layers=[0, 4], offset_layers=[0, 4], end_of_text=EOT)
 CLOCK = {"train_seconds": 1.0, "train_loss": 2.0, "last_val_loss": None, "last_val_step": None}
 
 
@@ -77,7 +77,8 @@ def test_cache_of_the_fast_model(T):
 @pytest.mark.parametrize("changes", [
     *({name: False} for name in SWITCHES), dict.fromkeys(SWITCHES, False), dict(untied=True),
     dict(untied=True, softcap=False), dict(end_of_text=None), dict(windows=[1, 40]), dict(value_layers=[]),
-    dict(long_layers=[]), dict(n_layer=1, long_layers=[0], value_layers=[0])], ids=str)
+    dict(long_layers=[]), dict(offset_layers=[]),
+    dict(n_layer=1, long_layers=[0], value_layers=[0], offset_layers=[0])], ids=str)
 def test_cache_with_each_technique_off(changes):
     assert largest_error(fast_model(**changes), 5, 22) < 1e-12
 
@@ -166,6 +167,7 @@ HOSTILE_FAST = [
     *HOSTILE,
     (dict(windows=[1, 2**31]), "two positive whole"), (dict(windows=[1]), "two positive whole"),
     (dict(windows=[1, "2"]), "two positive whole"), (dict(long_layers=[5]), "must be numbers of layers"),
+    (dict(offset_layers=[5]), "must be numbers of layers"),
     (dict(value_layers=[[0]]), "must be numbers of layers"), (dict(long_layers=None), "must be of type list"),
     (dict(bigram=1), "must be of type bool"), (dict(end_of_text=2**40), "which no model has")]
 HOSTILE_BASELINE = [

@@ -25,9 +25,10 @@ EOT = 7
 TECHNIQUES = ("bigram", "embedding_skip", "smear", "attention_gate", "late_attention", "backout",
               "half_rotary", "softcap")
 SHAPE = dict(sequence_length=18, vocab_size=61, n_layer=3, n_head=2, n_embd=16, windows=[5, 9],
-             long_layers=[1, 2], value_layers=[0, 2], end_of_text=EOT)
+             long_layers=[1, 2], value_layers=[0, 2],
+             offset_layers=[0, 2], end_of_text=EOT)
 ON = SHAPE | dict.fromkeys(TECHNIQUES, True)
-PLAIN = SHAPE | dict(long_layers=[], value_layers=[], end_of_text=None)
+PLAIN = SHAPE | dict(long_layers=[], value_layers=[], offset_layers=[], end_of_text=None)
 
 
 def random_model(**changes) -> GPT:
@@ -78,8 +79,9 @@ def rotated(x, half: bool):
     return torch.cat((a * angles.cos() + b * angles.sin(), b * angles.cos() - a * angles.sin()), -1)
 
 
-def attention(p, x, value, begins, window, config):
-    """p: parameter of a name in attn; begins: first token of each token's document, or of the sequence."""
+def attention(p, x, value, begins, window, config, offset):
+    """p: parameter of a name in attn; begins: first token of each token's document, or of the sequence;
+    offset: see offset_layers."""
     T, C = x.shape
     D = C // config.n_head
     q, k, v = (x @ p("c_attn.weight").T).chunk(3, -1)
@@ -91,6 +93,10 @@ def attention(p, x, value, begins, window, config):
             gate = torch.sigmoid(torch.cat((x[:, :6], value[:, :6]), -1) @ p("value_gate.weight")[h])
             v_h = v_h + 2 * gate[:, None] * value[:, part]
         q_h, k_h = (rotated(y[:, part], config.half_rotary) for y in (q, k))
+        if offset:  # in the channels that do not turn, the key of the token before in the document
+            before = [t if t == begins[t] else t - 1 for t in range(T)]
+            still = [D // 4 <= channel % (D // 2) for channel in range(D)]
+            k_h = torch.where(torch.tensor(still), k_h[before], k_h)
         rows = []
         for t in range(T):
             seen = slice(max(begins[t], t - window + 1, 0), t + 1)
@@ -127,7 +133,8 @@ def reference_logits(model: GPT, ids: list[int], windows: list[int]):
         source = middle if config.late_attention and middle is not None else x
         value = p[f"values.{config.value_table(i)}"][ids] if i in config.value_layers else None
         y = attention(lambda name: of("attn." + name), norm(source), value, begins,
-                      windows[i in config.long_layers], config)
+                      windows[i in config.long_layers], config,
+                      i in config.offset_layers and config.half_rotary)
         x = a * x + y
         if config.embedding_skip:
             x = x + b * x0
@@ -181,9 +188,10 @@ def check_against_formulas(model: GPT, windows=None, weights=(1.0,)) -> None:
 
 CHANGES = {"all on": {}, **{f"no {name}": {name: False} for name in TECHNIQUES},
            "no values": dict(value_layers=[]), "no long layers": dict(long_layers=[]),
+           "no offset keys": dict(offset_layers=[]),
            "one document": dict(end_of_text=None), "plain": PLAIN | dict.fromkeys(TECHNIQUES, False),
-           "one layer": dict(n_layer=1, long_layers=[0], value_layers=[0]),
-           "two layers": dict(n_layer=2, long_layers=[1], value_layers=[0, 1]),
+           "one layer": dict(n_layer=1, long_layers=[0], value_layers=[0], offset_layers=[0]),
+           "two layers": dict(n_layer=2, long_layers=[1], value_layers=[0, 1], offset_layers=[1]),
            "five layers": dict(n_layer=5, long_layers=[4], value_layers=[1, 4]),
            "shared value tables": dict(n_layer=5, value_layers=[0, 1, 3, 4], value_tables=3)}
 
@@ -233,9 +241,14 @@ def test_documents_do_not_influence_each_other():
 
 @pytest.mark.parametrize("long_layers, window", [([], 5), ([0], 9)])
 def test_a_token_reaches_as_far_as_the_window(long_layers, window):
-    """In one layer; smeared and in a pair it is in the next token, too."""
-    model = random_model(n_layer=1, long_layers=long_layers, value_layers=[0], end_of_text=None)
+    """In one layer; smeared and in a pair it is in the next token, too, as with an offset in its key."""
+    model = random_model(n_layer=1, long_layers=long_layers, value_layers=[0], offset_layers=[],
+                         end_of_text=None)
     assert changed_logits(model, tokens(2, 18), 1, 3) == [(1, t) for t in range(3, 3 + window + 1)]
+    plain = dict(n_layer=1, long_layers=long_layers, end_of_text=None, bigram=False, smear=False)
+    for layers, reach in (([], window), ([0], window + 1)):
+        model = random_model(**plain, value_layers=[], offset_layers=layers)
+        assert changed_logits(model, tokens(2, 18), 1, 3) == [(1, t) for t in range(3, 3 + reach)]
 
 
 def test_shorter_sequences_are_the_beginning_of_longer_ones():
