@@ -417,13 +417,14 @@ FAST = ModelKind("train_gpt_fast.py", GPTConfig, GPT, settings_entry="config", s
 
 
 def target_weights_at(config: Config, stages: list[Stage], step: int) -> list[float]:
-    """Return the weights of the next three tokens. The third fades in the first stage, the second in the
-    next. The last stage has the next token only."""
-    number = next(i for i, stage in enumerate(stages) if step < stage.end)
-    left = 1 - (step - stages[number].begin) / (stages[number].end - stages[number].begin)
-    if not config["further_targets"] or number > 1 or number == len(stages) - 1:
+    """Return the weights of the next three tokens. The third fades in the first stage of the settings, the
+    second in the next. The last stage of the settings has the next token only."""
+    stage = next(stage for stage in stages if step < stage.end)
+    left = 1 - (step - stage.begin) / (stage.end - stage.begin)
+    last = len(config["stage_shares"]) - 1
+    if not config["further_targets"] or stage.number >= min(2, last):
         return [1.0, 0.0, 0.0]
-    return [1.0, 0.5, 0.25 * left] if number == 0 else [1.0, 0.5 * left, 0.0]
+    return [1.0, 0.5, 0.25 * left] if stage.number == 0 else [1.0, 0.5 * left, 0.0]
 
 
 def rate_at(config: Config, stage: Stage, step: int) -> float:
@@ -472,8 +473,7 @@ def check_settings(config: dict) -> None:
     check_at_most(config, 1e6, "timeout", "muon_learning_rate", "muon_weight_decay", "adam_learning_rate",
                   "table_learning_rate", "scalar_learning_rate")  # of rates, so that fp32 holds an update
     check_at_most(config, MAX_LAYERS, "n_layer")
-    if config["muon_learning_rate"] <= 0:
-        raise UserError(f"muon_learning_rate={config['muon_learning_rate']} must be above 0")
+    check_at_least(config, 1e-9, "muon_learning_rate")  # so that ratios to the other rates are finite
     check_seed(config)
 
 

@@ -156,6 +156,7 @@ class Stage:
     batch_size: int  # sequences
     windows: tuple[int, int]  # short, long
     rate: float
+    number: int  # of its entries in the settings' lists
 
 
 def stages_of(config: Config) -> list[Stage]:
@@ -175,9 +176,9 @@ def stages_of(config: Config) -> list[Stage]:
     if not math.isclose(ends[-1], 1, abs_tol=1e-5):
         raise UserError(f"stage_shares={config['stage_shares']} must add up to 1")
     stages, begin = [], 0
-    for share, batch, short, long, rate in zip(ends, *lists[1:]):
+    for number, (share, batch, short, long, rate) in enumerate(zip(ends, *lists[1:])):
         end = round(share / ends[-1] * config["num_iterations"])  # the last is exact
         if end > begin:
-            stages.append(Stage(begin, end, batch, (short, long), rate))
+            stages.append(Stage(begin, end, batch, (short, long), rate, number))
         begin = end
     return stages

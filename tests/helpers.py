@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -191,6 +192,42 @@ def torchrun(n: int, script: str, *args: str, cwd: Path, launcher: tuple[str, ..
     """
     return _finished(_launcher_process, timeout, [*launcher, f"--nproc_per_node={n}"], str(ROOT / script),
                      list(map(str, args)), str(cwd), {**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+class Forked:
+    """A script in one process, or in several under PyTorch's launcher, forked as by `python` and `torchrun`.
+
+    The test can send signals to it. It has the methods of a subprocess.Popen that tests use.
+    """
+
+    def __init__(self, processes: int, script: str, args: list[str], output: str, env: dict[str, str],
+                 launcher: tuple[str, ...] = ()):
+        """Start. output: file to which stdout and stderr are appended; launcher: its further options."""
+        command = (str(ROOT / script), list(map(str, args)), os.path.dirname(output))
+        if processes == 1:
+            self.process = forking().Process(target=_script_process, args=(*command, env, output, output))
+        else:
+            options = ["--standalone", f"--nproc_per_node={processes}", *launcher]
+            env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+            self.process = forking().Process(target=_launcher_process,
+                                             args=(options, *command, env, output, output))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.process.name, timeout)
+        return self.process.exitcode
 
 
 def settings_error(script: str, *args: str) -> str | None:

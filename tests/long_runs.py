@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers import losses, newest, python, torchrun  # noqa: E402
+from helpers import Forked, losses, newest, python, torchrun  # noqa: E402
 
 from nanosync import checkpoint, checkpoint_writer  # noqa: E402
 from nanosync.run_log import read_log  # noqa: E402
@@ -57,16 +57,21 @@ def write_shards(folder: Path) -> Path:
 
 
 class Run:
-    """A training run in a process, or under torchrun in several, of its own."""
+    """A training run in a process, or under torchrun in several, to which signals can be sent."""
 
-    def __init__(self, data: Path, out_dir: Path, *args: str, processes: int = 1, **env: str):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
-        command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train.py"),
-                   f"--dataset={data}", f"--out_dir={out_dir}", *SETTINGS, *args]
-        self.out_dir = out_dir
-        self.output = open(f"{out_dir}.txt", "ab")
-        self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT,
-                                        env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+    def __init__(self, data: Path, out_dir: Path, *args: str, processes: int = 1, command: bool = False,
+                 **env: str):
+        """Start. command: start the command as a user types it. Otherwise fork the processes, for time: each
+        process of the command imports for seconds."""
+        args = [f"--dataset={data}", f"--out_dir={out_dir}", *SETTINGS, *args]
+        self.out_dir, self.output = out_dir, open(f"{out_dir}.txt", "ab")
+        if command:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+            self.process = subprocess.Popen(
+                [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train.py"), *args],
+                stdout=self.output, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+        else:
+            self.process = Forked(processes, "train.py", args, self.output.name, env)
 
     def wait(self, timeout: float = 1200) -> int:
         code = self.process.wait(timeout)
@@ -92,11 +97,11 @@ def evaluations(out_dir: Path) -> list[tuple]:
 
 
 def left_behind(out_dir: Path) -> list[int]:
-    """Processes that still have this out_dir in their command line."""
-    found = []
+    """Processes of a run that are still there: those that print into the file beside its out_dir."""
+    found, output = [], os.path.realpath(f"{out_dir}.txt")
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if f"--out_dir={out_dir}\0".encode() in Path("/proc", pid, "cmdline").read_bytes():
+            if os.readlink(f"/proc/{pid}/fd/1") == output:
                 found.append(int(pid))
         except OSError:
             continue
@@ -130,7 +135,7 @@ def kill_and_resume(data: Path, out_dir: Path, reference: Path, *args: str, poin
                     after: float = 0.0, **options) -> dict:
     """kill -9 at a named point of saving step 20, or so many seconds after the first update; then resume."""
     if point is None:
-        run = Run(data, out_dir, *args, **options)
+        run = Run(data, out_dir, *args, command=True, **options)
         run.wait_for(SAVE_EVERY + 1)  # before there is a checkpoint, nothing can be resumed
         time.sleep(after)
         run.process.kill()
@@ -146,9 +151,9 @@ def kill_and_resume(data: Path, out_dir: Path, reference: Path, *args: str, poin
 
 
 def signal_and_resume(data: Path, out_dir: Path, reference: Path, number: int, after: int, delay: float,
-                      *args: str, processes: int = 2) -> dict:
+                      *args: str, processes: int = 2, command: bool = True) -> dict:
     """SIGINT or SIGTERM to the launcher after so many updates and some seconds; then resume."""
-    run = Run(data, out_dir, *args, processes=processes)
+    run = Run(data, out_dir, *args, processes=processes, command=command)
     run.wait_for(after)
     time.sleep(delay)
     started = time.monotonic()

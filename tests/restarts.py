@@ -19,20 +19,26 @@ import tempfile
 import time
 from pathlib import Path
 
-from long_runs import ROOT, SETTINGS, finish, left_behind, losses, same, write_shards
+from long_runs import ROOT, SETTINGS, Forked, finish, left_behind, losses, same, write_shards
+
+RESTARTS = "--max-restarts=3"
 
 
-def start(data: Path, out_dir: Path, *args: str) -> subprocess.Popen:
-    """Start a new run on two processes under torchrun, which restarts them up to three times."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "--max-restarts=3", "--", str(ROOT / "train.py"), f"--dataset={data}",
-               f"--out_dir={out_dir}", *SETTINGS, *args]
-    with open(f"{out_dir}.txt", "ab") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+def start(data: Path, out_dir: Path, *args: str, command: bool) -> Forked | subprocess.Popen:
+    """Start a new run on two processes under torchrun, which restarts them up to three times.
+
+    command: start the command as a user types it; otherwise fork the processes, for time.
+    """
+    args, output = [f"--dataset={data}", f"--out_dir={out_dir}", *SETTINGS, *args], f"{out_dir}.txt"
+    if not command:
+        return Forked(2, "train.py", args, output, {}, launcher=(RESTARTS,))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", RESTARTS]
+    with open(output, "ab") as file:
+        return subprocess.Popen([*launcher, "--", str(ROOT / "train.py"), *args], stdout=file,
+                                stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def kill_a_rank(launcher: subprocess.Popen, out_dir: Path, rank: int, after: int) -> int | None:
+def kill_a_rank(launcher: Forked | subprocess.Popen, out_dir: Path, rank: int, after: int) -> int | None:
     """kill -9 a rank once so many updates are done; return the updates then done, None if the run ended."""
     end = time.monotonic() + 600
     while launcher.poll() is None and time.monotonic() < end:
@@ -54,9 +60,9 @@ def repeated_lines(out_dir: Path) -> list[str]:
 
 
 def kill_and_compare(data: Path, out_dir: Path, reference: Path, kills: list[tuple[int, int]],
-                     *args: str) -> dict:
+                     *args: str, command: bool = False) -> dict:
     """Kill ranks of a run, (rank, updates done before) each; return what happened."""
-    launcher = start(data, out_dir, *args)
+    launcher = start(data, out_dir, *args, command=command)
     reached = [kill_a_rank(launcher, out_dir, *kill) for kill in kills]
     code = launcher.wait(1200)
     archived = [entry.name for entry in out_dir.glob("earlier-*")]
@@ -81,7 +87,7 @@ def main() -> None:
         for i in range(args.kills):
             moments = sorted(numbers.randrange(58) for _ in range(args.per_run))
             kills = [(numbers.randrange(2), moment) for moment in moments]
-            case = kill_and_compare(data, Path(folder, f"run{i}"), reference, kills)
+            case = kill_and_compare(data, Path(folder, f"run{i}"), reference, kills, command=True)
             failed += not case["ok"]
             print(json.dumps(case), flush=True)
             if not case["ok"]:

@@ -145,9 +145,10 @@ def test_draw(K):
 
 @runs
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("B, H, D, S", [(1, 2, 64, 300), (3, 2, 16, 40), (2, 5, 80, 130), (2, 1, 25, 7)])
+@pytest.mark.parametrize("B, H, D, S", [(1, 2, 64, 300), (3, 2, 16, 40), (2, 2, 80, 130), (2, 1, 25, 7)])
 def test_attention(B, H, D, S, dtype):
-    """Every kind of position: the first, inside a block, at its end, in the last span, the last one."""
+    """Every kind of position: the first, inside a block, at its end, in the last span, the last one. In the
+    interpreter each position takes as long as the positions before it."""
     C = H * D
     cache = randn(1, 2, B, H, S, D, dtype=dtype)
     attention = decode.Attention(cache)
@@ -216,7 +217,8 @@ def test_exchange(P):
 @runs
 @pytest.mark.parametrize("B", [1, 5])
 def test_decoder_with_kernels(B):
-    model = random_model(torch.float32, block_size=24).to(DEVICE).eval()
+    """Steps with a cache that fills, and two steps past the end of the window, which fill it anew."""
+    model = random_model(torch.float32, block_size=10).to(DEVICE).eval()
     decoder = Decoder(model, B)
     # fp32, two layers, logits of about 1
-    assert compare_with_uncached(model, decoder, tokens(B, 7).to(DEVICE), 30) < 2e-5
+    assert compare_with_uncached(model, decoder, tokens(B, 5).to(DEVICE), 8) < 2e-5

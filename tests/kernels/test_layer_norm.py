@@ -20,7 +20,7 @@ from kernels.layer_norm import add_layer_norm, layer_norm
 from model import LayerNorm, use_triton_layer_norm
 from tensor_parallel_model import DistributedGPT, DistributedGPTConfig
 
-SIZES = [(1, 64), (65, 64), (2, 127), (7, 768), (2, 1023), (1, 1600), (1, 4096)]  # rows, width
+SIZES = [(1, 64), (65, 64), (2, 127), (7, 768), (2, 1023), (1, 1600), (1, 2050)]  # rows, width
 LOW_PRECISION_SIZES = [(2, 127), (7, 768)]  # the interpreter is slow
 if DEVICE == "cuda":
     SIZES = [(n, c) for c in (64, 127, 768, 1023, 1600, 4096, 8192, 16384) for n in (1, 7, 300, 65536)]
@@ -129,8 +129,9 @@ def test_against_fp64(N, C, dtype, bias):
     if bias:  # x and out get the same gradient
         assert torch.equal(results[2], results[3])
     del eager
-    for first, second in zip(results, run(ours, values, grads)):
-        assert torch.equal(first, second)
+    if DEVICE == "cuda" or N * C < 1000:  # programs of the interpreter run one after another
+        for first, second in zip(results, run(ours, values, grads)):
+            assert torch.equal(first, second)
 
 
 @runs

@@ -53,10 +53,11 @@ def test_killed_while_saving(data, references, tmp_path, kind, n, point):
 
 @pytest.mark.parametrize("kind, n, number", [("gpt", 2, signal.SIGINT), ("tp", 4, signal.SIGTERM)])
 def test_asked_to_end(data, references, tmp_path, kind, n, number):
-    """torchrun with 2 data-parallel ranks, and with 2 models of 2 ranks each: masks of dropout included."""
+    """torchrun with 2 data-parallel ranks, as the command that users type, and with 2 models of 2 ranks each:
+    masks of dropout included."""
     case = long_runs.signal_and_resume(data, tmp_path / "out", references(kind, n), number,
                                        random.randrange(1, 40), 0.1 * random.random(), *KINDS[kind],
-                                       processes=n)
+                                       processes=n, command=kind == "gpt")
     assert case["ok"], case
     rng = checkpoint.find(str(tmp_path / "out")).tensors("rng")
     assert not torch.equal(rng["0.torch"], rng["1.torch"])

@@ -328,6 +328,19 @@ def test_optimizer_has_each_parameter_once():
     assert all(g["eps"] == 1e-10 and g["weight_decay"] == 0 for g in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("rates", [(1e-9, 1e6), (1e6, 1e-320), (1e-9, 0.0), (1e6, 1e6)])
+def test_extreme_rates_reach_the_optimizer(rates):
+    """The rates that settings may have: their ratios are finite, and groups get their own rate."""
+    muon, rest = rates
+    c = config(muon_learning_rate=muon, adam_learning_rate=rest, table_learning_rate=rest,
+               scalar_learning_rate=rest)
+    optimizer = train_gpt_fast.build_optimizer(random_model().float(), c, None)
+    assert {g["lr"] for g in optimizer.param_groups if "stacked" in g} == {muon}
+    for g in optimizer.param_groups:
+        if "stacked" not in g:
+            assert g["lr"] == pytest.approx(rest, rel=1e-12, abs=1e-319) and math.isfinite(g["lr_ratio"])
+
+
 def test_parameters_without_a_rule_are_refused():
     """By initialisation and by the optimizer: neither has a rule for all else."""
     model = random_model()
@@ -414,14 +427,27 @@ def test_target_weights():
         assert target_weights_at(c, stages, step) == pytest.approx(weights), step
         assert target_weights_at(c | dict(further_targets=False), stages, step) == [1, 0, 0]
     # the last stage trains what evaluations measure
-    for n in (1, 2):
-        stages = [Stage(10 * i, 10 * i + 10, 1, (1, 1), 1.0) for i in range(n)]
-        assert target_weights_at(c, stages, 10 * n - 1) == [1, 0, 0]
-    assert target_weights_at(c, stages, 0) == [1, 0.5, 0.25]
+    one, two = ([Stage(10 * i, 10 * i + 10, 1, (1, 1), 1.0, i) for i in range(n)] for n in (1, 2))
+    assert target_weights_at(c | dict(stage_shares=[1]), one, 9) == [1, 0, 0]
+    half = c | dict(stage_shares=[0.5, 0.5])
+    assert [target_weights_at(half, two, step) for step in (0, 19)] == [[1, 0.5, 0.25], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("shares, n, weights", [
+    ([0.1, 0.3, 0.3, 0.3], 3, [[1, 0.5, 0], [1, 0, 0], [1, 0, 0]]),  # the first stage has no step
+    ([0.9, 0.1], 2, [[1, 0.5, 0.25], [1, 0.5, 0.125]]),  # the last one
+    ([0.4, 0.1, 0.5], 2, [[1, 0.5, 0.25], [1, 0, 0]]),  # the second one
+    ([0.01, 0.01, 0.98], 1, [[1, 0, 0]]),  # the first two
+])
+def test_target_weights_belong_to_the_stage_of_the_settings(shares, n, weights):
+    """Not to its place among the stages that have steps."""
+    c = config(stage_shares=shares, num_iterations=n, **dict.fromkeys(
+        ("batch_sizes", "short_windows", "long_windows", "stage_rates"), [1] * len(shares)))
+    assert [target_weights_at(c, stages_of(c), step) for step in range(n)] == weights
 
 
 def test_rates():
-    c, stage = config(cooldown_share=0.5, final_rate=0.2), Stage(0, 100, 1, (1, 1), 1.5)
+    c, stage = config(cooldown_share=0.5, final_rate=0.2), Stage(0, 100, 1, (1, 1), 1.5, 0)
     table = {0: 1.5, 49: 1.5, 50: 1.5, 51: 1.5 * (0.2 + 0.8 * 0.98), 75: 1.5 * 0.6, 99: 1.5 * 0.216}
     assert {step: rate_at(c, stage, step) for step in table} == pytest.approx(table)
     assert rate_at(c | dict(cooldown_share=1.0), stage, 50) == pytest.approx(1.5 * 0.6)
@@ -531,7 +557,10 @@ def refusal(monkeypatch):
     (["--muon_momentum=-0.5"], "muon_momentum=-0.5 must be at least 0"),
     (["--muon_beta2=1"], "muon_beta2=1.0 must be below 1"),
     (["--muon_momentum_warmup=-1"], "muon_momentum_warmup=-1 must be at least 0"),
-    (["--muon_learning_rate=0"], "muon_learning_rate=0.0 must be above 0"),
+    (["--muon_learning_rate=0"], "muon_learning_rate=0.0 must be at least 1e-09"),
+    (["--muon_learning_rate=-1"], "muon_learning_rate=-1.0 must be at least 1e-09"),
+    (["--muon_learning_rate=1e-30"], "muon_learning_rate=1e-30 must be at least 1e-09"),
+    (["--muon_learning_rate=1e-320"], "muon_learning_rate=1e-320 must be at least 1e-09"),
     (["--muon_learning_rate=1e30"], "muon_learning_rate=1e+30 must be at most 1e+06"),
     (["--table_learning_rate=1e39"], "table_learning_rate=1e+39 must be at most 1e+06"),
     (["--muon_weight_decay=1e39"], "muon_weight_decay=1e+39 must be at most 1e+06"),
