@@ -182,6 +182,7 @@ def check(settings: dict[str, str]) -> None:
         "--val_tokens is not a multiple of --val_seq_len"
     for key, needed in (("train_files", sum(steps * tokens for steps, tokens in plan(settings))),
                         ("val_files", int(settings["val_tokens"]) + 1)):
+        assert key in settings, f"--{key}= is missing"
         paths = glob.glob(settings[key])
         tokens = sum((os.path.getsize(path) - HEADER) // 2 - max(MICRO_BATCHES) for path in paths)
         assert tokens >= needed, f"{settings[key]} has {tokens:,} usable tokens in {len(paths)} files, " \
