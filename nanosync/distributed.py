@@ -8,7 +8,6 @@ import hashlib
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from nanosync.errors import UserError
+from nanosync.errors import UserError, exit_now
 from nanosync.hardware import pick_device
 from nanosync.signals import StopSignal
 
@@ -356,6 +355,4 @@ def finish(processes: Processes) -> None:
         dist.destroy_process_group()
     elif processes.device.type == "cuda":
         torch.cuda.synchronize(processes.device)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    exit_now()
