@@ -217,7 +217,7 @@ def draw(rows: list[dict], tables: Tables, path: str) -> None:
     import matplotlib.pyplot as plt
 
     panels = [name for name in EXCHANGES if any(exchange == name for exchange, _ in tables.us)] or [None]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3 + 5 * len(panels), 5), layout="constrained",
+    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 6 * len(panels), 6), layout="constrained",
                                 sharey=True, squeeze=False)
     families = dict.fromkeys(family(row) for row in rows if not row["shallow"])
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(families)}
@@ -275,7 +275,7 @@ def draw_panel(ax, exchange: str | None, rows: list[dict], colors: dict[str, str
             ax.scatter([x], [y], s=22 + 5 * (row["syncs"] or 0), marker=MARKERS.get(processes, "D"),
                        facecolors="white" if row["preliminary"] else color, edgecolors=color, linewidths=1.3,
                        zorder=3)
-            label = f"{row['layers']} layers" if row["shallow"] else variant(row)
+            label = f"{row['layers']} layers" if row["dense"] else variant(row)
             ax.annotate(label, (x, y), textcoords="offset points", xytext=(7, 5), fontsize=7, color=color)
     for processes, points in curves.items():
         ax.plot(*zip(*sorted(points)), color=GREY, linewidth=1.2, zorder=1,
