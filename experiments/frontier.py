@@ -23,7 +23,6 @@ if __name__ == "__main__":
 from configurator import Parser
 from experiments.campaign_folder import cut_torn_line
 from experiments.experiment_config import MAX_RUNS
-from experiments.frontier_draw import read_tables, write_frontier
 from experiments.frontier_next import Session, places_for
 from experiments.frontier_protocol import Protocol, check_strategies, data_digests, digest_of
 from experiments.frontier_runs import merge, read_runs
@@ -138,6 +137,8 @@ def main() -> None:
         missing = len(protocol.runs) - len(read_runs(path, protocol))
         print(f"{path}: {new} runs added, {known} were there already, {missing} are missing")
     else:
+        from experiments.frontier_draw import read_tables, write_frontier
+
         runs = read_runs(path, protocol)
         if not runs:
             raise UserError(f"{path} has no runs yet: do some with next")

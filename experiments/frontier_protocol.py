@@ -34,6 +34,7 @@ from experiments.experiment_config import (
 )
 from nanosync.errors import UserError, shown
 from nanosync.files import dataset_folder, os_error_as_user_error, sha256_of
+from nanosync.token_files import split_files
 
 NONE = type(None)
 PROTOCOL = {"name": (str, True), "description": (str, False), "script": (str, False), "dataset": (str, True),
@@ -173,19 +174,13 @@ def check_digests(digests, path: str) -> None:
 def data_digests(protocol: Protocol) -> dict[str, str]:
     """Return the SHA-256 of the token files of the data set here. Raises UserError, also if they are not
     those of the protocol."""
-    from nanosync.dataloader import open_dataset  # which imports PyTorch, for seconds
-
-    settings = protocol.settings[protocol.baseline]
-    length = settings.get("block_size", settings.get("sequence_length"))
-    data = open_dataset(protocol.values["dataset"], length, "block_size")
-    found = {}
-    for path in (*data.train.paths, *data.val.paths):
+    folder, found = dataset_folder(protocol.values["dataset"]), {}
+    for path in (path for split in ("train", "val") for path in split_files(folder, split)[1]):
         with os_error_as_user_error(f"cannot read {path}"):
             found[os.path.basename(path)] = sha256_of(path)
     asked = protocol.values["data_sha256"]
     for name in sorted(found.keys() | asked.keys()) if asked is not None else ():
         if found.get(name) != asked.get(name):
-            folder = dataset_folder(protocol.values["dataset"])
             raise UserError(f"{os.path.join(folder, name)} is not the file of {protocol.path}: its SHA-256 "
                             f"is {found.get(name, 'that of no file')[:DIGEST]}, and data_sha256 has "
                             f"{(asked.get(name) or 'no such file')[:DIGEST]}: prepare the same data")
