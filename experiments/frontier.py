@@ -110,7 +110,7 @@ def do_next(args: argparse.Namespace, protocol: Protocol, path: str) -> None:
     cut_torn_line(path)
     session.runs = read_runs(path, protocol)  # an earlier call may have added to them until it ended
     cache = os.path.abspath(args.cache or os.path.join(args.log_dir, "compile_cache"))
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": os.path.join(cache, "triton")}
     print(f"{path}: {len(session.missing)} of {len(protocol.runs)} runs are missing; {len(places)} at a "
           f"time, {per_place} on one device; compiled code in {cache}", flush=True)
     try:

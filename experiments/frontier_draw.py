@@ -98,13 +98,23 @@ def is_row(row) -> bool:
         and all(type(row.get(key)) is int and row[key] > 0 for key in ("n_embd", "batch_size", "processes"))
 
 
+def log_losses(protocol: Protocol, runs: dict[tuple[str, int], dict]) -> dict[str, list[float]]:
+    """Return the log losses of the finished runs of each arm."""
+    return {arm: [math.log(run["val_loss"]) for (name, _), run in runs.items()
+                  if name == arm and run["status"] == FINISHED] for arm in protocol.arms}
+
+
+def spread_of(logs: dict[str, list[float]]) -> tuple[float, int] | None:
+    """Return the standard deviation between seeds, pooled over the arms, and its degrees of freedom; None if
+    no two runs of an arm differ."""
+    samples = [sample for sample in logs.values() if sample]
+    return pooled_std(*samples) if any(map(differ, samples)) else None
+
+
 def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict]) -> list[dict]:
     """Return what the runs say of each arm that has one, in the protocol's order."""
-    logs = {arm: [math.log(run["val_loss"]) for (name, _), run in runs.items()
-                  if name == arm and run["status"] == FINISHED] for arm in protocol.arms}
-    base = logs[protocol.baseline]
-    samples = [sample for sample in logs.values() if sample]
-    pooled = pooled_std(*samples) if any(map(differ, samples)) else None
+    logs = log_losses(protocol, runs)
+    base, pooled = logs[protocol.baseline], spread_of(logs)
     of_base, rows = protocol.settings[protocol.baseline], []
     all_layers = of_base.get("n_layer")
     for arm, sample in logs.items():
@@ -192,18 +202,21 @@ def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) ->
     cards = ", ".join(sorted({run["card"] for run in runs.values()}))
     draft = " (draft)" if protocol.values["data_sha256"] is None else ""
     missing = [arm for arm in protocol.arms if all(row["arm"] != arm for row in rows)]
-    timed = any(row["times"] for row in rows)
+    timed, spread = any(row["times"] for row in rows), spread_of(log_losses(protocol, runs))
     text = f"# {protocol.name}{draft}\n\n{len(runs)} of {len(protocol.runs)} runs of protocol " \
            f"{protocol.digest}, {protocol.values['tokens']:,} tokens each, on {cards}. Intervals: " \
            f"Student's, 95%, spread between seeds pooled over all arms. Fewer than {PRELIMINARY} runs: " \
            f"preliminary.\n\n" \
            f"{rows_table(rows, tables)}"
+    if spread is not None:
+        text += f"\nThe loss varies by {spread[0]:.2%} between seeds ({spread[1]} degrees of freedom).\n"
     if timed:
         text += f"\nµs a token: width {tables.width}, smallest batch, {', '.join(tables.devices)}.\n"
     if missing:
         text += f"\nWithout a run: {', '.join(missing)}.\n"
     write(stem + ".json", json_text(without_nan({"protocol": protocol.digest, "runs": len(runs),
-                                                 "planned": len(protocol.runs), "arms": rows})))
+                                                 "planned": len(protocol.runs),
+                                                 "spread": spread and spread[0], "arms": rows})))
     draw(rows, tables, stem + ".png")
     write(stem + ".md", text + f"\n![Frontier]({os.path.basename(stem)}.png)\n")
     return f"written: {stem}.md, {stem}.json, {stem}.png; {len(runs)} of {len(protocol.runs)} runs"

@@ -96,7 +96,7 @@ class Session:
             return
         append_runs(self.runs_path, [run])
         self.runs[arm, result["seed"]] = run
-        self.done += 1
+        self.card, self.done = run["card"], self.done + 1  # nvidia-smi may name it otherwise
 
     def run_of(self, arm: str, result: dict, out_dir: str, parallel: int) -> dict | None:
         """Return the line of an ended run; None if it failed."""

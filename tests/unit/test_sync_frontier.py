@@ -238,6 +238,8 @@ def test_table_and_picture(tmp_path):
     assert times["drop_4_r4"][0][2], "4 syncs are between measured counts"
     text = (tmp_path / "frontier.md").read_text()
     assert "higher, preliminary, 1 diverged" in text and "(draft)" in text
+    assert 0.002 < json.loads((tmp_path / "frontier.json").read_text())["spread"] < 0.006
+    assert "The loss varies by 0.3" in text or "The loss varies by 0.4" in text
 
     frontier_draw.write_frontier(plan, runs, frontier_draw.read_tables([], plan, None), str(tmp_path / "b"))
     assert (tmp_path / "b.png").stat().st_size > 1e4, "without a table, over the syncs"
