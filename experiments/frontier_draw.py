@@ -51,7 +51,7 @@ class Tables:
         if row["shallow"]:
             dense = times.get(f"{2 * row['all_layers']} syncs")
             return None if dense is None else (dense * row["layers"] / row["all_layers"], True)
-        if row["latency_row"] != f"{row['syncs']} syncs":
+        if row["latency_row"] is None or row["latency_row"] != f"{row['syncs']} syncs":
             return None
         counts = sorted((int(name.split()[0]), us) for name, us in times.items() if is_count(name))
         if not counts or not counts[0][0] <= row["syncs"] <= counts[-1][0]:
@@ -131,7 +131,7 @@ def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict]) -> list[dict]
             half = float(stats.t.ppf((1 + CONFIDENCE) / 2, pooled[1])) * pooled[0] * math.sqrt(
                 1 / len(sample) + 1 / len(base))
             interval = [ratio - half, ratio + half]
-        dropping = settings.get("sync_strategy", DROPPING[0]) in DROPPING
+        dropping = syncs is not None and settings.get("sync_strategy", DROPPING[0]) in DROPPING
         default = f"{layers} layers" if shallow else f"{syncs} syncs" if dropping else None
         rows.append({
             "arm": arm, "runs": len(sample), "diverged": len(of_arm) - len(sample), "syncs": syncs,

@@ -267,7 +267,11 @@ def test_few_runs_have_no_interval():
     rows = frontier_draw.rows_of(plan, {("dense_12", 1): run_of(plan, "dense_12", 1),
                                         ("drop_4_r2", 1): run_of(plan, "drop_4_r2", 1, 2.1)})
     assert [frontier_draw.verdict(row) for row in rows] == ["baseline, preliminary", "unknown, preliminary"]
-    rows = frontier_draw.rows_of(plan, {("drop_4_r2", 1): run_of(plan, "drop_4_r2", 1, None)})
+    frontier_draw.add_times(rows, frontier_draw.Tables())
+    assert len(frontier_draw.rows_table(rows, frontier_draw.Tables()).splitlines()) == 4
+    rows = frontier_draw.rows_of(plan, {("drop_4_r2", 1): run_of(plan, "drop_4_r2", 1, None, syncs=None)})
+    frontier_draw.add_times(rows, frontier_draw.Tables({("nccl", 2): {"24 syncs": 600.0, "1 syncs": 400.0}}))
+    assert rows[0]["times"] == []  # a script that does not count its syncs
     assert rows[0]["ratio"] is None and frontier_draw.verdict(rows[0]) == "unknown, preliminary, 1 diverged"
 
 
