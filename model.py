@@ -208,9 +208,8 @@ class GPT(Replicated):
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.to_empty(device=torch.get_default_device())
         self.lm_head.weight = self.transformer.wte.weight
-        if not self.lm_head.weight.is_meta:  # there PyTorch would import its compiler first, for seconds
-            for name, p in self.named_parameters():
-                init_parameter(name, p, config.n_layer)
+        for name, p in self.named_parameters():
+            init_parameter(name, p, config.n_layer)
 
     def hidden(self, idx, cache=None):
         """Map token ids (B, T) to the hidden states after ln_f (B, T, C).

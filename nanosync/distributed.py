@@ -191,7 +191,7 @@ def _mesh(rank: int, world_size: int, tp_processes: int):
     """Make the groups; return (dp_rank, dp_size, dp_group, tp_group). A group of one process is None."""
     dp_rank, dp_size = rank // tp_processes, world_size // tp_processes
     if tp_processes == 1:
-        return dp_rank, dp_size, dist.group.WORLD, None
+        return dp_rank, dp_size, dist.group.WORLD if world_size > 1 else None, None
     tp_groups = [dist.new_group(range(i, i + tp_processes)) for i in range(0, world_size, tp_processes)]
     dp_groups = [dist.new_group(range(i, world_size, tp_processes)) for i in range(tp_processes)]
     return dp_rank, dp_size, dp_groups[rank % tp_processes] if dp_size > 1 else None, tp_groups[dp_rank]
