@@ -15,9 +15,11 @@ import pytest
 from helpers import ROOT
 
 from experiments import frontier, frontier_draw, frontier_next
+from experiments.experiment_config import command
 from experiments.frontier_protocol import Protocol, check_strategies
 from experiments.frontier_runs import append_runs, merge, read_runs
 from experiments.runner import Job
+from nanosync import distributed
 from nanosync.errors import UserError
 
 SETTINGS = {"n_layer": 12, "n_head": 4, "n_embd": 32, "block_size": 32, "batch_size": 4,
@@ -124,6 +126,15 @@ def test_a_digest_changes_with_what_losses_depend_on():
         assert protocol(**changed).digest != digest
     config = protocol().configs["drop_1_r4"]["hyperparameters"]
     assert config["max_iters"] == config["lr_decay_iters"] == 10 and config["save_checkpoint"] is False
+
+
+def test_one_process_starts_without_torchrun():
+    """It imports PyTorch once, and wraps no model in DDP, also under torchrun."""
+    config = protocol().configs["drop_1_r4"]
+    assert command(config, 3, "out")[1].endswith("train_reduced_sync.py")
+    assert "--seed=3" in command(config, 3, "out") and "--save_checkpoint=False" in command(config, 3, "out")
+    assert "torch.distributed.run" in command(config | {"n_gpus": 2}, 3, "out")
+    assert distributed._mesh(0, 1, 1) == (0, 1, None, None)
 
 
 def test_the_protocols_of_the_record_are_valid():
