@@ -98,10 +98,13 @@ def planned(settings: dict, where: str) -> Run:
     interval = settings.get("checkpoint_interval", 0)
     if type(interval) is not int or interval < 0:
         raise UserError(f"{where} has checkpoint_interval={interval!r}: it must be at least 0")
+    shape = batch * block * accumulated
+    if settings.get("save_checkpoint") is False:
+        return Run(max_iters, eval_interval, eval_interval, "evaluation", False, shape)
     always = interval or settings.get("always_save_checkpoint", True)
     return Run(max_iters, eval_interval, interval or eval_interval,
                "checkpoint" if always else "checkpoint if it is the best",
-               bool(settings.get("always_save_checkpoint", True)), batch * block * accumulated)
+               bool(settings.get("always_save_checkpoint", True)), shape)
 
 
 def begun(log: RunLog) -> Run:

@@ -39,6 +39,7 @@ eval_interval = 2000  # iterations between evaluations
 log_interval = 1  # iterations between log lines
 eval_iters = 200  # batches of batch_size in an evaluation, over all processes
 eval_only = False  # evaluate once and exit, without writing files
+save_checkpoint = True  # False: write no checkpoint at all, if only the losses are of interest
 always_save_checkpoint = True  # save at every evaluation; False: only if the val loss is the lowest so far
 checkpoint_interval = 250  # iterations between further checkpoints, 0 for none
 keep_checkpoints = 10  # number of checkpoints to keep, the newest; the best is kept as well

@@ -12,8 +12,8 @@ configuration's have no target, unless --target names one. Failed runs are count
 the cause of a failure depends on the loss, as that of a divergence does, the statistics are too good.
 
 --frontier=STEM does another analysis: final val loss against training time of experiments of several lengths,
-see frontier.py. Experiments of one name are a family. Prints a report and writes STEM.md, STEM.json and the
-picture STEM.png. --target names a loss to reach.
+see time_frontier.py. Experiments of one name are a family. Prints a report and writes STEM.md, STEM.json and
+the picture STEM.png. --target names a loss to reach.
 """
 
 import os
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     import root_path  # noqa: F401
 
 from configurator import Parser
-from experiments import frontier
+from experiments import time_frontier
 from experiments.experiment_config import MAX_NUMBER, in_range
 from experiments.experiment_statistics import describe, differ, p_at_most, runs_needed
 from experiments.report import (
@@ -112,9 +112,9 @@ def report(experiment: Experiment, figures: dict) -> str:
 
 def write_frontier(args, experiments: list[Experiment]) -> None:
     """Analyse final losses against time: print and write the report. Raises UserError."""
-    families, notes = frontier.families_of(experiments)
+    families, notes = time_frontier.families_of(experiments)
     for path in dict.fromkeys(args.points):
-        families += frontier.read_points(path)
+        families += time_frontier.read_points(path)
     names = [family.name for family in families]
     if not names:
         raise UserError("--frontier needs experiments: give their folders, or --points=FILE")
@@ -126,10 +126,10 @@ def write_frontier(args, experiments: list[Experiment]) -> None:
     reference = next((family for family in families if family.name == args.reference), None)
     targets = [] if args.target is None else [args.target]
     at = args.at or (reference or families[0]).seconds()
-    found = frontier.figures(families, reference, targets, at)
+    found = time_frontier.figures(families, reference, targets, at)
     stem = args.frontier
-    text = frontier.report(found, notes, os.path.basename(stem) + ".png")
-    frontier.draw(families, targets, stem + ".png")
+    text = time_frontier.report(found, notes, os.path.basename(stem) + ".png")
+    time_frontier.draw(families, targets, stem + ".png")
     write(stem + ".json", json_text(without_nan(found)))
     write(stem + ".md", text)
     print(text)

@@ -359,8 +359,10 @@ def command(config: dict, run_id: int, out_dir: str, **changed) -> list[str]:
     stage = {} if reads_stage_variables(config) else config["stage_config"]
     settings = stage | arguments_of(config) | {
         "seed": config["base_seed"] + run_id, "out_dir": out_dir} | changed
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone",  # torchrun, of this Python
-            f"--nproc_per_node={config['n_gpus']}", "--", script_path(config),
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config['n_gpus']}", "--"]
+    if config["n_gpus"] == 1:
+        torchrun = []  # a process less that imports PyTorch, and no process group
+    return [sys.executable, *torchrun, script_path(config),
             *(f"--{key}={value}" for key, value in settings.items())]
 
 

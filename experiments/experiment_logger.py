@@ -239,12 +239,16 @@ def lines_of(rows) -> str:
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
-def read_lines(path: str) -> list[dict]:
-    """Return the objects of a JSON Lines file, none if the file does not exist. Raises UserError."""
+def read_lines(path: str, appended: bool = False) -> list[dict]:
+    """Return the objects of a JSON Lines file, none if the file does not exist. Raises UserError.
+
+    appended: leave out a last line without its end, which a process left that was killed while it appended.
+    """
     if not os.path.exists(path):
         return []
     try:
-        lines = read_file(path, MAX_LINES).decode().split("\n")
+        content = read_file(path, MAX_LINES)
+        lines = content[:content.rfind(b"\n") + 1 if appended else None].decode().split("\n")
         rows = [json.loads(text) for text in lines if text]
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None

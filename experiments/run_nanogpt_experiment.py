@@ -6,8 +6,8 @@
     python run_nanogpt_experiment.py --resume experiment_logs/nanogpt_palm_screening_20261121_120000
 
 --key=value for any key of the script replaces the JSON's value, as in --dataset=python_source. The files that
-it writes are described in experiment_logger.py. torchrun does the runs one after the other; --parallel=4 does
-four at a time on separate GPUs, whose timings then share the host. Ctrl-C or a kill ends all running runs.
+it writes are described in experiment_logger.py. The runs are done one after the other; --parallel=4 does four
+at a time on separate GPUs, whose timings then share the host. Ctrl-C or a kill ends all running runs.
 --resume does the missing runs, each from its beginning, so that no measured time has a gap.
 """
 
@@ -65,7 +65,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 def dry_run(config: dict, folder: str, run_ids: list[int], places: list) -> None:
     """Print the configuration and the commands."""
     print(json_text(config), end="")
-    print(f"# {len(run_ids)} runs by torchrun, {len(places)} at a time, into {folder}")
+    print(f"# {len(run_ids)} runs, {len(places)} at a time, into {folder}")
     for i, run_id in enumerate(run_ids):
         name = f"run_{run_id}_seed_{config['base_seed'] + run_id}"
         out_dir = os.path.join(os.path.abspath(folder), "runs", name, "out")

@@ -4,9 +4,9 @@ A run is judged by its out_dir, never by its exit code or its output: status.jso
 run_*.jsonl, in the names of training_logger, must have the requested configuration and a finite validation
 loss at the last step. Any other run has failed.
 
-Each torchrun is the child of a supervise.py, which ends it and all its processes as soon as this process
-ends, killed or not. The supervisors inherit the lock of an experiment's folder, so a runner that resumes
-there waits until all processes of the earlier runner have ended.
+Each run, or its torchrun, is the child of a supervise.py, which ends it and all its processes as soon as
+this process ends, killed or not. The supervisors inherit the lock of an experiment's folder, so a runner that
+resumes there waits until all processes of the earlier runner have ended.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 
     python supervise.py REPORT SECONDS COMMAND...    # stdin: a pipe whose other end only the starter has
 
-torchrun's workers run in separate sessions, and outlive a killed torchrun. So each torchrun is a child of
-this process, and this process a child of the runner. It ends the command and all descendants when the command
+torchrun's workers run in separate sessions, and outlive a killed torchrun. So each command is a child of this
+process, and this process a child of the runner. It ends the command and all descendants when the command
 ends, after SECONDS (0: no limit), on SIGTERM, or when the pipe closes, as it also does when the starter is
 killed. Then it writes REPORT: {"code", "seconds", "ended_by"}, where ended_by is 'itself', 'limit', 'signal'
 or 'starter'. It imports only the standard library, to start quickly.

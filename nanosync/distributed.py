@@ -8,7 +8,6 @@ import hashlib
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from nanosync.errors import UserError
+from nanosync.errors import UserError, exit_now
 from nanosync.hardware import pick_device
 from nanosync.signals import StopSignal
 
@@ -192,7 +191,7 @@ def _mesh(rank: int, world_size: int, tp_processes: int):
     """Make the groups; return (dp_rank, dp_size, dp_group, tp_group). A group of one process is None."""
     dp_rank, dp_size = rank // tp_processes, world_size // tp_processes
     if tp_processes == 1:
-        return dp_rank, dp_size, dist.group.WORLD, None
+        return dp_rank, dp_size, dist.group.WORLD if world_size > 1 else None, None
     tp_groups = [dist.new_group(range(i, i + tp_processes)) for i in range(0, world_size, tp_processes)]
     dp_groups = [dist.new_group(range(i, world_size, tp_processes)) for i in range(tp_processes)]
     return dp_rank, dp_size, dp_groups[rank % tp_processes] if dp_size > 1 else None, tp_groups[dp_rank]
@@ -356,6 +355,4 @@ def finish(processes: Processes) -> None:
         dist.destroy_process_group()
     elif processes.device.type == "cuda":
         torch.cuda.synchronize(processes.device)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    exit_now()

@@ -151,6 +151,14 @@ def _flush_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def exit_now() -> None:
+    """Exit with code 0 and without the interpreter's teardown, which takes seconds after a compilation."""
+    _flush_stdout()
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed
+        sys.stderr.flush()
+    os._exit(0)
+
+
 def _stdout_is_closed() -> bool:
     """Return True if the reader of stdout is gone."""
     poll = select.poll()

@@ -28,7 +28,7 @@ from nanosync import run_dir
 from nanosync.checkpoint_writer import Saver, snapshot, state_of
 from nanosync.dataloader import DataLoader, DataSet, epoch_messages
 from nanosync.distributed import Job, Processes, agree, any_process, barrier, finish, on_main
-from nanosync.errors import UserError, before_exit
+from nanosync.errors import UserError, before_exit, exit_now
 from nanosync.hardware import environment, peak_flops, peak_memory
 from nanosync.log_sinks import check_installed
 from nanosync.model_kind import ModelKind
@@ -205,7 +205,7 @@ class Run:
         """Save what is due; return False after the last update, or if the run stops here.
 
         save: True if a checkpoint is due; None: it is due if the val loss improved, or by checkpoint_interval
-        or always_save_checkpoint. An interrupted run is always saved, unless save_checkpoint is False.
+        or always_save_checkpoint. An interrupted run is saved, too. save_checkpoint=False turns both off.
         """
         config, saved_here = self.config, self.step == self.first_step and self.continues
         if self.stopping:
@@ -219,7 +219,8 @@ class Run:
         interval_due = self.is_due(config["checkpoint_interval"])
         if save is None:
             always = self.val_loss is not None and config["always_save_checkpoint"]
-            save = self.step > 0 and (improved or always or (interval_due and not saved_here))
+            save = self.step > 0 and (improved or always or (interval_due and not saved_here)) \
+                and config.get("save_checkpoint", True)
         if save:
             self._save(True, improved)
         if self.val_loss is not None or interval_due or self.step == self.first_step:
@@ -295,3 +296,4 @@ class Run:
         self._close(self.status)
         self.signals.end()
         finish(self.processes)
+        exit_now()  # a single process

@@ -1,7 +1,7 @@
 """Final losses against training time: frontiers, their intervals, and files of other programs' runs. CPU;
 seconds.
 
-    python -m pytest tests/unit/test_frontier.py
+    python -m pytest tests/unit/test_time_frontier.py
 """
 
 import json
@@ -11,10 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import analyze_results, frontier
+from experiments import analyze_results, time_frontier
 from experiments.experiment_config import DEFAULTS
-from experiments.frontier import Estimate, Family, Point
 from experiments.report import Experiment
+from experiments.time_frontier import Estimate, Family, Point
 from nanosync.errors import UserError
 
 
@@ -38,7 +38,7 @@ def test_frontier_is_linear_in_log_time():
 def test_a_faster_family_has_the_ratio_of_its_times():
     fast, slow = family("fast", 1.6, 0.002), family("slow", 1.0, 0.002, random=np.random.RandomState(2))
     for targets in ([0.897], []):
-        found = frontier.figures([slow, fast], slow, targets, [70.0, 140.0])
+        found = time_frontier.figures([slow, fast], slow, targets, [70.0, 140.0])
         ratios = {(one["name"], one["val_loss"]): one for one in found["time_to"]}
         reached = [one for (name, _), one in ratios.items() if name == "fast"]
         assert len(reached) == (1 if targets else 3)
@@ -54,7 +54,7 @@ def test_a_faster_family_has_the_ratio_of_its_times():
 
 def test_a_reference_of_one_length_has_ratios():
     peer, ours = family("peer", seconds=[118], noise=0.001), family("ours", 1.5, 0.001)
-    (of_peer, of_ours) = frontier.figures([peer, ours], peer, [], [118])["time_to"]
+    (of_peer, of_ours) = time_frontier.figures([peer, ours], peer, [], [118])["time_to"]
     assert of_peer["seconds"] == pytest.approx(118) and of_peer["ratio"] is None
     assert of_ours["ratio"] == pytest.approx(1 / 1.5, rel=0.03) and of_ours["ratio_interval"][0] > 0.6
     assert peer.loss_at(100) is None and peer.log_time_to(0.9) is None
@@ -64,12 +64,12 @@ def test_a_plateau_and_a_single_seed_have_no_wrong_numbers():
     """A target that two segments cross is reached at the first; one run a length has no interval."""
     bumpy = Family("b", [[Point(1, t, loss)] for t, loss in ((10, 1.0), (20, 0.9), (40, 0.95), (80, 0.8))])
     assert math.exp(bumpy.log_time_to(0.92).value) == pytest.approx(10 * 2**0.8)
-    estimate, p = frontier.difference(*(bumpy.loss_at(t)[0] for t in (10, 20)))
+    estimate, p = time_frontier.difference(*(bumpy.loss_at(t)[0] for t in (10, 20)))
     assert estimate.value == pytest.approx(-0.1) and estimate.interval is p is None
-    assert frontier.difference(Estimate(1.0, 0.0, 2), Estimate(2.0, 0.0, 2))[1] is None
-    found = frontier.figures([bumpy], None, [0.92, 2.0, 0.1], [30])
+    assert time_frontier.difference(Estimate(1.0, 0.0, 2), Estimate(2.0, 0.0, 2))[1] is None
+    found = time_frontier.figures([bumpy], None, [0.92, 2.0, 0.1], [30])
     assert [one["instead"] for one in found["time_to"]] == [None, "below 10", "not within 80"]
-    assert "nan" not in frontier.report(found, ["a note"], "x.png")
+    assert "nan" not in time_frontier.report(found, ["a note"], "x.png")
 
 
 def test_intervals_cover_the_truth():
@@ -96,12 +96,13 @@ def test_json_and_csv_are_the_same_runs(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(RUNS))
     rows = [f'"{run["name"]}",{run["seed"]},{run["seconds"]},{run["loss"]}' for run in RUNS]
     (tmp_path / "a.csv").write_text("\n".join(["name,seed,seconds,loss", *rows]) + "\n")
-    read = [frontier.read_points(str(tmp_path / name)) for name in ("a.json", "a.csv")]
+    read = [time_frontier.read_points(str(tmp_path / name)) for name in ("a.json", "a.csv")]
     assert read[0][0].lengths == read[1][0].lengths and len(read[0]) == 1
     assert [len(runs) for runs in read[0][0].lengths] == [3, 3]
     close = [run | {"seconds": 60 + i, "steps": 600 + i % 2, "seed": i} for i, run in enumerate(RUNS)]
     (tmp_path / "b.json").write_text(json.dumps(close))
-    assert [runs[0].steps for runs in frontier.read_points(str(tmp_path / "b.json"))[0].lengths] == [600, 601]
+    (family_of_b,) = time_frontier.read_points(str(tmp_path / "b.json"))
+    assert [runs[0].steps for runs in family_of_b.lengths] == [600, 601]
 
 
 @pytest.mark.parametrize("text, words", [
@@ -121,7 +122,7 @@ def test_wrong_points_are_one_line(tmp_path, text, words):
     if text is not None:
         path.write_bytes(text.encode("latin1"))
     with pytest.raises(UserError) as e:
-        frontier.read_points(str(path))
+        time_frontier.read_points(str(path))
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
@@ -133,16 +134,17 @@ def experiment(name: str, steps: int, losses: list[float], **settings) -> Experi
 
 
 def test_experiments_of_one_name_are_a_family():
-    families, notes = frontier.families_of([
+    families, notes = time_frontier.families_of([
         experiment("a", 400, [0.9, 0.91], val_tokens=8), experiment("a", 200, [1.0, 1.01], val_tokens=8),
         experiment("b", 400, [0.8, 0.81], val_tokens=7)])
     assert [family.name for family in families] == ["a", "b"] and families[0].z[0] < families[0].z[1]
     assert [runs[0].steps for runs in families[0].lengths] == [200, 400]
     assert len(notes) == 1 and "differs from a in val_tokens" in notes[0]
-    _, notes = frontier.families_of([experiment("a", 400, [0.9]), experiment("a", 200, [1.0], dataset="x")])
+    _, notes = time_frontier.families_of([experiment("a", 400, [0.9]),
+                                          experiment("a", 200, [1.0], dataset="x")])
     assert any("a: its experiments also differ in dataset" in note for note in notes)
     with pytest.raises(UserError, match="two runs of seed 42"):
-        frontier.families_of([experiment("a", 400, [0.9]), experiment("a", 400, [0.9])])
+        time_frontier.families_of([experiment("a", 400, [0.9]), experiment("a", 400, [0.9])])
 
 
 @pytest.mark.parametrize("arguments, words", [

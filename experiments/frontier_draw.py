@@ -1,0 +1,295 @@
+"""Draw the frontier of a protocol: the loss against the dense model's over the time of a token.
+
+Losses are compared as log ratios against the baseline. The spread between seeds is pooled over all arms, and
+intervals are Student's at 95%. An arm with fewer than PRELIMINARY finished runs is preliminary, as is every
+arm while the baseline is.
+
+Times are those of `bench.py --mode=decode`: of the arm's row with as many processes as the arm has ranks,
+smallest batch. A dense model does not depend on the ranks, so it has a time for each number of processes. A
+number of syncs between two measured ones, and a dense model of fewer layers by its share, are estimated.
+"""
+
+import io
+import math
+import os
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import stats
+
+from experiments.experiment_config import in_range, read_json
+from experiments.experiment_statistics import CONFIDENCE, differ, pooled_std
+from experiments.frontier_protocol import Protocol
+from experiments.frontier_runs import FINISHED
+from experiments.report import table, without_nan, write
+from experiments.search_plan import SCHEDULE
+from nanosync.errors import UserError
+from nanosync.files import json_text
+
+PRELIMINARY = 3  # finished runs from which on an arm is not preliminary
+EXCHANGES = {"oneshot": "one-shot exchange", "nccl": "NCCL"}  # in bench.py's tables -> titles
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c564b"]
+DROPPING = "standard", "spd", "selective", "grouped", "custom"  # strategies whose time depends on the syncs
+MARKERS = {2: "o", 4: "s", 8: "^"}  # by TP ranks
+GREY = "#808080"
+
+
+@dataclass
+class Tables:
+    """The µs of a token: (exchange, processes) -> name of a row -> µs; and the width of their model."""
+
+    us: dict[tuple[str, int], dict[str, float]] = field(default_factory=dict)
+    width: int | None = None
+    devices: tuple[str, ...] = ()
+
+    def of(self, exchange: str, processes: int, row: dict) -> tuple[float, bool] | None:
+        """Return the time of an arm's row, and True if it is estimated; None if it is unknown."""
+        times = self.us[exchange, processes]
+        if row["latency_row"] in times:
+            return times[row["latency_row"]], False
+        if row["shallow"]:
+            dense = times.get(f"{2 * row['all_layers']} syncs")
+            return None if dense is None else (dense * row["layers"] / row["all_layers"], True)
+        if row["latency_row"] is None or row["latency_row"] != f"{row['syncs']} syncs":
+            return None
+        counts = sorted((int(name.split()[0]), us) for name, us in times.items() if is_count(name))
+        if not counts or not counts[0][0] <= row["syncs"] <= counts[-1][0]:
+            return None
+        return float(np.interp(row["syncs"], *zip(*counts))), True
+
+
+def is_count(name: str) -> bool:
+    """Return True for the name of a row such as '6 syncs'."""
+    words = name.split()
+    return len(words) == 2 and words[0].isdigit() and words[1] == "syncs"
+
+
+def read_tables(paths: list[str], protocol: Protocol, width: int | None) -> Tables:
+    """Read latency tables. width: n_embd of their rows; None: the model's, else the smallest that they have.
+    Raises UserError."""
+    rows, devices = [], []
+    for path in paths:
+        content = read_json(path)
+        found = content.get("rows") if isinstance(content, dict) else None
+        found = [row for row in found if is_row(row)] if isinstance(found, list) else []
+        if not found:
+            raise UserError(f"{path} has no times of exchanges: use the JSON of bench.py --mode=decode with "
+                            f"--tp_allreduce=oneshot or nccl")
+        rows += found
+        environment = content.get("environment")
+        devices.append(str(environment.get("device") if isinstance(environment, dict) else "unknown"))
+    widths = {row["n_embd"] for row in rows}
+    own = protocol.settings[protocol.baseline].get("n_embd")
+    chosen = width or (own if own in widths else min(widths, default=None))
+    if rows and chosen not in widths:
+        raise UserError(f"--width={width}: the latency tables have {', '.join(map(str, sorted(widths)))}")
+    tables = Tables(width=chosen, devices=tuple(dict.fromkeys(devices)))
+    for row in sorted(rows, key=lambda row: row["batch_size"]):
+        if row["n_embd"] == chosen:
+            tables.us.setdefault((row["allreduce"], row["processes"]), {}).setdefault(row["name"], row["us"])
+    return tables
+
+
+def is_row(row) -> bool:
+    """Return True for a row of a latency table with an exchange."""
+    return isinstance(row, dict) and row.get("allreduce") in EXCHANGES and isinstance(row.get("name"), str) \
+        and in_range(row.get("us")) and row["us"] > 0 \
+        and all(type(row.get(key)) is int and row[key] > 0 for key in ("n_embd", "batch_size", "processes"))
+
+
+def log_losses(protocol: Protocol, runs: dict[tuple[str, int], dict]) -> dict[str, list[float]]:
+    """Return the log losses of the finished runs of each arm."""
+    return {arm: [math.log(run["val_loss"]) for (name, _), run in runs.items()
+                  if name == arm and run["status"] == FINISHED] for arm in protocol.arms}
+
+
+def spread_of(logs: dict[str, list[float]]) -> tuple[float, int] | None:
+    """Return the standard deviation between seeds, pooled over the arms, and its degrees of freedom; None if
+    no two runs of an arm differ."""
+    samples = [sample for sample in logs.values() if sample]
+    return pooled_std(*samples) if any(map(differ, samples)) else None
+
+
+def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict]) -> list[dict]:
+    """Return what the runs say of each arm that has one, in the protocol's order."""
+    logs = log_losses(protocol, runs)
+    base, pooled = logs[protocol.baseline], spread_of(logs)
+    of_base, rows = protocol.settings[protocol.baseline], []
+    all_layers = of_base.get("n_layer")
+    for arm, sample in logs.items():
+        of_arm = [run for (name, _), run in runs.items() if name == arm]
+        if not of_arm:
+            continue
+        settings, syncs, is_base = protocol.settings[arm], of_arm[0]["syncs"], arm == protocol.baseline
+        layers = settings.get("n_layer")
+        dense = all(settings.get(key) == of_base.get(key) for key in SCHEDULE)
+        shallow = dense and layers != all_layers
+        ratio = math.fsum(sample) / len(sample) - math.fsum(base) / len(base) if sample and base else None
+        interval = None
+        if ratio is not None and pooled is not None and not is_base:
+            half = float(stats.t.ppf((1 + CONFIDENCE) / 2, pooled[1])) * pooled[0] * math.sqrt(
+                1 / len(sample) + 1 / len(base))
+            interval = [ratio - half, ratio + half]
+        dropping = syncs is not None and settings.get("sync_strategy", DROPPING[0]) in DROPPING
+        default = f"{layers} layers" if shallow else f"{syncs} syncs" if dropping else None
+        rows.append({
+            "arm": arm, "runs": len(sample), "diverged": len(of_arm) - len(sample), "syncs": syncs,
+            "ranks": settings.get("tp_size"), "layers": layers, "all_layers": all_layers, "dense": dense,
+            "shallow": shallow, "latency_row": protocol.values["latency_rows"].get(arm, default),
+            "loss": math.exp(math.fsum(sample) / len(sample)) if sample else None, "ratio": ratio,
+            "interval": interval, "preliminary": min(len(sample), len(base)) < PRELIMINARY})
+    return rows
+
+
+def add_times(rows: list[dict], tables: Tables) -> None:
+    """Add to each row its times: [{"exchange", "processes", "us", "estimated"}]."""
+    for row in rows:
+        row["times"] = []
+        for exchange, processes in sorted(tables.us):
+            if row["dense"] or row["ranks"] == processes:
+                found = tables.of(exchange, processes, row)
+                if found is not None:
+                    row["times"].append({"exchange": exchange, "processes": processes, "us": found[0],
+                                         "estimated": found[1]})
+
+
+def percent(log_ratio: float) -> float:
+    return 100 * math.expm1(log_ratio)
+
+
+def verdict(row: dict) -> str:
+    """Say what is decided about an arm."""
+    if row["ratio"] is None or (row["interval"] is None and row["ratio"] != 0):
+        text = "unknown"
+    elif row["interval"] is None:
+        text = "baseline"
+    else:
+        low, high = row["interval"]
+        text = "lower" if high < 0 else "higher" if low > 0 else "not told apart"
+    diverged = f", {row['diverged']} diverged" if row["diverged"] else ""
+    return text + ", preliminary" * row["preliminary"] + diverged
+
+
+def rows_table(rows: list[dict], tables: Tables) -> str:
+    """Return the arms as a Markdown table."""
+    columns = sorted(tables.us, key=lambda key: (list(EXCHANGES).index(key[0]), key[1]))
+    header = ["arm", "syncs", "TP ranks", "layers", "runs", "val loss", "against dense", "95% CI",
+              *(f"µs, {EXCHANGES[exchange]}, {n} GPUs" for exchange, n in columns), "decided"]
+    cells = []
+    for row in rows:
+        times = {(t["exchange"], t["processes"]): f"{t['us']:.0f}" + " (estimated)" * t["estimated"]
+                 for t in row["times"]}
+        interval = row["interval"]
+        cells.append([
+            row["arm"], shown_number(row["syncs"]), "any" if row["dense"] else shown_number(row["ranks"]),
+            shown_number(row["layers"]), str(row["runs"]),
+            "-" if row["loss"] is None else f"{row['loss']:.4f}",
+            "-" if row["ratio"] is None else f"{percent(row['ratio']):+.2f}%",
+            "-" if interval is None else "{:+.2f} to {:+.2f}%".format(*map(percent, interval)),
+            *(times.get(column, "-") for column in columns), verdict(row)])
+    return table(header, cells)
+
+
+def shown_number(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) -> str:
+    """Write STEM.png, STEM.md and STEM.json; return what was written. Raises UserError."""
+    rows = rows_of(protocol, runs)
+    add_times(rows, tables)
+    cards = ", ".join(sorted({run["card"] for run in runs.values()}))
+    draft = " (draft)" if protocol.values["data_sha256"] is None else ""
+    missing = [arm for arm in protocol.arms if all(row["arm"] != arm for row in rows)]
+    timed, spread = any(row["times"] for row in rows), spread_of(log_losses(protocol, runs))
+    text = f"# {protocol.name}{draft}\n\n{len(runs)} of {len(protocol.runs)} runs of protocol " \
+           f"{protocol.digest}, {protocol.values['tokens']:,} tokens each, on {cards}. Intervals: " \
+           f"Student's, 95%, spread between seeds pooled over all arms. Fewer than {PRELIMINARY} runs: " \
+           f"preliminary.\n\n" \
+           f"{rows_table(rows, tables)}"
+    if spread is not None:
+        text += f"\nThe loss varies by {spread[0]:.2%} between seeds ({spread[1]} degrees of freedom).\n"
+    if timed:
+        text += f"\nµs a token: width {tables.width}, smallest batch, {', '.join(tables.devices)}.\n"
+    if missing:
+        text += f"\nWithout a run: {', '.join(missing)}.\n"
+    write(stem + ".json", json_text(without_nan({"protocol": protocol.digest, "runs": len(runs),
+                                                 "planned": len(protocol.runs),
+                                                 "spread": spread and spread[0], "arms": rows})))
+    draw(rows, tables, stem + ".png")
+    write(stem + ".md", text + f"\n![Frontier]({os.path.basename(stem)}.png)\n")
+    return f"written: {stem}.md, {stem}.json, {stem}.png; {len(runs)} of {len(protocol.runs)} runs"
+
+
+def draw(rows: list[dict], tables: Tables, path: str) -> None:
+    """Draw a panel for each exchange; without latency tables one panel, over the syncs. Raises UserError."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [name for name in EXCHANGES if any(exchange == name for exchange, _ in tables.us)] or [None]
+    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 6 * len(panels), 6), layout="constrained",
+                                sharey=True, squeeze=False)
+    families = dict.fromkeys(family(row) for row in rows if not row["shallow"])
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(families)}
+    for ax, exchange in zip(axes[0], panels):
+        draw_panel(ax, exchange, rows, colors)
+        ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+        ax.spines[["top", "right"]].set_visible(False)
+        if exchange is None:
+            ax.set_xlabel("all-reduces of a forward pass")
+        else:
+            ax.set_title(EXCHANGES[exchange], fontsize=10)
+            ax.set_xlabel(f"µs a token (width {tables.width}, {', '.join(tables.devices)})")
+    axes[0, 0].set_ylabel("val loss against the dense model, %")
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=color, label=name)
+               for name, color in colors.items()]
+    handles += [plt.Line2D([], [], color=GREY, marker=".", label="dense, fewer layers")]
+    ranks = sorted({row["ranks"] for row in rows if not row["dense"] and row["ranks"]})
+    handles += [plt.Line2D([], [], marker=MARKERS.get(n, "D"), linestyle="", color="0.3",
+                           markerfacecolor="none", label=f"{n} TP ranks") for n in ranks]
+    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=6,
+                  title=f"size: syncs; open: preliminary, fewer than {PRELIMINARY} runs", title_fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130, facecolor="white")
+    plt.close(figure)
+    write(path, picture.getvalue())
+
+
+def family(row: dict) -> str:
+    """Return the mechanism of an arm, by its name: drop_6_r2 -> drop."""
+    return row["arm"].split("_")[0]
+
+
+def variant(row: dict) -> str:
+    """Return the rest of an arm's name, without its ranks, which its marker shows: drop_6_r2 -> 6."""
+    return re.sub(r"_r\d+$", "", row["arm"]).partition("_")[2] or row["arm"]
+
+
+def draw_panel(ax, exchange: str | None, rows: list[dict], colors: dict[str, str]) -> None:
+    """Draw the arms over the times of an exchange; None: over the syncs."""
+    curves = {}  # processes -> points of the dense models
+    for row in rows:
+        if row["ratio"] is None:
+            continue
+        places = [(row["ranks"], row["syncs"])] if exchange is None else [
+            (t["processes"], t["us"]) for t in row["times"] if t["exchange"] == exchange]
+        for processes, x in places:
+            if x is None:
+                continue
+            y, color = percent(row["ratio"]), GREY if row["shallow"] else colors[family(row)]
+            if row["dense"]:
+                curves.setdefault(processes, []).append((x, y))
+            if row["interval"] is not None:
+                ends = [percent(end) for end in row["interval"]]
+                ax.plot([x, x], ends, color=color, linewidth=1, alpha=0.7)
+            ax.scatter([x], [y], s=22 + 5 * (row["syncs"] or 0), marker=MARKERS.get(processes, "D"),
+                       facecolors="white" if row["preliminary"] else color, edgecolors=color, linewidths=1.3,
+                       zorder=3)
+            label = f"{row['layers']} layers" if row["dense"] else variant(row)
+            ax.annotate(label, (x, y), textcoords="offset points", xytext=(7, 5), fontsize=7, color=color)
+    for processes, points in curves.items():
+        ax.plot(*zip(*sorted(points)), color=GREY, linewidth=1.2, zorder=1,
+                linestyle="-" if processes == min(curves) else "--")

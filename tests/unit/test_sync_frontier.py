@@ -1,0 +1,317 @@
+"""The frontier of sync schedules: errors of protocols and runs, the order of runs, merging, the table and the
+picture. CPU; seconds.
+
+    python -m pytest tests/unit/test_sync_frontier.py
+"""
+
+import json
+import math
+import random
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from helpers import ROOT
+
+from experiments import frontier, frontier_draw, frontier_next
+from experiments.experiment_config import command
+from experiments.frontier_protocol import Protocol, check_strategies
+from experiments.frontier_runs import append_runs, merge, read_runs
+from experiments.runner import Job
+from nanosync import distributed
+from nanosync.errors import UserError
+
+SETTINGS = {"n_layer": 12, "n_head": 4, "n_embd": 32, "block_size": 32, "batch_size": 4,
+            "gradient_accumulation_steps": 1, "device": "cpu", "compile": False}
+ARMS = {"dense_12": {"sync_strategy": "standard"},
+        "dense_10": {"sync_strategy": "standard", "n_layer": 10},
+        "dense_8": {"sync_strategy": "standard", "n_layer": 8},
+        "drop_12_r2": {"sync_strategy": "spd", "tp_size": 2},
+        "drop_12_r4": {"sync_strategy": "spd", "tp_size": 4},
+        "drop_4_r2": {"sync_strategy": "grouped", "layers_per_group": 3, "tp_size": 2},
+        "drop_4_r4": {"sync_strategy": "grouped", "layers_per_group": 3, "tp_size": 4},
+        "drop_1_r4": {"sync_strategy": "custom", "sync_points": [23], "tp_size": 4}}
+SYNCS = {"dense_12": 24, "dense_10": 20, "dense_8": 16, "drop_12_r2": 12, "drop_12_r4": 12, "drop_4_r2": 4,
+         "drop_4_r4": 4, "drop_1_r4": 1}
+VALUES = {"name": "toy", "dataset": "letters", "data_sha256": None, "tokens": 1280, "seeds": [1, 2, 3, 4],
+          "settings": SETTINGS, "baseline": "dense_12", "arms": ARMS, "seconds_per_run": 60}
+
+
+def protocol(**changed) -> Protocol:
+    return Protocol(VALUES | changed, "protocol.json")
+
+
+def run_of(plan: Protocol, arm: str, seed: int, loss: float | None = 2.0, **changed) -> dict:
+    curve = [[0, 4.0, 4.0], [10, loss, loss]]
+    return {"protocol": plan.digest, "data": "0123456789abcdef", "arm": arm, "seed": seed,
+            "status": "finished" if loss else "non_finite", "val_loss": loss, "curve": curve,
+            "syncs": SYNCS.get(arm), "seconds": {"wall": 50.0, "start": 10.0, "training": 39.0,
+                                                 "evaluation": 1.0},
+            "parallel": 1, "card": "cpu", "torch": "2.13.0", "commit": None, "time": 1.0} | changed
+
+
+def synthetic(plan: Protocol, seeds: dict[str, int], spread: float = 0.004) -> dict:
+    """Runs whose loss grows as syncs and layers fall. seeds: arm -> runs that it has, without entry all."""
+    runs = {}
+    for arm, seed in plan.runs:
+        if plan.seeds.index(seed) < seeds.get(arm, len(plan.seeds)):
+            effect = 0.02 * math.log(24 / SYNCS[arm]) * (1.5 if arm.startswith("dense") else 0.5)
+            noise = random.Random(f"{arm} {seed}").gauss(0, spread)
+            runs[arm, seed] = run_of(plan, arm, seed, 2.0 * math.exp(effect + noise))
+    return runs
+
+
+def latency_table(path, allreduce: str, per_sync: float) -> str:
+    rows = [{"n_embd": width, "batch_size": batch, "processes": n, "name": f"{syncs} syncs",
+             "allreduce": allreduce, "us": 300.0 + per_sync * syncs * n / 2 + width / 10 + batch}
+            for width in (768, 2048) for batch in (1, 16) for n in (2, 4) for syncs in (24, 12, 6, 3, 1)]
+    rows += [{"n_embd": 768, "batch_size": 1, "processes": 1, "name": "TP=1", "allreduce": None, "us": 372.0}]
+    path.write_text(json.dumps({"environment": {"device": "NVIDIA H200"}, "rows": rows}))
+    return str(path)
+
+
+# the protocol
+
+WRONG_PROTOCOLS = [
+    ({"tokenz": 3}, "unknown key 'tokenz'"), ({"tokens": "many"}, "must be an integer"),
+    ({"tokens": 1281}, "no multiple of the 128 tokens of an update"), ({"tokens": 0}, "tokens=0 must be"),
+    ({"seeds": []}, "1 to 1000 different integers"), ({"seeds": [1, 1]}, "different integers"),
+    ({"seeds": [1, -1]}, "seeds has -1"), ({"seeds": [1, True]}, "seeds has True"),
+    ({"seeds": [1.5]}, "seeds has 1.5"), ({"seeds": [[1], {}]}, r"seeds has \[1\]"),
+    ({"name": "a/b"}, "names a folder"), ({"baseline": "dense"}, "baseline='dense' is not in arms"),
+    ({"arms": {"dense_12": {}}}, "must be 2 to"), ({"arms": ARMS | {"x": 3}}, "an object of settings"),
+    ({"arms": ARMS | {"../x": {}}}, "names a folder"),
+    ({"arms": ARMS | {"x": {"n_layr": 3}}}, "unknown setting|n_layer"),
+    ({"arms": ARMS | {"x": {"seed": 3}}}, "arm x has 'seed'"),
+    ({"arms": ARMS | {"x": {"n_layer": "three"}}}, "n_layer='three'"),
+    ({"arms": ARMS | {"x": {"sync_strategy": "standard"}}}, "dense_12 and x have the same settings"),
+    ({"settings": SETTINGS | {"max_iters": 5}}, "settings has 'max_iters'"),
+    ({"settings": SETTINGS | {"out_dir": "x"}}, "settings has 'out_dir'"),
+    ({"settings": SETTINGS | {"save_checkpoint": True}}, "settings has 'save_checkpoint'"),
+    ({"settings": []}, "must be an object"), ({"script": "no_script.py"}, "cannot read the script"),
+    ({"data_sha256": {}}, "data_sha256 is empty"), ({"data_sha256": {"train.bin": "12"}}, "64 hexadecimal"),
+    ({"data_sha256": {"../train.bin": "0" * 64}}, "no name of a file"), ({"data_sha256": "0"}, "data_sha256"),
+    ({"seconds_per_run": 0}, "seconds_per_run=0"), ({"seconds_per_run": True}, "must be a number"),
+    ({"latency_rows": {"y": "6 syncs"}}, "latency_rows has 'y'"),
+    ({"latency_rows": {"dense_12": 6}}, "name of a row")]
+
+
+@pytest.mark.parametrize(("changed", "words"), WRONG_PROTOCOLS, ids=range(len(WRONG_PROTOCOLS)))
+def test_errors_of_a_protocol_are_one_line(changed, words):
+    with pytest.raises(UserError, match=words) as found:
+        protocol(**changed)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("key", [key for key in VALUES if key != "seconds_per_run"])
+def test_a_protocol_needs_its_keys(key):
+    with pytest.raises(UserError, match=f"has no '{key}'"):
+        Protocol({name: value for name, value in VALUES.items() if name != key}, "protocol.json")
+
+
+def test_any_prefix_of_the_runs_is_balanced():
+    plan = protocol()
+    for n in range(len(plan.runs)):
+        counts = [sum(arm == name for name, _ in plan.runs[:n]) for arm in plan.arms]
+        assert max(counts) - min(counts) <= 1
+    assert len(set(plan.runs)) == len(plan.runs) == 32
+
+
+def test_a_digest_changes_with_what_losses_depend_on():
+    digest = protocol().digest
+    assert digest == protocol(seconds_per_run=7, description="other", latency_rows={"dense_8": "x"}).digest
+    for changed in ({"tokens": 2560}, {"seeds": [1, 2]}, {"settings": SETTINGS | {"beta2": 0.9}},
+                    {"arms": dict(list(ARMS.items())[:3])}, {"data_sha256": {"train.bin": "0" * 64}}):
+        assert protocol(**changed).digest != digest
+    config = protocol().configs["drop_1_r4"]["hyperparameters"]
+    assert config["max_iters"] == config["lr_decay_iters"] == 10 and config["save_checkpoint"] is False
+
+
+def test_one_process_starts_without_torchrun():
+    """It imports PyTorch once, and wraps no model in DDP, also under torchrun."""
+    config = protocol().configs["drop_1_r4"]
+    assert command(config, 3, "out")[1].endswith("train_reduced_sync.py")
+    assert "--seed=3" in command(config, 3, "out") and "--save_checkpoint=False" in command(config, 3, "out")
+    assert "torch.distributed.run" in command(config | {"n_gpus": 2}, 3, "out")
+    assert distributed._mesh(0, 1, 1) == (0, 1, None, None)
+
+
+def test_the_protocols_of_the_record_are_valid():
+    for name in ("protocol.json", "protocol_regime.json", "protocol_regime_long.json"):
+        plan = Protocol.read(str(ROOT / "records" / "sync-frontier" / name))
+        assert plan.runs_path.endswith(name.replace("protocol", "runs") + "l")
+    with pytest.raises(UserError, match="not named protocol"):
+        _ = Protocol(VALUES, "plan.json").runs_path
+    with pytest.raises(UserError, match="arm x: sync_strategy='palmm' is unknown"):
+        check_strategies(protocol(arms=ARMS | {"x": {"sync_strategy": "palmm"}}))
+    check_strategies(protocol())
+
+
+# runs
+
+def test_merging_is_idempotent_and_refuses_contradictions(tmp_path):
+    plan, ours, theirs = protocol(), str(tmp_path / "runs.jsonl"), str(tmp_path / "other.jsonl")
+    append_runs(ours, [run_of(plan, "dense_12", 1), run_of(plan, "drop_4_r2", 1)])
+    append_runs(theirs, [run_of(plan, "drop_4_r2", 1), run_of(plan, "dense_12", 2, 2.1),
+                         run_of(plan, "drop_1_r4", 1, None)])
+    with open(theirs, "a") as f:
+        f.write('{"protocol": "' + plan.digest)  # of a killed process
+    before = open(ours).read()
+    assert merge(ours, [theirs], plan) == (2, 1)
+    assert open(ours).read().startswith(before) and len(read_runs(ours, plan)) == 4
+    after = open(ours).read()
+    assert merge(ours, [theirs, ours], plan) == (0, 7) and open(ours).read() == after
+    for wrong, words in ((run_of(plan, "dense_12", 1, 2.2), "is there already with val_loss=2.0 and not 2.2"),
+                         (run_of(plan, "dense_12", 3, data="f" * 16), "is of the data"),
+                         (run_of(protocol(tokens=2560), "dense_12", 3), "a changed protocol is a new file"),
+                         (run_of(plan, "dense_12", 9), "no arm 'dense_12' with seed 9"),
+                         (run_of(plan, "dense_9", 1), "no arm 'dense_9'"),
+                         (run_of(plan, "dense_12", 3, curve=[[9, 2.0, 2.0]]), "its curve ends with"),
+                         (run_of(plan, "dense_12", 3, curve=[]), "its curve ends with"),
+                         (run_of(plan, "dense_12", 3, curve=[3]), "needs .step, val_loss"),
+                         (run_of(plan, "dense_12", 3, status="failed"), "only a finished run has a loss"),
+                         (run_of(plan, "dense_12", 3, val_loss=-1.0), "must be above 0"),
+                         (run_of(plan, "dense_12", 3, parallel=0), "parallel=0"),
+                         (run_of(plan, "dense_12", 3, seconds={}), "seconds of .* has no 'wall'"),
+                         (run_of(plan, "dense_12", 3, more=1), "unknown key 'more'"),
+                         (run_of(plan, "dense_12", 3, card=None), "card=null must be a string")):
+        other = tmp_path / "wrong.jsonl"
+        other.write_text(json.dumps(run_of(plan, "dense_12", 4)) + "\n" + json.dumps(wrong) + "\n")
+        with pytest.raises(UserError, match=words) as found:
+            merge(ours, [str(other)], plan)
+        assert "\n" not in str(found.value) and open(ours).read() == after, "written in part"
+    with pytest.raises(UserError, match="no such file"):
+        merge(ours, [str(tmp_path / "none.jsonl")], plan)
+
+
+def test_nothing_starts_that_does_not_fit(monkeypatch):
+    plan, now = protocol(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(frontier_next, "gpu_info", lambda: {"gpus": []})
+    runs = {("dense_12", 1): run_of(plan, "dense_12", 1),
+            ("dense_10", 1): run_of(plan, "dense_10", 1, card="NVIDIA H200")}
+
+    def session(seconds, runs=runs):
+        return frontier_next.Session(plan, runs, "runs.jsonl", "folder", "0" * 16, seconds)
+
+    def may_start(one, arm, parallel=1):
+        job = Job(SimpleNamespace(config=plan.configs[arm]), 2)
+        return one.may_start(job, parallel) and job.limit
+
+    one = session(100)
+    assert one.missing[0] == ("dense_8", 1) and len(one.missing) == 30
+    assert one.expected("dense_12", 1) == 50.0 and one.expected("drop_4_r2", 1) == 50.0
+    assert one.expected("dense_12", 2) == 60 and session(100, {}).expected("dense_8", 1) == 60
+    assert may_start(one, "dense_12") == pytest.approx(95)  # its limit: what is left
+    now[0] = 41.0
+    assert not may_start(one, "dense_12") and "needs 55 s, and 54 s are left" in one.first_unfit
+    now[0] = 0.0
+    assert not may_start(one, "dense_12"), "a run was started after one that did not fit"
+    one = session(100)
+    one.failed = [("dense_12 with seed 1", 0), ("dense_10 with seed 1", 0)]
+    assert not may_start(one, "dense_8"), "a run was started after others failed before their first step"
+
+
+def test_places_of_runs(monkeypatch):
+    monkeypatch.setattr(frontier_next, "visible_gpus", lambda: ["0", "1"])
+    assert frontier_next.places_for(None, False) == (["0", "1"], 1)
+    assert frontier_next.places_for(4, False) == (["0", "1", "0", "1"], 2)
+    assert frontier_next.places_for(2, True) == ([None, None], 2)
+    monkeypatch.setattr(frontier_next, "visible_gpus", lambda: ["0"])
+    assert frontier_next.places_for(2, False) == (["0", "0"], 2)
+
+
+# table and picture
+
+def test_table_and_picture(tmp_path):
+    plan = protocol()
+    runs = synthetic(plan, {"drop_1_r4": 2, "drop_4_r2": 1, "dense_10": 3})
+    runs["drop_1_r4", 3] = run_of(plan, "drop_1_r4", 3, None)
+    paths = [latency_table(tmp_path / "oneshot.json", "oneshot", 2.6),
+             latency_table(tmp_path / "nccl.json", "nccl", 11.6)]
+    tables = frontier_draw.read_tables(paths, plan, None)
+    assert tables.width == 768 and len(tables.us) == 4
+    said = frontier_draw.write_frontier(plan, runs, tables, str(tmp_path / "frontier"))
+    assert "27 of 32 runs" in said and (tmp_path / "frontier.png").stat().st_size > 2e4
+    rows = {row["arm"]: row for row in json.loads((tmp_path / "frontier.json").read_text())["arms"]}
+    assert rows["dense_12"]["ratio"] == 0 and rows["dense_12"]["interval"] is None
+    low, high = rows["drop_12_r2"]["interval"]
+    assert low < rows["drop_12_r2"]["ratio"] < high
+    one, four = (rows[arm]["interval"] for arm in ("drop_4_r2", "drop_4_r4"))
+    assert one[1] - one[0] > four[1] - four[0], "one run is not as certain as four"
+    assert {arm for arm, row in rows.items() if row["preliminary"]} == {"drop_1_r4", "drop_4_r2"}
+    assert rows["dense_8"]["dense"] and not rows["drop_12_r2"]["dense"]
+    times = {arm: [(t["exchange"], t["processes"], t["estimated"]) for t in row["times"]]
+             for arm, row in rows.items()}
+    assert times["drop_12_r2"] == [("nccl", 2, False), ("oneshot", 2, False)]
+    assert len(times["dense_12"]) == 4 and all(estimated for *_, estimated in times["dense_8"])
+    assert times["drop_4_r4"][0][2], "4 syncs are between measured counts"
+    text = (tmp_path / "frontier.md").read_text()
+    assert "higher, preliminary, 1 diverged" in text and "(draft)" in text
+    assert 0.002 < json.loads((tmp_path / "frontier.json").read_text())["spread"] < 0.006
+    assert "The loss varies by 0.3" in text or "The loss varies by 0.4" in text
+
+    frontier_draw.write_frontier(plan, runs, frontier_draw.read_tables([], plan, None), str(tmp_path / "b"))
+    assert (tmp_path / "b.png").stat().st_size > 1e4, "without a table, over the syncs"
+    with pytest.raises(UserError, match="--width=5: the latency tables have 768, 2048"):
+        frontier_draw.read_tables(paths, plan, 5)
+    (tmp_path / "x.json").write_text('{"rows": [{"us": 3}]}')
+    with pytest.raises(UserError, match="no times of exchanges"):
+        frontier_draw.read_tables([str(tmp_path / "x.json")], plan, None)
+
+
+def test_intervals_cover_the_true_ratio():
+    """1,000 simulated frontiers: the 95% interval of an arm holds its true log ratio in 93 to 97%."""
+    plan, covered = protocol(arms={arm: ARMS[arm] for arm in ("dense_12", "dense_8", "drop_4_r2")}), 0
+    for i in range(1000):
+        draw = random.Random(i)
+        runs = {(arm, seed): run_of(plan, arm, seed, math.exp(
+            0.01 * (arm == "drop_4_r2") + draw.gauss(0, 0.01))) for arm, seed in plan.runs}
+        row = next(row for row in frontier_draw.rows_of(plan, runs) if row["arm"] == "drop_4_r2")
+        covered += row["interval"][0] < 0.01 < row["interval"][1]
+    assert 930 <= covered <= 970
+
+
+def test_few_runs_have_no_interval():
+    plan = protocol()
+    rows = frontier_draw.rows_of(plan, {("dense_12", 1): run_of(plan, "dense_12", 1),
+                                        ("drop_4_r2", 1): run_of(plan, "drop_4_r2", 1, 2.1)})
+    assert [frontier_draw.verdict(row) for row in rows] == ["baseline, preliminary", "unknown, preliminary"]
+    frontier_draw.add_times(rows, frontier_draw.Tables())
+    assert len(frontier_draw.rows_table(rows, frontier_draw.Tables()).splitlines()) == 4
+    rows = frontier_draw.rows_of(plan, {("drop_4_r2", 1): run_of(plan, "drop_4_r2", 1, None, syncs=None)})
+    frontier_draw.add_times(rows, frontier_draw.Tables({("nccl", 2): {"24 syncs": 600.0, "1 syncs": 400.0}}))
+    assert rows[0]["times"] == []  # a script that does not count its syncs
+    assert rows[0]["ratio"] is None and frontier_draw.verdict(rows[0]) == "unknown, preliminary, 1 diverged"
+
+
+def test_an_arm_that_hides_its_sums_has_no_time_of_a_dropped_one():
+    """A ladder communicates after all sublayers and is no dense model; bench.py's row is named for it."""
+    arms = {"dense_12": {}, "ladder": {"sync_strategy": "ladder"}}
+    for named in ({}, {"ladder": "ladder"}):
+        plan = protocol(arms=arms, latency_rows=named)
+        rows = frontier_draw.rows_of(plan, {("dense_12", 1): run_of(plan, "dense_12", 1),
+                                            ("ladder", 1): run_of(plan, "ladder", 1, syncs=24)})
+        tables = frontier_draw.Tables({("nccl", 2): {"24 syncs": 600.0, "ladder": 400.0}}, 768)
+        frontier_draw.add_times(rows, tables)
+        assert not rows[1]["dense"] and [t["us"] for t in rows[1]["times"]] == [400.0] * bool(named)
+
+
+# the command
+
+@pytest.mark.parametrize(("args", "words"), [
+    (["next"], "give --minutes=28"), (["next", "--minutes=0"], "--minutes=0.0 must be above 0"),
+    (["next", "--minutes=1", "--parallel=0"], "--parallel=0"), (["next", "--minutes=nan"], "--minutes=nan"),
+    (["next", "x.jsonl", "--minutes=1"], "next takes none"), (["merge"], "name them"),
+    (["merge", "x.jsonl", "--minutes=1"], "--minutes is for next"), (["draw", "--cache=x"], "is for next"),
+    (["next", "--minutes=1", "--latency=x"], "--latency is for draw"), (["draw", "--width=0"], "--width=0"),
+    (["draw", "--protocol=none.json"], "cannot read none.json"),
+    (["draw", "--runs=none.jsonl"], "no runs yet")])
+def test_errors_of_the_command_are_one_line(args, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["frontier.py", *args])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(UserError, match=words) as found:
+        frontier.main()
+    assert "\n" not in str(found.value)
