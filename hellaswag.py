@@ -35,6 +35,7 @@ batch_size = 32  # examples of a batch on each process, 4 sequences each
 json = ""  # file for the result, '' for none
 tp_size: int | None = None  # number of TP ranks, None for the number in training
 block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer, None for the schedule of training
+sync_strategy: str | None = None  # in place of block_types, a strategy of train_reduced_sync.py
 tp_processes = 1  # processes that hold the TP ranks of one model, under torchrun; 1 simulates them
 device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16'

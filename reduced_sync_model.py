@@ -7,17 +7,29 @@
     grouped     the MLP of every k-th layer, k = layers_per_group                        12 / k
     custom      the sublayers in sync_points (2i: attention, 2i + 1: MLP of layer i)     their number, + 1 if
                                                                                          the last is not one
-All strategies have the parameters of the dense GPT, but only `standard` computes the same function. So train
-a model with the strategy with which it will run; see tensor_parallel_model.py.
+    palm        every MLP, which does not see its layer's attention (PaLM, GPT-J)        12
+    ladder      every sublayer; the sum lands one sublayer later, and ranks do not see   23
+                what is in flight (arXiv 2501.06589)
+    kraken      every MLP; the sum lands after the next attention (arXiv 2408.07802)     12
+    dtp:d       every sublayer; the sum lands d sublayers later, but at once after the   24 - d
+                first d sublayers
+    mean:k      the MLP of every k-th layer; ranks see their pending sums times R        12 / k
+    caat:p      every sublayer, in a share p of the channels; ranks see the others       24, each of p C
+                times sqrt(R) until the end (arXiv 2506.19645)                           channels; the last: C
+
+Sums that land after the last sublayer share one all-reduce. R = tp_size, C = n_embd. All strategies have the
+parameters of the dense GPT, but only `standard` computes the same function. So train a model with the
+strategy with which it will run; see tensor_parallel_model.py and nanosync/sync_schedule.py.
 """
 
 import math
 from dataclasses import dataclass
 
+from nanosync.delayed_residual import width
 from nanosync.distributed import env_rank
 from nanosync.errors import UserError
 from nanosync.ranks import Ranks
-from nanosync.sync_schedule import SyncSchedule
+from nanosync.sync_schedule import Sublayer, SyncSchedule
 from tensor_parallel_model import DistributedGPT, RanksConfig
 
 STRATEGIES = {  # name -> function of the configuration that returns the sublayers to synchronise after
@@ -27,6 +39,41 @@ STRATEGIES = {  # name -> function of the configuration that returns the sublaye
     "grouped": lambda c: range(2 * c.layers_per_group - 1, 2 * c.n_layer, 2 * c.layers_per_group),
     "custom": lambda c: c.sync_points or [],
 }
+PRESETS = {  # name -> function of the configuration that returns a whole schedule
+    "palm": lambda c: SyncSchedule((Sublayer(False), Sublayer(True, sees=0.0)) * c.n_layer),
+    "ladder": lambda c: SyncSchedule((Sublayer(True, delay=1, sees=0.0),) * (2 * c.n_layer)),
+    "kraken": lambda c: SyncSchedule((Sublayer(False), Sublayer(True, delay=1)) * c.n_layer),
+}
+NUMBERED = {  # name -> (type of the number after the colon, what it must be, function of both)
+    "dtp": (int, lambda c, d: 1 <= d < 2 * c.n_layer, "a delay from 1 to {last} sublayers", lambda c, d:
+            SyncSchedule((Sublayer(True),) * d + (Sublayer(True, delay=d),) * (2 * c.n_layer - d))),
+    "mean": (int, lambda c, k: k >= 1 and c.n_layer % k == 0, "a divisor of n_layer={layers}", lambda c, k:
+             SyncSchedule(tuple(Sublayer(j % (2 * k) == 2 * k - 1, sees=float(c.tp_size))
+                                for j in range(2 * c.n_layer)))),
+    "caat": (float, lambda c, p: 0 < p <= 1, "a share of the channels, above 0 and at most 1", lambda c, p:
+             SyncSchedule((Sublayer(True, sees=c.tp_size**0.5),) * (2 * c.n_layer), channels=p)),
+}
+NAMES = ", ".join((*STRATEGIES, *PRESETS, "dtp:2", "mean:3", "caat:0.5"))
+
+
+def named_schedule(config: RanksConfig, strategy: str) -> SyncSchedule:
+    """Make the schedule of a strategy by its name, for the configuration's sizes. Raises UserError."""
+    if strategy in STRATEGIES:
+        return SyncSchedule.at(config.n_layer, STRATEGIES[strategy](config))
+    if strategy in PRESETS:
+        return PRESETS[strategy](config)
+    name, _, text = strategy.partition(":")
+    if name not in NUMBERED:
+        raise UserError(f"sync_strategy={strategy!r} is unknown: use {NAMES}")
+    kind, fits, meaning, make = NUMBERED[name]
+    try:
+        number = kind(text)
+    except ValueError:
+        number = None
+    if number is None or not fits(config, number):
+        meaning = meaning.format(last=2 * config.n_layer - 1, layers=config.n_layer)
+        raise UserError(f"sync_strategy={strategy!r} needs {meaning} after a colon, as in {NAMES}")
+    return make(config, number)
 
 
 @dataclass
@@ -40,8 +87,6 @@ class GPTConfig(RanksConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sync_strategy not in STRATEGIES:
-            raise UserError(f"sync_strategy={self.sync_strategy!r} is unknown: use {', '.join(STRATEGIES)}")
         if self.sync_strategy == "grouped" and (self.layers_per_group < 1
                                                 or self.n_layer % self.layers_per_group):
             raise UserError(f"layers_per_group={self.layers_per_group} does not divide "
@@ -56,9 +101,10 @@ class GPTConfig(RanksConfig):
                 if type(number) is not int or not 0 <= number < count:
                     raise UserError(f"{name} has {number!r}: with n_layer={self.n_layer} its entries must be "
                                     f"whole numbers from 0 to {count - 1}")
+        self.schedule()
 
     def schedule(self) -> SyncSchedule:
-        return SyncSchedule.at(self.n_layer, STRATEGIES[self.sync_strategy](self))
+        return named_schedule(self, self.sync_strategy)
 
 
 class GPT(DistributedGPT):
@@ -71,8 +117,11 @@ class GPT(DistributedGPT):
             print(self.announcement(), flush=True)
 
     def announcement(self) -> str:
+        L, C = self.config.n_layer, self.config.n_embd
+        W = width(self.schedule.channels, C)
         return (f"Sync strategy: {self.config.sync_strategy}\n"
-                f"Synchronization points per forward pass: {self.syncs} (baseline {2 * self.config.n_layer})")
+                f"Synchronization points per forward pass: {self.syncs} (baseline {2 * L})"
+                + (f"\nSynchronised channels: {W} of {C}, at the end all" if W < C else ""))
 
 
 def parse_stop_if(text: str) -> tuple[float, float]:

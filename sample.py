@@ -38,6 +38,7 @@ top_p: float | None = None  # sample from the fewest tokens that together have t
 stop_token: int | str | None = None  # end a sample at this token, an id or a text of one token
 tp_size: int | None = None  # number of TP ranks, None for the number in training
 block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer, None for the schedule of training
+sync_strategy: str | None = None  # in place of block_types, a strategy of train_reduced_sync.py
 tp_processes = 1  # processes that hold the TP ranks, under torchrun; 1 simulates them
 tp_allreduce = "nccl"  # sum over processes: 'nccl' (the group's all-reduce), 'oneshot' (CUDA, faster)
 slide = 1  # tokens that the window drops at once past block_size; 1: longest context, more: faster

@@ -13,10 +13,11 @@ pending sum of each rank r, `d[r]`:
     if sync_j:  s += g(d);  d = 0        one all-reduce
     after the last sublayer: the same sync, if sums are pending
 
-A `SyncSchedule` lists the sublayers that synchronise. If all do, the model is the dense GPT. Fewer syncs
-compute another function, so train a model with the schedule with which it will run. tp_size is part of the
-architecture. The number of processes that hold the ranks is not, see `Ranks`. Parameters have the dense
-model's names and shapes, or are this process's part of them. So any checkpoint fits any variant.
+A `SyncSchedule` lists the sublayers that synchronise. If all do, the model is the dense GPT. Schedules whose
+sums land later, or in some channels only, are in nanosync/delayed_residual.py. Any other schedule than the
+dense one computes another function, so train a model with the schedule with which it will run. tp_size is
+part of the architecture. The number of processes that hold the ranks is not, see `Ranks`. Parameters have the
+dense model's names and shapes, or are this process's part of them. So any checkpoint fits any variant.
 
 Shapes: m = number of local ranks whose streams differ; 1 while nothing is pending, because the local ranks
 then agree and act as one. R = tp_size, P = processes of a group, B = batch, T = tokens, C = n_embd,
@@ -35,6 +36,7 @@ from kernels.collectives import functional_all_gather
 from kernels.cross_entropy import vocab_parallel_cross_entropy
 from kernels.pending_norm import pending_layer_norm
 from model import GPT, Block, GPTConfig, attend, gelu
+from nanosync.delayed_residual import DelayedResidual
 from nanosync.errors import UserError
 from nanosync.generation import Decoder
 from nanosync.rank_decoder import RankDecoder
@@ -49,7 +51,7 @@ from nanosync.ranks import (
     split_dimension,
 )
 from nanosync.sharding import local_part
-from nanosync.sync_schedule import SyncSchedule
+from nanosync.sync_schedule import Step, Sublayer, SyncSchedule
 
 BLOCK_TYPES = ("tp", "spd", "parallel")
 
@@ -79,24 +81,25 @@ class Residual:
         self.latest = None  # (local, B, T, C): output of the last sublayer, which is pending, too
         self.total = None  # (1, B, T, C): pending sums over local ranks, if a sync is next
 
-    def normed(self, norm: nn.Module, sync: bool):
-        """Return the LayerNorm of the ranks' streams, (m, B, T, C). sync: True if a sync comes next."""
+    def normed(self, norm: nn.Module, sublayer: Sublayer):
+        """Return the LayerNorm of the ranks' streams, which the sublayer reads, (m, B, T, C)."""
         x = self.shared if self.biases is None else self.shared + self.biases
         if self.latest is None:
             return norm(x)
         shape = self.latest.shape
         pending = None if self.pending is None else self.pending.flatten(1, 2)
         y, carried = pending_layer_norm(x.flatten(0, 2), pending, self.latest.flatten(1, 2), norm.weight,
-                                        norm.bias, last=sync)
+                                        norm.bias, last=sublayer.sync)
         self.latest = None
-        if sync:
+        if sublayer.sync:
             self.total = carried.view(1, *shape[1:])
         else:
             self.pending = carried.view(shape)
         return y.view(shape)
 
-    def add(self, y, projection: nn.Linear, sync: bool):
-        """Add the row-parallel projection of y (m, B, T, K / m), and synchronise if `sync`."""
+    def add(self, y, projection: nn.Linear, sublayer: Sublayer):
+        """Add the row-parallel projection of y (m, B, T, K / m), and synchronise if the sublayer does."""
+        sync = sublayer.sync
         if sync and self.latest is None and self.total is None and self.ranks.group is None:
             out, bias = projection(y), None  # the same bits as the dense model
         else:
@@ -128,6 +131,11 @@ class Residual:
         self._restart(base)
 
 
+def residual_of(sublayers) -> type:
+    """Return the class of the residual stream that runs these sublayers."""
+    return DelayedResidual if isinstance(sublayers[0], Step) else Residual
+
+
 def split_attention(attn, x, cache=None, first=None):
     """Attend with the heads of each rank: x (m, B, T, C) -> (m, B, T, K / m).
 
@@ -154,15 +162,16 @@ class RankBlock(Block):
     """A block with the dense block's parameters, of which each rank applies its part to its own stream."""
 
     def compute(self, state, sublayers, ranks: Ranks, dropout, cache=None, first=None):
-        """Map the state of a Residual before the layer to the state after it. sublayers: the layer's two
-        entries of the schedule; dropout: see Residual; cache, first: see split_attention."""
-        residual, (after_attention, after_mlp) = Residual(ranks, dropout, state), sublayers
-        x = residual.normed(self.ln_1, after_attention.sync)
+        """Map the state of a residual stream before the layer to the state after it. sublayers: the layer's
+        two entries of a plain schedule, or of the steps of any other; dropout: see Residual; cache, first:
+        see split_attention."""
+        residual, (attention, mlp) = residual_of(sublayers)(ranks, dropout, state), sublayers
+        x = residual.normed(self.ln_1, attention)
         y = split_attention(self.attn, x, cache, first)
-        residual.add(y, self.attn.c_proj, after_attention.sync)
-        x = residual.normed(self.ln_2, after_mlp.sync)
+        residual.add(y, self.attn.c_proj, attention)
+        x = residual.normed(self.ln_2, mlp)
         y = gelu(column_parallel(x, self.mlp.c_fc))
-        residual.add(y, self.mlp.c_proj, after_mlp.sync)
+        residual.add(y, self.mlp.c_proj, mlp)
         return residual.state
 
 
@@ -220,7 +229,7 @@ class DistributedGPT(GPT):
                             f"tp_size={config.tp_size}: change one of the numbers")
         super().__init__(config)
         self.ranks = Ranks(config.tp_size)
-        self.schedule = config.schedule()
+        self._set_schedule(config.schedule())
         self.syncs = self._count_syncs()  # all-reduces of a forward pass through the layers
         self._n_parameters = super().n_parameters()
         self.shared_generator = None  # generator of the dropout masks that real ranks share
@@ -237,10 +246,14 @@ class DistributedGPT(GPT):
         self.train(training)
         return len(trace)
 
+    def _set_schedule(self, schedule: SyncSchedule) -> None:
+        self.schedule = schedule
+        self.sublayers = schedule.sublayers if schedule.is_plain else schedule.steps()
+
     def reschedule(self, schedule: SyncSchedule) -> None:
         """Replace the schedule; the same weights then compute another function."""
         assert len(schedule.sublayers) == len(self.schedule.sublayers), "a schedule for another n_layer"
-        self.schedule = schedule
+        self._set_schedule(schedule)
         self.syncs = self._count_syncs() if self.ranks.group is None else None
 
     @torch.no_grad()
@@ -258,13 +271,13 @@ class DistributedGPT(GPT):
         """Map token ids (B, T) to the hidden states after ln_f (B, T, C). cache: one of split_attention for
         each layer, or None."""
         base = self._residual_dropout(self.embed(idx)[None])[0].squeeze(0)
-        dropout, sublayers = self._residual_dropout, self.schedule.sublayers
-        first = self.first_visible(idx, cache)
-        state = Residual(self.ranks, dropout, (base,)).state
+        dropout, sublayers = self._residual_dropout, self.sublayers
+        first, stream = self.first_visible(idx, cache), residual_of(sublayers)
+        state = stream(self.ranks, dropout, (base,)).state
         for i, block in enumerate(self.transformer.h):
             state = block(state, sublayers[2 * i:2 * i + 2], self.ranks, dropout,
                           None if cache is None else cache[i], first)
-        return self.transformer.ln_f(Residual(self.ranks, dropout, state).close())
+        return self.transformer.ln_f(stream(self.ranks, dropout, state).close())
 
     def forward(self, idx, targets=None, all_logits: bool = False):
         """Map token ids (B, T) to (logits, loss), see GPT.forward. On real ranks each process computes the
@@ -339,7 +352,7 @@ class DistributedGPT(GPT):
         LayerNorms behind f, and the biases that ranks use before the next sync."""
         names = [f"transformer.h.{i}.ln_{n}." for i in range(self.config.n_layer) for n in (1, 2)]
         names += [f"transformer.h.{j // 2}.{('attn', 'mlp')[j % 2]}.c_proj.bias"
-                  for j in self.schedule.unsynchronised]
+                  for j in self.schedule.read_before_landing()]
         return [p for name, p in self.named_parameters() if name.startswith(tuple(names))]
 
     @torch.no_grad()
@@ -371,7 +384,7 @@ class DistributedGPT(GPT):
         if self.ranks.group is not None:
             raise UserError("the model is divided over several processes: save a checkpoint, and load it in "
                             "one process")
-        if self.schedule.unsynchronised and self.config.tp_size > 1:
+        if not self.schedule.is_dense and (self.config.tp_size > 1 or not self.schedule.is_plain):
             warnings.warn(f"{folder} gets a dense GPT-2, which computes another function than these weights "
                           f"do here with {self.syncs} syncs", stacklevel=2)
         super().save_pretrained(folder)
@@ -397,6 +410,6 @@ class DistributedGPT(GPT):
 
     def decoder(self, batch_size: int, tp_allreduce: str = "nccl", **options) -> Decoder:
         """Make the Decoder of this model. tp_allreduce: see RankDecoder; options: see Decoder."""
-        if self.ranks.group is None and not self.schedule.unsynchronised:
+        if self.ranks.group is None and self.schedule.is_dense:
             return Decoder(self, batch_size, **options)  # the model computes the dense GPT's function
         return RankDecoder(self, batch_size, tp_allreduce, **options)

@@ -41,7 +41,8 @@ def as_kind(model: nn.Module, kind: str, **fields) -> nn.Module:
     return other
 
 
-def with_ranks(model: nn.Module, tp_size: int | None, block_types: list | None) -> nn.Module:
+def with_ranks(model: nn.Module, tp_size: int | None, block_types: list | None,
+               sync_strategy: str | None = None) -> nn.Module:
     """Copy the weights of a model into a model with another number of TP ranks or another schedule.
 
     Raises UserError.
@@ -49,9 +50,14 @@ def with_ranks(model: nn.Module, tp_size: int | None, block_types: list | None) 
     tp_size: number of TP ranks. None keeps the model's number; the dense model gets 2.
     block_types: kind of block for each layer. None keeps the model's schedule; the ranks of the dense model
         then synchronise everywhere.
+    sync_strategy: in place of block_types, a strategy of reduced_sync_model.
     """
     config = model.config
     ranks = tp_size or getattr(config, "tp_size", 2)
+    if sync_strategy is not None and block_types is not None:
+        raise UserError("sync_strategy and block_types both name a schedule: give one of them")
+    if sync_strategy is not None:
+        return as_kind(model, "reduced_sync_gpt", tp_size=ranks, sync_strategy=sync_strategy)
     if block_types is None and hasattr(config, "sync_strategy"):
         fields = {name: getattr(config, name) for name in KINDS["reduced_sync_gpt"].variant}
         return as_kind(model, "reduced_sync_gpt", **fields | {"tp_size": ranks})
@@ -273,7 +279,8 @@ def find_for_inference(config: dict, group=None) -> Checkpoint | None:
     if found is None:  # an error comes before a script reads or downloads anything else
         huggingface.check_name(config["init_from"])
     elif (kind := found.state["model"]["kind"]) in SCRIPTS_OWN:
-        for name, plain in (("tp_size", None), ("block_types", None), ("tp_processes", 1)):
+        for name, plain in (("tp_size", None), ("block_types", None), ("sync_strategy", None),
+                            ("tp_processes", 1)):
             if config.get(name, plain) != plain:
                 raise UserError(f"{name}={config[name]} is for models of train.py and train_reduced_sync.py, "
                                 f"and {found.path} is from {KINDS[kind].script}: leave {name} out")
@@ -283,15 +290,16 @@ def find_for_inference(config: dict, group=None) -> Checkpoint | None:
 def load_for_inference(config: dict, found: Checkpoint | None, processes: Processes, say) -> nn.Module:
     """Load the model that the settings name, on the CPU. Raises UserError.
 
-    tp_size, block_types and tp_processes in the settings decide its TP ranks.
+    tp_size, block_types, sync_strategy and tp_processes in the settings decide its TP ranks.
 
     found: result of find_for_inference. say: function that prints a line.
     """
     if found is not None and found.state["model"]["kind"] in SCRIPTS_OWN:
         return load_model(found)
     model = GPT.from_pretrained(config["init_from"]) if found is None else load_model(found, dropout=0.0)
-    if config["tp_size"] is not None or config["block_types"] is not None:
-        model = with_ranks(model, config["tp_size"], config["block_types"])
+    ranks = [config[name] for name in ("tp_size", "block_types", "sync_strategy")]
+    if ranks != [None] * 3:
+        model = with_ranks(model, *ranks)
         if found is not None:
             note_other_schedule(found, model, say)
     tp_processes = config["tp_processes"]
@@ -310,8 +318,10 @@ def note_other_schedule(source: Checkpoint, model: nn.Module, say) -> None:
     """
 
     def function(schedule: dict | None, tp_size: int) -> tuple:
-        drops = schedule is not None and tp_size > 1 and not all(s["sync"] for s in schedule["sublayers"])
-        return (tp_size, str(schedule)) if drops else ()
+        if schedule is None or (tp_size == 1 and "channels" not in schedule):
+            return ()
+        dense = "channels" not in schedule and all(s["sync"] for s in schedule["sublayers"])
+        return () if dense else (tp_size, str(schedule))
 
     def words(schedule: dict | None, tp_size: int) -> str:
         return "the dense function" if not function(schedule, tp_size) else \

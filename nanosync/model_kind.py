@@ -77,7 +77,11 @@ def model_description(kind: str, model: nn.Module) -> dict:
 def schedule_description(model: nn.Module) -> dict | None:
     """Make the `schedule` entry of state.json; None for the dense model."""
     schedule = getattr(model, "schedule", None)
-    return None if schedule is None else {"syncs": model.syncs, **dataclasses.asdict(schedule)}
+    if schedule is None:
+        return None
+    if schedule.is_plain:
+        return {"syncs": model.syncs, "sublayers": [{"sync": s.sync} for s in schedule.sublayers]}
+    return {"syncs": model.syncs, **dataclasses.asdict(schedule)}
 
 
 def check_size(config, whole: bool = True) -> None:

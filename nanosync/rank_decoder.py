@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from kernels import decode
 from kernels.collectives import functional_all_gather
 from kernels.exchange import ALL_REDUCES, GroupSum
+from nanosync.delayed_residual import width
 from nanosync.distributed import all_values, from_main
 from nanosync.errors import UserError
 from nanosync.generation import Decoder
@@ -49,6 +50,9 @@ class RankDecoder(Decoder):
         self.seen = make_residual(local, B, C)
         kind = "none" if ranks.dry else self.tp_allreduce
         self.group_sum = GroupSum(kind, make_residual(B, C), ranks.group, all_values)
+        self.sums = {C: self.group_sum}  # number of channels -> sum over processes
+        if (W := width(model.schedule.channels, C)) < C:
+            self.sums[W] = GroupSum(kind, make_residual(B, W), ranks.group, all_values)
         self.pending = [self.group_sum.buffer, *make_residual(local - 1, B, C)]
         self.layers = [[rank_weights(block, r, local) for r in range(local)] for block in model.transformer.h]
         first, last = model.vocab_range()
@@ -82,8 +86,17 @@ class RankDecoder(Decoder):
         self._draw()
 
     def step(self):
-        transformer, sublayers = self.model.transformer, self.model.schedule.sublayers
+        transformer, sublayers = self.model.transformer, self.model.sublayers
         decode.embed(self.token, self.position, transformer.wte.weight, transformer.wpe.weight, self.base)
+        if self.model.schedule.is_plain:
+            self._plain_sublayers(sublayers)
+        else:
+            self._delayed_sublayers(sublayers)
+        decode.linear(self.base, self.head, None, self.part, norm=transformer.ln_f)
+        self.position += 1
+        self._draw()
+
+    def _plain_sublayers(self, sublayers):
         pending = False
         for i, (weights, cache) in enumerate(zip(self.layers, self.cache)):
             attend = partial(self._attend, cache=cache)
@@ -91,9 +104,42 @@ class RankDecoder(Decoder):
             pending = self._sublayer(self._mlp, "mlp", weights, pending, sublayers[2 * i + 1].sync)
         if pending:
             self._synchronise()
-        decode.linear(self.base, self.head, None, self.part, norm=transformer.ln_f)
-        self.position += 1
-        self._draw()
+
+    def _delayed_sublayers(self, steps):
+        """Run the sublayers of a schedule that is not plain, see DelayedResidual. A packet is (local, B, C),
+        zero in the channels that are not synchronised."""
+        pending, flight, (B, C) = None, [], self.base.shape
+        out, W = self.base.new_empty(len(self.pending), B, C), width(steps[0].channels, C)
+        for j, step in enumerate(steps):
+            for i in step.lands:
+                self._land(flight[i][..., :W])
+            flight = [packet for i, packet in enumerate(flight) if i not in step.lands]
+            unsent = [sums for sums in (*flight, pending) if sums is not None]
+            seen = self.base + step.sees * sum(unsent) if unsent and step.sees != 0 else None
+            name = ("attn", "mlp")[j % 2]
+            for r, w in enumerate(self.layers[j // 2]):
+                x = self.base if seen is None else seen[r]
+                y = self._attend(x, w, r, self.cache[j // 2]) if name == "attn" else self._mlp(x, w, r)
+                decode.linear(y, w[name][0], None, out[r])
+            if (bias := self.layers[j // 2][0][name][1]) is not None:
+                self.base.add_(bias)
+            pending = out.clone() if pending is None else pending + out
+            if step.sync:
+                flight.append(F.pad(pending[..., :W], (0, C - W)))
+                pending = None if W == C else F.pad(pending[..., W:], (W, 0))
+        unsent = [sums for sums in (*flight, pending) if sums is not None]
+        if unsent:
+            self._land(sum(unsent))
+
+    def _land(self, packet):
+        """Add a packet of all ranks to the first channels of `base`. packet: (local, B, channels)."""
+        group_sum = self.sums[packet.shape[-1]]
+        torch.sum(packet, dim=0, out=group_sum.buffer)
+        if packet.shape[-1] == self.base.shape[-1]:
+            return group_sum.add_to(self.base)
+        total = torch.zeros_like(group_sum.buffer)
+        group_sum.add_to(total)
+        self.base[:, :packet.shape[-1]] += total
 
     def _sublayer(self, compute, name, weights, pending: bool, sync: bool) -> bool:
         """Run an attention or MLP on every local TP rank; return True if sums are pending after it.

@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from nanosync.errors import UserError
 from nanosync.hellaswag_eval import Example
 from nanosync.muon import build_muon
 from nanosync.run_log import read_log
+from nanosync.sync_schedule import Sublayer, SyncSchedule
 from nanosync.tokenizers import GPT2Tokenizer
 from nanosync.training_logger import TrainingLogger
 from tensor_parallel_model import DistributedGPT, DistributedGPTConfig
@@ -476,6 +478,16 @@ STRATEGIES = [dict(sync_strategy="standard"), dict(sync_strategy="spd"),
               dict(sync_strategy="custom", sync_points=[2, 3, 6, 7])]
 SCHEDULES = [dict(block_types=b) for b in BLOCKS] + STRATEGIES
 SYNCS = [8, 4, 1, 4, 4, 5, 8, 4, 5, 6, 2, 1, 1, 2, 3, 4]  # of SCHEDULES, counted by hand
+FAMILY = {"palm": 4, "ladder": 7, "kraken": 4, "dtp:1": 7, "dtp:2": 6, "dtp:3": 5, "mean:1": 4, "mean:2": 2,
+          "caat:0.5": 8, "caat:0.25": 8}  # strategies whose schedules are not plain, with their syncs
+
+
+def random_schedule(number: int, sublayers: int = 2 * N_LAYER) -> SyncSchedule:
+    """A schedule of the whole family."""
+    choose = random.Random(number)
+    return SyncSchedule(tuple(Sublayer(choose.random() < 0.6, choose.choice([0, 0, 1, 2, 5]),
+                                       choose.choice([0.0, 1.0, 1.0, 2.5])) for _ in range(sublayers)),
+                        channels=choose.choice([1.0, 1.0, 0.5, 0.01]))
 
 
 def build(schedule: dict | None, tp_size: int = 1, dtype=torch.float64, seed=1, **changes):

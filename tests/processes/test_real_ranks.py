@@ -10,12 +10,14 @@ import pytest
 import torch
 from helpers import (
     EXACT,
+    FAMILY,
     SCHEDULES,
     SYNCS,
     build,
     compare_decoder,
     gradients,
     largest_difference,
+    random_schedule,
     run_processes,
     tokens,
 )
@@ -26,6 +28,7 @@ from nanosync.distributed import all_values
 from nanosync.errors import UserError
 from nanosync.rank_decoder import check_all_reduce
 from nanosync.ranks import Ranks
+from reduced_sync_model import named_schedule
 
 # Real processes
 
@@ -35,13 +38,14 @@ class CountAllReduces(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.all_reduces, self.others = 0, []
+        self.all_reduces, self.channels, self.others = 0, [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__
         if function.namespace in ("_c10d_functional", "c10d") and "wait" not in name:
             if name.startswith(("all_reduce", "allreduce")):
                 self.all_reduces += 1
+                self.channels.append(args[0].shape[-1])
             else:
                 self.others.append(name)
         return function(*args, **(kwargs or {}))
@@ -82,6 +86,68 @@ def check_real_ranks(rank: int, world: int) -> None:
                 assert compare_decoder(real, real.decoder(2), tokens(2, 5), 14) < EXACT, case
                 greedy = real.decoder(2, temperature=1e-6, top_k=3).generate(tokens(2, 5), 14)
                 assert torch.equal(greedy, real.decoder(2, temperature=0).generate(tokens(2, 5), 14)), case
+
+
+def check_family(rank: int, world: int) -> None:
+    """Strategies whose schedules are not plain and random schedules, `local` 1 and 2: logits, loss, every
+    gradient, generation, and the channels of each all-reduce, forward and backward."""
+    group = torch.distributed.group.WORLD
+    idx, targets = tokens(2, 9), tokens(2, 9, seed=1)
+    for local in (1, 2):
+        R = world * local
+        for bias in (True, False):
+            simulated = build(dict(sync_strategy="standard"), R, bias=bias, n_head=8)
+            real = copy.deepcopy(simulated)
+            real.place(Ranks(local, group))
+            cases = {name: named_schedule(simulated.config, name) for name in FAMILY} if bias else {}
+            cases |= {number: random_schedule(10_000 * world + 1000 * local + 100 * bias + number)
+                      for number in range(25 if world == 2 else 8)}
+            for case, schedule in cases.items():
+                check_schedule(simulated, real, schedule, idx, targets)
+                if case in ("palm", "ladder", "dtp:2", "caat:0.5", 3):
+                    real.eval()
+                    assert compare_decoder(real, real.decoder(2), tokens(2, 5), 14) < EXACT, case
+                    real.train()
+
+
+def check_schedule(simulated, real, schedule, idx, targets) -> None:
+    """Both models by a schedule: logits, loss and gradients are equal, and all-reduces are as it says."""
+    for model in (simulated, real):
+        model.reschedule(schedule)
+    loss = simulated(idx, targets)[1]
+    expected = gradients(simulated, loss)
+    real.zero_grad()
+    real_loss = real(idx, targets)[1]
+    assert abs(real_loss - loss) < EXACT, schedule
+    real_loss.backward()
+    real.reduce_partial_gradients()
+    found = real.whole({name: p.grad for name, p in real.named_parameters()})
+    assert largest_difference(found, expected) < EXACT, schedule
+    logits, real_logits = (m(idx, all_logits=True)[0] for m in (simulated, real))
+    assert (real_logits - logits).abs().max() < EXACT, schedule
+    if not schedule.is_plain:
+        check_channels(real, idx)
+
+
+def check_channels(model, idx) -> None:
+    """All-reduces have the channels that the schedule says: of packets as they land and of everything at the
+    end; in backward of each version of the base, of which the first has all channels."""
+    schedule, C = model.schedule, model.config.n_embd
+    W, L2 = max(1, round(schedule.channels * C)), len(schedule.sublayers)
+    dues = [j + 1 + s.delay for j, s in enumerate(schedule.sublayers) if s.sync]
+    landings = [due for due in dues if due < L2]
+    left = len(landings) < len(dues) or not schedule.sublayers[-1].sync or W < C
+    with CountAllReduces() as forward:
+        hidden = model.hidden(idx)
+    with CountAllReduces() as backward:
+        hidden.square().sum().backward()
+    assert (forward.channels, forward.others) == ([W] * len(landings) + [C] * left, []), schedule
+    assert (backward.channels, backward.others) == ([W] * len(set(landings)) + [C], []), schedule
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_family_on_real_ranks(world, tmp_path):
+    run_processes(world, check_family, tmp_path)
 
 
 def check_dropout(rank: int, world: int) -> None:

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from helpers import (
     ARCHITECTURE,
     EXACT,
+    FAMILY,
     SCHEDULES,
     SYNCS,
     build,
     compare_decoder,
     gradients,
     largest_difference,
+    random_schedule,
     tokens,
 )
 from helpers import N_LAYER as L
@@ -25,38 +27,47 @@ import reduced_sync_model
 from model import GPT, GPTConfig
 from nanosync.errors import UserError
 from nanosync.ranks import Ranks, f_op, g_op, join_parts, part_of
+from nanosync.sync_schedule import Sublayer, SyncSchedule
 from tensor_parallel_model import DistributedGPT, DistributedGPTConfig
 
 
-def reference_logits(model, idx, R, points):
-    """Logits (B, T, V) by the definition: a base, and a pending sum and weights for each of R ranks."""
+def reference_logits(model, idx, R):
+    """Logits (B, T, V) by the definition: a base, and sums, packets and weights of each of R ranks."""
     p, c = dict(model.named_parameters()), model.config
     H, D = c.n_head // R, c.n_embd // c.n_head
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], p[name + ".weight"], p[name + ".bias"])  # noqa: E731
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], p[name + ".weight"], p.get(name + ".bias"))  # noqa: E731
     base = p["transformer.wte.weight"][idx] + p["transformer.wpe.weight"][:idx.shape[1]]
-    pending = [torch.zeros_like(base) for _ in range(R)]
+    zero, flight = torch.zeros_like(base), []  # flight: (first sublayer with the sum, packet of each rank)
+    pending, sent = [zero] * R, torch.arange(c.n_embd) < max(1, round(model.schedule.channels * c.n_embd))
 
     def attention(x, h, r):
-        weight, bias = (part_of("c_attn.", p[f"{h}.attn.c_attn.{kind}"], r, R) for kind in ("weight", "bias"))
+        weight, bias = (None if (whole := p.get(f"{h}.attn.c_attn.{kind}")) is None else
+                        part_of("c_attn.", whole, r, R) for kind in ("weight", "bias"))
         q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in F.linear(x, weight, bias).chunk(3, -1))
         mask = torch.ones(idx.shape[1], idx.shape[1], dtype=torch.bool).tril()
         y = ((q @ k.transpose(-1, -2)) / D**0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
         return y.transpose(1, 2).flatten(2)
 
     def mlp(x, h, r):
-        weight, bias = (p[f"{h}.mlp.c_fc.{kind}"].chunk(R)[r] for kind in ("weight", "bias"))
+        weight, bias = (None if (whole := p.get(f"{h}.mlp.c_fc.{kind}")) is None else whole.chunk(R)[r]
+                        for kind in ("weight", "bias"))
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
-    for j in range(2 * c.n_layer):
+    for j, sublayer in enumerate(model.schedule.sublayers):
+        base = base + sum(sum(packet) for due, packet in flight if due <= j)
+        flight = [(due, packet) for due, packet in flight if due > j]
+        unsent = [pending[r] + sum(packet[r] for _, packet in flight) for r in range(R)]
         h = f"transformer.h.{j // 2}"
         sub, norm_name, compute = (("attn", "ln_1", attention), ("mlp", "ln_2", mlp))[j % 2]
         matrix = p[f"{h}.{sub}.c_proj.weight"].chunk(R, dim=1)
-        outs = [F.linear(compute(norm(base + pending[r], f"{h}.{norm_name}"), h, r), matrix[r])
+        outs = [F.linear(compute(norm(base + sublayer.sees * unsent[r], f"{h}.{norm_name}"), h, r), matrix[r])
                 for r in range(R)]
-        base = base + p[f"{h}.{sub}.c_proj.bias"]
+        base = base + p.get(f"{h}.{sub}.c_proj.bias", 0.0)
         pending = [d + o for d, o in zip(pending, outs)]
-        if j in points or j == 2 * c.n_layer - 1:
-            base, pending = base + sum(pending), [torch.zeros_like(base) for _ in range(R)]
+        if sublayer.sync:
+            flight.append((j + 1 + sublayer.delay, [d * sent for d in pending]))
+            pending = [d * ~sent for d in pending]
+    base = base + sum(pending) + sum(sum(packet) for _, packet in flight)
     return norm(base, "transformer.ln_f") @ p["transformer.wte.weight"].T
 
 
@@ -65,7 +76,7 @@ def reference_logits(model, idx, R, points):
 def test_simulated_ranks_are_the_definition(number, R):
     model = build(SCHEDULES[number], R)
     idx, targets = tokens(3, 16), tokens(3, 16, seed=1)
-    expected = reference_logits(model, idx, R, model.schedule.points)
+    expected = reference_logits(model, idx, R)
     loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
     expected_gradients = gradients(model, loss)
     assert (model(idx, all_logits=True)[0] - expected).abs().max() < EXACT
@@ -87,7 +98,72 @@ def test_all_synchronised_is_the_dense_model(R):
         assert largest_difference(*results) == 0
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("strategy", FAMILY)
+@pytest.mark.parametrize("R", [1, 2, 4])
+def test_simulated_family_is_the_definition(strategy, R):
+    model = build(dict(sync_strategy=strategy), R)
+    assert not model.schedule.is_plain or (R, strategy[:4]) == (1, "mean")
+    assert model.syncs == FAMILY[strategy]
+    check_simulation(model, R)
+
+
+def check_simulation(model, R):
+    """Logits and gradients of all parameters are those of the definition."""
+    idx = tokens(2, 9)
+    weights = torch.linspace(-1, 1, 61, dtype=torch.float64)
+    expected, found = reference_logits(model, idx, R), model(idx, all_logits=True)[0]
+    assert (found - expected).abs().max() < EXACT, model.schedule
+    difference = largest_difference(*(gradients(model, (logits.sin() * weights).mean())
+                                      for logits in (found, expected)))
+    assert difference < EXACT, model.schedule
+
+
+@pytest.mark.parametrize("R", [1, 2, 4])
+def test_random_schedules_are_the_definition(R):
+    """200 of the family in all, half of them without biases."""
+    for bias in (True, False):
+        model = build(dict(block_types=None), R, bias=bias)
+        for number in range(34):
+            model.reschedule(random_schedule(1000 * R + 100 * bias + number))
+            check_simulation(model, R)
+
+
+@pytest.mark.parametrize("strategy", ["palm", "ladder"])
+def test_schedules_that_do_not_depend_on_the_number_of_ranks(strategy):
+    """Their ranks read only what all ranks share."""
+    models = [build(dict(sync_strategy=strategy), R) for R in (1, 2, 4)]
+    logits = [model(tokens(2, 9), all_logits=True)[0] for model in models]
+    grads = [gradients(model, out.sin().mean()) for model, out in zip(models, logits)]
+    for i in (1, 2):
+        assert (logits[i] - logits[0]).abs().max() < EXACT
+        assert largest_difference(grads[i], grads[0]) < EXACT
+    others = [build(dict(sync_strategy="kraken"), R)(tokens(2, 9))[0] for R in (1, 2)]
+    assert (others[1] - others[0]).abs().max() > 1e-3  # of another strategy they do
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Sublayer(True, delay=-1), "delay=-1 must be"),
+    (lambda: Sublayer(True, delay=1.0), "delay=1.0 must be"),
+    (lambda: Sublayer(True, sees=float("nan")), "sees=nan must be"),
+    (lambda: SyncSchedule((Sublayer(True),), channels=0), "channels=0 must be above 0"),
+    (lambda: SyncSchedule((Sublayer(True),), channels=1.01), "channels=1.01 must be"),
+    (lambda: SyncSchedule((Sublayer(True),), channels=float("nan")), "channels=nan must be")])
+def test_wrong_schedules(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_dense_and_plain_schedules():
+    points = [SyncSchedule.at(2, p) for p in ([0, 1, 2, 3], [1, 3], [])]
+    assert [(s.is_plain, s.is_dense) for s in points] == [(True, True), (True, False), (True, False)]
+    seen = SyncSchedule((Sublayer(True, sees=3.0), Sublayer(True, sees=0.0)))  # nothing is unsent there
+    assert seen.is_plain and seen.is_dense
+    for sublayers in ((Sublayer(True, delay=1), Sublayer(True)), (Sublayer(False), Sublayer(True, sees=0.0))):
+        assert not SyncSchedule(sublayers).is_plain and not SyncSchedule(sublayers).is_dense
+    assert not SyncSchedule(points[0].sublayers, channels=0.5).is_dense
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, *(dict(sync_strategy=name) for name in FAMILY)], ids=str)
 def test_rows_are_apart_and_time_has_one_direction(schedule):
     model = build(schedule, 2).eval()
     idx = tokens(3, 16)
@@ -160,13 +236,17 @@ def test_initialisation_is_gpt2s(schedule):
     (dict(sync_strategy="standard"), 24), (dict(sync_strategy="spd"), 12),
     (dict(sync_strategy="selective", attn_sync_layers=[0, 1, 2, 9, 10, 11]), 18),
     *((dict(sync_strategy="grouped", layers_per_group=k), 12 // k) for k in (2, 3, 4, 6)),
-    (dict(sync_strategy="custom", sync_points=[23]), 1), (dict(sync_strategy="custom", sync_points=[5]), 2)])
+    (dict(sync_strategy="custom", sync_points=[23]), 1), (dict(sync_strategy="custom", sync_points=[5]), 2),
+    *((dict(sync_strategy=name), syncs) for name, syncs in {
+        "palm": 12, "ladder": 23, "kraken": 12, "dtp:1": 23, "dtp:2": 22, "dtp:23": 24, "mean:3": 4,
+        "mean:12": 1, "caat:1": 24, "caat:0.5": 24}.items())])
 def test_says_how_often_it_synchronises(strategy, syncs, capsys):
     size = dict(block_size=8, vocab_size=16, n_layer=12, n_head=2, n_embd=8)
     model = reduced_sync_model.GPT(reduced_sync_model.GPTConfig(**size, **strategy))
     assert capsys.readouterr().out.splitlines() == [
         f"Sync strategy: {strategy['sync_strategy']}",
-        f"Synchronization points per forward pass: {syncs} (baseline 24)"]
+        f"Synchronization points per forward pass: {syncs} (baseline 24)",
+        *["Synchronised channels: 4 of 8, at the end all"] * (strategy["sync_strategy"] == "caat:0.5")]
     assert model.n_parameters() == GPT(GPTConfig(**size)).n_parameters()
 
 
@@ -176,6 +256,14 @@ def test_says_how_often_it_synchronises(strategy, syncs, capsys):
     (dict(tp_size=5, block_types=None), "tp_size=5 must divide n_head=12"),
     (dict(tp_size=0, block_types=None), "tp_size=0 must divide"),
     (dict(sync_strategy="sdp"), "sync_strategy='sdp' is unknown"),
+    *((dict(sync_strategy=name), f"sync_strategy={name!r} is unknown: use standard, spd")
+      for name in ("", ":", "palm:2", "ladder:", "spd:1", "DTP:2", " dtp:2")),
+    *((dict(sync_strategy=name), f"sync_strategy={name!r} needs a delay from 1 to 23 sublayers")
+      for name in ("dtp", "dtp:", "dtp:0", "dtp:24", "dtp:-1", "dtp:1.5", "dtp:2:3", "dtp:x")),
+    *((dict(sync_strategy=name), f"sync_strategy={name!r} needs a divisor of n_layer=12")
+      for name in ("mean", "mean:5", "mean:0", "mean:24", "mean:-3")),
+    *((dict(sync_strategy=name), f"sync_strategy={name!r} needs a share of the channels")
+      for name in ("caat", "caat:0", "caat:1.5", "caat:nan", "caat:-inf", "caat:half")),
     (dict(sync_strategy="grouped", layers_per_group=5), "layers_per_group=5 does not divide n_layer=12"),
     (dict(sync_strategy="grouped", layers_per_group=0), "layers_per_group=0"),
     (dict(sync_strategy="selective", attn_sync_layers=[12]), "attn_sync_layers has 12"),
@@ -220,7 +308,7 @@ def test_parts_of_parameters_join_again():
 
 
 @pytest.mark.parametrize("R", [1, 2, 4])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, *(dict(sync_strategy=name) for name in FAMILY)], ids=str)
 def test_cache_of_each_rank(schedule, R):
     model = build(schedule, R).eval()
     assert compare_decoder(model, model.decoder(2), tokens(2, 5), 14) < EXACT  # past block_size, too
