@@ -12,7 +12,7 @@ $ torchrun --standalone --nproc_per_node=4 bench.py --mode=memory --compare=ddp,
 
 Tensor-parallel ranks, beside the dense GPT: simulated, and on real ranks
 $ python bench.py --model_type=distributed_gpt --tp_size=2 --block_types="['spd']*12"
-$ python bench.py --model_type=distributed_gpt --tp_size=2 --syncs="[24,12,6,3,1]"
+$ python bench.py --model_type=distributed_gpt --tp_size=2 --syncs="[24,12,6,3,1,'palm','dtp:2']"
 $ torchrun --standalone --nproc_per_node=4 bench.py --model_type=distributed_gpt --tp_size=4 --tp_processes=4
 $ torchrun --standalone --nproc_per_node=4 bench.py --mode=decode --tp_allreduce=oneshot  # or --mode=prefill
 
@@ -31,7 +31,7 @@ number); block or selective (activation_checkpointing); triton; eager (not compi
 turns in the same processes; in mode memory each has the GPUs to itself.
 
 decode and prefill measure latency, each as a CUDA graph, for every width and batch size: of one GPU (TP=1),
-of all GPUs by schedules with so many all-reduces, and without any (0 syncs: the cost of communication, not a
+of all GPUs by the schedules of `syncs`, and without any (0 syncs: the cost of communication, not a
 model). Weights are random; a schedule's speed does not depend on them.
 """
 
@@ -56,7 +56,8 @@ from nanosync.parallelism import Parallelism
 from nanosync.rank_decoder import check_all_reduce
 from nanosync.ranks import ranks_on
 from nanosync.sync_schedule import SyncSchedule
-from tensor_parallel_model import DistributedGPT, DistributedGPTConfig
+from reduced_sync_model import named_schedule
+from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, RanksConfig
 
 # -----------------------------------------------------------------------------
 mode = "train"  # 'train', 'memory', 'generate', 'kernels', or, under torchrun, 'decode' or 'prefill'
@@ -76,7 +77,7 @@ dropout = 0.0
 model_type = "gpt"  # 'distributed_gpt' measures tensor-parallel ranks beside the dense GPT
 tp_size = 2  # ranks of a distributed_gpt
 block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer; None: all 'tp'
-syncs: list | None = None  # instead: several schedules, with so many all-reduces each, equally far apart
+syncs: list | None = None  # instead: several schedules, each so many all-reduces, or a strategy's name
 tp_processes = 1  # processes that hold the ranks of one model when training; 1 simulates them
 tp_allreduce = "nccl"  # decode: 'nccl' (the group's all-reduce) or 'oneshot' (through symmetric memory)
 batch_sizes: list = [1, 16]  # decode, prefill
@@ -118,7 +119,7 @@ def check_settings(config: dict) -> None:
     strategies.check_compare(config)
     if config["model_type"] not in ("gpt", "distributed_gpt"):
         raise UserError(f"model_type={config['model_type']!r} is unknown: use gpt or distributed_gpt")
-    for name in ("syncs", "batch_sizes", "widths", "rows"):
+    for name in ("batch_sizes", "widths", "rows"):
         for number in config[name] or []:
             if type(number) is not int or number < 1:
                 raise UserError(f"{name} has {number!r}: its entries are whole numbers from 1")
@@ -132,7 +133,7 @@ def check_settings(config: dict) -> None:
         raise UserError("tp_size is for --model_type=distributed_gpt, as the dense GPT has no ranks: add "
                         "that setting, or leave tp_size out")
     latency.check_latency(config)
-    evenly_spaced_schedules(config)
+    several_schedules(config)
     kernels.check_kernels(config)
     if mode != "kernels":
         peers.check_peer(config)
@@ -147,16 +148,29 @@ def check_settings(config: dict) -> None:
             check_output_file(config[name], name)
 
 
-def evenly_spaced_schedules(config: dict) -> dict[str, SyncSchedule]:
+def several_schedules(config: dict) -> dict[str, SyncSchedule]:
     """Make the schedules that `syncs` names, by name; decode and prefill have some by default. Raises
-    UserError."""
+    UserError.
+
+    Where a strategy depends on the number of TP ranks, it weights sums. Its speed does not depend on that.
+    """
     syncs, n_layer = config["syncs"], config["n_layer"]
     if syncs is None and config["mode"] in latency.MODES and config["block_types"] is None:
         syncs = [2 * n_layer // n for n in (1, 2, 4, 8, 24) if 2 * n_layer % n == 0]
-    return {f"{n} syncs": SyncSchedule.evenly(n_layer, n) for n in syncs or []}
+    ranks, found = config["tp_size"], {}
+    for entry in syncs or []:
+        if isinstance(entry, str):
+            shape = RanksConfig(n_layer=n_layer, n_head=ranks, n_embd=ranks, tp_size=ranks)
+            found[entry] = named_schedule(shape, entry)
+        elif type(entry) is int and entry > 0:
+            found[f"{entry} syncs"] = SyncSchedule.evenly(n_layer, entry)
+        else:
+            raise UserError(f"syncs has {entry!r}: its entries are whole numbers from 1, or strategies of "
+                            f"train_reduced_sync.py")
+    return found
 
 
-def named_schedule(model: DistributedGPTConfig) -> str:
+def name_of_blocks(model: DistributedGPTConfig) -> str:
     """Name the schedule of a model by its runs of equal blocks and its syncs: 'tp*4+spd*8, 16 syncs'."""
     blocks = itertools.groupby(model.block_types or ["tp"] * model.n_layer)
     runs = [(kind, len(list(run))) for kind, run in blocks]
@@ -185,7 +199,7 @@ def check_processes(config: dict, processes: Processes) -> None:
 check_settings(config)
 if mode == "kernels" and not config.origin["widths"]:
     config["widths"] = kernels.WIDTHS
-compared, schedules = strategies.parse(config), evenly_spaced_schedules(config)
+compared, schedules = strategies.parse(config), several_schedules(config)
 processes = start(device, tp_processes=tp_processes)
 device = processes.device
 check_processes(config, processes)
@@ -203,7 +217,7 @@ data = open_dataset(dataset, block_size) if dataset else None
 if (model_type == "distributed_gpt" or block_types is not None) and not (schedules or compared):
     ranks = processes.world_size if mode in latency.MODES else tp_size
     blocks = DistributedGPTConfig(**bench.architecture, tp_size=ranks, block_types=block_types)
-    schedules = {f"{ranks} ranks, {named_schedule(blocks)}": blocks.schedule()}
+    schedules = {f"{ranks} ranks, {name_of_blocks(blocks)}": blocks.schedule()}
 if data is not None:
     data.train.check_tokens(vocab_size)
 peer_module = peers.load_module(peer, mode) if peer not in ("", "hf") else None

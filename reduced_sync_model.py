@@ -58,22 +58,31 @@ NAMES = ", ".join((*STRATEGIES, *PRESETS, "dtp:2", "mean:3", "caat:0.5"))
 
 def named_schedule(config: RanksConfig, strategy: str) -> SyncSchedule:
     """Make the schedule of a strategy by its name, for the configuration's sizes. Raises UserError."""
+    number = number_of(config, strategy)
     if strategy in STRATEGIES:
         return SyncSchedule.at(config.n_layer, STRATEGIES[strategy](config))
     if strategy in PRESETS:
         return PRESETS[strategy](config)
+    return NUMBERED[strategy.partition(":")[0]][-1](config, number)
+
+
+def number_of(config: RanksConfig, strategy: str) -> int | float | None:
+    """Return the number in a strategy's name, None for a name without one. Raises UserError for a strategy
+    that does not exist, or whose number does not fit the configuration's sizes."""
+    if strategy in (*STRATEGIES, *PRESETS):
+        return None
     name, _, text = strategy.partition(":")
     if name not in NUMBERED:
         raise UserError(f"sync_strategy={strategy!r} is unknown: use {NAMES}")
-    kind, fits, meaning, make = NUMBERED[name]
+    kind, fits, meaning, _ = NUMBERED[name]
     try:
-        number = kind(text)
+        number = kind(text) if text.isascii() else None
     except ValueError:
         number = None
     if number is None or not fits(config, number):
         meaning = meaning.format(last=2 * config.n_layer - 1, layers=config.n_layer)
         raise UserError(f"sync_strategy={strategy!r} needs {meaning} after a colon, as in {NAMES}")
-    return make(config, number)
+    return number
 
 
 @dataclass
@@ -101,7 +110,7 @@ class GPTConfig(RanksConfig):
                 if type(number) is not int or not 0 <= number < count:
                     raise UserError(f"{name} has {number!r}: with n_layer={self.n_layer} its entries must be "
                                     f"whole numbers from 0 to {count - 1}")
-        self.schedule()
+        number_of(self, self.sync_strategy)
 
     def schedule(self) -> SyncSchedule:
         return named_schedule(self, self.sync_strategy)

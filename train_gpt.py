@@ -370,6 +370,9 @@ def model_config(config: Config, sequence_length: int, used_vocab_size: int, voc
     if config["variant"] != "sync":
         return GPTConfig(**shape, **shared, variant=config["variant"])
     strategy = SyncStrategy(**shape, **{name: config[name] for name in VARIANTS["sync"][2]})
+    if not strategy.schedule().is_plain:
+        raise UserError(f"sync_strategy={strategy.sync_strategy!r} has sums that land late or weighted, and "
+                        f"variant='sync' has none: use standard, spd, selective, grouped or custom")
     return GPTConfig(**shape, **shared, variant="sync", tp_size=strategy.tp_size,
                      sync_points=strategy.schedule().points)
 

@@ -37,6 +37,7 @@ from nanosync.files import (
 )
 from nanosync.foreign_weights import advice
 from nanosync.model_kind import ModelKind, model_config
+from nanosync.sync_schedule import Sublayer, SyncSchedule
 from nanosync.tensor_files import check_values, read_tensors
 from nanosync.token_files import check_meta
 
@@ -214,9 +215,11 @@ def _check_state(state: dict, kinds: dict[str, ModelKind] | None) -> None:
     if state["meta"] is not None:
         check_meta(state["meta"], "its data set's meta.json")
     schedule = state.get("schedule")
-    if schedule is not None and not (type(schedule["syncs"]) is int and all(
-            type(sublayer["sync"]) is bool for sublayer in schedule["sublayers"])):
-        raise ValueError("its schedule has sublayers that are not true or false")
+    if schedule is not None:
+        if type(schedule["syncs"]) is not int:
+            raise ValueError(f"its schedule has syncs={shown(schedule['syncs'])}")
+        SyncSchedule(tuple(Sublayer(**sublayer) for sublayer in schedule["sublayers"]),
+                     schedule.get("channels", 1.0))
     if kinds is not None:
         model_config(state["model"], kinds)
 

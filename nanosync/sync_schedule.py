@@ -9,7 +9,7 @@ what is pending and what is in flight.
 import math
 from dataclasses import dataclass
 
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,12 @@ class Sublayer:
     sees: float = 1.0  # weight of the rank's own unsent sums in what THIS sublayer reads; 0: only the base
 
     def __post_init__(self):
+        if type(self.sync) is not bool:
+            raise UserError(f"sync={shown(self.sync)} must be True or False")
         if type(self.delay) is not int or self.delay < 0:
-            raise UserError(f"delay={self.delay!r} must be a whole number of sublayers, 0 or more")
-        if not math.isfinite(self.sees):
-            raise UserError(f"sees={self.sees} must be a finite number")
+            raise UserError(f"delay={shown(self.delay)} must be a whole number of sublayers, 0 or more")
+        if type(self.sees) not in (int, float) or not math.isfinite(self.sees):
+            raise UserError(f"sees={shown(self.sees)} must be a finite number")
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class SyncSchedule:
     channels: float = 1.0  # share of the channels that are synchronised; the others are only at the end
 
     def __post_init__(self):
-        if not 0 < self.channels <= 1:
-            raise UserError(f"channels={self.channels} must be above 0 and at most 1")
+        if type(self.channels) not in (int, float) or not 0 < self.channels <= 1:
+            raise UserError(f"channels={shown(self.channels)} must be above 0 and at most 1")
 
     @classmethod
     def at(cls, n_layer: int, points) -> "SyncSchedule":

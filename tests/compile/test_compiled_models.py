@@ -108,7 +108,9 @@ def test_schedules_compile_as_one_graph(R):
 
 
 @pytest.mark.parametrize("schedule, R, recompute", [(None, 1, "selective"),
-                                                    (dict(block_types=BLOCKS[3]), 2, "none")])
+                                                    (dict(block_types=BLOCKS[3]), 2, "none"),
+                                                    (dict(sync_strategy="dtp:2"), 2, "block"),
+                                                    (dict(sync_strategy="caat:0.5"), 2, "none")])
 def test_document_mask_compiles_as_one_graph(schedule, R, recompute):
     idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
     model = build(schedule, R, torch.float32)

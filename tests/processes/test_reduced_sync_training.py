@@ -107,6 +107,11 @@ def test_sample_on_ranks(simulated, run_script, tmp_path):
     plain = run_script("sample.py", *options, "--start=AD")
     real = torchrun(2, "sample.py", *options, "--start=AD", "--tp_processes=2", cwd=tmp_path)
     dropped = run_script("sample.py", *options, "--start=AD", "--tp_size=2", "--block_types=['parallel']*2")
+    both = ("--sync_strategy=ladder", "--block_types=['spd']*2")
+    refused = run_script("sample.py", *options, "--start=AD", *both)
+    assert refused.code == 2 and "sync_strategy and block_types both name a schedule" in refused.err
+    ladder = run_script("sample.py", *options, "--start=AD", *both[:1])
+    assert ladder.code == 0 and "is run as 3 syncs on 4 ranks" in ladder.out, ladder.err
     assert plain.code == real.code == dropped.code == 0, plain.err + real.err + dropped.err
     assert plain.out.count("---------------") == real.out.count("---------------") == 1
     assert plain.out == real.out and "was trained as" not in plain.out
@@ -116,10 +121,11 @@ def test_sample_on_ranks(simulated, run_script, tmp_path):
 def test_bench_of_schedules(run_script, tmp_path):
     size = ["--device=cpu", "--compile=False", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16",
             "--vocab_size=64", "--batch_size=2", "--steps=1", "--warmup=1", "--rounds=1"]
-    done = run_script("bench.py", *size, "--model_type=distributed_gpt", "--syncs=[4,2,1]",
+    done = run_script("bench.py", *size, "--model_type=distributed_gpt",
+                      "--syncs=[4,2,1,'palm','caat:0.5']",
                       f"--json={tmp_path / 'b.json'}")
     assert done.code == 0, done.err
-    names = ["ours", "4 syncs", "2 syncs", "1 syncs"]
+    names = ["ours", "4 syncs", "2 syncs", "1 syncs", "palm", "caat:0.5"]
     assert list(json.loads((tmp_path / "b.json").read_text())["contenders"]) == names
     done = run_script("bench.py", *size, "--mode=generate", "--prompt_tokens=2", "--max_new_tokens=4",
                       "--block_types=['spd']*2")

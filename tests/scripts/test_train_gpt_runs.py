@@ -97,6 +97,8 @@ def test_settings_of_file_environment_and_command_line(train, tmp_path):
     (["--variant=plam"], "variant='plam' is unknown: use baseline, palm"),
     (["--tp_size=2"], "tp_size is for --variant=sync"),
     (["--variant=sync", "--sync_points=[3]"], "sync_points=[3] is for sync_strategy='custom'"),
+    *((["--variant=sync", f"--sync_strategy={name}"], f"sync_strategy='{name}' has sums that land late")
+      for name in ("palm", "ladder", "dtp:1", "mean:1", "caat:0.5")),
     (["--variant=curriculum", "--curriculum_lengths=[8,16]"],
      "must be positive and rising, and end with sequence_length=32"),
     (["--variant=curriculum", "--curriculum_shares=[0.5]"], "must be 3 numbers"),

@@ -259,7 +259,7 @@ def test_says_how_often_it_synchronises(strategy, syncs, capsys):
     *((dict(sync_strategy=name), f"sync_strategy={name!r} is unknown: use standard, spd")
       for name in ("", ":", "palm:2", "ladder:", "spd:1", "DTP:2", " dtp:2")),
     *((dict(sync_strategy=name), f"sync_strategy={name!r} needs a delay from 1 to 23 sublayers")
-      for name in ("dtp", "dtp:", "dtp:0", "dtp:24", "dtp:-1", "dtp:1.5", "dtp:2:3", "dtp:x")),
+      for name in ("dtp", "dtp:", "dtp:0", "dtp:24", "dtp:-1", "dtp:1.5", "dtp:2:3", "dtp:x", "dtp:\u0663")),
     *((dict(sync_strategy=name), f"sync_strategy={name!r} needs a divisor of n_layer=12")
       for name in ("mean", "mean:5", "mean:0", "mean:24", "mean:-3")),
     *((dict(sync_strategy=name), f"sync_strategy={name!r} needs a share of the channels")
