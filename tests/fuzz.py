@@ -130,7 +130,7 @@ def read_run(folder: Path) -> None:
                 for name in checkpoint.FILES}
     (path / "MANIFEST.json").write_text(json_text(manifest))
     config = {"init_from": "resume", "out_dir": str(folder), "checkpoint_step": "latest", "tp_size": None,
-              "block_types": None, "tp_processes": 1}
+              "block_types": None, "sync_strategy": None, "tp_processes": 1}
     found = find_for_inference(config)
     model = load_for_inference(config, found, Processes(0, 1, 0, CPU, None), print)
     if found.state["meta"] is not None:
