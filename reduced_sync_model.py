@@ -50,8 +50,9 @@ NUMBERED = {  # name -> (type of the number after the colon, what it must be, fu
     "mean": (int, lambda c, k: k >= 1 and c.n_layer % k == 0, "a divisor of n_layer={layers}", lambda c, k:
              SyncSchedule(tuple(Sublayer(j % (2 * k) == 2 * k - 1, sees=float(c.tp_size))
                                 for j in range(2 * c.n_layer)))),
-    "caat": (float, lambda c, p: 0 < p <= 1, "a share of the channels, above 0 and at most 1", lambda c, p:
-             SyncSchedule((Sublayer(True, sees=c.tp_size**0.5),) * (2 * c.n_layer), channels=p)),
+    "caat": (float, lambda c, p: p == 1 or 0 < round(p * c.n_embd) < c.n_embd,
+             "a share of the channels, above 0 and at most 1, which is some of n_embd={channels}",
+             lambda c, p: SyncSchedule((Sublayer(True, sees=c.tp_size**0.5),) * (2 * c.n_layer), channels=p)),
 }
 NAMES = ", ".join((*STRATEGIES, *PRESETS, "dtp:2", "mean:3", "caat:0.5"))
 
@@ -79,8 +80,9 @@ def number_of(config: RanksConfig, strategy: str) -> int | float | None:
         number = kind(text) if text.isascii() else None
     except ValueError:
         number = None
-    if number is None or not fits(config, number):
-        meaning = meaning.format(last=2 * config.n_layer - 1, layers=config.n_layer)
+    if number is None or not math.isfinite(number) or not fits(config, number):
+        meaning = meaning.format(last=2 * config.n_layer - 1, layers=config.n_layer,
+                                 channels=config.n_embd)
         raise UserError(f"sync_strategy={strategy!r} needs {meaning} after a colon, as in {NAMES}")
     return number
 

@@ -81,7 +81,8 @@ def schedule_description(model: nn.Module) -> dict | None:
         return None
     if schedule.is_plain:
         return {"syncs": model.syncs, "sublayers": [{"sync": s.sync} for s in schedule.sublayers]}
-    return {"syncs": model.syncs, **dataclasses.asdict(schedule)}
+    sublayers = [dataclasses.asdict(sublayer) for sublayer in schedule.sublayers]
+    return {"syncs": model.syncs, "sublayers": sublayers, "channels": schedule.channels}
 
 
 def check_size(config, whole: bool = True) -> None:

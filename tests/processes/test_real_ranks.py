@@ -28,6 +28,7 @@ from nanosync.distributed import all_values
 from nanosync.errors import UserError
 from nanosync.rank_decoder import check_all_reduce
 from nanosync.ranks import Ranks
+from nanosync.sync_schedule import Sublayer, SyncSchedule
 from reduced_sync_model import named_schedule
 
 # Real processes
@@ -111,6 +112,7 @@ def check_family(rank: int, world: int) -> None:
             for number in range(40 if world == 2 else 10):
                 number += 10_000 * world + 1000 * local + 100 * bias
                 check_schedule(*pair, random_schedule(number, sublayers=4))
+            check_schedule(*pair, SyncSchedule((Sublayer(True),) * 4, channels=0.999))  # rounds up to all
 
 
 def ranks_of(simulated, local: int, group) -> tuple:
@@ -144,7 +146,7 @@ def check_schedule(simulated, real, schedule) -> None:
     W, L2 = max(1, round(schedule.channels * C)), len(schedule.sublayers)
     dues = [j + 1 + s.delay for j, s in enumerate(schedule.sublayers) if s.sync]
     landings = [due for due in dues if due < L2]
-    left = len(landings) < len(dues) or not schedule.sublayers[-1].sync or W < C
+    left = len(landings) < len(dues) or not schedule.sublayers[-1].sync or schedule.channels < 1
     assert (forward.channels, forward.others) == ([W] * len(landings) + [C] * left, []), schedule
     assert (backward.channels, backward.others) == ([W] * len(set(landings)) + [C], []), schedule
 

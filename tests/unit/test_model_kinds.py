@@ -3,6 +3,8 @@
     python -m pytest tests/unit/test_model_kinds.py
 """
 
+import json
+
 import pytest
 import torch
 from helpers import ARCHITECTURE, build, save_checkpoint, tokens
@@ -28,3 +30,12 @@ def test_a_checkpoint_becomes_any_kind(source, tmp_path):
             other = weights.as_kind(loaded, kind, **options)
             assert torch.equal(other(idx)[0], build(fields, R, torch.float32)(idx)[0]), (kind, R)
     assert ARCHITECTURE["n_layer"] == loaded.config.n_layer
+
+
+@pytest.mark.parametrize("strategy", ["spd", "ladder", "kraken", "caat:0.5"])
+def test_a_schedule_is_described_as_json_reads_it(strategy):
+    """So that the same schedule is not reported as another when a checkpoint is run."""
+    described = model_kind.schedule_description(build(dict(sync_strategy=strategy), 2))
+    assert json.loads(json.dumps(described)) == described
+    assert str(json.loads(json.dumps(described))) == str(described)
+    assert ("channels" in described) == (strategy != "spd")

@@ -263,7 +263,8 @@ def test_says_how_often_it_synchronises(strategy, syncs, capsys):
     *((dict(sync_strategy=name), f"sync_strategy={name!r} needs a divisor of n_layer=12")
       for name in ("mean", "mean:5", "mean:0", "mean:24", "mean:-3")),
     *((dict(sync_strategy=name), f"sync_strategy={name!r} needs a share of the channels")
-      for name in ("caat", "caat:0", "caat:1.5", "caat:nan", "caat:-inf", "caat:half")),
+      for name in ("caat", "caat:0", "caat:1.5", "caat:nan", "caat:-inf", "caat:half", "caat:0.9999",
+                   "caat:1e-9")),
     (dict(sync_strategy="grouped", layers_per_group=5), "layers_per_group=5 does not divide n_layer=12"),
     (dict(sync_strategy="grouped", layers_per_group=0), "layers_per_group=0"),
     (dict(sync_strategy="selective", attn_sync_layers=[12]), "attn_sync_layers has 12"),
