@@ -74,8 +74,13 @@ def launcher(tmp_path) -> dict[str, str]:
     """Variables with which a process is launched without torchrun, which imports PyTorch for seconds."""
     folder = tmp_path / "launcher" / "torch" / "distributed"
     folder.mkdir(parents=True)
-    for path in (folder.parent / "__init__.py", folder / "__init__.py"):
-        path.touch()
+    (folder / "__init__.py").touch()
+    (folder.parent / "__init__.py").write_text(  # for python -m; all others get PyTorch
+        "import sys\n"
+        "if sys.argv[0] != '-m':\n"
+        f"    sys.path.remove({str(tmp_path / 'launcher')!r})\n"
+        "    del sys.modules['torch']\n"
+        "    import torch\n")
     (folder / "run.py").write_text("import subprocess, sys\ncommand = sys.argv[sys.argv.index('--') + 1:]\n"
                                    "sys.exit(subprocess.run([sys.executable, *command]).returncode)\n")
     return os.environ | {"PYTHONPATH": str(tmp_path / "launcher"), "OMP_NUM_THREADS": "1"}
@@ -104,7 +109,7 @@ def results_of(folder: Path) -> dict[str, str]:
 
 
 def test_a_killed_search_decides_the_same(tmp_path, launcher):
-    plan = write_plan(tmp_path)
+    plan = write_plan(tmp_path, families=["palm"])
     first = subprocess.Popen([sys.executable, SCRIPT, "--plan=plan.json", "--within=2%", "--parallel=2"],
                              cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=launcher)
     for line in first.stdout:
@@ -131,6 +136,9 @@ def test_a_killed_search_decides_the_same(tmp_path, launcher):
     found = json.loads((folder / "outcome.json").read_text())
     assert found.pop("gpu_seconds_spent") <= found.pop("gpu_seconds_budget") == 4 * 3600
     assert found == json.loads(json.dumps(expected)) and found["fewest"] == 2 and found["verdict"] in said
+    assert "| palm | 4 | 4 |" in (folder / "frontier.md").read_text()
+    (path,) = folder.glob("search/palm/*/config.json")
+    assert '"sync_strategy": "palm"' in path.read_text()
     told = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
     assert told == json.loads(json.dumps(decisions))
     assert (folder / "verdict.txt").read_text() == expected["verdict"] + "\n"
@@ -147,8 +155,10 @@ def test_a_killed_search_decides_the_same(tmp_path, launcher):
 
 
 def test_a_dry_run_runs_nothing(tmp_path, launcher):
-    write_plan(tmp_path)
+    write_plan(tmp_path, families=["palm", "mean:2"])
     said = find(tmp_path, launcher, "--within=2%", "--budget_gpu_hours=2", "--batch_size=4", "--dry_run")
+    assert "| mean-2 | 2 | --sync_strategy=mean:2 |" in said and "Families: up to 8 runs" in said
+    write_plan(tmp_path)
     assert "pays for 10 runs" in said and "| ends_2 | 2 | 0, 7 |" in said and "--batch_size=4" in said
     assert "--max_iters=20" in said and not (tmp_path / "experiment_logs").exists()
     for words, args in (("no margin", ["--within=x"]), ("gpu_hours=-1", ["--budget_gpu_hours=-1"]),
