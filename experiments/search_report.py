@@ -112,7 +112,7 @@ def draw(rules: SearchPlan, rows: list[dict], path: str) -> None:
     rows = [row for row in rows if x_of[row["arm"]] is not None]
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     groups = {"dense, fewer layers": [row for row in rows if row["control"]]}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["family"]):
         if not row["control"]:
             label = "families" if row["family"] else f"{row['arm'].rpartition('_')[0]} placement"
             groups.setdefault(label, []).append(row)
@@ -140,7 +140,7 @@ def draw(rules: SearchPlan, rows: list[dict], path: str) -> None:
                   color="#c00000")
     if not timed:
         axes.set_xscale("log", base=2)
-        ticks = sorted({row["syncs"] for row in rows if not row["control"]})
+        ticks = sorted({row["syncs"] for row in rows if not (row["control"] or row["family"])})
         axes.set_xticks(ticks, list(map(str, ticks)))
         axes.minorticks_off()
     axes.set_xlabel("µs a token" if timed else "all-reduces of a forward pass")

@@ -3,6 +3,8 @@
     python -m pytest tests/unit/test_fewest_syncs.py
 """
 
+import dataclasses
+import itertools
 import json
 import math
 
@@ -269,8 +271,9 @@ def test_slope_of_two_budgets():
 
 def test_the_statistics_hold_by_simulation():
     """A small part of simulate_search.py."""
-    for kind in simulate_search.WORLDS:
-        found = simulate_search.campaigns(16, kind, 0.01, 3)
+    families = dataclasses.replace(simulate_search.PLAN, families=simulate_search.FAMILIES)
+    for kind, plan in itertools.product(simulate_search.WORLDS, (simulate_search.PLAN, families)):
+        found = simulate_search.campaigns(8, kind, 0.01, 3, plan)
         assert found["covered"] >= 0.8 and found["false"] <= 0.1
         assert found["exceeded"] == 0 and found["other"] == 0
 
