@@ -109,7 +109,7 @@ def results_of(folder: Path) -> dict[str, str]:
 
 
 def test_a_killed_search_decides_the_same(tmp_path, launcher):
-    plan = write_plan(tmp_path, families=["palm"])
+    plan = write_plan(tmp_path)
     first = subprocess.Popen([sys.executable, SCRIPT, "--plan=plan.json", "--within=2%", "--parallel=2"],
                              cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=launcher)
     for line in first.stdout:
@@ -136,9 +136,6 @@ def test_a_killed_search_decides_the_same(tmp_path, launcher):
     found = json.loads((folder / "outcome.json").read_text())
     assert found.pop("gpu_seconds_spent") <= found.pop("gpu_seconds_budget") == 4 * 3600
     assert found == json.loads(json.dumps(expected)) and found["fewest"] == 2 and found["verdict"] in said
-    assert "| palm | 4 | 4 |" in (folder / "frontier.md").read_text()
-    (path,) = folder.glob("search/palm/*/config.json")
-    assert '"sync_strategy": "palm"' in path.read_text()
     told = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
     assert told == json.loads(json.dumps(decisions))
     assert (folder / "verdict.txt").read_text() == expected["verdict"] + "\n"
@@ -168,13 +165,17 @@ def test_a_dry_run_runs_nothing(tmp_path, launcher):
 
 
 def test_a_run_that_cannot_be_good_enough_is_ended_early(tmp_path, launcher):
-    """3 syncs are 1% above the margin. Their runs wait in their middle, until they are ended there."""
+    """3 syncs are 1% above the margin. Their runs wait in their middle, until they are ended there.
+    A family is trained as well."""
     write_plan(tmp_path, counts=[8, 4, 3, 1], looks=[3, 4], placements=[], control_layers=[],
-               settings={"step_seconds": 10.0})
+               families=["palm"], settings={"step_seconds": 10.0})
     find(tmp_path, launcher, "--within=2%", "--parallel=4")
     folder = tmp_path / "experiment_logs" / "toy"
     outcome = json.loads((folder / "outcome.json").read_text())
     assert outcome["fewest"] == 4 and outcome["count_interval"] == [4, 4]
+    assert "| palm | 4 | 4 | 3 |" in (folder / "frontier.md").read_text()
+    (path,) = folder.glob("search/palm/*/config.json")
+    assert '"sync_strategy": "palm"' in path.read_text()
     (path,) = folder.glob("search/even_3/*/results.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 3 and all(row["ended_by"] == "early" and not row["success"] for row in rows)
