@@ -8,7 +8,9 @@ find_fewest_syncs.py.
    "within" and for "above" each; a look has the increment as its level (Bonferroni's inequality, so the looks
    may depend on each other in any way). a is alpha divided by the number of halvings. The spread is pooled
    over all arms, and the arms share a baseline with as many runs as the largest of them.
-3. Placement: other positions of the syncs at the two counts beside the boundary.
+3. Placement: other positions of the syncs at the two counts beside the boundary. Then the families, each by
+   the same test, while the budget pays for them and for the proof of the best arm so far. A family with fewer
+   syncs than that arm is proved in its place, and the arm then has the second attempt.
 4. Proof on fresh seeds, which enter no other decision: at most two attempts, each at alpha / 2.
 5. Control: dense models of fewer layers.
 6. Second budget: the same arms on more tokens, and the slope of the log ratio in log tokens.
@@ -71,7 +73,11 @@ def _tell(story: Story) -> dict:
     if stopped:
         return _outcome(story, (plan.counts[-1], plan.counts[0]), None, None, stopped)
     low, high = _bisect(story)
-    winner = _place(story, high)
+    _place(story, high)
+    _test_families(story)
+    winner = _winner(story)
+    if winner:
+        story.note(SEARCH, "winner", f"{winner} goes into the proof", arm=winner)
     interval = plan.counts[low], plan.counts[high]
     story.note(SEARCH, "interval", f"the fewest evenly spaced syncs are from {interval[0]} to {interval[1]}",
                interval=list(interval))
@@ -102,14 +108,31 @@ def _pilot(story: Story) -> str | None:
     middle = arm_name(plan.counts[len(plan.counts) // 2])
     first = [Run(SEARCH, middle, i) for i in range(m)]
     first += [Run(SEARCH, plan.baseline, i) for i in range(PILOT, m)]
-    if not story.affordable([*first, *_least_proof(plan, middle)]):
+    if not _after_pilot(story) and not story.affordable([*first, *_least_proof(plan, middle)]):
         return f"the budget does not pay for the {len(first)} runs that decide one count, and a proof"
     return None
 
 
+def _after_pilot(story: Story) -> bool:
+    """Return True if a run after the pilot has ended. The budget that is left then does not say what it paid
+    for after the pilot."""
+    plan, pilot = story.plan, set()
+    for arm, n in ((plan.baseline, PILOT), (arm_name(plan.counts[-1]), plan.looks[0])):
+        for i, loss in story.results.done(SEARCH, arm).items():
+            if n > 0:
+                pilot.add(Run(SEARCH, arm, i))
+                n -= loss is not None
+    return not story.results.losses.keys() <= pilot
+
+
 def _least_proof(plan: SearchPlan, arm: str) -> list[Run]:
     """Return the runs of the smallest proof."""
-    return [Run(PROOF, name, i) for i in range(LEAST_PROOF) for name in (plan.baseline, arm)]
+    return _proof_runs(plan, arm, LEAST_PROOF)
+
+
+def _proof_runs(plan: SearchPlan, arm: str, n: int) -> list[Run]:
+    """Return the runs of a proof with n of the arm."""
+    return [Run(PROOF, name, i) for i in range(n) for name in (plan.baseline, arm)]
 
 
 def least_difference(plan: SearchPlan, spread: float, runs: int) -> float:
@@ -118,14 +141,18 @@ def least_difference(plan: SearchPlan, spread: float, runs: int) -> float:
     return float(ndtri(1 - level) + ndtri(POWER)) * spread * math.sqrt(1 / runs + 1 / max(runs, PILOT))
 
 
-def _test(story: Story, arm: str, looks: int | None = None) -> str:
-    """Judge an arm by its group-sequential test; looks: the number of looks to stop after, None for all."""
+def _test(story: Story, arm: str, looks: int | None = None, reserve: list[Run] = ()) -> str:
+    """Judge an arm by its group-sequential test.
+
+    looks: the number of looks to stop after, None for all; reserve: runs that the budget must also pay for,
+    by default the smallest proof of the arm.
+    """
     plan = story.plan
     while story.verdicts.get(arm, OPEN) == OPEN and story.looked.get(arm, 0) < (looks or len(plan.looks)):
         look = story.looked.get(arm, 0)
         m = plan.looks[look]
         if story.poor or not story.need(SEARCH, {arm: m, plan.baseline: max(m, PILOT)},
-                                        _least_proof(plan, arm)):
+                                        reserve or _least_proof(plan, arm)):
             if not story.poor:
                 story.note(SEARCH, "budget", f"{arm}: the budget does not pay for {m} runs and a proof")
             story.poor = True
@@ -172,33 +199,50 @@ def _bisect(story: Story) -> tuple[int, int]:
     return above - 1, good
 
 
-def _place(story: Story, high: int) -> str | None:
-    """Test other placements at the two counts beside the boundary; return the arm to prove, if any.
-
-    The proof of an undecided arm is tried if it would succeed with the power WORTH at the measured ratio.
-    """
+def _place(story: Story, high: int) -> None:
+    """Test other placements at the two counts beside the boundary."""
     plan = story.plan
     beside = plan.counts[max(high, 1):high + 2]
     for count in reversed(beside):
         for placement, n in plan.placements:
             if n == count:
                 _test(story, arm_name(count, placement))
-    for count in reversed(plan.counts[1:]):
-        arms = [arm for arm, verdict in story.verdicts.items() if count_of(arm) == count and (
-            verdict == WITHIN or (verdict == OPEN and _proof_size(story, arm, WORTH) is not None))]
-        if arms:
-            best = min(arms, key=lambda arm: story.ratio(arm).mean)
-            story.note(SEARCH, "winner", f"{best} goes into the proof", arm=best)
-            return best
-    return None
+
+
+def _test_families(story: Story) -> None:
+    """Test the other strategies; the budget keeps the proof of the best arm so far."""
+    plan = story.plan
+    for arm, _ in plan.families:
+        best = _winner(story)
+        n = best and (_proof_size(story, best) or plan.looks[-1])
+        _test(story, arm, reserve=_proof_runs(plan, best, n) if best else ())
+
+
+def _winner(story: Story, families: bool = True) -> str | None:
+    """Return the arm with the fewest syncs that may pass a proof, or None. Of arms with as many syncs, those
+    that drop syncs precede families, and lower losses higher ones.
+
+    The proof of an undecided arm is tried if it would succeed with the power WORTH at the measured ratio.
+    families: False to leave them out.
+    """
+    plan = story.plan
+    others = dict(plan.families)
+    arms = [arm for arm, verdict in story.verdicts.items()
+            if plan.syncs_of(arm) < plan.counts[0] and (families or arm not in others) and (
+                verdict == WITHIN or (verdict == OPEN and _proof_size(story, arm, WORTH) is not None))]
+    return min(arms, default=None,
+               key=lambda arm: (plan.syncs_of(arm), arm in others, story.ratio(arm).mean))
 
 
 def _prove(story: Story, winner: str) -> dict | None:
-    """Prove the winner on fresh seeds, else the next larger count; return the last attempt."""
+    """Prove the winner on fresh seeds, else the next larger count; return the last attempt. After a family
+    the second attempt is that of the best arm that drops syncs, if there is one."""
     plan = story.plan
-    larger = [n for n in plan.counts[1:] if n > count_of(winner)]
+    larger = [n for n in plan.counts[1:] if n > plan.syncs_of(winner)]
     tested = [n for n in larger if story.verdicts.get(arm_name(n)) == WITHIN]
-    attempts, found = [winner, *(arm_name(n) for n in (tested or larger)[-1:])], None
+    second = _winner(story, families=False) if winner in dict(plan.families) else None
+    seconds = [second] if second else [arm_name(n) for n in (tested or larger)[-1:]]
+    attempts, found = [winner, *seconds], None
     for arm in attempts:
         n = _proof_size(story, arm) or plan.looks[-1]
         while n >= LEAST_PROOF and not story.need(PROOF, {plan.baseline: n, arm: n}):
@@ -257,8 +301,9 @@ def _second_budget(story: Story, winner: str) -> list[dict]:
     plan = story.plan
     if not plan.second_multiple:
         return []
-    i = plan.counts.index(count_of(winner))
-    arms = [winner, *(arm_name(n) for n in plan.counts[max(i - 1, 1):i + 2] if n != plan.counts[i])]
+    syncs = plan.syncs_of(winner)
+    beside = [n for n in plan.counts[1:] if n > syncs][-1:] + [n for n in plan.counts if n < syncs][:1]
+    arms = [winner, *map(arm_name, beside)]
     rows = []
     for arm in arms:
         both = {arm: plan.second_runs, plan.baseline: max(plan.second_runs, 2)}
@@ -306,7 +351,7 @@ def _outcome(story: Story, interval: tuple[int, int], winner: str | None, proof:
         interval = interval[0], max(interval[1], count_of(proof["arm"]))
     undecided = [{"arm": arm, "runs": story.asked.get((SEARCH, arm), 0)}
                  for arm, verdict in story.verdicts.items() if verdict == OPEN]
-    found = {"fewest": count_of(proof["arm"]) if proved else None, "proved": proved,
+    found = {"fewest": story.plan.syncs_of(proof["arm"]) if proved else None, "proved": proved,
              "arm": proof["arm"] if proved else winner, "proof": proof, "count_interval": list(interval),
              "undecided": undecided, "second_budget": second, "reason": reason, "arms": _arms(story)}
     found["verdict"] = verdict_text(story.plan, found)
@@ -318,13 +363,13 @@ def verdict_text(plan: SearchPlan, found: dict) -> str:
     """Return the outcome as a sentence."""
     proof, (low, high) = found["proof"], found["count_interval"]
     if found["proved"]:
-        placement = found["arm"].rpartition("_")[0]
+        placement = found["arm"].rpartition("_")[0] or found["arm"]
         text = f"fewest syncs within {100 * plan.within:g}%: {found['fewest']}" \
                f"{'' if placement == 'even' else f' ({placement})'}, proved {proof['estimate']}"
     elif found["reason"]:
         text = f"fewest syncs within {100 * plan.within:g}%: not found: {found['reason']}"
     else:
-        text = f"fewest syncs within {100 * plan.within:g}%: {count_of(found['arm'])} by the search, " \
+        text = f"fewest syncs within {100 * plan.within:g}%: {plan.syncs_of(found['arm'])} by the search, " \
                f"not proved"
         if proof and "estimate" in proof:
             text += f": {proof['estimate']} on fresh seeds for {proof['arm']}"

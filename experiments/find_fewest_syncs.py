@@ -4,8 +4,8 @@
         --budget_gpu_hours=1.5 [--parallel=2] [--latency=decode.json] [--dry_run]
 
 After an interruption of any kind the same command resumes the search. fewest_syncs.py has the rules: pilot,
-bisection, placement, proof on fresh seeds, shallower dense models, second budget. --key=value goes to the
-script in all runs. On a CPU a process counts as a GPU.
+bisection, placement, families, proof on fresh seeds, shallower dense models, second budget. --key=value goes
+to the script in all runs. On a CPU a process counts as a GPU.
 
 A run is launched only if the budget has room for the most that it may take, at which it is ended. From half
 of its schedule on, a run of the bisection is also ended if the 99% prediction interval of its final loss lies
@@ -172,7 +172,8 @@ def main() -> None:
         check_kept(search.plan, "--budget_gpu_hours")
     baseline = search.configs[SEARCH, search.rules.baseline]
     latency = args.latency or search.plan["latency"]
-    times = read_latencies(latency, all_settings(baseline).get("n_embd")) if latency else {}
+    width = all_settings(baseline).get("n_embd")
+    times = read_latencies(latency, width, search.families) if latency else {}
     if args.parallel < 1:
         raise UserError(f"--parallel={args.parallel} must be at least 1")
     slots(baseline, 1)
@@ -201,9 +202,10 @@ def described(search: Search, path: str) -> str:
     rules, plan = search.rules, search.plan
     config = search.configs[SEARCH, rules.baseline]
     arms = [[arm, str(len(points)), ", ".join(map(str, points))] for arm, points in search.points.items()]
+    arms += [[arm, str(syncs), f"--sync_strategy={search.families[arm]}"] for arm, syncs in rules.families]
     arms += [[f"dense_{k}layers", str(2 * k), "all"] for k in rules.control_layers]
     hours, cap = plan["budget"]["gpu_hours"], plan["budget"]["gpu_hours_per_run"]
-    proof = 2 * rules.looks[-1]
+    proof, most = 2 * rules.looks[-1], len(rules.families) * rules.looks[-1]
     text = f"# {plan['campaign_name']}: {path}\n\n" \
            f"{num_iterations(config)} updates a run; pilot: {PILOT} runs of {rules.baseline} and " \
            f"{rules.looks[0]} of the fewest; looks after {', '.join(map(str, rules.looks))} runs; proof: " \
@@ -211,6 +213,7 @@ def described(search: Search, path: str) -> str:
            f"Budget: {hours:g} GPU-hours; a run may take {cap:g}, and the pilot measures what it takes. " \
            f"At {cap:g} the budget pays for {hours / cap:.0f} runs, the pilot takes " \
            f"{cap * (PILOT + rules.looks[0]):g}.\n\n"
+    text += f"Families: up to {most} runs, which take up to {cap * most:g}.\n\n" if most else ""
     text += table(["arm", "syncs", "after the sublayers"], arms) + "\n"
     text += table(["spread between seeds", f"{rules.looks[-1]} runs decide arms farther from the margin than",
                    f"an arm as good as the dense model is within {rules.within:.1%} after"],

@@ -34,10 +34,15 @@ class SearchPlan:
     control_runs: int = 3
     second_multiple: float = 0.0  # tokens of the second budget as a multiple of the first, 0 for none
     second_runs: int = 2
+    families: tuple[tuple[str, int], ...] = ()  # (arm, all-reduces of a forward pass) of other strategies
 
     @property
     def baseline(self) -> str:
         return arm_name(self.counts[0])
+
+    def syncs_of(self, arm: str) -> int:
+        """Return the all-reduces of a forward pass of an arm that is no control."""
+        return dict(self.families).get(arm) or count_of(arm)
 
     @property
     def margin(self) -> float:
@@ -61,7 +66,7 @@ def arm_name(count: int, placement: str = "even") -> str:
 
 
 def count_of(arm: str) -> int:
-    """Return the syncs of an arm that is no control."""
+    """Return the syncs of an arm that is neither a control nor a family."""
     return int(arm.rpartition("_")[2])
 
 

@@ -3,6 +3,7 @@
     {"campaign_name": "fewest_syncs", "script": "train_reduced_sync.py", "n_gpus": 1,
      "settings": {"dataset": "python_source", "n_layer": 12, "...": "settings of the script for all arms"},
      "counts": [24, 12, 8, 6, 4, 3, 2, 1], "placements": ["even", "mlp", "ends"],
+     "families": ["palm", "ladder", "kraken", "dtp:2", "mean:3", "caat:0.5"],
      "control_layers": [11, 10, 8, 6], "tokens": [32768000, 131072000], "search_seed": 100,
      "proof_seed": 500, "looks": [2, 3, 4, 6, 8], "alpha": 0.05, "latency": null,
      "budget": {"gpu_hours": 1.5, "gpu_hours_per_run": 0.05, "price_per_gpu_hour": null}}
@@ -14,6 +15,7 @@ train_gpt.py, whose variant `sync` is trained.
 
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from experiments.campaign_plan import HOUR, MAX_BUDGET, STARTING, with_ends
@@ -40,17 +42,20 @@ from experiments.search_evidence import (
     arm_name,
     control_name,
 )
+from experiments.search_families import arm_of, families_of
 from nanosync.errors import UserError, shown
 
 NONE = type(None)
 PLAN = {"campaign_name": (str, True), "description": (str, False), "script": (str, False),
         "n_gpus": (int, False), "settings": (dict, True), "counts": (list, True), "placements": (list, False),
+        "families": (list, False),
         "control_layers": (list, False), "control_runs": (int, False), "second_runs": (int, False),
         "tokens": (list, True), "search_seed": (int, True), "proof_seed": (int, True), "looks": (list, False),
         "alpha": (NUMBER, False), "latency": ((str, NONE), False), "budget": (dict, True)}
 BUDGET = {"gpu_hours": (NUMBER, True), "gpu_hours_per_run": (NUMBER, True),
           "price_per_gpu_hour": ((*NUMBER, NONE), False)}
 OPTIONAL = {"description": "", "script": "train_reduced_sync.py", "n_gpus": 1, "placements": ["even"],
+            "families": [],
             "control_layers": [], "control_runs": 3, "second_runs": 2, "looks": list(LOOKS), "alpha": 0.05,
             "latency": None}
 PLACEMENTS = {  # name -> function of (layers, count) that returns the sublayers to synchronise after
@@ -71,6 +76,7 @@ class Search:
     rules: SearchPlan
     configs: dict[tuple[str, str], dict]
     points: dict[str, list[int]]  # arm -> sublayers after which it synchronises
+    families: dict[str, str]  # arm -> strategy
 
 
 def read_search(path: str, within: float, overrides: dict) -> Search:
@@ -88,9 +94,13 @@ def read_search(path: str, within: float, overrides: dict) -> Search:
     multiple = plan["tokens"][1] / plan["tokens"][0] if len(plan["tokens"]) > 1 else 0.0
     placed = tuple((arm.rpartition("_")[0], int(arm.rpartition("_")[2])) for arm in points
                    if not arm.startswith("even_"))
+    base = base_of(plan, path)
+    families = families_of(plan, all_settings(base), path)
     rules = SearchPlan(tuple(plan["counts"]), within, plan["alpha"], tuple(plan["looks"]), placed,
-                       tuple(plan["control_layers"]), plan["control_runs"], multiple, plan["second_runs"])
-    return Search(plan, rules, configs_of(plan, rules, points, path), points)
+                       tuple(plan["control_layers"]), plan["control_runs"], multiple, plan["second_runs"],
+                       tuple((arm, syncs) for arm, (_, syncs) in families.items()))
+    strategies = {arm: strategy for arm, (strategy, _) in families.items()}
+    return Search(plan, rules, configs_of(plan, rules, base, points, strategies, path), points, strategies)
 
 
 def check_plan(plan: dict, path: str) -> None:
@@ -158,21 +168,29 @@ def points_of(plan: dict, path: str) -> dict[str, list[int]]:
     return found
 
 
-def configs_of(plan: dict, rules: SearchPlan, points: dict[str, list[int]], path: str) -> dict:
-    """Return the experiment of each stage and arm. Raises UserError."""
-    layers, where = rules.counts[0] // 2, f"settings of {path}"
-    base = DEFAULTS | {"experiment_name": rules.baseline, "script": plan["script"], "n_gpus": plan["n_gpus"],
-                       "base_seed": plan["search_seed"], "hyperparameters": plan["settings"]}
+def base_of(plan: dict, path: str) -> dict:
+    """Return the experiment with the settings that all arms have. Raises UserError."""
+    layers, where = plan["counts"][0] // 2, f"settings of {path}"
+    base = DEFAULTS | {"experiment_name": arm_name(plan["counts"][0]), "script": plan["script"],
+                       "n_gpus": plan["n_gpus"], "base_seed": plan["search_seed"],
+                       "hyperparameters": plan["settings"]}
     check_values(base | {"base_seed": plan["proof_seed"]}, where)
     check_values(base, where)
     check_settings(base, where)
-    settings, key = all_settings(base), steps_key(base)
+    settings = all_settings(base)
     if "sync_points" not in settings:
         raise UserError(f"{where}: {plan['script']} has no setting 'sync_points': use "
                         f"train_reduced_sync.py or train_gpt.py")
     if settings.get("n_layer") != layers:
-        raise UserError(f"{path}: {rules.counts[0]} syncs are those of {layers} layers, and settings have "
+        raise UserError(f"{path}: {plan['counts'][0]} syncs are those of {layers} layers, and settings have "
                         f"n_layer={shown(settings.get('n_layer'))}")
+    return base
+
+
+def configs_of(plan: dict, rules: SearchPlan, base: dict, points: dict[str, list[int]],
+               strategies: dict[str, str], path: str) -> dict:
+    """Return the experiment of each stage and arm. Raises UserError."""
+    settings, key, where = all_settings(base), steps_key(base), f"settings of {path}"
 
     def experiment(arm: str, seed: int, tokens: int, changed: dict) -> dict:
         changed = changed | lengths(plan, base, settings, key, tokens, path)
@@ -189,6 +207,8 @@ def configs_of(plan: dict, rules: SearchPlan, points: dict[str, list[int]], path
             dense = arm == rules.baseline
             found[stage, arm] = experiment(arm, seed, tokens, {"sync_strategy": "standard"} if dense else {
                 "sync_strategy": "custom", "sync_points": places})
+        for arm, strategy in strategies.items():
+            found[stage, arm] = experiment(arm, seed, tokens, {"sync_strategy": strategy})
     for k in rules.control_layers:
         found[SEARCH, control_name(k)] = experiment(
             control_name(k), plan["search_seed"], plan["tokens"][0],
@@ -215,13 +235,15 @@ def lengths(plan: dict, base: dict, settings: dict, key: str, tokens: int, path:
 
 def parts_that_stay(plan: dict) -> dict:
     """Return what a resumed search may not change: all but budget, description and latency."""
-    return {key: value for key, value in plan.items() if key not in ("budget", "description", "latency")}
+    return {key: value for key, value in (OPTIONAL | plan).items()
+            if key not in ("budget", "description", "latency")}
 
 
-def read_latencies(path: str, width: int | None) -> dict[str, float]:
+def read_latencies(path: str, width: int | None, families: Collection[str] = ()) -> dict[str, float]:
     """Return the µs of a token by arm, from the decode table of a bench.py JSON. Raises UserError.
 
-    width: n_embd of the model; rows of other widths count only if the table has none of it.
+    width: n_embd of the model; rows of other widths count only if the table has none of it. families: arms
+    whose rows have the names of their strategies.
     """
     table = read_json(path)
     rows = table.get("rows") if isinstance(table, dict) else None
@@ -233,6 +255,8 @@ def read_latencies(path: str, width: int | None) -> dict[str, float]:
         if len(words) == 2 and words[0].isdigit() and words[1] in ("syncs", "sync", "layers"):
             arm = control_name(int(words[0])) if words[1] == "layers" else arm_name(int(words[0]))
             found.setdefault(arm, float(row["us"]))
+        elif arm_of(str(row.get("name"))) in families:
+            found.setdefault(arm_of(row["name"]), float(row["us"]))
     if not found:
         raise UserError(f"{os.path.relpath(path)} has no times by syncs: use the JSON of bench.py "
                         f"--mode=decode")

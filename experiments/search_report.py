@@ -17,22 +17,23 @@ def rows_of(rules: SearchPlan, outcome: dict, times: dict[str, float]) -> list[d
     """Return the arms with their syncs, layers, and µs a token; None for an unknown time.
 
     times: µs by arm. Times that were not measured are estimated: of a count between two measured ones by a
-    line through these, of a dense model of fewer layers by its share of the layers.
+    line through these, of a dense model of fewer layers by its share of the layers. Families have none.
     """
-    rows, dense = [], rules.counts[0] // 2
-    measured = sorted((count_of(arm), us) for arm, us in times.items() if not arm.startswith(CONTROL))
+    rows, dense, families = [], rules.counts[0] // 2, dict(rules.families)
+    measured = sorted((count_of(arm), us) for arm, us in times.items() if arm.startswith("even_"))
     for arm in outcome["arms"]:
         control = arm["arm"].startswith(CONTROL)
         layers = int(arm["arm"][len(CONTROL):].removesuffix("layers")) if control else dense
-        syncs = 2 * layers if control else count_of(arm["arm"])
-        us = times.get(arm["arm"] if control else arm_name(syncs))
+        syncs, family = 2 * layers if control else rules.syncs_of(arm["arm"]), arm["arm"] in families
+        us = times.get(arm["arm"] if control or family else arm_name(syncs))
         estimated = us is None
         if control and us is None and rules.baseline in times:
             us = times[rules.baseline] * layers / dense
-        elif us is None and not control and measured and measured[0][0] <= syncs <= measured[-1][0]:
-            us = float(np.interp(syncs, *zip(*measured)))
+        elif us is None and not (control or family) and measured:
+            us = float(np.interp(syncs, *zip(*measured), left=math.nan, right=math.nan))
+            us = None if math.isnan(us) else us
         estimated = estimated and us is not None
-        rows.append(arm | {"control": control, "layers": layers, "syncs": syncs, "us": us,
+        rows.append(arm | {"control": control, "family": family, "layers": layers, "syncs": syncs, "us": us,
                            "us_estimated": estimated, "answer": arm["arm"] == outcome["arm"]})
     return sorted(rows, key=lambda row: (row["control"], -row["syncs"], row["arm"]))
 
@@ -56,7 +57,8 @@ def control_text(rules: SearchPlan, rows: list[dict]) -> str:
     if answer is None:
         return text
     if answer["us"] is None:
-        return text + " Without a latency table, schedule and depth cannot be compared at equal latency."
+        return text + f" Without the µs of {answer['arm']} in a latency table, schedule and depth cannot " \
+                      f"be compared at equal latency."
     equal = [row for row in controls if row["us"] is not None and row["us"] <= answer["us"]]
     if not equal:
         return text + f" No trained dense model of fewer layers is as fast as {answer['arm']}."
@@ -110,17 +112,18 @@ def draw(rules: SearchPlan, rows: list[dict], path: str) -> None:
     rows = [row for row in rows if x_of[row["arm"]] is not None]
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     groups = {"dense, fewer layers": [row for row in rows if row["control"]]}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["family"]):
         if not row["control"]:
-            groups.setdefault(f"{row['arm'].rpartition('_')[0]} placement", []).append(row)
-    colors = iter(["#808080", "#1f77b4", "#d95f02", "#7570b3", "#1b9e77"])
+            label = "families" if row["family"] else f"{row['arm'].rpartition('_')[0]} placement"
+            groups.setdefault(label, []).append(row)
+    colors = iter(["#808080", "#1f77b4", "#d95f02", "#7570b3", "#1b9e77", "#cc79a7"])
     for label, group in groups.items():
         color = next(colors)
         if not group:
             continue
         group.sort(key=lambda row: x_of[row["arm"]])
         xs, ys = [x_of[row["arm"]] for row in group], [100 * math.expm1(row["ratio"]) for row in group]
-        if "placement" not in label or label.startswith("even"):
+        if label.startswith(("dense", "even")):
             axes.plot(xs, ys, "-", color=color, linewidth=1, alpha=0.6)
         axes.plot([], [], "o", color=color, label=label)
         for row, x, y in zip(group, xs, ys):
@@ -128,7 +131,8 @@ def draw(rules: SearchPlan, rows: list[dict], path: str) -> None:
             axes.plot([x, x], [low, high], color=color, linewidth=1.2)
             axes.scatter([x], [y], s=30 + 6 * row["syncs"], edgecolors=color, linewidths=1.5, zorder=3,
                          facecolors="white" if row["verdict"] == OPEN else color)
-            name = plural(row["layers"]) if row["control"] else str(row["syncs"])
+            name = plural(row["layers"]) if row["control"] else \
+                row["arm"] if row["family"] else str(row["syncs"])
             axes.annotate(name, (x, y), textcoords="offset points", xytext=(9, 6), fontsize=8, color=color)
     axes.axhline(100 * rules.within, color="#c00000", linestyle="--", linewidth=1)
     axes.annotate(f"margin, {100 * rules.within:g}%", (0.005, 100 * rules.within), fontsize=8,
@@ -136,7 +140,7 @@ def draw(rules: SearchPlan, rows: list[dict], path: str) -> None:
                   color="#c00000")
     if not timed:
         axes.set_xscale("log", base=2)
-        ticks = sorted({row["syncs"] for row in rows if not row["control"]})
+        ticks = sorted({row["syncs"] for row in rows if not (row["control"] or row["family"])})
         axes.set_xticks(ticks, list(map(str, ticks)))
         axes.minorticks_off()
     axes.set_xlabel("µs a token" if timed else "all-reduces of a forward pass")

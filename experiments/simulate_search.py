@@ -2,6 +2,7 @@
 
     python experiments/simulate_search.py                    # two minutes
     python experiments/simulate_search.py --campaigns=200 --json=search.json
+    python experiments/simulate_search.py --families         # four other strategies in each campaign
 
 Worlds, in which 2% of the runs fail and 2% take three times as long as expected:
     monotone             losses rise as syncs fall; the boundary is anywhere
@@ -17,7 +18,7 @@ repeated with its runner killed during one of ten runs. Each is repeated on a bu
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 if __name__ == "__main__":
     import root_path  # noqa: F401
@@ -35,6 +36,7 @@ from nanosync.files import check_output_file, json_text
 
 COUNTS = 24, 12, 8, 6, 4, 3, 2, 1
 PLAN = SearchPlan(COUNTS, 0.02, placements=(("ends", 4), ("ends", 3), ("ends", 2)))
+FAMILIES = ("ladder", 23), ("palm", 12), ("mean-3", 4), ("mean-6", 2)
 FAILS, SLOW = 0.02, 0.02  # share of runs that fail, and of runs that take three times as long
 SPREADS = 0.02, 0.01, 0.005  # of the log loss between seeds
 WORLDS = "monotone", "non-monotone", "all at the margin", "all just above", "unequal spreads"
@@ -50,9 +52,10 @@ class World:
     ratios: dict[str, float]  # arm -> log ratio
     spreads: dict[str, float]
     seed: tuple[int, ...]
+    plan: SearchPlan
 
     @classmethod
-    def draw(cls, kind: str, spread: float, seed: tuple[int, ...]) -> "World":
+    def draw(cls, kind: str, spread: float, seed: tuple[int, ...], plan: SearchPlan = PLAN) -> "World":
         """Draw the ratios of a world."""
         rng, few = np.random.default_rng(seed), COUNTS[1:]
         if kind in ("monotone", "unequal spreads"):
@@ -65,10 +68,14 @@ class World:
         for placement, n in PLAN.placements:
             off = PLAN.margin * rng.uniform(-0.5, 0.5) if kind in WORLDS[:2] else 0.0
             ratios[arm_name(n, placement)] = ratios[arm_name(n)] + off
+        rng_families = np.random.default_rng((*seed, 1))  # all else is as without families
+        for arm, _ in plan.families:
+            anywhere = kind not in (WORLDS[2], WORLDS[3])
+            ratios[arm] = PLAN.margin * rng_families.uniform(-0.5, 3.0) if anywhere else float(steps[0])
         ratios[PLAN.baseline] = 0.0
         spreads = {arm: spread * (rng.uniform(1, 2) if kind == WORLDS[4] and arm != PLAN.baseline else 1.0)
                    for arm in ratios}
-        return cls(ratios, spreads, seed)
+        return cls(ratios, spreads, seed, plan)
 
     def within(self, arm: str) -> bool:
         return self.ratios[arm] <= PLAN.margin + 1e-12
@@ -117,7 +124,8 @@ def search(world: World, total: float, interruptions: np.random.Generator | None
 
     while True:
         try:
-            outcome = run_campaign(PLAN, results, budget, costs, None, do, lambda decisions: None, decide)
+            outcome = run_campaign(world.plan, results, budget, costs, None, do, lambda decisions: None,
+                                   decide)
             return outcome, budget, n
         except Killed:
             taken, results = results, SearchResults()
@@ -125,21 +133,22 @@ def search(world: World, total: float, interruptions: np.random.Generator | None
                 results.take(run, taken.losses[run])
 
 
-def campaigns(n: int, kind: str, spread: float, seed: int) -> dict:
+def campaigns(n: int, kind: str, spread: float, seed: int, plan: SearchPlan = PLAN) -> dict:
     """Do n campaigns in worlds of a kind; return their figures."""
     found = dict.fromkeys(("covered", "claims", "false", "exact", "near", "exceeded", "other"), 0)
     runs, most, widths = [], 0.0, []
     for i in range(n):
-        world = World.draw(kind, spread, (seed, WORLDS.index(kind), int(1e4 * spread), i))
+        world = World.draw(kind, spread, (seed, WORLDS.index(kind), int(1e4 * spread), i), plan)
         outcome, budget, done = search(world, AMPLE)
         low, high = outcome["count_interval"]
         found["covered"] += world.boundary_in(low, high)
         if outcome["proved"]:
             found["claims"] += 1
             found["false"] += not world.within(outcome["arm"])
-        true = min(count for count in COUNTS if world.within(arm_name(count)))
+        true = min(plan.syncs_of(arm) for arm in (*map(arm_name, COUNTS), *dict(plan.families))
+                   if world.within(arm))
         fewest = outcome["fewest"] or COUNTS[0]
-        steps = abs(COUNTS.index(fewest) - COUNTS.index(true))
+        steps = abs(sum(n > fewest for n in COUNTS) - sum(n > true for n in COUNTS))
         found["exact"] += steps == 0
         found["near"] += steps <= 1
         widths.append(COUNTS.index(low) - COUNTS.index(high) + 1)
@@ -159,16 +168,19 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--campaigns", type=int, default=1000, help="in each world, over all spreads")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--families", action="store_true", help="four other strategies in each campaign")
     parser.add_argument("--json", metavar="FILE", help="file for all figures")
     args = parser.parse_args()
     if args.campaigns < 10:
         raise UserError("--campaigns must be at least 10")
     if args.json:
         check_output_file(args.json, "--json")
+    plan = replace(PLAN, families=FAMILIES) if args.families else PLAN
     rows = []
     for kind in WORLDS:
         for spread in SPREADS:
-            rows.append(campaigns(math.ceil(args.campaigns / len(SPREADS)), kind, spread, args.seed))
+            rows.append(campaigns(math.ceil(args.campaigns / len(SPREADS)), kind, spread, args.seed,
+                                  plan))
             print(f"{len(rows)} of {len(WORLDS) * len(SPREADS)} kinds", file=sys.stderr, flush=True)
     print(table(
         ["world", "spread", "campaigns", "interval right", "false claims", "claims", "exact", "within a step",

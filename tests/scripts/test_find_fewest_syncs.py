@@ -74,8 +74,13 @@ def launcher(tmp_path) -> dict[str, str]:
     """Variables with which a process is launched without torchrun, which imports PyTorch for seconds."""
     folder = tmp_path / "launcher" / "torch" / "distributed"
     folder.mkdir(parents=True)
-    for path in (folder.parent / "__init__.py", folder / "__init__.py"):
-        path.touch()
+    (folder / "__init__.py").touch()
+    (folder.parent / "__init__.py").write_text(  # for python -m; all others get PyTorch
+        "import sys\n"
+        "if sys.argv[0] != '-m':\n"
+        f"    sys.path.remove({str(tmp_path / 'launcher')!r})\n"
+        "    del sys.modules['torch']\n"
+        "    import torch\n")
     (folder / "run.py").write_text("import subprocess, sys\ncommand = sys.argv[sys.argv.index('--') + 1:]\n"
                                    "sys.exit(subprocess.run([sys.executable, *command]).returncode)\n")
     return os.environ | {"PYTHONPATH": str(tmp_path / "launcher"), "OMP_NUM_THREADS": "1"}
@@ -147,8 +152,10 @@ def test_a_killed_search_decides_the_same(tmp_path, launcher):
 
 
 def test_a_dry_run_runs_nothing(tmp_path, launcher):
-    write_plan(tmp_path)
+    write_plan(tmp_path, families=["palm", "mean:2"])
     said = find(tmp_path, launcher, "--within=2%", "--budget_gpu_hours=2", "--batch_size=4", "--dry_run")
+    assert "| mean-2 | 2 | --sync_strategy=mean:2 |" in said and "Families: up to 8 runs" in said
+    write_plan(tmp_path)
     assert "pays for 10 runs" in said and "| ends_2 | 2 | 0, 7 |" in said and "--batch_size=4" in said
     assert "--max_iters=20" in said and not (tmp_path / "experiment_logs").exists()
     for words, args in (("no margin", ["--within=x"]), ("gpu_hours=-1", ["--budget_gpu_hours=-1"]),
@@ -158,13 +165,17 @@ def test_a_dry_run_runs_nothing(tmp_path, launcher):
 
 
 def test_a_run_that_cannot_be_good_enough_is_ended_early(tmp_path, launcher):
-    """3 syncs are 1% above the margin. Their runs wait in their middle, until they are ended there."""
+    """3 syncs are 1% above the margin. Their runs wait in their middle, until they are ended there.
+    A family is trained as well."""
     write_plan(tmp_path, counts=[8, 4, 3, 1], looks=[3, 4], placements=[], control_layers=[],
-               settings={"step_seconds": 10.0})
+               families=["palm"], settings={"step_seconds": 10.0})
     find(tmp_path, launcher, "--within=2%", "--parallel=4")
     folder = tmp_path / "experiment_logs" / "toy"
     outcome = json.loads((folder / "outcome.json").read_text())
     assert outcome["fewest"] == 4 and outcome["count_interval"] == [4, 4]
+    assert "| palm | 4 | 4 | 3 |" in (folder / "frontier.md").read_text()
+    (path,) = folder.glob("search/palm/*/config.json")
+    assert '"sync_strategy": "palm"' in path.read_text()
     (path,) = folder.glob("search/even_3/*/results.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 3 and all(row["ended_by"] == "early" and not row["success"] for row in rows)

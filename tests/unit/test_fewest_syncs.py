@@ -3,6 +3,8 @@
     python -m pytest tests/unit/test_fewest_syncs.py
 """
 
+import dataclasses
+import itertools
 import json
 import math
 
@@ -58,6 +60,18 @@ def play(plan: SearchPlan, loss, affordable=lambda batch: True) -> tuple[list[di
             results.take(run, loss(run))
 
 
+def play_within(total: int, plan: SearchPlan, effects: dict) -> tuple[list[dict], dict, int]:
+    """Do a search that has a budget for so many runs; return decisions, outcome and the number of runs."""
+    results = SearchResults()
+    while True:
+        decisions, batch, outcome = decide(
+            plan, results, lambda batch: len(results.losses) + len(batch) <= total)
+        if outcome is not None:
+            return decisions, outcome, len(results.losses)
+        for run in batch:
+            results.take(run, loss_of(run, effects))
+
+
 def test_search_proves_the_fewest_count():
     decisions, outcome, _ = play(PLAN, lambda run: loss_of(run, EFFECTS))
     assert outcome["proved"] and outcome["fewest"] == 6 and outcome["count_interval"] == [6, 6]
@@ -102,6 +116,18 @@ def test_pilot_stops_a_search_that_can_decide_nothing():
         assert words in outcome["reason"] and not outcome["proved"] and len(results.losses) <= 6
         assert outcome["count_interval"] == [1, 24] and "not found" in outcome["verdict"]
     assert least_difference(PLAN, 0.01, 8) == pytest.approx(0.5 * least_difference(PLAN, 0.02, 8))
+
+
+def test_a_search_that_spent_its_budget_keeps_what_it_found():
+    """After the pilot the budget shrinks. What is left of it does not decide again whether to begin."""
+    needed = play_within(1000, PLAN, EFFECTS)[2]
+    for total in range(needed, needed + 3):
+        _, outcome, n = play_within(total, PLAN, EFFECTS)
+        assert outcome["proved"] and outcome["fewest"] == 6 and n == needed
+    for total in range(needed):
+        _, outcome, n = play_within(total, PLAN, EFFECTS)
+        stopped = "does not pay for" in (outcome["reason"] or "")
+        assert n <= 6 if stopped else n <= total, "it stopped after it had begun"
 
 
 def test_undecided_counts_stay_in_the_interval():
@@ -157,6 +183,66 @@ def test_a_better_placement_can_win():
     assert outcome["count_interval"] == [6, 6] and "95% interval of even placement 6" in outcome["verdict"]
 
 
+FAMILIES = ("ladder", 23), ("palm", 12), ("mean-3", 4), ("caat-0.5", 24)
+
+
+def test_families_are_judged_and_may_win():
+    """A family is proved if it has fewer syncs than the best arm that drops syncs."""
+    plan = SearchPlan(COUNTS, 0.02, families=FAMILIES, second_multiple=4.0)
+    effects = EFFECTS | {"ladder": 0.001, "palm": 0.001, "mean-3": 0.05, "caat-0.5": -0.01}
+    _, alone, _ = play(PLAN, lambda run: loss_of(run, effects))
+    _, outcome, _ = play(plan, lambda run: loss_of(run, effects))
+    assert outcome["arm"] == "even_6" and outcome["count_interval"] == alone["count_interval"]
+    verdicts = {arm["arm"]: arm["verdict"] for arm in outcome["arms"]}
+    assert [verdicts[arm] for arm, _ in FAMILIES] == [WITHIN, WITHIN, ABOVE, WITHIN]
+    effects["mean-3"] = 0.001
+    _, outcome, _ = play(plan, lambda run: loss_of(run, effects))
+    assert outcome["arm"] == "mean-3" and outcome["fewest"] == 4 and outcome["count_interval"] == [6, 6]
+    assert "2%: 4 (mean-3), proved" in outcome["verdict"]
+    assert "95% interval of even placement 6" in outcome["verdict"]
+    assert [row["arm"] for row in outcome["second_budget"]] == ["mean-3", "even_6", "even_3"]
+    # its proof fails; the second and last attempt is that of the search without families
+    decisions, outcome, _ = play(plan, lambda run: loss_of(
+        run, effects | {"mean-3": 0.03} if run.stage == PROOF else effects))
+    proofs = [(one["arm"], one["decision"]) for one in decisions if one["stage"] == PROOF and "p" in one]
+    assert proofs == [("mean-3", "not proved"), ("even_6", "proved")] and outcome["fewest"] == 6
+
+
+def test_a_family_wins_where_no_count_is_within():
+    plan = SearchPlan((24, 12), 0.02, families=(("ladder", 23), ("caat-0.5", 24)))
+    effects = {24: 0.0, 12: 0.08, "ladder": 0.0, "caat-0.5": 0.0}
+    _, outcome, _ = play(plan, lambda run: loss_of(run, effects))
+    assert outcome["arm"] == "ladder" and outcome["fewest"] == 23 and outcome["count_interval"] == [24, 24]
+
+
+def test_families_leave_budget_for_the_proof():
+    """They are tested only while the budget pays for the best arm's proof, too."""
+    plan, total = SearchPlan(COUNTS, 0.02, families=FAMILIES), 40
+    effects = EFFECTS | {arm: PLAN.margin for arm, _ in FAMILIES}
+    decisions, outcome, n = play_within(total, plan, effects)
+    assert outcome["fewest"] == 6 and n <= total
+    assert any(one["decision"] == "budget" for one in decisions)
+
+
+def test_claims_of_families_are_seldom_false():
+    """All families are just above the margin, and many, so that one of them is lucky in the search."""
+    families = tuple((f"mean-{i}", 2) for i in range(6))
+    plan, false = SearchPlan((24, 12, 6), 0.02, looks=(2, 4), families=families), 0
+    for i in range(60):
+        effects = {24: 0.0, 12: 0.0, 6: 0.06} | {arm: plan.margin + 1e-6 for arm, _ in families}
+
+        def loss(run, i=i, effects=effects):
+            rng = np.random.default_rng([i, *f"{run.stage}/{run.variant}".encode(), run.run_id])
+            arm = run.variant
+            effect = effects[arm] if arm in effects else effects[int(arm.rpartition("_")[2])]
+            return 2.0 * math.exp(effect + 0.006 * rng.standard_normal())
+
+        outcome = play(plan, loss)[1]
+        assert outcome["count_interval"][0] <= 12
+        false += outcome["proved"] and outcome["arm"].startswith("mean")
+    assert false <= 5  # 1.5 expected: half of alpha
+
+
 def test_controls_and_second_budget():
     plan = SearchPlan(COUNTS, 0.02, control_layers=(10, 8), second_multiple=4.0)
     effects = EFFECTS | {"dense_10layers": 0.001, "dense_8layers": 0.06}
@@ -185,8 +271,9 @@ def test_slope_of_two_budgets():
 
 def test_the_statistics_hold_by_simulation():
     """A small part of simulate_search.py."""
-    for kind in simulate_search.WORLDS:
-        found = simulate_search.campaigns(16, kind, 0.01, 3)
+    families = dataclasses.replace(simulate_search.PLAN, families=simulate_search.FAMILIES)
+    for kind, plan in itertools.product(simulate_search.WORLDS, (simulate_search.PLAN, families)):
+        found = simulate_search.campaigns(8, kind, 0.01, 3, plan)
         assert found["covered"] >= 0.8 and found["false"] <= 0.1
         assert found["exceeded"] == 0 and found["other"] == 0
 
@@ -233,7 +320,44 @@ def test_shipped_plan_and_the_speedrun(tmp_path):
         assert settings["num_iterations"] == steps and settings["warmdown_iters"] == down
 
 
+def test_families_of_a_plan(tmp_path):
+    names = ["palm", "ladder", "kraken", "dtp:02", "mean:3", "caat:0.50"]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(shipped() | {"families": names}))
+    search = read_search(str(path), 0.02, {})
+    assert search.rules.families == (("palm", 12), ("ladder", 23), ("kraken", 12), ("dtp-2", 22),
+                                     ("mean-3", 4), ("caat-0.5", 24))
+    for stage in (SEARCH, PROOF, SECOND):
+        settings = all_settings(search.configs[stage, "dtp-2"])
+        assert settings["sync_strategy"] == "dtp:2" and settings["sync_points"] is None
+    said = find_fewest_syncs.described(search, "plan.json")
+    assert "| caat-0.5 | 24 | --sync_strategy=caat:0.5 |" in said
+    assert "Families: up to 48 runs, which take up to 9.6." in said
+    path.write_text(json.dumps({"rows": [{"name": "dtp:2", "us": 7.0}, {"name": "palm", "us": 5.0},
+                                         {"name": "24 syncs", "us": 9.0}]}))
+    assert read_latencies(str(path), 512, search.families) == {"dtp-2": 7.0, "palm": 5.0, "even_24": 9.0}
+    assert read_latencies(str(path), 512) == {"even_24": 9.0}
+
+
+def test_a_search_begun_before_plans_had_families_resumes():
+    plan = search_plan.OPTIONAL | shipped()
+    before = {key: value for key, value in plan.items() if key != "families"}
+    assert search_plan.parts_that_stay(before) == search_plan.parts_that_stay(plan)
+    assert search_plan.parts_that_stay(before) != search_plan.parts_that_stay(plan | {"families": ["palm"]})
+
+
 @pytest.mark.parametrize("change, words", [
+    ({"families": ["palms"]}, "families has 'palms': use palm, ladder"),
+    ({"families": ["spd"]}, "families has 'spd': use palm, ladder"),
+    ({"families": [3]}, "must be up to 20 strategies"),
+    ({"families": "palm"}, "families"),
+    ({"families": ["dtp:24"]}, "a delay from 1 to 23"),
+    ({"families": ["mean"]}, "a divisor of n_layer=12"),
+    ({"families": ["mean:5"]}, "a divisor of n_layer=12"),
+    ({"families": ["caat:1.5"]}, "a share of the channels"),
+    ({"families": ["caat:x"]}, "a share of the channels"),
+    ({"families": ["dtp:2", "dtp:02"]}, "are the same"),
+    ({"families": ["palm"], "script": "train_gpt.py", "settings": {"batch_size": 128}}, "has no families"),
     ({"counts": [24, 24, 1]}, "must fall from all syncs"),
     ({"counts": [24, "a"]}, "counts has 'a'"),
     ({"counts": [22, 1], "control_layers": []}, "22 syncs are those of 11 layers"),
@@ -288,6 +412,20 @@ def test_frontier_files(tmp_path):
         assert {row["verdict"] for row in found["arms"]} >= {WITHIN, ABOVE, OPEN}
         assert "| even_24 | 24 | 12 |" in (tmp_path / "frontier.md").read_text()
         assert (tmp_path / "frontier.png").stat().st_size > 1e4
+
+
+def test_frontier_files_with_families(tmp_path):
+    plan = SearchPlan(COUNTS, 0.02, placements=(("ends", 6), ("mlp", 6)), families=FAMILIES,
+                      control_layers=(10,))
+    effects = EFFECTS | {"dense_10layers": 0.01} | {arm: 0.001 for arm, _ in FAMILIES}
+    _, outcome, _ = play(plan, lambda run: loss_of(run, effects))
+    write_frontier(str(tmp_path), plan, outcome, {})
+    assert "| mean-3 | 4 | 12 |" in (tmp_path / "frontier.md").read_text()
+    said = write_frontier(str(tmp_path), plan, outcome, {"even_24": 400.0, "even_1": 300.0, "palm": 350.0})
+    rows = {row["arm"]: row for row in json.loads((tmp_path / "frontier.json").read_text())["arms"]}
+    assert rows["palm"]["us"] == 350 and rows["ladder"]["us"] is None and rows["ladder"]["syncs"] == 23
+    assert not rows["palm"]["us_estimated"] and rows["even_6"]["us_estimated"]
+    assert "Without the µs of mean-3" in said and rows["mean-3"]["answer"]
 
 
 def test_logs_without_a_clock_get_one():
