@@ -104,8 +104,8 @@ def test_runs_that_go_wrong(tmp_path, light_launcher):
 
 def test_torchrun_says_nothing_of_its_own(tmp_path):
     """The end of the output is the script's, not the launcher's report."""
-    path = runner_kills.write_experiment(tmp_path, behaviours={43: "crash"})
-    run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 2, "--parallel", 2, cwd=tmp_path)
+    path = runner_kills.write_experiment(tmp_path, n_gpus=2, behaviours={43: "crash"})  # 1: no torchrun
+    run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 2, cwd=tmp_path)
     found = runner_kills.results(tmp_path)[1]
     assert found["output_tail"][-1] == "RuntimeError: the GPU has fallen off the bus"
     assert "crashed at step 7 (exit code 1)" in found["error"]
