@@ -159,7 +159,7 @@ def several_schedules(config: dict) -> dict[str, SyncSchedule]:
         syncs = [2 * n_layer // n for n in (1, 2, 4, 8, 24) if 2 * n_layer % n == 0]
     ranks, found = config["tp_size"], {}
     for entry in syncs or []:
-        if isinstance(entry, str):
+        if isinstance(entry, str) and entry[:1].isalpha():
             shape = RanksConfig(n_layer=n_layer, n_head=ranks, n_embd=ranks, tp_size=ranks)
             found[entry] = named_schedule(shape, entry)
         elif type(entry) is int and entry > 0:
