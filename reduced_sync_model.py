@@ -25,11 +25,10 @@ strategy with which it will run; see tensor_parallel_model.py and nanosync/sync_
 import math
 from dataclasses import dataclass
 
-from nanosync.delayed_residual import width
 from nanosync.distributed import env_rank
 from nanosync.errors import UserError
 from nanosync.ranks import Ranks
-from nanosync.sync_schedule import Sublayer, SyncSchedule
+from nanosync.sync_schedule import Sublayer, SyncSchedule, width
 from tensor_parallel_model import DistributedGPT, RanksConfig
 
 STRATEGIES = {  # name -> function of the configuration that returns the sublayers to synchronise after

@@ -35,7 +35,7 @@ from reduced_sync_model import parse_stop_if
 # -----------------------------------------------------------------------------
 # The defaults train GPT-2 (124M) on OpenWebText, synchronised everywhere.
 # synchronisation
-sync_strategy = "standard"  # reduced_sync_model.py lists all; others are 'spd', 'grouped', 'palm', 'dtp:2'
+sync_strategy = "standard"  # or 'spd', 'grouped', 'palm', 'dtp:2'; all are in reduced_sync_model.py
 attn_sync_layers: list | None = None  # selective: layers that also sync after attention
 layers_per_group = 2  # grouped: layers between two syncs
 sync_points: list | None = None  # custom: sublayers to sync after (2i: attention, 2i + 1: MLP of layer i)

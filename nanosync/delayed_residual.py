@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from nanosync.ranks import Ranks, f_op, g_op, row_parallel
-from nanosync.sync_schedule import Step
+from nanosync.sync_schedule import Step, width
 
 
 class DelayedResidual:
@@ -122,8 +122,3 @@ class DelayedResidual:
 def plus(total, x):
     """Return total + x, where None is zero."""
     return x if total is None else total if x is None else total + x
-
-
-def width(channels: float, C: int) -> int:
-    """Return the number of channels that are synchronised, 1 to C."""
-    return min(C, max(1, round(channels * C)))

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from kernels import decode
 from kernels.collectives import functional_all_gather
 from kernels.exchange import ALL_REDUCES, GroupSum
-from nanosync.delayed_residual import width
 from nanosync.distributed import all_values, from_main
 from nanosync.errors import UserError
 from nanosync.generation import Decoder
 from nanosync.ranks import part_of
+from nanosync.sync_schedule import width
 
 
 def check_all_reduce(kind: str) -> None:

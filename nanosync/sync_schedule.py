@@ -31,7 +31,7 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Step:
-    """What a sublayer does with packets, see SyncSchedule.steps."""
+    """The packets of a sublayer. SyncSchedule.steps makes them."""
 
     lands: tuple[int, ...]  # packets in flight that land before it, by their places in the order of sending
     sees: float  # weight of the unsent sums that it reads
@@ -126,3 +126,8 @@ class SyncSchedule:
         if self.channels < 1:
             return list(range(len(self.sublayers)))
         return [j for j, step in enumerate(self.steps()[1:]) if not step.lands]
+
+
+def width(channels: float, C: int) -> int:
+    """Return the number of channels that are synchronised, 1 to C."""
+    return min(C, max(1, round(channels * C)))
