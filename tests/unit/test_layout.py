@@ -91,7 +91,7 @@ def test_files_and_functions_are_short():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and not path.startswith("kernels/"):
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
-    assert len(list(ROOT.glob("*.py"))) <= 13
+    assert len(list(ROOT.glob("*.py"))) <= 15
 
 
 def test_training_scripts_share_settings_and_the_training_step_only():
