@@ -1,4 +1,4 @@
-# The fast speedrun on one GPU, on tokens of Python source: 650 steps of up to 65,536 tokens.
+# The fast speedrun on one GPU, on tokens of Python source: 800 steps of up to 65,536 tokens.
 # First: python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards
 # Then: python train_gpt_fast.py config/fast_python_source.py
 
@@ -10,7 +10,7 @@ device_batch_size = 1
 batch_sizes = [1, 1, 2, 2]  # sequences of a step
 stage_rates = [1.0, 1.0, 1.3, 1.3]
 short_windows = [384, 640, 768, 768]
-num_iterations = 650
+num_iterations = 800
 table_learning_rate = 0.4  # fewer tokens than FineWeb's, and more passes over a token's row
 value_tables = 3
 

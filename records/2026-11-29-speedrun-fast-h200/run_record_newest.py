@@ -13,6 +13,8 @@ FOLDER holds train_gpt.py, triton_kernels.py and dc_triton_kernels.py of modded-
 - Documents longer than a sequence (896 tokens, later 2,048) are cut into sequences. The script trains on the
   first sequence of a document and drops the rest. A micro-batch begins where the one before it ended, not
   at a document.
+- The scales of the MLP's FP8 products are copied (by a clamp that changes no value): cuBLAS 13 takes only
+  pointers aligned to 16 bytes, and the script passes entries of a vector.
 - The table of offsets has room for the sequences of these tokens: documents of source code can be short.
 
 A --key=value replaces the value of that name in the script's class Hyperparameters. Besides:
@@ -175,6 +177,13 @@ def with_headers(code: str) -> str:
     return replace(code, 'cuda_include_dirs=["/usr/local/cuda/include/"]', f"cuda_include_dirs={found[:1]}")
 
 
+def with_aligned_scales(code: str) -> str:
+    """Return the script's kernels with copies of the scales: cuBLAS 13 refuses entries of a vector."""
+    for name in ("scale_a=activation_scale", "scale_b=W2_scale"):
+        code = replace(code, f"{name},", f"{name}.clamp(min=1e-30),")
+    return code
+
+
 def check(settings: dict[str, str]) -> None:
     """Check that sequences and shards are long enough."""
     assert int(settings["val_seq_len"]) >= max(MICRO_BATCHES), "--val_seq_len is less than 49,152"
@@ -196,7 +205,7 @@ def write(folder: str, settings: dict[str, str]) -> str:
         with open(os.path.join(folder, name), encoding="utf-8") as f:
             texts[name] = f.read()
     texts["train_gpt.py"] = changed(texts["train_gpt.py"], settings)
-    texts["triton_kernels.py"] = with_headers(texts["triton_kernels.py"])
+    texts["triton_kernels.py"] = with_aligned_scales(with_headers(texts["triton_kernels.py"]))
     digest = hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:16]
     out = os.path.join(tempfile.gettempdir(), f"run_record_newest-{digest}")
     os.makedirs(out, exist_ok=True)
