@@ -30,7 +30,8 @@ from nanosync.tokenizers import GPT2_META, CharTokenizer, GPT2Tokenizer
 
 CPU = torch.device("cpu")
 DOCUMENTS = ["Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.\n",
-             "def f(x):\n    return x\n", "日本語のテキスト、🙂 and more; " * 3, "plain words, plain words, plain words. "] * 3
+             "def f(x):\n    return x\n", "日本語のテキスト、🙂 and more; " * 3,
+             "plain words, plain words, plain words. "] * 3
 TEXT = "".join(DOCUMENTS)
 T = 16
 
@@ -265,6 +266,7 @@ def test_wrong_settings(args, words):
 
 
 def test_settings_that_are_fine():
-    for args in (["--init_from=out", "--against=other", "--against_step=5"], ["--hellaswag", "--val_windows=0"],
+    for args in (["--init_from=out", "--against=other", "--against_step=5"],
+                 ["--hellaswag", "--val_windows=0"],
                  ["--init_from=gpt2", "--sync_strategy=spd", "--tp_size=2"]):
         assert settings_error("evaluate.py", *args) is None

@@ -1,0 +1,161 @@
+"""evaluate.py as a user types it: every kind of model, another checkpoint, HellaSwag, GPT-2's weights; wrong
+inputs, one line each. CPU; half a minute.
+
+    python -m pytest tests/scripts/test_evaluate_runs.py
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    HELLASWAG_RECORDS,
+    build,
+    needs_gpt2_tokenizer,
+    random_model,
+    random_speedrun_model,
+    save_checkpoint,
+    write_dataset,
+    write_lines,
+)
+
+import models
+import train_gpt_fast
+from nanosync import hellaswag_eval
+from nanosync.bits_per_byte import bits_per_byte
+from nanosync.dataloader import evaluate, evaluation_batches, open_dataset
+from nanosync.model_kind import model_description, schedule_description
+
+CPU = torch.device("cpu")
+CLOCK = {"train_seconds": 1.0, "train_loss": 2.0, "last_val_loss": None, "last_val_step": None}
+META = {"tokenizer": "other", "vocab_size": 61, "end_of_text": 7}
+LINE = re.compile(r"val loss (\S+) \(standard error \S+\), bits per byte (\S+), on (\d+) windows of (\d+) "
+                  r"tokens")
+
+
+def fast_model():
+    """A model of train_gpt_fast.py with an untied head, of which no parameter is zero."""
+    torch.manual_seed(0)
+    model = train_gpt_fast.GPT(train_gpt_fast.GPTConfig(
+        sequence_length=16, vocab_size=61, n_layer=4, n_head=2, n_embd=16, windows=[3, 6], long_layers=[1, 3],
+        value_layers=[0, 3], offset_layers=[0], end_of_text=7))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    model.untie()
+    return model
+
+
+def masked_model():
+    """A dense model that was trained with document_mask."""
+    model = random_model(torch.float32)
+    model.end_of_text = 7
+    return model
+
+
+MODELS = {  # kind -> model, further entries of state.json
+    "gpt": (masked_model, {"config": {"document_mask": True}}),
+    "distributed_gpt": (lambda: build(dict(block_types=["spd"] * 4), 2, torch.float32), {}),
+    "reduced_sync_gpt": (lambda: build(dict(sync_strategy="palm"), 2, torch.float32), {}),
+    "speedrun_gpt": (lambda: random_speedrun_model("sync", torch.float32, tp_size=2, sync_points=[1],
+                                                   sequence_length=16), {"variant": {}, **CLOCK}),
+    "fast_gpt": (fast_model, {"untied": True, **CLOCK})}
+
+
+@pytest.fixture
+def val_data(tmp_path):
+    tokens = np.random.RandomState(0).randint(0, 61, 403)
+    tokens[::9] = 7
+    return write_dataset(tmp_path / "set", tokens, tokens, 61, tokenizer="other", end_of_text=7,
+                         bytes_per_token={"train": 3, "val": 4.5})
+
+
+def save(folder, kind, val_data, **state):
+    make, own = MODELS[kind]
+    model = make().eval()
+    own = own | {"config": {"dataset": str(val_data), **own.get("config", {})},
+                 "schedule": schedule_description(model), "model": model_description(kind, model)}
+    save_checkpoint(folder, 1, model, **{"meta": META} | own | state)
+    return model
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_val_loss_is_that_of_training_for_every_kind(run_script, tmp_path, val_data, kind):
+    model = save(tmp_path / "out", kind, val_data)
+    data = open_dataset(str(val_data), 16)
+    with torch.no_grad():
+        expected = evaluate(model, evaluation_batches(data.val, 25, 4, CPU))
+    assert kind in models.INFERENCE_KINDS
+    done = run_script("evaluate.py", "out", "--device=cpu", "--batch_size=7", "--json=result.json")
+    assert (done.code, done.err) == (0, "")
+    found = LINE.fullmatch(done.out.splitlines()[1])
+    assert float(found[1]) == pytest.approx(expected, abs=6e-5) and found.group(3, 4) == ("25", "16")
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert written["val"]["loss"] == pytest.approx(expected, rel=1e-6)  # fp32
+    assert written["val"]["bytes_per_token"] == 4.5
+    assert written["val"]["bits_per_byte"] == pytest.approx(bits_per_byte(expected, 4.5), rel=0.2)
+    assert written["weights"] == "out/ckpt/step-00000001" and written["config"]["batch_size"] == 7
+
+
+def test_against_another_schedule_of_the_same_weights(run_script, tmp_path, val_data):
+    model = save(tmp_path / "out", "distributed_gpt", val_data)
+    other = models.with_ranks(model, 2, ["tp"] * 4).eval()
+    data = open_dataset(str(val_data), 16)
+    losses = [evaluate(m, evaluation_batches(data.val, 20, 4, CPU)) for m in (other, model)]
+    done = run_script("evaluate.py", "out", "--against=out/ckpt/step-00000001", "--device=cpu",
+                      "--val_windows=20", "--block_types=['tp']*4", "--json=result.json")
+    assert (done.code, done.err) == (0, "")
+    assert "was trained as 4 syncs on 2 ranks and is run as the dense function" in done.out
+    assert "val loss, difference in 20 pairs of windows: " in done.out and "95% interval" in done.out
+    written = json.loads((tmp_path / "result.json").read_text())
+    difference = written["difference"]["val"]["loss"]
+    assert difference["mean"] == pytest.approx(losses[0] - losses[1], abs=1e-5) and difference["n"] == 20
+    assert difference["interval"][0] < difference["mean"] < difference["interval"][1]
+    assert written["val"]["loss"] == pytest.approx(losses[0], rel=1e-6)
+    assert written["against"]["val"]["loss"] == pytest.approx(losses[1], rel=1e-6)
+    assert written["difference"]["hellaswag"] is None
+
+
+def test_hellaswag_and_weights_of_a_hugging_face_folder(run_script, tmp_path):
+    """Without val loss; the dense weights and a schedule that drops syncs."""
+    needs_gpt2_tokenizer()
+    shape = dict(vocab_size=50304, used_vocab_size=50257, n_embd=8, block_size=32)
+    model = random_model(torch.float32, **shape).eval()
+    model.save_pretrained(str(tmp_path / "hf"))
+    records = [HELLASWAG_RECORDS[i % 4] | {"label": label} for i in range(4) for label in range(2)]
+    path = write_lines(tmp_path / "x.jsonl", records)
+    examples = hellaswag_eval.load(path)
+    expected = [hellaswag_eval.accuracy(m, examples, 8, CPU)
+                for m in (models.with_ranks(model, 2, ["parallel"] * 2), model)]
+    done = run_script("evaluate.py", "--init_from=hf", "--tp_size=2", "--block_types=['parallel']*2",
+                      "--against=hf", "--hellaswag", f"--hellaswag_input={path}", "--val_windows=0",
+                      "--device=cpu", "--json=result.json")
+    assert (done.code, done.err) == (0, "")
+    written = json.loads((tmp_path / "result.json").read_text())
+    for found, of in zip((written, written["against"]), expected):
+        assert {key: found["hellaswag"][key] for key in of} == of and found["val"] is None
+    difference = written["difference"]["hellaswag"]["acc_norm"]
+    assert difference["mean"] == pytest.approx(expected[0]["acc_norm"] - expected[1]["acc_norm"])
+    assert f"McNemar's p {difference['p']:.2g}" in done.out
+
+
+@pytest.mark.parametrize("args, state, words", [
+    (["out", "--dataset=none"], {}, "no data set 'none'"),
+    (["missing"], {}, "'missing' is neither a folder nor one of gpt2"),
+    (["out"], {"config": {}}, "does not say on which data it was trained: add --dataset="),
+    (["out"], {"config": {"dataset": 5}}, "does not say on which data it was trained: add --dataset="),
+    (["out", "--block_size=17"], {}, "block_size=17 is longer than the longest sequence of the models, 16"),
+    (["out", "--block_size=500"], {}, "block_size=500 needs 501 tokens"),
+    (["out"], {"meta": META | {"vocab_size": 60}}, "tokens with vocab_size=60 and"),
+    (["out", "--against=nowhere"], {}, "'nowhere' is neither a folder nor one of gpt2"),
+    (["out", "--against=out", "--against_step=7"], {}, "out has no checkpoint '7'; it has the steps 1"),
+    (["out", "--hellaswag"], {}, "HellaSwag needs GPT-2's"),
+    (["out", "--tp_processes=2"], {}, "tp_processes=2 does not divide the number of processes, 1"),
+], ids=str)
+def test_wrong_inputs_are_one_line(run_script, tmp_path, val_data, args, state, words):
+    save(tmp_path / "out", "gpt", val_data, **state)
+    done = run_script("evaluate.py", *args, "--device=cpu", "--json=result.json")
+    assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
+    assert not (tmp_path / "result.json").exists()
