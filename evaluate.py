@@ -8,6 +8,9 @@ What does it cost to drop syncs? The same windows and examples with both models,
 $ python evaluate.py out-spd --against=out-tp
 $ python evaluate.py --init_from=gpt2 --tp_size=2 --sync_strategy=spd --against=gpt2 --dataset=openwebtext
 
+Tasks of lm-evaluation-harness, if it is installed:
+$ python evaluate.py out-gpt2 --val_windows=0 --lm_eval=lambada_openai,arc_easy
+
 Real TP ranks, one process each:
 $ torchrun --standalone --nproc_per_node=2 evaluate.py out-spd --tp_processes=2
 
@@ -21,7 +24,7 @@ import torch
 
 import models
 from configurator import check_at_least, configure
-from nanosync import comparison, hellaswag_eval, tokenizers
+from nanosync import comparison, hellaswag_eval, lm_eval_adapter, tokenizers
 from nanosync.bits_per_byte import measured_bytes_per_token
 from nanosync.dataloader import evaluation_batches, open_dataset
 from nanosync.distributed import env_rank, finish, on_main, print0
@@ -47,6 +50,11 @@ block_size: int | None = None  # tokens of a window, None for the longest that t
 hellaswag = False  # also evaluate HellaSwag
 hellaswag_input = ""  # file in the format of hellaswag_val.jsonl; '' downloads it into data/hellaswag
 n_examples: int | None = None  # number of examples, the first of the file; None for all
+# tasks of lm-evaluation-harness (pip install lm_eval), for the model, not for `against`
+lm_eval = ""  # names of tasks, comma-separated, e.g. 'lambada_openai,arc_easy'; '' for none
+lm_eval_path = ""  # folder with further tasks, YAML files; '' for none
+lm_eval_fewshot: int | None = None  # examples in each prompt, None for the number that a task names
+lm_eval_limit: int | None = None  # number of examples of each task, the first; None for all
 # schedule and ranks of the model, not of `against`
 tp_size: int | None = None  # number of TP ranks, None for the number in training
 block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer, None for the schedule of training
@@ -63,17 +71,20 @@ config = configure(globals(), rank=env_rank(), takes="init_from")
 def check_settings(config: dict) -> None:
     """Raise UserError for wrong settings, before any work is done."""
     check_at_least(config, 1, "batch_size", "tp_processes")
-    for name, least in (("val_windows", 0), ("block_size", 1), ("n_examples", 1)):
+    for name, least in (("val_windows", 0), ("block_size", 1), ("n_examples", 1), ("lm_eval_fewshot", 0),
+                        ("lm_eval_limit", 1)):
         if config[name] is not None:
             check_at_least(config, least, name)
-    if config["val_windows"] == 0 and not config["hellaswag"]:
-        raise UserError("val_windows=0 and no --hellaswag leave nothing to evaluate: add --hellaswag, or "
-                        "leave val_windows out")
-    for name in ("hellaswag_input", "n_examples"):
-        if config[name] and not config["hellaswag"]:
-            raise UserError(f"{name} is for HellaSwag: add --hellaswag, or leave {name} out")
-    if config["against_step"] != "latest" and not config["against"]:
-        raise UserError("against_step is a step of `against`: add --against=..., or leave against_step out")
+    if config["val_windows"] == 0 and not config["hellaswag"] and not config["lm_eval"]:
+        raise UserError("val_windows=0 without --hellaswag and --lm_eval=... leaves nothing to evaluate: add "
+                        "one of them, or leave val_windows out")
+    for switch, need, names in (("hellaswag", "--hellaswag", ("hellaswag_input", "n_examples")),
+                                ("lm_eval", "--lm_eval=...", ("lm_eval_path", "lm_eval_fewshot",
+                                                              "lm_eval_limit")),
+                                ("against", "--against=...", ("against_step",))):
+        for name in names:
+            if config.origin[name] and not config[switch]:
+                raise UserError(f"{name} is for {need}: add that setting, or leave {name} out")
     if config["json"]:
         check_output_file(config["json"], "json")
     if config["against"]:
@@ -111,6 +122,13 @@ for settings, found in sources:
     if hellaswag and found is not None:
         trained = model_config(found.state["model"], models.INFERENCE_KINDS)
         hellaswag_eval.check_vocabulary(trained.used_vocab_size, meta, name)
+tasks = lm_eval_adapter.Tasks(lm_eval, lm_eval_path) if lm_eval else None
+if lm_eval:
+    meta = None if sources[0][1] is None else sources[0][1].state["meta"]
+    tokenizer = tokenizers.from_meta(meta)
+    if isinstance(tokenizer, tokenizers.TokenIds):
+        raise UserError(f"lm_eval needs text, and the tokenizer {tokenizer.name!r} is unknown here: leave "
+                        f"lm_eval out")
 examples = on_main(lambda: hellaswag_eval.load(hellaswag_input, n_examples, "hellaswag_input"), group) \
     if hellaswag else []
 evaluated = [models.load_for_inference(settings, found, processes, say).eval() for settings, found in sources]
@@ -160,9 +178,15 @@ results, windows, answers = [], [], []
 for model, (settings, found) in zip(evaluated, sources):
     model.to(device)
     source = {"weights": settings["init_from"] if found is None else found.path,
-              "step": None if found is None else found.step, "val": None, "hellaswag": None}
+              "step": None if found is None else found.step, "val": None, "hellaswag": None, "lm_eval": None}
     say(source["weights"] if found is None else f"{found.path}: {found.described()}")
     with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
+        if lm_eval and not results:
+            texts = tasks.model(model, tokenizer, tokenizers.end_of_text(meta), batch_size, device,
+                                processes.dp_rank, processes.dp_size, processes.dp_group)
+            source["lm_eval"] = tasks.evaluate(texts, lm_eval_fewshot, lm_eval_limit)
+            for line in lm_eval_adapter.lines(source["lm_eval"] or {}):
+                say(line)
         if val_windows != 0:
             windows.append(losses_of(model, found))
             source["val"] = comparison.val_summary(windows[-1], per_token, data.val.block_size,
