@@ -1,5 +1,5 @@
 """evaluate.py as a user types it: every kind of model, another checkpoint, HellaSwag, GPT-2's weights; wrong
-inputs, one line each. CPU; half a minute.
+inputs, one line each; bits per byte in training logs. CPU; half a minute.
 
     python -m pytest tests/scripts/test_evaluate_runs.py
 """
@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import (
     HELLASWAG_RECORDS,
+    TINY,
     build,
     needs_gpt2_tokenizer,
     random_model,
@@ -27,6 +28,7 @@ from nanosync import hellaswag_eval
 from nanosync.bits_per_byte import bits_per_byte
 from nanosync.dataloader import evaluate, evaluation_batches, open_dataset
 from nanosync.model_kind import model_description, schedule_description
+from nanosync.run_log import RunLog
 
 CPU = torch.device("cpu")
 CLOCK = {"train_seconds": 1.0, "train_loss": 2.0, "last_val_loss": None, "last_val_step": None}
@@ -159,3 +161,26 @@ def test_wrong_inputs_are_one_line(run_script, tmp_path, val_data, args, state, 
     done = run_script("evaluate.py", *args, "--device=cpu", "--json=result.json")
     assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("script, settings", [
+    ("train.py", [*TINY, "--max_iters=4", "--eval_interval=4", "--eval_iters=7"]),
+    ("train_gpt.py", ["--device=cpu", "--compile=False", "--n_layer=2", "--n_head=2", "--n_embd=32",
+                      "--sequence_length=16", "--batch_size=4", "--device_batch_size=4", "--num_iterations=4",
+                      "--warmdown_iters=2", "--val_loss_every=4", "--val_tokens=400"])])
+def test_training_logs_have_the_bits_per_byte(run_script, tmp_path, script, settings):
+    """At the end of the line and in the event, where the data set knows its bytes per token."""
+    tokens = np.random.RandomState(0).randint(0, 61, 403)
+    data = write_dataset(tmp_path / "set", tokens, tokens, 61, bytes_per_token={"train": 3.0, "val": 4.5})
+    done = run_script(script, *settings, f"--dataset={data}", "--out_dir=out")
+    assert done.code == 0, done.err
+    found = re.findall(r"^(?:step 4: .*val loss |step:4/4 val_loss:)(\d\.\d{4}).* ?bits[_ ]per[_ ]byte[: ]"
+                       r"(\d\.\d{4})$", done.out, re.MULTILINE)
+    event = RunLog.read(str(tmp_path / "out")).of("eval")[-1]
+    assert event["bits_per_byte"] == bits_per_byte(event["val_loss"], 4.5)
+    assert found == [(f"{event['val_loss']:.4f}", f"{event['bits_per_byte']:.4f}")]
+    done = run_script("evaluate.py", "out", "--device=cpu", "--json=result.json")
+    assert done.code == 0, done.err
+    val = json.loads((tmp_path / "result.json").read_text())["val"]
+    assert val["loss"] == pytest.approx(event["val_loss"], rel=1e-6)  # fp32
+    assert val["bits_per_byte"] == pytest.approx(event["bits_per_byte"], rel=1e-6)
