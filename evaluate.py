@@ -25,7 +25,7 @@ import torch
 import models
 from configurator import check_at_least, configure
 from nanosync import comparison, hellaswag_eval, lm_eval_adapter, tokenizers
-from nanosync.bits_per_byte import measured_bytes_per_token
+from nanosync.bits_per_byte import known_bytes_per_token
 from nanosync.dataloader import evaluation_batches, open_dataset
 from nanosync.distributed import env_rank, finish, on_main, print0
 from nanosync.distributed import start as start_processes
@@ -107,16 +107,19 @@ other_config = {**config, "init_from": against, "checkpoint_step": against_step,
                 "block_types": None, "sync_strategy": None, "tp_processes": 1}
 sources = [(settings, models.find_for_inference(settings, group))
            for settings in (config, other_config)[:1 + bool(against)]]
-trained_on = None if sources[0][1] is None else sources[0][1].state["config"].get("dataset")
+names = [settings["init_from"] if found is None else found.path for settings, found in sources]
+metas = [None if found is None else found.state["meta"] for _, found in sources]
 if val_windows != 0:
-    dataset = dataset or trained_on
+    trained_on = {"config": {}, "data": {}} if sources[0][1] is None else sources[0][1].state
+    dataset = dataset or trained_on["config"].get("dataset")
     if type(dataset) is not str:
-        raise UserError(f"{init_from} does not say on which data it was trained: add --dataset=..., or "
+        raise UserError(f"{names[0]} does not say on which data it was trained: add --dataset=..., or "
                         f"--val_windows=0 for no val loss")
     data = open_dataset(dataset, block_size or 1)
-for settings, found in sources:
-    name = settings["init_from"] if found is None else found.path
-    meta = None if found is None else found.state["meta"]
+    if not config["dataset"] and any(trained_on["data"].get(key) not in (None, value)
+                                     for key, value in data.fingerprint.items()):
+        say(f"warning: {data.folder} has changed since {names[0]} was trained on it")
+for name, meta, (_, found) in zip(names, metas, sources):
     if val_windows != 0:
         comparison.check_same_tokens(meta, name, data.meta, data.folder)
     if hellaswag and found is not None:
@@ -124,8 +127,7 @@ for settings, found in sources:
         hellaswag_eval.check_vocabulary(trained.used_vocab_size, meta, name)
 tasks = lm_eval_adapter.Tasks(lm_eval, lm_eval_path) if lm_eval else None
 if lm_eval:
-    meta = None if sources[0][1] is None else sources[0][1].state["meta"]
-    tokenizer = tokenizers.from_meta(meta)
+    tokenizer = tokenizers.from_meta(metas[0])
     if isinstance(tokenizer, tokenizers.TokenIds):
         raise UserError(f"lm_eval needs text, and the tokenizer {tokenizer.name!r} is unknown here: leave "
                         f"lm_eval out")
@@ -133,9 +135,8 @@ examples = on_main(lambda: hellaswag_eval.load(hellaswag_input, n_examples, "hel
     if hellaswag else []
 evaluated = [models.load_for_inference(settings, found, processes, say).eval() for settings, found in sources]
 if hellaswag:
-    for model, (settings, found) in zip(evaluated, sources):
-        if found is None:
-            hellaswag_eval.check_vocabulary(model.config.used_vocab_size, None, settings["init_from"])
+    for model, name, meta in zip(evaluated, names, metas):
+        hellaswag_eval.check_vocabulary(model.config.used_vocab_size, meta, name)
         hellaswag_eval.check_lengths(examples, model.config.block_size)
 if val_windows != 0:
     longest = min(model.config.block_size for model in evaluated)
@@ -146,28 +147,26 @@ if val_windows != 0:
     data.val.check_tokens(min(model.config.vocab_size for model in evaluated))
     available = sum(data.val.eval_windows)
     n_windows = available if val_windows is None else min(val_windows, available)
-    per_token = data.bytes_per_token
-    if per_token is None:
-        per_token = on_main(lambda: measured_bytes_per_token(data.val, data.meta), group)
+    per_token = on_main(lambda: known_bytes_per_token(data, say), group)
 
 # evaluation
 torch.set_float32_matmul_precision("high")
 last_said = time.perf_counter()
 
 
-def progress(done: int, n: int) -> None:
+def progress(done: int, n: int, what: str = "windows") -> None:
     """Print how much is done every 10 seconds."""
     global last_said
     if time.perf_counter() - last_said > 10:
         last_said = time.perf_counter()
-        say(f"{done} of {n}")
+        say(f"{done:,} of {n:,} {what}")
 
 
 def losses_of(model, found) -> np.ndarray:
     """Return the sums of each window, see window_losses. All processes call this function."""
     end_of_text = tokenizers.end_of_text(data.meta)
-    if found is not None and found.state["config"].get("document_mask") is True and found.state["model"][
-            "kind"] not in models.SCRIPTS_OWN:
+    if found is not None and found.state["model"]["kind"] not in models.SCRIPTS_OWN \
+            and found.state["config"].get("document_mask") is True:
         model.end_of_text = end_of_text
     batches = evaluation_batches(data.val, n_windows, batch_size, device, processes.dp_rank,
                                  processes.dp_size)
@@ -175,26 +174,27 @@ def losses_of(model, found) -> np.ndarray:
 
 
 results, windows, answers = [], [], []
-for model, (settings, found) in zip(evaluated, sources):
+for model, name, (_, found) in zip(evaluated, names, sources):
     model.to(device)
-    source = {"weights": settings["init_from"] if found is None else found.path,
-              "step": None if found is None else found.step, "val": None, "hellaswag": None, "lm_eval": None}
-    say(source["weights"] if found is None else f"{found.path}: {found.described()}")
+    source = {"weights": name, "step": None if found is None else found.step, "val": None, "hellaswag": None,
+              "lm_eval": None}
+    say(name if found is None else f"{name}: {found.described()}")
     with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
         if lm_eval and not results:
-            texts = tasks.model(model, tokenizer, tokenizers.end_of_text(meta), batch_size, device,
+            texts = tasks.model(model, tokenizer, tokenizers.end_of_text(metas[0]), batch_size, device,
                                 processes.dp_rank, processes.dp_size, processes.dp_group)
             source["lm_eval"] = tasks.evaluate(texts, lm_eval_fewshot, lm_eval_limit)
             for line in lm_eval_adapter.lines(source["lm_eval"] or {}):
                 say(line)
         if val_windows != 0:
             windows.append(losses_of(model, found))
-            source["val"] = comparison.val_summary(windows[-1], per_token, data.val.block_size,
-                                                   source["weights"])
+            source["val"] = comparison.val_summary(windows[-1], per_token, data.val.block_size, name)
+            source["val"]["dataset"] = data.folder
             say(comparison.val_line(source["val"]))
         if hellaswag:
-            answers.append(hellaswag_eval.judge(model, examples, batch_size, device, processes.dp_rank,
-                                                processes.dp_size, processes.dp_group, progress=progress))
+            answers.append(hellaswag_eval.judge(
+                model, examples, batch_size, device, processes.dp_rank, processes.dp_size, processes.dp_group,
+                progress=lambda done, n: progress(done, n, "examples")))
             source["hellaswag"] = comparison.hellaswag_summary(answers[-1])
             say(comparison.hellaswag_line(source["hellaswag"]))
     model.to("cpu")

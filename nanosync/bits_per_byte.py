@@ -8,6 +8,7 @@ log2(V) * tokens / bytes. This module imports no PyTorch.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -38,6 +39,23 @@ def stated_bytes_per_token(meta: dict | None, folder: str, split: str = "val") -
         raise UserError(f"{folder}/meta.json: {KEY}={shown(entry)} must be an object with \"train\" and "
                         f"\"val\", numbers above 0 and at most {MOST:g}: correct it, or leave it out")
     return float(value)
+
+
+def known_bytes_per_token(data, say: Callable[[str], None]) -> float | None:
+    """Return bytes per token of the val split: stated, or else measured. Print why they are unknown.
+
+    data: dataloader.DataSet. say: function that prints a line.
+    """
+    if data.bytes_per_token is not None:
+        return data.bytes_per_token
+    try:
+        measured = measured_bytes_per_token(data.val, data.meta)
+        problem = f"the tokenizer of {data.folder} is unknown here: write {KEY} into its meta.json"
+    except (UserError, ModuleNotFoundError) as e:
+        measured, problem = None, e
+    if measured is None:
+        say(f"no bits per byte: {problem}")
+    return measured
 
 
 def measured_bytes_per_token(split, meta: dict | None) -> float | None:

@@ -100,7 +100,7 @@ def val_summary(windows: np.ndarray, bytes_per_token: float | None, block_size: 
 def val_line(summary: dict) -> str:
     """Return the line that evaluate.py prints of a val_summary."""
     bits = summary["bits_per_byte"]
-    bits = "n/a (the tokenizer is unknown here)" if bits is None else f"{bits:.4f}"
+    bits = "n/a" if bits is None else f"{bits:.4f}"
     return (f"val loss {summary['loss']:.4f}{_error(summary['stderr'])}, bits per byte {bits}, on "
             f"{summary['windows']:,} windows of {summary['block_size']:,} tokens")
 

@@ -11,7 +11,10 @@ transformers, so a model and its export have the same results. Probabilities are
 because an export has no padding rows.
 """
 
+import importlib
 import importlib.util
+import os
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -19,7 +22,7 @@ import torch
 
 from nanosync.distributed import all_values
 from nanosync.errors import UserError
-from nanosync.files import first_line
+from nanosync.files import ROOT, first_line
 from nanosync.hellaswag_eval import LENGTH_STEP
 from nanosync.token_losses import token_losses
 
@@ -171,6 +174,7 @@ class Tasks:
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError(f"lm_eval={names} needs lm-evaluation-harness, which is not installed: pip "
                             f"install lm_eval, or leave lm_eval out")
+        _import_evaluate()
         from lm_eval.tasks import TaskManager
 
         self.names = [name.strip() for name in names.split(",") if name.strip()]
@@ -209,6 +213,24 @@ class Tasks:
         if found is None:
             return None
         return {task: _numbers(values) for task, values in found["results"].items()}
+
+
+def _import_evaluate() -> None:
+    """Import the package `evaluate`, which the library uses for some metrics, before the library does.
+
+    The repository's script evaluate.py has the same name, and its folder comes first on the path. The name is
+    blocked if the package is not installed.
+    """
+    if "evaluate" in sys.modules:
+        return
+    path = list(sys.path)
+    sys.path[:] = [folder for folder in path if os.path.realpath(folder or ".") != os.path.realpath(ROOT)]
+    try:
+        importlib.import_module("evaluate")
+    except ImportError:
+        sys.modules["evaluate"] = None
+    finally:
+        sys.path[:] = path
 
 
 def _numbers(values: dict) -> dict:

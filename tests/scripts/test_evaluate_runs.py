@@ -4,6 +4,7 @@ inputs, one line each; bits per byte in training logs. CPU; half a minute.
     python -m pytest tests/scripts/test_evaluate_runs.py
 """
 
+import importlib.util
 import json
 import re
 
@@ -184,3 +185,59 @@ def test_training_logs_have_the_bits_per_byte(run_script, tmp_path, script, sett
     val = json.loads((tmp_path / "result.json").read_text())["val"]
     assert val["loss"] == pytest.approx(event["val_loss"], rel=1e-6)  # fp32
     assert val["bits_per_byte"] == pytest.approx(event["bits_per_byte"], rel=1e-6)
+
+
+LIBRARY = {  # a library with one task, which asks for the log-probabilities of two continuations
+    "__init__.py": """
+def simple_evaluate(model, tasks, num_fewshot, limit, task_manager, log_samples):
+    try:
+        import evaluate  # a metric's package, which need not be installed
+    except ImportError:
+        evaluate = None
+    assert not hasattr(evaluate, "losses_of") and (num_fewshot, limit) == (2, 7) and model.world_size == 1
+    requests = [type("Request", (), {"args": ("AB", of)}) for of in ("C", "DE")]
+    scores = [score for score, greedy in model.loglikelihood(requests)]
+    return {"results": {name: {"alias": name, "first,none": scores[0], "second,none": scores[1],
+                               "second_stderr,none": 0.5, "sample_len": 2} for name in tasks}}
+""",
+    "tasks.py": """
+class TaskManager:
+    def __init__(self, include_path):
+        self.known = ["tiny"] + ["own"] * (include_path == "mine")
+    def match_tasks(self, names):
+        return [name for name in self.known if name in names]
+""",
+    "api/__init__.py": "", "api/model.py": """
+class LM:
+    def __init__(self):
+        self.world_size = 1
+"""}
+
+
+def test_tasks_of_the_library(run_script, tmp_path, val_data):
+    """A stand-in for the library: evaluate.py must not become the package `evaluate`; unknown tasks."""
+    for name, text in LIBRARY.items():
+        path = tmp_path / "site" / "lm_eval" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    model = save(tmp_path / "out", "gpt", val_data, meta=json.loads((val_data / "meta.json").read_text())
+                 | {"tokenizer": "char"})
+    options = ("out", "--val_windows=0", "--device=cpu", "--lm_eval_fewshot=2", "--lm_eval_limit=7",
+               "--json=result.json")
+    use = "import sys; sys.path.insert(0, 'site')"
+    (tmp_path / "use_site.py").write_text(use + "\n")
+    done = run_script("evaluate.py", *options, "use_site.py", "--lm_eval=tiny,own", "--lm_eval_path=mine")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "result.json").read_text())["lm_eval"]
+    with torch.no_grad():
+        scores = model.head(model.hidden(torch.tensor([[0, 1, 3]])))[0, 1:].log_softmax(-1)
+    expected = {"first": scores[0, 2].item(), "second": (scores[0, 3] + scores[1, 4]).item(),
+                "second_stderr": 0.5}
+    assert found == {"tiny": pytest.approx(expected, abs=1e-5), "own": pytest.approx(expected, abs=1e-5)}
+    assert f"lm_eval tiny: first {expected['first']:.4f}, second {expected['second']:.4f} " \
+           f"(standard error 0.5000)\n" in done.out
+    done = run_script("evaluate.py", *options, "use_site.py", "--lm_eval=tiny,own,third")
+    assert done.code == 2 and "has no task own, third: `lm_eval ls tasks` lists its tasks" in done.err
+    done = run_script("evaluate.py", *options, "--lm_eval=tiny")
+    assert (done.code == 2 and "pip install lm_eval, or leave lm_eval out" in done.err) or \
+        importlib.util.find_spec("lm_eval")

@@ -78,7 +78,7 @@ def data_set(folder, tokens, meta):
 
 def summary_of(model, data, n_windows=None, batch_size=5):
     n_windows = n_windows or sum(data.val.eval_windows)
-    per_token = data.bytes_per_token or bits_per_byte.measured_bytes_per_token(data.val, data.meta)
+    per_token = bits_per_byte.known_bytes_per_token(data, print)
     windows = window_losses(model, evaluation_batches(data.val, n_windows, batch_size, CPU), n_windows, CPU,
                             data.val.end_of_text)
     return comparison.val_summary(windows, per_token, T, "the model")
@@ -117,7 +117,22 @@ def test_unknown_tokenizer_without_bytes_per_token_has_no_bits_per_byte(tmp_path
     data = data_set(tmp_path / "data", np.arange(100) % 61, {"tokenizer": "other", "vocab_size": 61})
     found = summary_of(random_model(), data)
     assert found["bits_per_byte"] is None and found["loss"] > 0
-    assert "bits per byte n/a (the tokenizer is unknown here)" in comparison.val_line(found)
+    assert "bits per byte n/a, on" in comparison.val_line(found)
+    said = []
+    assert bits_per_byte.known_bytes_per_token(data, said.append) is None
+    assert said == [f"no bits per byte: the tokenizer of {data.folder} is unknown here: write "
+                    f"bytes_per_token into its meta.json"]
+
+
+def test_missing_tokenizer_files_cost_only_the_bits_per_byte(tmp_path, monkeypatch):
+    data, said = data_set(tmp_path / "data", np.arange(100), dict(GPT2_META)), []
+
+    def missing(meta):
+        raise UserError("GPT-2's tokenizer files are not cached")
+
+    monkeypatch.setattr(bits_per_byte.tokenizers, "from_meta", missing)
+    assert bits_per_byte.known_bytes_per_token(data, said.append) is None
+    assert said == ["no bits per byte: GPT-2's tokenizer files are not cached"]
 
 
 @pytest.mark.parametrize("entry", [1.0, {}, {"train": 4.0}, {"val": 0.0}, {"val": -1}, {"val": "4"},
@@ -253,10 +268,13 @@ def test_other_tokens_are_an_error(meta, other, words):
     (["--val_windows=-1"], "val_windows=-1 must be at least 0"),
     (["--block_size=0"], "block_size=0 must be at least 1"),
     (["--n_examples=0", "--hellaswag"], "n_examples=0 must be at least 1"),
-    (["--val_windows=0"], "leave nothing to evaluate"),
-    (["--hellaswag_input=x.jsonl"], "hellaswag_input is for HellaSwag: add --hellaswag"),
-    (["--n_examples=5"], "n_examples is for HellaSwag: add --hellaswag"),
-    (["--against_step=best"], "add --against="),
+    (["--val_windows=0"], "leaves nothing to evaluate"),
+    (["--hellaswag_input=x.jsonl"], "hellaswag_input is for --hellaswag: add that setting"),
+    (["--n_examples=5"], "n_examples is for --hellaswag: add that setting"),
+    (["--against_step=best"], "for --against=...: add that setting, or leave against_step out"),
+    (["--lm_eval_limit=0", "--lm_eval=a"], "lm_eval_limit=0 must be at least 1"),
+    (["--lm_eval_fewshot=0"], "lm_eval_fewshot is for --lm_eval=...: add that setting"),
+    (["--lm_eval_path=tasks"], "lm_eval_path is for --lm_eval=...: add that setting"),
     (["--json=missing/x.json"], "json"),
     (["--window=3"], "unknown key 'window'"),
 ])

@@ -70,6 +70,7 @@ def test_only_the_registry_imports_a_script():
         "benchmarks/peers.py": "the user's file of another project",
         "experiments/experiment_logger.py": "versions of packages",
         "nanosync/log_sinks.py": "optional packages",
+        "nanosync/lm_eval_adapter.py": "a package with the name of a script",
     }
     calls = ("import_module", "__import__", "run_path", "run_module", "spec_from_file_location")
     for path in python_files():
