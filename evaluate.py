@@ -17,6 +17,7 @@ $ torchrun --standalone --nproc_per_node=2 evaluate.py out-spd --tp_processes=2
 docs/evaluate.md says what each figure is; nanosync/comparison.py what the intervals mean.
 """
 
+import os
 import time
 
 import numpy as np
@@ -85,6 +86,9 @@ def check_settings(config: dict) -> None:
         for name in names:
             if config.origin[name] and not config[switch]:
                 raise UserError(f"{name} is for {need}: add that setting, or leave {name} out")
+    if config["lm_eval_path"] and not os.path.isdir(config["lm_eval_path"]):
+        raise UserError(f"lm_eval_path={config['lm_eval_path']} is not a folder: give the folder of your tasks' "
+                        f"YAML files")
     if config["json"]:
         check_output_file(config["json"], "json")
     if config["against"]:

@@ -225,6 +225,7 @@ def test_tasks_of_the_library(run_script, tmp_path, val_data):
     options = ("out", "--val_windows=0", "--device=cpu", "--lm_eval_fewshot=2", "--lm_eval_limit=7",
                "--json=result.json")
     use = "import sys; sys.path.insert(0, 'site')"
+    (tmp_path / "mine").mkdir()
     (tmp_path / "use_site.py").write_text(use + "\n")
     done = run_script("evaluate.py", *options, "use_site.py", "--lm_eval=tiny,own", "--lm_eval_path=mine")
     assert done.code == 0, done.err

@@ -275,6 +275,7 @@ def test_other_tokens_are_an_error(meta, other, words):
     (["--lm_eval_limit=0", "--lm_eval=a"], "lm_eval_limit=0 must be at least 1"),
     (["--lm_eval_fewshot=0"], "lm_eval_fewshot is for --lm_eval=...: add that setting"),
     (["--lm_eval_path=tasks"], "lm_eval_path is for --lm_eval=...: add that setting"),
+    (["--lm_eval_path=none", "--lm_eval=a"], "lm_eval_path=none is not a folder"),
     (["--json=missing/x.json"], "json"),
     (["--window=3"], "unknown key 'window'"),
 ])
