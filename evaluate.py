@@ -87,8 +87,8 @@ def check_settings(config: dict) -> None:
             if config.origin[name] and not config[switch]:
                 raise UserError(f"{name} is for {need}: add that setting, or leave {name} out")
     if config["lm_eval_path"] and not os.path.isdir(config["lm_eval_path"]):
-        raise UserError(f"lm_eval_path={config['lm_eval_path']} is not a folder: give the folder of your tasks' "
-                        f"YAML files")
+        raise UserError(f"lm_eval_path={config['lm_eval_path']} is not a folder: give the folder of your "
+                        f"tasks' YAML files")
     if config["json"]:
         check_output_file(config["json"], "json")
     if config["against"]:
