@@ -32,8 +32,8 @@ def check_same_tokens(meta: dict | None, where: str, other: dict | None, other_w
     meta, other: contents of a meta.json, None for GPT-2's tokens. where, other_where: their sources.
     """
     metas = [tokenizers.GPT2_META if m is None else m for m in (meta, other)]
-    names = ("tokenizer", "vocab_size", *["chars"] * (metas[0].get("tokenizer") == "char"))
-    for name in names:
+    symbols = [name for name in ("chars", "tokenizer_json") if all(m.get(name) is not None for m in metas)]
+    for name in ("tokenizer", "vocab_size", *symbols):
         value, other_value = (m.get(name) for m in metas)
         if value != other_value:
             raise UserError(f"{where} has tokens with {name}={shown(value, 40)} and {other_where} with "

@@ -34,6 +34,7 @@ def test_processes_get_the_figures_of_one_process(run_script, tmp_path):
         results.append(json.loads((tmp_path / "result.json").read_text()))
     for found in results[1:]:
         for mine, theirs in ((found, results[0]), (found["against"], results[0]["against"])):
+            assert mine["val"].pop("dataset") == "./set" and theirs["val"].pop("dataset", "./set") == "./set"
             assert mine["val"] == pytest.approx(theirs["val"], rel=1e-6)  # fp32
         difference = [of["difference"]["val"]["loss"] for of in (found, results[0])]
         assert difference[0]["mean"] == pytest.approx(difference[1]["mean"], abs=1e-6)
