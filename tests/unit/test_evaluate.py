@@ -254,7 +254,8 @@ CHAR = {"tokenizer": "char", "vocab_size": 3, "chars": "abc"}
 @pytest.mark.parametrize("meta, other, words", [
     (None, GPT2_META, None), (CHAR, dict(CHAR), None), (None, CHAR, "tokenizer='gpt2' and other with 'char'"),
     (CHAR, CHAR | {"chars": "abd"}, "chars='abc' and other with 'abd'"),
-    (GPT2_META | {"tokenizer_json": "a"}, GPT2_META | {"tokenizer_json": "b"}, "tokenizer_json='a' and other"),
+    (CHAR | {"tokenizer_json": "a"}, CHAR | {"tokenizer_json": "b"},
+     "tokenizer_json='a' and other with 'b'"),
     (CHAR, CHAR | {"vocab_size": 4}, "vocab_size=3 and other with 4"),
 ])
 def test_other_tokens_are_an_error(meta, other, words):
