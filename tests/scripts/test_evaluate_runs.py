@@ -102,6 +102,15 @@ def test_val_loss_is_that_of_training_for_every_kind(run_script, tmp_path, val_d
     assert written["weights"] == "out/ckpt/step-00000001" and written["config"]["batch_size"] == 7
 
 
+def test_data_that_changed_since_training_is_a_warning(run_script, tmp_path, val_data):
+    save(tmp_path / "out", "gpt", val_data, data={"train_tokens": 403, "val_tokens": 5, "sha256": None})
+    for args, expected in (((), 1), ((f"--dataset={val_data}",), 0)):
+        done = run_script("evaluate.py", "out", "--device=cpu", "--val_windows=1", *args)
+        assert (done.code, done.err) == (0, "")
+        assert done.out.count(f"warning: {val_data} has changed since out/ckpt/step-00000001 was") == expected
+        assert "val loss" in done.out and "standard error" not in done.out  # of one window
+
+
 def test_against_another_schedule_of_the_same_weights(run_script, tmp_path, val_data):
     model = save(tmp_path / "out", "distributed_gpt", val_data)
     other = models.with_ranks(model, 2, ["tp"] * 4).eval()
