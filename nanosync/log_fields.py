@@ -31,6 +31,7 @@ FIELDS = (
     LogField("eval", "step"),
     LogField("eval", "train_loss", "nats/token", "train/loss"),
     LogField("eval", "val_loss", "nats/token", "val/loss"),
+    LogField("eval", "bits_per_byte", "bits/byte", "val/bits_per_byte", required=False, unknown=True),
     LogField("eval", "lr"),
     LogField("checkpoint", "step"),
     LogField("checkpoint", "val_loss", "nats/token"),

@@ -1,4 +1,5 @@
-"""The lines of log.txt that stay valid when a run resumes: as run_log.events_until for events."""
+"""The lines of log.txt: of an evaluation, and those that stay valid when a run resumes, as
+run_log.events_until for events."""
 
 import re
 
@@ -16,6 +17,12 @@ LINES = {
 def shown_sample(text: str) -> str:
     """Return a generated text as a line of the log shows it: control characters are escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def evaluation_line(step: int, train_loss: float, val_loss: float, bits_per_byte: float | None) -> str:
+    """Return the line of an evaluation. bits_per_byte: None if unknown."""
+    bits = "" if bits_per_byte is None else f", bits per byte {bits_per_byte:.4f}"
+    return f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{bits}"
 
 
 def lines_until(lines: list[str], step: int, evaluated: bool, epoch: int, samples: dict[int, str]

@@ -179,11 +179,11 @@ class Run:
         a loss is not finite."""
         if losses is None:
             return
-        self.log.evaluation(self.step, losses["train"], losses["val"], lr)
-        self.val_loss = losses["val"]
-        if not math.isfinite(losses["train"] + losses["val"]):
-            self.fail(f"the train loss is {losses['train']}, the val loss {losses['val']} at "
-                      f"iteration {self.step}")
+        train, val = losses["train"], losses["val"]
+        self.log.evaluation(self.step, train, val, lr, self.data.bits_per_byte(val))
+        self.val_loss = val
+        if not math.isfinite(train + val):
+            self.fail(f"the train loss is {train}, the val loss {val} at iteration {self.step}")
 
     def stop_anywhere(self) -> bool:
         """Return True if any process was asked to stop; the resumed run then repeats the evaluation. All

@@ -87,11 +87,11 @@ class StepClock:
         return {"train_time_ms": 1e3 * self.train_seconds,
                 "step_avg_ms": 1e3 * self.train_seconds / timed if timed > 0 else math.nan}
 
-    def report(self, what: str, done: int) -> None:
-        """Print the clock after `done` steps, with a loss as text."""
+    def report(self, what: str, done: int, rest: str = "") -> None:
+        """Print the clock after `done` steps, with a loss as text before it, and `rest` after it."""
         clock = self.timing(done)
         self.run.line(f"step:{done}/{self.run.last_step} {what} train_time:{clock['train_time_ms']:.0f}ms "
-                      f"step_avg:{clock['step_avg_ms']:.2f}ms")
+                      f"step_avg:{clock['step_avg_ms']:.2f}ms{rest}")
 
     def begin_step(self, settle: bool) -> None:
         """Set run.stopping if any process was asked to stop. Raises UserError, which ends the run, if a loss
@@ -113,9 +113,10 @@ class StepClock:
             return
         run, step = self.run, self.run.step
         self.val_loss, self.val_step, run.val_loss = val_loss, step, val_loss
-        self.report(f"val_loss:{val_loss:.4f}", step)
+        bits = run.data.bits_per_byte(val_loss)
+        self.report(f"val_loss:{val_loss:.4f}", step, "" if bits is None else f" bits_per_byte:{bits:.4f}")
         run.log.event("eval", step=step, train_loss=self.train_loss, val_loss=val_loss, lr=lr,
-                      **self.timing(step))
+                      **self.timing(step), **({} if bits is None else {"bits_per_byte": bits}))
         if not math.isfinite(val_loss):
             run.fail(f"the val loss is {val_loss} at step {step}", "no checkpoint has these weights")
 

@@ -26,7 +26,7 @@ from nanosync.errors import UserError
 from nanosync.files import made_folder, replace_file, unused_path
 from nanosync.log_fields import EVALUATION_EVENTS
 from nanosync.log_sinks import _Console, _File, _finite, _line_of, _TensorBoard, _Wandb, check_installed
-from nanosync.log_text import lines_until, shown_sample
+from nanosync.log_text import evaluation_line, lines_until, shown_sample
 from nanosync.run_log import events_until, join_starts, log_paths, read_events
 
 
@@ -164,9 +164,12 @@ class TrainingLogger:
             if sink is not None:
                 sink.event(event)
 
-    def evaluation(self, step: int, train_loss: float, val_loss: float, lr: float) -> None:
-        self.line(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        self.event("eval", step=step, train_loss=train_loss, val_loss=val_loss, lr=lr)
+    def evaluation(self, step: int, train_loss: float, val_loss: float, lr: float,
+                   bits_per_byte: float | None = None) -> None:
+        """Log losses, nats per token. bits_per_byte: of the val loss, None if unknown."""
+        self.line(evaluation_line(step, train_loss, val_loss, bits_per_byte))
+        bits = {} if bits_per_byte is None else {"bits_per_byte": bits_per_byte}
+        self.event("eval", step=step, train_loss=train_loss, val_loss=val_loss, lr=lr, **bits)
 
     def iteration(self, step: int, loss: float, lr: float, norm: float, seconds: float, tokens: int,
                   mfu: float | None, epoch: int, memory: int | None = None, line: bool = True,

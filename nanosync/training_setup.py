@@ -12,6 +12,7 @@ from nanosync.dataloader import evaluate, evaluation_batches
 from nanosync.distributed import finish, start
 from nanosync.errors import UserError, shown
 from nanosync.hardware import check_compile, make_deterministic, pick_dtype
+from nanosync.log_text import evaluation_line
 from nanosync.model_kind import MAX_LAYERS, ModelKind
 from nanosync.muon import build_muon
 from nanosync.optim import build_adamw
@@ -191,6 +192,7 @@ def estimate_losses(run: Run, model: nn.Module, autocast) -> dict[str, float] | 
 def evaluate_and_exit(run: Run, model: nn.Module, autocast) -> None:
     """Print the losses and exit, for eval_only."""
     losses = estimate_losses(run, model, autocast)
-    run.line(f"step {run.first_step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    run.line(evaluation_line(run.first_step, losses["train"], losses["val"],
+                             run.data.bits_per_byte(losses["val"])))
     finish(run.processes)
     raise SystemExit(0)

@@ -226,7 +226,8 @@ def test_nanogpts_folder_without_meta(run_script, tiny_data, tmp_path):
 
 
 def test_help(run_script):
-    for script in ("train.py", "train_reduced_sync.py", "sample.py", "hellaswag.py", "bench.py"):
+    for script in ("train.py", "train_reduced_sync.py", "sample.py", "hellaswag.py", "evaluate.py",
+                   "bench.py"):
         done = run_script(script, "--help")
         assert done.code == 0 and "--device='auto'" in done.out and "usage: python " + script in done.out
 

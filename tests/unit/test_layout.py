@@ -14,7 +14,7 @@ import sys
 from helpers import ROOT
 
 SCRIPTS = ("train.py", "train_reduced_sync.py", "train_gpt.py", "train_gpt_fast.py", "sample.py", "bench.py",
-           "hellaswag.py",
+           "hellaswag.py", "evaluate.py",
            "visualize_training.py", "estimate_training_time.py")
 TRAINING = SCRIPTS[:4]
 BELOW = {  # folder or file -> what of the repository it may import
@@ -70,6 +70,7 @@ def test_only_the_registry_imports_a_script():
         "benchmarks/peers.py": "the user's file of another project",
         "experiments/experiment_logger.py": "versions of packages",
         "nanosync/log_sinks.py": "optional packages",
+        "nanosync/lm_eval_adapter.py": "a package with the name of a script",
     }
     calls = ("import_module", "__import__", "run_path", "run_module", "spec_from_file_location")
     for path in python_files():

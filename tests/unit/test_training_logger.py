@@ -25,6 +25,7 @@ from helpers import no_constant, wandb_run
 
 from nanosync.errors import UserError
 from nanosync.hardware import named_peak_flops, peak_flops
+from nanosync.log_fields import curves_of
 from nanosync.log_sinks import check_installed
 from nanosync.log_text import lines_until
 from nanosync.run_log import read_log
@@ -112,6 +113,20 @@ def test_lines_and_events(tmp_path, capsys):
     assert read_log(str(tmp_path))[1:] == said(tmp_path)[1:]
 
 
+def test_bits_per_byte_are_at_the_end_of_the_line_and_a_curve(tmp_path, capsys):
+    """Of data whose bytes per token are known; the logs of other data have no such field."""
+    log = TrainingLogger()
+    log.open_files(str(tmp_path), {}, {})
+    log.evaluation(8, 3.0, 2.0, 1e-3, bits_per_byte=0.75)
+    log.evaluation(9, 3.0, 2.0, 1e-3)
+    log.close(status="finished", step=9, best_val_loss=2.0)
+    assert capsys.readouterr().out == ("step 8: train loss 3.0000, val loss 2.0000, bits per byte 0.7500\n"
+                                       "step 9: train loss 3.0000, val loss 2.0000\n")
+    _, known, unknown, _ = read_log(str(tmp_path))
+    assert known["bits_per_byte"] == 0.75 and "bits_per_byte" not in unknown
+    assert curves_of(known)["val/bits_per_byte"] == 0.75 and "val/bits_per_byte" not in curves_of(unknown)
+
+
 def test_log_has_the_lines_from_before_it_was_opened_and_is_appended_to(tmp_path, capsys):
     for name in ("first", "second"):
         log = TrainingLogger()
@@ -167,6 +182,8 @@ def test_a_resumed_run_goes_on_in_its_log(tmp_path, evaluated, killed):
     ("iter 7: loss 3.1, lr 1e-3", 8, True, 0, True), ("iter 8: loss 3.1", 8, True, 0, False),
     ("step 8: train loss 3.1, val loss 3.2", 8, True, 0, True),
     ("step 8: train loss 3.1", 8, False, 0, False),
+    ("step 8: train loss 3.1, val loss 3.2, bits per byte 1.5", 8, True, 0, True),
+    ("step:8/20 val_loss:3.1 train_time:5ms step_avg:nanms bits_per_byte:1.5", 8, False, 0, False),
     ("step 9: HellaSwag acc 0.2", 8, True, 0, False), ("step:8/20 val_loss:3.1", 8, True, 0, True),
     ("step:8/20 val_loss:3.1", 8, False, 0, False), ("step:8/20 train_loss:3.1", 8, False, 0, True),
     ("step:9/20 train_loss:3.1", 8, True, 0, False), ("saved checkpoint a b/step-00000008", 8, True, 0, True),
