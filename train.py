@@ -25,6 +25,7 @@ import models
 from configurator import check_choice, configure
 from nanosync import training_setup as setup
 from nanosync.dataloader import DataLoader, open_dataset
+from nanosync.diagnose import profiled
 from nanosync.distributed import env_rank
 from nanosync.evaluations import prepare_evaluations
 from nanosync.model_kind import schedule_description
@@ -39,6 +40,7 @@ eval_interval = 2000  # iterations between evaluations
 log_interval = 1  # iterations between log lines
 eval_iters = 200  # batches of batch_size in an evaluation, over all processes
 eval_only = False  # evaluate once and exit, without writing files
+diagnose = 0  # profile so many steps after the first 10, print where their time goes, and exit
 save_checkpoint = True  # False: write no checkpoint at all, if only the losses are of interest
 always_save_checkpoint = True  # save at every evaluation; False: only if the val loss is the lowest so far
 checkpoint_interval = 250  # iterations between further checkpoints, 0 for none
@@ -150,7 +152,7 @@ loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size
                     processes.dp_rank, processes.dp_size, run.sample)
 run.begin(loader, tokens_per_iter, model.flops_per_token(block_size) * tokens_per_iter, parallel.dtype,
           shared_generator, kind=model_type)
-for it in run.iterations():
+for it in profiled(run):
     lr = learning_rate
     if decay_lr:
         lr = cosine_learning_rate(it, learning_rate, min_lr, warmup_iters, lr_decay_iters)

@@ -46,7 +46,7 @@ class Run:
                  steps: str = "max_iters"):
         """Lock out_dir, find the checkpoint that a resumed run continues, and take its settings.
 
-        With eval_only nothing is locked or written. Raises UserError.
+        With eval_only or diagnose nothing is locked or written. Raises UserError.
 
         kinds: all kinds of model; own: names of the kinds that the script trains.
         steps: name of the setting with the number of updates.
@@ -54,7 +54,7 @@ class Run:
         self.config, self.processes, self.kinds, self.steps = config, processes, kinds, steps
         self.log = TrainingLogger(active=processes.main)
         self.line = self.log.line
-        self.writes, self._lock = not config.get("eval_only", False), None
+        self.writes, self._lock = not (config.get("eval_only") or config.get("diagnose")), None
         out_dir = config["out_dir"]
         if self.writes:
             check_installed(config.get("use_tensorboard", False), config.get("wandb_log", False))

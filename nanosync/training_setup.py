@@ -9,6 +9,7 @@ from configurator import check_at_least, check_at_most, check_choice, check_seed
 from kernels import usable
 from nanosync.checkpoint import exit_with_listing
 from nanosync.dataloader import evaluate, evaluation_batches
+from nanosync.diagnose import check_diagnosis, only_diagnose
 from nanosync.distributed import finish, start
 from nanosync.errors import UserError, shown
 from nanosync.hardware import check_compile, make_deterministic, pick_dtype
@@ -38,6 +39,7 @@ def check_training_settings(config: dict) -> None:
     check_seed(config)
     check_parallelism(config)
     check_optimizer(config)
+    check_diagnosis(config)
     resume_of(config)  # init_from may contradict it
 
 
@@ -106,6 +108,7 @@ def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallel
         make_deterministic()
     tp_processes, total = config["tp_processes"], config["gradient_accumulation_steps"]
     processes = start(config["device"], config["backend"], config["timeout"], tp_processes, config)
+    only_diagnose(config, processes.device)
     if config["use_triton"] == "auto":
         config["use_triton"] = usable(torch.empty(0, device=processes.device))
     parallel = parallelism_of(config, processes, pick_dtype(config["dtype"], processes.device))
@@ -158,7 +161,7 @@ def prepare_training(run: Run, model: nn.Module, parallel: Parallelism) -> tuple
     elif config["compile"]:
         run.line("not compiling: dropout masks on real TP ranks come from a shared generator")
     trained = parallel.prepare(model, compiled)
-    if not run.writes:  # eval_only
+    if config["eval_only"]:
         return trained, autocast, None
     shared = model.share_dropout(config["seed"], processes.dp_rank, processes.device) if real_ranks else None
     with autocast:
