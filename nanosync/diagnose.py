@@ -1,7 +1,8 @@
 """--diagnose=N: train some steps, profile the next N, print where their time goes, and end.
 
-A diagnosis locks, archives and saves nothing. It writes one file, the Chrome trace in out_dir. step_profile.py
-attributes the time. The profiler slows down the host, so the table also has the time of steps without it.
+A diagnosis locks, archives and saves nothing. It writes one file, the Chrome trace in out_dir.
+step_profile.py attributes the time. The profiler slows down the host, so the time of steps without it is
+printed, too.
 """
 
 import os

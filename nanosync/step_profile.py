@@ -50,7 +50,7 @@ WORDS = (
 )
 PATTERNS = tuple((row, re.compile(pattern)) for row, pattern in WORDS)
 FUSED = re.compile(r"^triton_(poi|per|red)_|cpp_fused")  # of torch.compile, and never a product itself
-MOVES = re.compile(r".*fused_+((_?to_copy|clone|cat|copy|view|transpose|permute|slice|t|unsqueeze|squeeze|"
+MOVES = re.compile(r".*fused_+((to_copy|clone|cat|copy|view|transpose|permute|slice|t|unsqueeze|squeeze|"
                    r"expand|split|stack|select|zeros|full)_*)+\d*")  # a kernel of FUSED that copies only
 GENERIC = (ELEMENTWISE, COPIES, OTHER)  # rows that the calling operator may know better
 # operators whose own time is the host's: the autograd engine, what torch.compile wraps around its kernels
@@ -97,7 +97,7 @@ def row_of(name: str) -> str | None:
     if MACHINERY.search(name) and not name.startswith(("aten::", "nanosync::")):
         return None
     row = next((row for row, pattern in PATTERNS if pattern.search(name)), OTHER)
-    if FUSED.search(name) and row in (PRODUCTS, COPIES):
+    if FUSED.search(name) and row in (PRODUCTS, COPIES, ELEMENTWISE):
         return COPIES if MOVES.fullmatch(name) else ELEMENTWISE
     return row
 
