@@ -1,4 +1,4 @@
-"""--diagnose in the training scripts: sleeps in a run, what is written, what is left alone. CPU; half a minute.
+"""--diagnose in the training scripts: sleeps in a run, what is written, what is left alone. CPU; a minute.
 
     python -m pytest tests/scripts/test_diagnose_runs.py
 """
