@@ -39,6 +39,7 @@ PATHS = ("out_dir", "init_from", "resume", "dataset", "hellaswag_input", "input"
          "run_log")  # settings that are paths, or may be: ~ is the user's home in them
 NOT_UTF8 = "is not UTF-8" if sys.getfilesystemencoding() == "utf-8" else \
     f"cannot be read in a locale of {sys.getfilesystemencoding()}: set LC_ALL=C.UTF-8"
+NUMBER_OR_AUTO = (int, str)  # the types of a setting that is a number or 'auto', and no other text
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -331,7 +332,7 @@ def read_value(setting: Setting, text: str, where: str):
         value = text
     except (ValueError, SyntaxError, TypeError, ArithmeticError, MemoryError, RecursionError):
         value = text
-    if str in allowed and type(value) not in allowed and not (int in allowed and type(value) is float):
+    if str in allowed and type(value) not in allowed and allowed != NUMBER_OR_AUTO:
         value = text  # --out_dir=2026
     return check_type(setting, value, where)
 
@@ -371,9 +372,10 @@ def check_type(setting: Setting, value, where: str):
         raise UserError(f"{e} ({where})") from None
     if type(value) is str and setting.name in PATHS:
         value = expand_path(value)
-    if not allowed or type(value) in allowed:
+    wrong_text = allowed == NUMBER_OR_AUTO and type(value) is str and value != "auto"
+    if not allowed or (type(value) in allowed and not wrong_text):
         return value
-    names = {bool: "True/False", type(None): "None"}
+    names = {bool: "True/False", type(None): "None", str: "'auto'" if allowed == NUMBER_OR_AUTO else "str"}
     expected = " or ".join(names.get(t, t.__name__) for t in allowed)
     raise UserError(f"{setting.name}={shown(value)} ({where}) is of type {type(value).__name__}; "
                     f"it must be {expected}{form(setting.name, allowed, value, where == 'the command line')}")

@@ -17,7 +17,6 @@ from nanosync.distributed import all_values
 from nanosync.errors import UserError, shown
 from nanosync.memory import memory_owners
 from nanosync.parallelism import Parallelism
-from nanosync.setting_hints import form
 
 AUTO = "auto"
 FILL = 0.92  # share of the free memory for tensors; the rest is for fragments, NCCL and libraries
@@ -25,13 +24,8 @@ FILL = 0.92  # share of the free memory for tensors; the rest is for fragments, 
 
 def check_batch_size(config: Config) -> None:
     """Raise UserError for a wrong batch_size, before any work is done."""
-    value, where = config["batch_size"], config.origin["batch_size"]
-    if type(value) is int:
+    if config["batch_size"] != AUTO:
         return check_at_least(config, 1, "batch_size")
-    if value != AUTO:
-        shown_where = "the command line" if where == "command line" else where
-        raise UserError(f"batch_size={shown(value)} ({shown_where}) is of type str; it must be int or 'auto'"
-                        f"{form('batch_size', (int,), value, where == 'command line')}")
     before = config.replaced.get("batch_size")
     if type(before) is not int or before < 1:
         raise UserError(f"batch_size='auto' replaces batch_size={shown(before)}, and an update has the "
