@@ -34,8 +34,8 @@ WAIT = "nanosync::wait_for_data"  # DataLoader.next's marker
 # The first pattern that a name matches decides, in lower case. Kernels without a word of their own are of
 # kernels/: _forward_kernel and _backward_kernel normalise, _grad_kernel is of the loss, _kernel a product.
 WORDS = (
-    (COMMUNICATION, r"nccl|rccl|gloo|c10d|reducer|all_?reduce|all_?gather|reduce_?scatter|symm_mem|one_shot|"
-                    r"two_shot|multimem|_exchange_kernel"),
+    (COMMUNICATION, r"nccl|rccl|gloo|c10d|reducer::|all_?reduce|all_?gather|reduce_?scatter|symm_mem|"
+                    r"one_shot|two_shot|multimem|_exchange_kernel"),
     (OPTIMIZER, r"^optimizer\.|multi_tensor_apply|adam|_foreach_|lpnorm|linalg_vector_norm|muon|_amp_"),
     (LOSS, r"cross_entropy|log_?softmax|nll_?loss|logsumexp|_lse_kernel|^_grad_kernel"),
     (NORMS, r"layer_?norm|rms_?norm|qk_norm|gammabeta|rsqrt|^_(forward|backward)_kernel|_column_sums_kernel"),
@@ -55,7 +55,8 @@ MOVES = re.compile(r".*fused_+((to_copy|clone|cat|copy|view|transpose|permute|sl
 GENERIC = (ELEMENTWISE, COPIES, OTHER)  # rows that the calling operator may know better
 # operators whose own time is the host's: the autograd engine, what torch.compile wraps around its kernels
 MACHINERY = re.compile(r"^autograd::engine|^torch-compiled|^compiledfunction|^torchdynamo|^aotdispatcher|"
-                       r"^torch::autograd|^generatedbackwardfor|^pregraph bytecode|^## call|backward\d*$")
+                       r"^torch::autograd|^generatedbackwardfor|^pregraph bytecode|^## call|"
+                       r"^_?[a-z0-9]+backward\d*$")
 DEVICE, HOST, LAUNCH = ("kernel", "gpu_memcpy", "gpu_memset"), ("cpu_op", "user_annotation"), \
     ("cuda_runtime", "cuda_driver", "hip_runtime", "hip_driver")
 TOP = 5  # names of the row `other` that the table shows
@@ -109,7 +110,9 @@ def row_within(outer: str | None, name: str) -> str | None:
         return own
     if outer in (OPTIMIZER, ATTENTION) or (outer == LOSS and own == ATTENTION):  # a softmax of the loss
         return outer
-    return outer if own is None or (own in GENERIC and outer not in (None, *GENERIC)) else own
+    if own is None or (own == OTHER and outer is not None):
+        return outer
+    return outer if own in GENERIC and outer not in (None, *GENERIC) else own
 
 
 def profile_of(events: list[dict]) -> StepProfile:
@@ -168,8 +171,9 @@ class Thread:
             row = WAITING if e["name"] == WAIT else row_within(outer, e["name"])
             if e["cat"] == "user_annotation" and row not in (WAITING, OPTIMIZER):
                 row = outer  # a label is no operator
-            counts = row == WAITING or (e["cat"] == "cpu_op" and row is not None
-                                        and row_of(e["name"]) is not None)
+            own = row_of(e["name"])
+            host = own is None or (own == OTHER and "::" not in e["name"])  # Python's autograd functions, too
+            counts = row == WAITING or (e["cat"] == "cpu_op" and row is not None and not host)
             self._stack.append((e["ts"] + e["dur"], row, counts, e["name"]))
             self._count_flops(e, row)
         self._close(end)
