@@ -5,18 +5,21 @@
 The memory is a function here; on a GPU it is measured.
 """
 
+import contextlib
 import math
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import settings_error
+from helpers import random_model, settings_error
 
 from configurator import Config
 from nanosync import batch_size
 from nanosync.batch_size import FILL, largest_fit, settle_batch_size, stored_size
+from nanosync.distributed import Processes
 from nanosync.errors import UserError
+from nanosync.parallelism import Parallelism
 
 
 def divisors(n):
@@ -118,8 +121,31 @@ def test_each_of_several_processes_has_its_share(gpu):
 
 def test_one_sequence_that_is_too_large(gpu, monkeypatch):
     monkeypatch.setattr(batch_size, "_peak", lambda *arguments: math.inf)
-    with pytest.raises(UserError, match="one sequence of 1024 tokens needs more than 92.0 GiB"):
+    with pytest.raises(UserError, match=r"one sequence of 1024 tokens needs more than 92\.0 GiB"):
         settled(ToyRun("cuda:0"))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_measurement_leaves_the_model_as_it_is(monkeypatch, fails):
+    """The passes of a measurement, with a CPU in place of the GPU."""
+    for name, result in (("empty_cache", None), ("reset_peak_memory_stats", None), ("synchronize", None),
+                         ("max_memory_allocated", 123)):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments, result=result: result)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    model, seen = random_model(torch.float32), []
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    parallel = Parallelism(Processes(0, 1, 0, torch.device("cpu"), None), torch.float32)
+
+    def look(module, arguments):
+        seen.append((arguments[0].shape, any(p.grad is not None for p in model.parameters())))
+        if fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(look)
+    peak = batch_size._peak(model, parallel, (3, 16), compiled=False)
+    assert peak == (math.inf if fails else 123)
+    assert seen == ([((3, 16), False)] if fails else [((3, 16), False), ((3, 16), True)])
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_a_cpu_keeps_the_number_that_auto_replaced():
