@@ -1,6 +1,7 @@
 # make demo    install the core, train a small GPT on the Python standard library's source and sample from it
 # make test    install everything, then run the tests
 # make lint    check style
+# make doctor  check GPU, driver, PyTorch, compiler, collectives, disk; print what mends a part
 # make lock    write requirements.lock again; a version that still fits stays (needs uv)
 # make clean   delete the environment and what the demo wrote
 #
@@ -26,7 +27,7 @@ ifneq ($(and $(TORCH),$(LOCKED)),)
 $(error TORCH=$(TORCH) is another build than that of requirements.lock: leave out TORCH or LOCKED)
 endif
 
-.PHONY: demo test test-processes test-rest test-kernels lint lock clean .venv
+.PHONY: demo test test-processes test-rest test-kernels lint doctor lock clean .venv
 
 demo: $(CORE)
 	$(BIN)/python data/python_source/prepare.py
@@ -90,6 +91,10 @@ test-kernels:
 
 lint: $(ALL)
 	$(BIN)/ruff check .
+
+# also where nothing is installed yet
+doctor:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m nanosync.doctor
 
 lock:
 	uv pip compile pyproject.toml --all-extras --universal --python-version=3.10 --no-python-downloads --generate-hashes \

@@ -39,6 +39,7 @@ PATHS = ("out_dir", "init_from", "resume", "dataset", "hellaswag_input", "input"
          "run_log", "against", "lm_eval_path")  # settings that may be paths: ~ is the user's home in them
 NOT_UTF8 = "is not UTF-8" if sys.getfilesystemencoding() == "utf-8" else \
     f"cannot be read in a locale of {sys.getfilesystemencoding()}: set LC_ALL=C.UTF-8"
+NUMBER_OR_AUTO = (int, str)  # the types of a setting that is a number or 'auto', and no other text
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -54,17 +55,18 @@ class Setting:
 
 class Config(dict):
     """Resolved settings, name -> value. `origin`: name -> source of the value, '' for the script's default.
+    `replaced`: name -> the value before the last assignment by a file or the command line.
 
     Assigning to a setting also assigns to the script's global of the same name.
     """
 
     def __init__(self, values: dict, origin: dict[str, str], namespace: dict | None = None,
-                 settings: dict[str, Setting] | None = None):
+                 settings: dict[str, Setting] | None = None, replaced: dict | None = None):
         """Store values and origins. namespace: globals() of the script; settings: by name, for their types.
         """
         super().__init__(values)
         self.origin, self._namespace = origin, {} if namespace is None else namespace
-        self.settings = settings or {}
+        self.settings, self.replaced = settings or {}, replaced or {}
 
     def __setitem__(self, name: str, value) -> None:
         super().__setitem__(name, value)
@@ -107,7 +109,7 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
     for other in map(script_defaults, others):
         settings |= {setting.name: setting for setting in read_settings(other)}
         values |= {name: other[name] for name in settings if name in other}
-    origin = dict.fromkeys(settings, "")
+    origin, replaced = dict.fromkeys(settings, ""), {}
     argv = join_values(argv, settings)
     without = [arg for arg in argv if not arg.startswith("-")]
     taken = [arg for arg in without if takes and not arg.endswith(".py")]
@@ -117,16 +119,16 @@ def configure(namespace: dict, argv: list[str] | None = None, rank: int = 0, oth
     given = [parse_argument(arg, settings) for arg in arguments]  # before a value is taken for a file
     for path in (arg for arg in without if arg not in taken):
         for name, value in run_config_file(path, values, settings).items():
-            values[name], origin[name] = value, path
+            replaced[name], values[name], origin[name] = values[name], value, path
     for variable in sorted(v for v in os.environ if environment and v.startswith(environment)):
         name, where = variable.removeprefix(environment).lower(), f"the environment's {variable}"
         if name not in settings:
             raise unknown_key(name, settings, where)
         values[name], origin[name] = read_value(settings[name], os.environ[variable], where), variable
     for name, value in given:
-        values[name], origin[name] = value, "command line"
+        replaced[name], values[name], origin[name] = values[name], value, "command line"
     namespace.update({name: values[name] for name in own})
-    return Config(values, origin, namespace, settings)
+    return Config(values, origin, namespace, settings, replaced)
 
 
 def asks_for_help(argv: list[str]) -> bool:
@@ -330,7 +332,7 @@ def read_value(setting: Setting, text: str, where: str):
         value = text
     except (ValueError, SyntaxError, TypeError, ArithmeticError, MemoryError, RecursionError):
         value = text
-    if str in allowed and type(value) not in allowed:
+    if str in allowed and type(value) not in allowed and allowed != NUMBER_OR_AUTO:
         value = text  # --out_dir=2026
     return check_type(setting, value, where)
 
@@ -370,9 +372,10 @@ def check_type(setting: Setting, value, where: str):
         raise UserError(f"{e} ({where})") from None
     if type(value) is str and setting.name in PATHS:
         value = expand_path(value)
-    if not allowed or type(value) in allowed:
+    wrong_text = allowed == NUMBER_OR_AUTO and type(value) is str and value != "auto"
+    if not allowed or (type(value) in allowed and not wrong_text):
         return value
-    names = {bool: "True/False", type(None): "None"}
+    names = {bool: "True/False", type(None): "None", str: "'auto'" if allowed == NUMBER_OR_AUTO else "str"}
     expected = " or ".join(names.get(t, t.__name__) for t in allowed)
     raise UserError(f"{setting.name}={shown(value)} ({where}) is of type {type(value).__name__}; "
                     f"it must be {expected}{form(setting.name, allowed, value, where == 'the command line')}")

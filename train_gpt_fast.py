@@ -29,6 +29,7 @@ from kernels.relu_squared import relu_squared_mlp
 from model import padded_vocab_size
 from nanosync.checkpoint import exit_with_listing
 from nanosync.dataloader import DataLoader, evaluate, evaluation_batches, open_dataset
+from nanosync.diagnose import check_diagnosis, profiled
 from nanosync.distributed import env_rank
 from nanosync.errors import UserError, shown
 from nanosync.hardware import peak_memory
@@ -93,6 +94,7 @@ scalar_learning_rate = 0.04  # factors and gates
 val_loss_every = 250  # steps between evaluations, 0: only at the end
 val_tokens = 10485760  # tokens of an evaluation, the first of the val split; rounded down to whole sequences
 log_interval = 1  # steps between train_loss lines
+diagnose = 0  # profile so many steps after the first 10, print where their time goes, and exit
 save_checkpoint = True  # save at the end, and when interrupted
 checkpoint_interval = 0  # steps between further checkpoints, 0 for none
 keep_checkpoints = 2  # number of checkpoints to keep, the newest; the best is kept as well
@@ -475,6 +477,7 @@ def check_settings(config: dict) -> None:
     check_at_most(config, MAX_LAYERS, "n_layer")
     check_at_least(config, 1e-9, "muon_learning_rate")  # so that ratios to the other rates are finite
     check_seed(config)
+    check_diagnosis(config)
 
 
 if __name__ == "__main__":
@@ -553,7 +556,7 @@ if __name__ == "__main__":
     if compile:
         warm_up()
     clock.start()
-    for step in run.iterations():
+    for step in profiled(run):
         last = step == num_iterations
         save_due = step > 0 and ((last and save_checkpoint) or
                                  (run.is_due(checkpoint_interval) and step % checkpoint_interval == 0))

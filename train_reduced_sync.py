@@ -22,7 +22,9 @@ import torch
 import models
 from configurator import configure
 from nanosync import training_setup as setup
+from nanosync.batch_size import settle_batch_size
 from nanosync.dataloader import DataLoader, open_dataset
+from nanosync.diagnose import profiled
 from nanosync.distributed import env_rank
 from nanosync.errors import UserError
 from nanosync.evaluations import prepare_evaluations
@@ -48,6 +50,7 @@ eval_interval = 2000  # iterations between evaluations
 log_interval = 1  # iterations between log lines
 eval_iters = 200  # batches of batch_size in an evaluation, over all processes
 eval_only = False  # evaluate once and exit, without writing files
+diagnose = 0  # profile so many steps after the first 10, print where their time goes, and exit
 save_checkpoint = True  # False: write no checkpoint at all, if only the losses are of interest
 always_save_checkpoint = True  # save at every evaluation; False: only if the val loss is the lowest so far
 checkpoint_interval = 250  # iterations between further checkpoints, 0 for none
@@ -70,7 +73,7 @@ wandb_run_name = "gpt2"
 # data
 dataset = "openwebtext"  # a folder in data/, or a path
 gradient_accumulation_steps = 5 * 8  # micro-batches of an update, over all data-parallel models
-batch_size = 12  # sequences of a micro-batch
+batch_size: int | str = 12  # sequences of a micro-batch; 'auto': as many as fit, same tokens an iteration
 block_size = 1024  # tokens of a sequence
 document_mask = False  # attention does not cross documents; the data needs end-of-text tokens
 # model
@@ -126,7 +129,7 @@ def check_settings(config: dict) -> None:
 
 
 check_settings(config)
-parallel, micro_steps = setup.start_processes(config, models.KINDS)
+parallel = setup.start_processes(config, models.KINDS)
 processes, device = parallel.processes, parallel.processes.device
 
 # a resumed checkpoint decides the architecture, and so the length of the data's windows
@@ -140,6 +143,7 @@ model = models.model_for_training(run, "reduced_sync_gpt", parallel, evaluations
 optimizer = setup.build_optimizer(model, config, parallel)
 scaler = torch.amp.GradScaler(device.type, enabled=parallel.dtype == torch.float16)
 run.restore(model, optimizer, scaler)
+settle_batch_size(run, model, optimizer, parallel)
 run.line(model.announcement())
 run.open()
 setup.describe_start(run, model, parallel)
@@ -153,12 +157,13 @@ if eval_only:
 
 # training loop
 stop_step, stop_loss = parse_stop_if(stop_if)
+micro_steps = gradient_accumulation_steps // processes.dp_size
 tokens_per_iter = batch_size * block_size * gradient_accumulation_steps
 loader = DataLoader(data.train, batch_size, micro_steps, model.config.vocab_size, seed, device,
                     processes.dp_rank, processes.dp_size, run.sample)
 run.begin(loader, tokens_per_iter, model.flops_per_token(block_size) * tokens_per_iter, parallel.dtype,
           shared_generator, kind="reduced_sync_gpt")
-for it in run.iterations():
+for it in profiled(run):
     lr = learning_rate
     if decay_lr:
         lr = cosine_learning_rate(it, learning_rate, min_lr, warmup_iters, lr_decay_iters)

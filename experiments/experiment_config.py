@@ -235,6 +235,9 @@ def check_settings(config: dict, where: str) -> None:
             if key not in settings:
                 raise unknown_key(key, settings, f"{part} of {where}")
             config[part] = config[part] | {key: check_type(settings[key], value, f"{part} of {where}")}
+            if key == "batch_size" and isinstance(value, str):
+                raise UserError(f"{part} of {where}: {key}={shown(value)} must be a number: runs to "
+                                f"compare have the same micro-batches on every machine")
             if len(str(value)) > MAX_VALUE:
                 raise UserError(f"{part} of {where}: {key}={shown(value)} is too long for a command line")
     steps, key = num_iterations(config), steps_key(config)

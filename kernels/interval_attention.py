@@ -123,7 +123,7 @@ if triton is not None:
         return acc, row_max, row_sum
 
     @triton.jit
-    def _forward_kernel(
+    def _attention_forward_kernel(
         q_ptr, k_ptr, v_ptr,  # (B, T, H, D)
         first_ptr,  # (B, T)
         out_ptr,  # (B, T, H, D)
@@ -298,7 +298,7 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Ten
     B, T, H, _ = q.shape
     out, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
     config = CONFIGS["forward"]
-    wrap_triton(_forward_kernel)[(triton.cdiv(T, config["BLOCK_M"]), B * H)](
+    wrap_triton(_attention_forward_kernel)[(triton.cdiv(T, config["BLOCK_M"]), B * H)](
         q, k, v, first.contiguous(), out, lse, scale * LOG2E, **_sizes(q), **config)
     return out, lse
 

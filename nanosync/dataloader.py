@@ -21,12 +21,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from nanosync import tokenizers
 from nanosync.bits_per_byte import bits_per_byte, stated_bytes_per_token
 from nanosync.distributed import all_reduce_sum
 from nanosync.errors import UserError
 from nanosync.files import ROOT, dataset_folder
+from nanosync.step_profile import WAIT
 from nanosync.token_files import FORMATS, check_counts, open_tokens, read_meta, split_files
 
 CHECK_TOKENS = 500_000_000  # tokens of a split, evenly spread, that are compared with the vocabulary
@@ -281,7 +283,8 @@ class DataLoader:
 
         Targets that do not count are -1.
         """
-        batch = self._ready.get()
+        with record_function(WAIT):
+            batch = self._ready.get()
         if isinstance(batch, Exception):
             raise batch
         self._step += 1

@@ -12,6 +12,8 @@ from collections.abc import Collection
 from traceback import format_exception
 
 before_exit = []  # functions to call when an error ends the process
+memory_owners = []  # at most one function that returns owner -> bytes, see memory.py
+ACTIVATIONS = "activations and temporary tensors"  # the owner of what no other owner has
 
 # Modules of the packages in requirements-extras.txt that scripts import
 EXTRAS = ("datasets", "huggingface_hub", "matplotlib", "pyarrow", "requests", "scipy", "tensorboard",
@@ -177,13 +179,24 @@ def _message_for_user(kind: type, error: BaseException, settings: Collection[str
     # by name, because PyTorch is not imported here; on a CPU PyTorch raises a RuntimeError
     if issubclass(kind, MemoryError) or kind.__name__ == "OutOfMemoryError" \
             or "DefaultCPUAllocator" in str(error):
-        # a script with device_batch_size has only so many sequences in memory at a time
-        sizes = ("device_batch_size", "sequence_length") if "device_batch_size" in settings else \
-            ("batch_size", "block_size")
-        smaller = " or ".join([*(name for name in sizes if name in settings), "model"])
-        switches = [f"--{name}" for name in ("activation_checkpointing=block", "use_fsdp")
-                    if name.partition("=")[0] in settings]
-        others = f", or {' or '.join(switches)}" if switches else ""
-        reason = (str(error).splitlines() or [kind.__name__])[0]
-        return f"out of memory: use a smaller {smaller}{others} ({reason})"
+        return _out_of_memory((str(error).splitlines() or [kind.__name__])[0], settings)
     return None
+
+
+def _out_of_memory(reason: str, settings: Collection[str]) -> str:
+    """Return the message for an error without memory: what to set, first what helps the largest owner."""
+    owners = {}
+    with contextlib.suppress(Exception):  # a report must not hide the error
+        owners = {name: size for name, size in memory_owners[0]().items() if size}
+    # a script with device_batch_size has only so many sequences in memory at a time
+    smaller = ["device_batch_size", "sequence_length"] if "device_batch_size" in settings else \
+        ["batch_size", "block_size"]
+    smaller, switches = [*smaller, "model"], ["activation_checkpointing=block", "use_fsdp"]
+    if ACTIVATIONS in owners and next(iter(owners)) != ACTIVATIONS:  # the model and its state are largest
+        smaller, switches = ["model", *smaller[:-1]], ["use_fsdp", "use_zero1", *switches[:1]]
+    smaller = [name for name in smaller if name in settings or name == "model"]
+    switches = [f"--{name}" for name in switches if name.partition("=")[0] in settings]
+    others = f", or {' or '.join(switches)}" if switches else ""
+    held = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in owners.items())
+    return f"out of memory: use a smaller {' or '.join(smaller)}{others} ({reason})" + \
+        f"; {'at the peak' if ACTIVATIONS in owners else 'in memory'}: {held}" * bool(held)

@@ -12,16 +12,20 @@ import torch
 from nanosync.errors import UserError
 from nanosync.files import ROOT
 
-PEAK_TFLOPS = {  # dense, from the data sheets; shortened name, see named_peak_flops -> (bf16 and fp16, tf32)
+PEAK_TFLOPS = {  # dense, with fp32 sums; shortened name, see named_peak_flops -> (bf16 and fp16, tf32)
+    "B200": (2250.0, 1125.0),  # NVIDIA HGX B200 data sheet: half of the figures with sparsity
     "H200": (989.5, 494.7), "H100": (989.5, 494.7), "H100 PCIE": (756.0, 378.0), "GH200": (989.5, 494.7),
-    "B200": (2250.0, 1125.0), "A100": (312.0, 156.0), "A100 PCIE": (312.0, 156.0), "A800": (312.0, 156.0),
-    "A800 PCIE": (312.0, 156.0), "A10G": (70.0, 35.0), "L40S": (362.0, 183.0), "L4": (121.0, 60.0),
-    "RTX 4090": (165.2, 82.6), "RTX 3090": (71.0, 35.6), "V100": (125.0, None), "V100 PCIE": (112.0, None),
-    "T4": (65.0, None),
-}
+    "A100": (312.0, 156.0), "A100 PCIE": (312.0, 156.0), "A800": (312.0, 156.0), "A800 PCIE": (312.0, 156.0),
+    "A10": (125.0, 62.5), "A10G": (70.0, 35.0), "L40S": (362.0, 183.0), "L4": (121.0, 60.0),
+    "RTX 5090": (209.5, 104.8),  # NVIDIA RTX Blackwell architecture white paper
+    "RTX 4090": (165.2, 82.6),  # NVIDIA Ada architecture white paper
+    "RTX A6000": (154.8, 77.4), "RTX 3090": (71.0, 35.6),  # NVIDIA GA102 architecture white paper
+    "V100": (125.0, None), "V100 PCIE": (112.0, None), "T4": (65.0, None),
+    "MI300X": (1307.4, 653.7),  # AMD Instinct MI300X data sheet
+}  # Apple publishes no figure for matrix products of its M series, and mps has no entry
 NO_BF16 = ("V100", "V100 PCIE", "T4")
 # words of a name that do not change the peak: maker and family, memory, module of the fastest version
-IGNORED_NAME_WORDS = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB?|HBM3E?|SXM\d")
+IGNORED_NAME_WORDS = re.compile(r"NVIDIA|GEFORCE|TESLA|AMD|INSTINCT|\d+GB?|HBM3E?|SXM\d|OAM")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -33,7 +37,9 @@ def named_peak_flops(name: str, dtype: torch.dtype) -> float | None:
     """Return peak_flops of a device's name.
 
     The whole name must match, apart from IGNORED_NAME_WORDS: an H100 NVL, a MIG slice and a laptop's RTX 4090
-    have other peaks than an H100 and an RTX 4090.
+    have other peaks than an H100 and an RTX 4090. Source: the vendors' data sheets and white papers of the
+    architectures, tensor cores, without sparsity. Data sheets that list figures with sparsity count twice the
+    operations.
     """
     words = re.split(r"[ -]+", name.strip().upper())
     bare = " ".join(word for word in words if not IGNORED_NAME_WORDS.fullmatch(word))

@@ -36,6 +36,10 @@ class Parallelism:
         """True if FSDP divides the model. With a single data-parallel process FSDP divides nothing."""
         return self.fsdp and self.processes.dp_size > 1
 
+    def autocast(self):
+        """Return the context of forward passes, in which products have the compute dtype."""
+        return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
     @property
     def optimizer_group(self):
         """Group over which the optimizer's state is sharded, None for no sharding."""

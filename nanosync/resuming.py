@@ -7,6 +7,7 @@ import torch
 from configurator import Config, check_type
 from nanosync import run_dir
 from nanosync.checkpoint import UNREADABLE, Checkpoint, find, find_resumed, steps_in
+from nanosync.diagnose import check_steps
 from nanosync.distributed import Job, Processes, all_values, on_main
 from nanosync.errors import UserError, shown
 from nanosync.foreign_weights import advice
@@ -39,6 +40,8 @@ def start_from(config: Config, processes: Processes, say, kinds: dict[str, Model
     Return the same as find_checkpoint. Raises UserError. own: names of the kinds that the script trains.
     """
     resumed, restarted = find_checkpoint(config, processes, say, kinds)
+    if config.get("diagnose"):
+        check_steps(config, 0 if resumed is None else resumed.step)
     if resumed is not None:
         check_kind(resumed, kinds, own)
         take_settings(config, resumed, kinds)
@@ -56,7 +59,7 @@ def find_checkpoint(config: Config, processes: Processes, say, kinds: dict[str, 
     say: function that prints a line. kinds: see open_checkpoint.
     """
     resume, out_dir, group = resume_of(config), config["out_dir"], processes.group
-    restarted = not config.get("eval_only", False) and is_restart(out_dir, group)
+    restarted = not (config.get("eval_only") or config.get("diagnose")) and is_restart(out_dir, group)
     if restarted:
         say(f"restarted by torchrun: the run in {out_dir} continues")
     if restarted or resume == "auto":

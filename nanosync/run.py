@@ -31,6 +31,7 @@ from nanosync.distributed import Job, Processes, agree, any_process, barrier, fi
 from nanosync.errors import UserError, before_exit, exit_now
 from nanosync.hardware import environment, peak_flops, peak_memory
 from nanosync.log_sinks import check_installed
+from nanosync.memory import watch_memory
 from nanosync.model_kind import ModelKind
 from nanosync.optimizer_state import load_state_by_name
 from nanosync.random_states import resume_random_states, seed_random_states
@@ -46,7 +47,7 @@ class Run:
                  steps: str = "max_iters"):
         """Lock out_dir, find the checkpoint that a resumed run continues, and take its settings.
 
-        With eval_only nothing is locked or written. Raises UserError.
+        With eval_only or diagnose nothing is locked or written. Raises UserError.
 
         kinds: all kinds of model; own: names of the kinds that the script trains.
         steps: name of the setting with the number of updates.
@@ -54,7 +55,7 @@ class Run:
         self.config, self.processes, self.kinds, self.steps = config, processes, kinds, steps
         self.log = TrainingLogger(active=processes.main)
         self.line = self.log.line
-        self.writes, self._lock = not config.get("eval_only", False), None
+        self.writes, self._lock = not (config.get("eval_only") or config.get("diagnose")), None
         out_dir = config["out_dir"]
         if self.writes:
             check_installed(config.get("use_tensorboard", False), config.get("wandb_log", False))
@@ -64,8 +65,7 @@ class Run:
         self.continues = self.resumed is not None and run_dir.belongs_to(self.resumed, out_dir)
         self.tp = {"tp_processes": config["tp_processes"]} if "tp_processes" in config else {}
         self.environment = environment(processes.device) | {"world_size": processes.world_size, **self.tp}
-        self.last_step = config[steps]
-        self.step = self.first_step = 0
+        self.last_step, self.step, self.first_step = config[steps], 0, 0
         self.best_val_loss, self.val_loss = math.inf, None  # val_loss: of this step, if measured
         self.stopping, self.status, self.signals = False, "finished", None
         job, self._extra_status = Job.of_process(), dict
@@ -86,6 +86,7 @@ class Run:
         """Load states and counters of a resumed run, whose model has its weights. Exit if no step is left.
         Raises UserError."""
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        watch_memory(model, optimizer, self.processes.device)
         if self.resumed is None:
             return
         state = self.resumed.state

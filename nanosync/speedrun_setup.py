@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from nanosync.dataloader import Split
+from nanosync.diagnose import only_diagnose
 from nanosync.distributed import Processes, start
 from nanosync.errors import UserError
 from nanosync.hardware import check_compile, make_deterministic, pick_dtype
@@ -15,6 +16,7 @@ def start_processes(config: dict) -> tuple[Processes, torch.dtype]:
     if config["deterministic"]:
         make_deterministic()
     processes = start(config["device"], config["backend"], config["timeout"], settings=config)
+    only_diagnose(config, processes.device)
     compute_dtype = pick_dtype(config["dtype"], processes.device)
     if compute_dtype == torch.float16:
         raise UserError("dtype='float16' needs scaled losses, which this script does not have: use "

@@ -7,8 +7,10 @@ import torch.nn as nn
 
 from configurator import check_at_least, check_at_most, check_choice, check_seed
 from kernels import usable
+from nanosync.batch_size import check_batch_size
 from nanosync.checkpoint import exit_with_listing
 from nanosync.dataloader import evaluate, evaluation_batches
+from nanosync.diagnose import check_diagnosis, only_diagnose
 from nanosync.distributed import finish, start
 from nanosync.errors import UserError, shown
 from nanosync.hardware import check_compile, make_deterministic, pick_dtype
@@ -26,7 +28,7 @@ from nanosync.sharding import reshard
 def check_training_settings(config: dict) -> None:
     """Raise UserError for wrong values of the settings that both scripts have."""
     check_choice(config, "activation_checkpointing", ACTIVATION_CHECKPOINTING)
-    check_at_least(config, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval",
+    check_at_least(config, 1, "block_size", "gradient_accumulation_steps", "eval_interval",
                    "log_interval", "eval_iters", "keep_checkpoints", "lr_decay_iters")
     check_at_least(config, 0, "max_iters", "warmup_iters", "grad_clip", "min_lr", "checkpoint_interval",
                    "sample_interval", "hellaswag_interval")
@@ -39,6 +41,8 @@ def check_training_settings(config: dict) -> None:
     check_seed(config)
     check_parallelism(config)
     check_optimizer(config)
+    check_diagnosis(config)
+    check_batch_size(config)
     resume_of(config)  # init_from may contradict it
 
 
@@ -98,15 +102,16 @@ def check_dense(config: dict) -> None:
                             f"one kind of block: add that setting, or leave {name} out")
 
 
-def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallelism, int]:
-    """Start processes, device and dtype; return how they divide a step, and the micro-batches of an update on
-    each data-parallel process. With list_checkpoints, print the checkpoints and exit. Raises UserError.
+def start_processes(config: dict, kinds: dict[str, ModelKind]) -> Parallelism:
+    """Start processes, device and dtype; return how they divide a step. With list_checkpoints, print the
+    checkpoints and exit. Raises UserError.
     """
     exit_with_listing(config, kinds)
     if config["deterministic"]:
         make_deterministic()
     tp_processes, total = config["tp_processes"], config["gradient_accumulation_steps"]
     processes = start(config["device"], config["backend"], config["timeout"], tp_processes, config)
+    only_diagnose(config, processes.device)
     if config["use_triton"] == "auto":
         config["use_triton"] = usable(torch.empty(0, device=processes.device))
     parallel = parallelism_of(config, processes, pick_dtype(config["dtype"], processes.device))
@@ -116,7 +121,7 @@ def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallel
         what = "processes" if tp_processes == 1 else f"groups of {tp_processes} processes"
         raise UserError(f"gradient_accumulation_steps={total} is the total over all {what} and must be a "
                         f"multiple of their number, {processes.dp_size}")
-    return parallel, total // processes.dp_size
+    return parallel
 
 
 def describe_start(run: Run, model: nn.Module, parallel: Parallelism) -> None:
@@ -151,7 +156,7 @@ def prepare_training(run: Run, model: nn.Module, parallel: Parallelism) -> tuple
     """
     config, processes = run.config, run.processes
     torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
-    autocast = torch.autocast(processes.device.type, parallel.dtype, enabled=parallel.dtype != torch.float32)
+    autocast = parallel.autocast()
     real_ranks = config["tp_processes"] > 1
     compiled = config["compile"] and not (real_ranks and model.config.dropout > 0)
     if compiled:
@@ -159,7 +164,7 @@ def prepare_training(run: Run, model: nn.Module, parallel: Parallelism) -> tuple
     elif config["compile"]:
         run.line("not compiling: dropout masks on real TP ranks come from a shared generator")
     trained = parallel.prepare(model, compiled)
-    if not run.writes:  # eval_only
+    if config["eval_only"]:
         return trained, autocast, None
     shared = model.share_dropout(config["seed"], processes.dp_rank, processes.device) if real_ranks else None
     with autocast:

@@ -68,7 +68,8 @@ class Kernels:
         grid = (triton.cdiv(self.n, N if name == "backward_kv" else M), H)
         q, k, v, first, lse, delta = self.q, self.k, self.v, self.first, self.lse, self.delta
         if name == "forward":
-            module._forward_kernel[grid](q, k, v, first, self.out, lse, SCALE * module.LOG2E, **options)
+            module._attention_forward_kernel[grid](q, k, v, first, self.out, lse, SCALE * module.LOG2E,
+                                                   **options)
         elif name == "backward_kv":
             module._backward_kv_kernel[grid](q, k, v, self.grad, first, self.last, lse, delta,
                                              *self.grads[:2], SCALE, **options)

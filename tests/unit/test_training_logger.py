@@ -49,7 +49,8 @@ from nanosync.training_logger import TrainingLogger
     ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
     ("NVIDIA A800-SXM4-80GB", 312.0, 156.0),
     ("NVIDIA A10G", 70.0, 35.0),
-    ("NVIDIA A10", None, None),
+    ("NVIDIA A10", 125.0, 62.5),
+    ("NVIDIA A10M", None, None),
     ("NVIDIA L40S", 362.0, 183.0),
     ("NVIDIA L40", None, None),
     ("NVIDIA L4", 121.0, 60.0),
@@ -62,7 +63,14 @@ from nanosync.training_logger import TrainingLogger
     ("Tesla T4", None, None),
     ("NVIDIA T400", None, None),
     ("NVIDIA T400 4GB", None, None),
-    ("AMD Instinct MI300X", None, None),
+    ("AMD Instinct MI300X", 1307.4, 653.7),
+    ("AMD Instinct MI300X OAM", 1307.4, 653.7),
+    ("AMD Instinct MI300A", None, None),
+    ("NVIDIA GeForce RTX 5090", 209.5, 104.8),
+    ("NVIDIA GeForce RTX 5090 D", None, None),
+    ("NVIDIA GeForce RTX 5090 Laptop GPU", None, None),
+    ("NVIDIA RTX A6000", 154.8, 77.4),
+    ("NVIDIA RTX 6000 Ada Generation", None, None),
 ])
 def test_peaks_by_name(name, bf16, fp32):
     for dtype, expected in ((torch.bfloat16, bf16), (torch.float32, fp32)):
@@ -74,7 +82,9 @@ def test_peaks_in_fp16():
     assert named_peak_flops("Tesla V100-SXM2-16GB", torch.float16) == pytest.approx(125e12)
     assert named_peak_flops("Tesla V100-PCIE-16GB", torch.float16) == pytest.approx(112e12)
     assert named_peak_flops("Tesla V100S-PCIE-32GB", torch.float16) is None
+    assert named_peak_flops("Tesla T4", torch.float16) == pytest.approx(65e12)
     assert peak_flops(torch.device("cpu"), torch.float16) is None
+    assert peak_flops(torch.device("mps"), torch.float16) is None
 
 
 LINES = """step 250: train loss 3.4512, val loss 3.4620
