@@ -125,7 +125,7 @@ def measure(bench: Bench, schedules: dict, C: int, B: int) -> list[dict]:
         return []
     alone = statistics.median(seconds[ONE_GPU])
     # a sum can be of another kind than tp_allreduce, where that kind cannot work
-    sums = {name: c.decoder.group_sum.kind for name, c in contenders.items() if name != ONE_GPU}
+    sums = {name: c.decoder.sum_kind for name, c in contenders.items() if name != ONE_GPU}
     if bench.config["mode"] == "prefill":  # which always sums by the group's all-reduce
         sums = {name: "none" if kind == "none" else "nccl" for name, kind in sums.items()}
     return [{"n_embd": C, "batch_size": B, "processes": 1 if name == ONE_GPU else P, "name": name,
