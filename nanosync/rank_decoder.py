@@ -61,7 +61,9 @@ class RankDecoder(Decoder):
         self.delayed = None
         if self.tp_allreduce == "fused" or not model.schedule.is_plain:
             self.delayed = DelayedSublayers(self, model.schedule, kind, all_values)
-            self.sum_kind = "fused" if self.delayed.puts else self.delayed.sums.kind
+            self.sum_kind = self.delayed.sums.kind
+            if self.tp_allreduce == "fused" and self.delayed.puts:
+                self.sum_kind = "fused"
         else:
             self.seen = make_residual(local, B, C)
             self.group_sum = GroupSum(kind, make_residual(B, C), ranks.group, all_values)
