@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import FAMILY, build, compare_decoder, random_schedule, tokens
 
+from benchmarks.latency import several_schedules
 from kernels.exchange import SplitSums, slot_sets
 from nanosync.delayed_decoding import Sums
 from nanosync.errors import UserError
@@ -162,6 +163,18 @@ def test_sums_without_a_group_are_the_values():
     sums.put(0, values)
     sums.take(0, base)
     assert sums.kind == "none" and torch.equal(base[:, :3], values) and base[:, 3].eq(0).all()
+
+
+def test_delayed_schedules_of_the_benchmark():
+    config = dict(mode="decode", n_layer=12, tp_size=2, block_types=None)
+    found = several_schedules(config | dict(syncs=[24, [24, 2], [6, 1], "ladder"]))
+    assert list(found) == ["24 syncs", "24 syncs, delay 2", "6 syncs, delay 1", "ladder"]
+    assert found["24 syncs"].is_dense and {s.delay for s in found["24 syncs, delay 2"].sublayers} == {2}
+    assert found["6 syncs, delay 1"].points == [3, 7, 11, 15, 19, 23]
+    assert Sums.of(found["6 syncs, delay 1"].steps()).count == 6
+    for entry in ([24], [24, 1, 1], [24, -1], [24, 0.5], [0, 1], [True, 1], None):
+        with pytest.raises(UserError, match="pairs"):
+            several_schedules(config | dict(syncs=[entry]))
 
 
 def test_unknown_sums():
