@@ -15,6 +15,8 @@ $ python bench.py --model_type=distributed_gpt --tp_size=2 --block_types="['spd'
 $ python bench.py --model_type=distributed_gpt --tp_size=2 --syncs="[24,12,6,3,1,'palm','dtp:2']"
 $ torchrun --standalone --nproc_per_node=4 bench.py --model_type=distributed_gpt --tp_size=4 --tp_processes=4
 $ torchrun --standalone --nproc_per_node=4 bench.py --mode=decode --tp_allreduce=oneshot  # or --mode=prefill
+$ torchrun --standalone --nproc_per_node=2 bench.py --mode=decode --tp_allreduce=oneshot,fused \
+      --syncs="[24,6,[24,1],'ladder']"
 
 Kernels of LayerNorm and of the head (n_embd, vocab_size) beside PyTorch's, torch.compile's and those of a
 checkout of Liger-Kernel
@@ -55,9 +57,7 @@ from nanosync.optim import build_adamw
 from nanosync.parallelism import Parallelism
 from nanosync.rank_decoder import check_all_reduce
 from nanosync.ranks import ranks_on
-from nanosync.sync_schedule import SyncSchedule
-from reduced_sync_model import named_schedule
-from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, RanksConfig
+from tensor_parallel_model import DistributedGPT, DistributedGPTConfig
 
 # -----------------------------------------------------------------------------
 mode = "train"  # 'train', 'memory', 'generate', 'kernels', or, under torchrun, 'decode' or 'prefill'
@@ -77,9 +77,9 @@ dropout = 0.0
 model_type = "gpt"  # 'distributed_gpt' measures tensor-parallel ranks beside the dense GPT
 tp_size = 2  # ranks of a distributed_gpt
 block_types: list | None = None  # 'tp', 'spd' or 'parallel' for each layer; None: all 'tp'
-syncs: list | None = None  # instead: several schedules, each so many all-reduces, or a strategy's name
+syncs: list | None = None  # instead: several, each so many all-reduces, [all-reduces, delay], or a strategy
 tp_processes = 1  # processes that hold the ranks of one model when training; 1 simulates them
-tp_allreduce = "nccl"  # decode: 'nccl' (the group's all-reduce) or 'oneshot' (through symmetric memory)
+tp_allreduce = "nccl"  # decode: 'nccl' (the group's all-reduce), 'oneshot', 'fused' (both CUDA), or several
 batch_sizes: list = [1, 16]  # decode, prefill
 widths: list = [768, 2048]  # decode, prefill: n_embd, in heads of 64; kernels, by default 768 to 8192
 rows: list = [16384, 65536]  # kernels: how many of these a tensor has
@@ -113,7 +113,8 @@ def check_settings(config: dict) -> None:
     check_at_least(config, 2, "max_new_tokens")
     check_at_least(config, 0, "loss_steps", "grad_clip")
     check_seed(config)
-    check_all_reduce(config["tp_allreduce"])
+    for kind in config["tp_allreduce"].split(","):
+        check_all_reduce(kind)
     if mode not in ("train", "memory", "generate", "kernels", "decode", "prefill"):
         raise UserError(f"mode={mode!r} is unknown: use train, memory, generate, kernels, decode or prefill")
     strategies.check_compare(config)
@@ -133,7 +134,7 @@ def check_settings(config: dict) -> None:
         raise UserError("tp_size is for --model_type=distributed_gpt, as the dense GPT has no ranks: add "
                         "that setting, or leave tp_size out")
     latency.check_latency(config)
-    several_schedules(config)
+    latency.several_schedules(config)
     kernels.check_kernels(config)
     if mode != "kernels":
         peers.check_peer(config)
@@ -146,28 +147,6 @@ def check_settings(config: dict) -> None:
     for name in ("json", "plot"):
         if config[name]:
             check_output_file(config[name], name)
-
-
-def several_schedules(config: dict) -> dict[str, SyncSchedule]:
-    """Make the schedules that `syncs` names, by name; decode and prefill have some by default. Raises
-    UserError.
-
-    Where a strategy depends on the number of TP ranks, it weights sums. Its speed does not depend on that.
-    """
-    syncs, n_layer = config["syncs"], config["n_layer"]
-    if syncs is None and config["mode"] in latency.MODES and config["block_types"] is None:
-        syncs = [2 * n_layer // n for n in (1, 2, 4, 8, 24) if 2 * n_layer % n == 0]
-    ranks, found = config["tp_size"], {}
-    for entry in syncs or []:
-        if isinstance(entry, str) and entry[:1].isalpha():
-            shape = RanksConfig(n_layer=n_layer, n_head=ranks, n_embd=ranks, tp_size=ranks)
-            found[entry] = named_schedule(shape, entry)
-        elif type(entry) is int and entry > 0:
-            found[f"{entry} syncs"] = SyncSchedule.evenly(n_layer, entry)
-        else:
-            raise UserError(f"syncs has {entry!r}: its entries are whole numbers from 1, or strategies of "
-                            f"train_reduced_sync.py")
-    return found
 
 
 def name_of_blocks(model: DistributedGPTConfig) -> str:
@@ -199,7 +178,7 @@ def check_processes(config: dict, processes: Processes) -> None:
 check_settings(config)
 if mode == "kernels" and not config.origin["widths"]:
     config["widths"] = kernels.WIDTHS
-compared, schedules = strategies.parse(config), several_schedules(config)
+compared, schedules = strategies.parse(config), latency.several_schedules(config)
 processes = start(device, tp_processes=tp_processes)
 device = processes.device
 check_processes(config, processes)

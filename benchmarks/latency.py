@@ -17,7 +17,8 @@ from nanosync.errors import UserError
 from nanosync.generation import capture_graph
 from nanosync.ranks import Ranks
 from nanosync.sync_schedule import SyncSchedule
-from tensor_parallel_model import DistributedGPT, DistributedGPTConfig
+from reduced_sync_model import named_schedule
+from tensor_parallel_model import DistributedGPT, DistributedGPTConfig, RanksConfig
 
 MODES = ("decode", "prefill")
 ONE_GPU, NO_SYNCS = "TP=1", "0 syncs"
@@ -34,6 +35,31 @@ def check_latency(config: dict) -> None:
     if not sizes or (mode == "decode" and config["max_new_tokens"] < 3):
         raise UserError("decode needs max_new_tokens of at least 3, and batch_sizes and widths that are not "
                         "empty")
+
+
+def several_schedules(config: dict) -> dict[str, SyncSchedule]:
+    """Make the schedules that `syncs` names, by name; decode and prefill have some by default. Raises
+    UserError.
+
+    Where a strategy depends on the number of TP ranks, it weights sums. Its speed does not depend on that.
+    """
+    syncs, n_layer = config["syncs"], config["n_layer"]
+    if syncs is None and config["mode"] in MODES and config["block_types"] is None:
+        syncs = [2 * n_layer // n for n in (1, 2, 4, 8, 24) if 2 * n_layer % n == 0]
+    ranks, found = config["tp_size"], {}
+    for entry in syncs or []:
+        count, delay = entry if isinstance(entry, list) and len(entry) == 2 else (entry, 0)
+        if isinstance(entry, str) and entry[:1].isalpha():
+            shape = RanksConfig(n_layer=n_layer, n_head=ranks, n_embd=ranks, tp_size=ranks)
+            found[entry] = named_schedule(shape, entry)
+        elif type(count) is int and count > 0 and type(delay) is int and delay >= 0:
+            schedule = SyncSchedule.evenly(n_layer, count)
+            late = tuple(dataclasses.replace(s, delay=delay if s.sync else 0) for s in schedule.sublayers)
+            found[f"{count} syncs{f', delay {delay}' * (delay > 0)}"] = SyncSchedule(late)
+        else:
+            raise UserError(f"syncs has {entry!r}: its entries are whole numbers from 1, pairs "
+                            f"[all-reduces, delay], or strategies of train_reduced_sync.py")
+    return found
 
 
 def check_sizes(config: dict, processes: int) -> None:
@@ -89,9 +115,9 @@ class Latency:
         self.graph.replay() if self.graph else self.decoder.prefill(self.prompt)
 
 
-def make_contenders(bench: Bench, schedules: dict, C: int, B: int) -> dict[str, Latency]:
-    """Make the contenders of one width and batch size on this process, by name. Weights are random: the
-    speed of a schedule does not depend on them."""
+def make_contenders(bench: Bench, schedules: dict, C: int, B: int) -> dict[tuple[str, str], Latency]:
+    """Make the contenders of one width and batch size on this process, by name and tp_allreduce. Weights are
+    random: the speed of a schedule does not depend on them."""
     settings, processes = bench.config, bench.processes
     shape = bench.architecture | {"n_embd": C, "n_head": C // 64}
     torch.manual_seed(settings["seed"])
@@ -104,12 +130,13 @@ def make_contenders(bench: Bench, schedules: dict, C: int, B: int) -> dict[str, 
         model.to(bench.dtype).eval()
         for name, schedule in schedules.items():
             model.reschedule(schedule)
-            contenders[name] = Latency(bench, model, B, tp_allreduce=settings["tp_allreduce"])
+            for kind in kinds_of(settings):
+                contenders[name, kind] = Latency(bench, model, B, tp_allreduce=kind)
         model.reschedule(SyncSchedule.evenly(settings["n_layer"], 1))
         model.ranks = dataclasses.replace(model.ranks, dry=True)
-        contenders[NO_SYNCS] = Latency(bench, model, B)
+        contenders[NO_SYNCS, ""] = Latency(bench, model, B)
     if dense is not None:
-        contenders[ONE_GPU] = Latency(bench, dense.to(bench.dtype).eval(), B)
+        contenders[ONE_GPU, ""] = Latency(bench, dense.to(bench.dtype).eval(), B)
     return contenders
 
 
@@ -118,20 +145,29 @@ def measure(bench: Bench, schedules: dict, C: int, B: int) -> list[dict]:
     others."""
     P, group = bench.processes.world_size, bench.processes.group
     contenders = make_contenders(bench, schedules, C, B)
-    names = [*schedules, NO_SYNCS] * (P > 1) + [ONE_GPU]
+    names = [(name, kind) for name in schedules for kind in kinds_of(bench.config)] + [(NO_SYNCS, "")]
+    names = names * (P > 1) + [(ONE_GPU, "")]
     turns = {name: contenders[name].turn if name in contenders else None for name in names}
     seconds = take_turns(turns, bench.config["rounds"], group)
     if not bench.processes.main:
         return []
-    alone = statistics.median(seconds[ONE_GPU])
+    alone = statistics.median(seconds[ONE_GPU, ""])
+    floor = statistics.median(seconds[NO_SYNCS, ""]) if P > 1 else None
     # a sum can be of another kind than tp_allreduce, where that kind cannot work
-    sums = {name: c.decoder.group_sum.kind for name, c in contenders.items() if name != ONE_GPU}
+    sums = {name: c.decoder.sum_kind for name, c in contenders.items() if name[0] != ONE_GPU}
     if bench.config["mode"] == "prefill":  # which always sums by the group's all-reduce
         sums = {name: "none" if kind == "none" else "nccl" for name, kind in sums.items()}
-    return [{"n_embd": C, "batch_size": B, "processes": 1 if name == ONE_GPU else P, "name": name,
-             "allreduce": sums.get(name), **in_unit("us", 1e6, times),
-             "of_one_gpu": statistics.median(times) / alone}
+    return [{"n_embd": C, "batch_size": B, "processes": 1 if name[0] == ONE_GPU else P, "name": name[0],
+             "tp_allreduce": name[1] or None, "allreduce": sums.get(name), **in_unit("us", 1e6, times),
+             "of_one_gpu": statistics.median(times) / alone,
+             "of_no_syncs": None if floor is None else statistics.median(times) / floor}
             for name, times in seconds.items()]
+
+
+def kinds_of(settings: dict) -> list[str]:
+    """Return the kinds of sums to measure; a prefill always sums by the group's all-reduce."""
+    kinds = settings["tp_allreduce"].split(",")
+    return kinds[:1] if settings["mode"] == "prefill" else list(dict.fromkeys(kinds))
 
 
 def run(bench: Bench, schedules: dict) -> None:
@@ -152,6 +188,8 @@ def run(bench: Bench, schedules: dict) -> None:
         for B in settings["batch_sizes"]:
             for row in measure(bench, schedules, C, B):
                 rows.append(row)
-                print(f"C={C:5} B={B:3} {row['name']:>{width}} on {row['processes']}  "
-                      f"{with_range(row, 'us', 9, 1)}  {row['of_one_gpu']:.3f} of TP=1", flush=True)
+                floor = "" if row["of_no_syncs"] is None else f", {row['of_no_syncs']:.3f} of {NO_SYNCS}"
+                print(f"C={C:5} B={B:3} {row['name']:>{width}} on {row['processes']} "
+                      f"{row['allreduce'] or '-':>7}  {with_range(row, 'us', 9, 1)}  "
+                      f"{row['of_one_gpu']:.3f} of TP=1{floor}", flush=True)
     bench.write_json(world_size=processes.world_size, rows=rows)

@@ -111,13 +111,15 @@ class CampaignFolder:
 
     def reopen(self) -> None:
         """Read the results, decisions and costs of an interrupted campaign."""
-        for stage, arm in self.configs:
+        arms = list(self.configs)
+        for stage, arm in arms:  # `take` may add arms
             existing = experiments_in(os.path.join(self.folder, stage, arm))
             if existing:
                 descriptor = lock(existing[0])  # before its results are read
                 log = ExperimentLogger.reopen(existing[0], len(self.places(stage)))
                 check_unchanged(log.folder, log.config, self.configs[stage, arm])
                 self._open(stage, arm, log, descriptor)
+            arms += [key for key in self.configs if key not in arms]
         self._told = read_lines(self.path("decisions.jsonl"))
         self._read_ledger()
 
@@ -195,11 +197,15 @@ class CampaignFolder:
         if measured is not None:
             self.costs.add(run.stage, run.variant, measured)
 
+    def job_of(self, run: Run) -> Job:
+        """Return the job of a run."""
+        return Job(self.log_of(run.stage, run.variant), run.run_id)
+
     def do(self, batch: list[Run]) -> None:
         """Do these runs as long as the budget pays for the next."""
         runs = {}
         for run in batch:
-            job = Job(self.log_of(run.stage, run.variant), run.run_id)
+            job = self.job_of(run)
             runs[id(job)] = job, run
 
         def may_start(job: Job) -> bool:

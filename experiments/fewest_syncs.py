@@ -8,10 +8,13 @@ find_fewest_syncs.py.
    "within" and for "above" each; a look has the increment as its level (Bonferroni's inequality, so the looks
    may depend on each other in any way). a is alpha divided by the number of halvings. The spread is pooled
    over all arms, and the arms share a baseline with as many runs as the largest of them.
-3. Placement: other positions of the syncs at the two counts beside the boundary. Then the families, each by
-   the same test, while the budget pays for them and for the proof of the best arm so far. A family with fewer
-   syncs than that arm is proved in its place, and the arm then has the second attempt.
-4. Proof on fresh seeds, which enter no other decision: at most two attempts, each at alpha / 2.
+3. Placement: other positions of the syncs at the two counts beside the boundary. The greedy ones come from a
+   dense model of the pilot: drop_syncs.py drops the sync that raises its loss least, again and again. Then
+   the families, each by the same test, while the budget pays for them and for the proof of the best arm so
+   far. A family with fewer syncs than that arm is proved in its place, and the arm then has the second
+   attempt.
+4. Proof on fresh seeds, which enter no other decision: at most two attempts, each at alpha / 2. A proof that
+   has begun keeps its arm and its number of runs, and ends the search: a larger budget changes neither.
 5. Control: dense models of fewer layers.
 6. Second budget: the same arms on more tokens, and the slope of the log ratio in log tokens.
 
@@ -28,11 +31,14 @@ from experiments.campaign import Pending, Run
 from experiments.experiment_statistics import CONFIDENCE, differ, pooled_std, welch_error
 from experiments.search_evidence import (
     ABOVE,
+    DROPS,
+    GREEDY,
     OPEN,
     PILOT,
     PROOF,
     SEARCH,
     SECOND,
+    SENSITIVITY,
     SPENDING,
     WITHIN,
     Ratio,
@@ -75,7 +81,7 @@ def _tell(story: Story) -> dict:
     low, high = _bisect(story)
     _place(story, high)
     _test_families(story)
-    winner = _winner(story)
+    winner = next(iter(story.results.proofs), None) or _winner(story)
     if winner:
         story.note(SEARCH, "winner", f"{winner} goes into the proof", arm=winner)
     interval = plan.counts[low], plan.counts[high]
@@ -151,8 +157,9 @@ def _test(story: Story, arm: str, looks: int | None = None, reserve: list[Run] =
     while story.verdicts.get(arm, OPEN) == OPEN and story.looked.get(arm, 0) < (looks or len(plan.looks)):
         look = story.looked.get(arm, 0)
         m = plan.looks[look]
-        if story.poor or not story.need(SEARCH, {arm: m, plan.baseline: max(m, PILOT)},
-                                        reserve or _least_proof(plan, arm)):
+        arms = {arm: m, plan.baseline: max(m, PILOT)}
+        if story.poor or story.closed(SEARCH, arms) or not story.need(
+                SEARCH, arms, reserve or _least_proof(plan, arm)):
             if not story.poor:
                 story.note(SEARCH, "budget", f"{arm}: the budget does not pay for {m} runs and a proof")
             story.poor = True
@@ -206,7 +213,25 @@ def _place(story: Story, high: int) -> None:
     for count in reversed(beside):
         for placement, n in plan.placements:
             if n == count:
-                _test(story, arm_name(count, placement))
+                arm = _greedy(story, count) if placement == GREEDY else arm_name(count, placement)
+                if arm is not None:
+                    _test(story, arm)
+
+
+def _greedy(story: Story, count: int) -> str | None:
+    """Return the arm with the greedy placement, None without one."""
+    plan, results, arm = story.plan, story.results, arm_name(count, GREEDY)
+    reserve = [*(Run(SEARCH, arm, i) for i in range(plan.looks[0])), *_least_proof(plan, arm)]
+    if story.closed(SENSITIVITY, {DROPS: 1}) or not story.need(SENSITIVITY, {DROPS: 1}, reserve):
+        story.note(SENSITIVITY, "budget", f"{arm}: the budget does not pay for this placement and a proof")
+        return None
+    if results.greedy is None:
+        story.note(SENSITIVITY, "fails", f"{arm}: no order in which to drop syncs was found", arm=arm)
+        return None
+    same = results.greedy[count]
+    if same != arm:
+        story.note(SENSITIVITY, "same", f"{arm} has the syncs of {same}", arm=arm, same=same)
+    return same
 
 
 def _test_families(story: Story) -> None:
@@ -242,12 +267,17 @@ def _prove(story: Story, winner: str) -> dict | None:
     tested = [n for n in larger if story.verdicts.get(arm_name(n)) == WITHIN]
     second = _winner(story, families=False) if winner in dict(plan.families) else None
     seconds = [second] if second else [arm_name(n) for n in (tested or larger)[-1:]]
-    attempts, found = [winner, *seconds], None
-    for arm in attempts:
-        n = _proof_size(story, arm) or plan.looks[-1]
-        while n >= LEAST_PROOF and not story.need(PROOF, {plan.baseline: n, arm: n}):
+    begun, found = story.results.proofs, None
+    for arm in list(dict.fromkeys((*begun, winner, *seconds)))[:2]:
+        n = begun.get(arm) or _proof_size(story, arm) or plan.looks[-1]
+        while n >= LEAST_PROOF and not story.pays(PROOF, {plan.baseline: n, arm: n}):
             n -= 1
-        if n < LEAST_PROOF:
+        if n >= LEAST_PROOF:
+            begun[arm] = n
+        if arm in begun:  # in decisions.jsonl before a run of the proof starts
+            story.note(PROOF, "size", f"{arm}: {begun[arm]} runs on fresh seeds, and as many of the baseline",
+                       arm=arm, runs=begun[arm])
+        if not (n >= LEAST_PROOF and story.need(PROOF, {plan.baseline: n, arm: n})):
             story.note(PROOF, "budget", f"{arm}: the budget does not pay for a proof of {LEAST_PROOF} runs")
             break
         pair = [story.sample(name, (PROOF,), n).exact for name in (plan.baseline, arm)]

@@ -1,7 +1,7 @@
 """Find the fewest syncs whose val loss is within a margin of the dense model's, within a budget.
 
     python experiments/find_fewest_syncs.py --plan=experiments/configs/fewest_syncs.json --within=2% \\
-        --budget_gpu_hours=1.5 [--parallel=2] [--latency=decode.json] [--dry_run]
+        --budget_gpu_hours=1.5 [--parallel=2] [--placement=both] [--latency=decode.json] [--dry_run]
 
 After an interruption of any kind the same command resumes the search. fewest_syncs.py has the rules: pilot,
 bisection, placement, families, proof on fresh seeds, shallower dense models, second budget. --key=value goes
@@ -18,11 +18,13 @@ files of a campaign: decisions.jsonl, report.md, ledger.jsonl, outcome.json, a f
 import argparse
 import math
 import os
+from collections.abc import Collection
 
 if __name__ == "__main__":
     import root_path  # noqa: F401
 
 from configurator import Parser, join_values, parse_argument
+from experiments import search_greedy
 from experiments.campaign import Budget, Run, run_campaign
 from experiments.campaign_folder import CampaignFolder
 from experiments.campaign_plan import HOUR, with_ends
@@ -39,13 +41,14 @@ from experiments.experiment_config import (
     script_settings,
     variables,
 )
-from experiments.fewest_syncs import decide, least_difference
+from experiments.fewest_syncs import LEAST_PROOF, decide, least_difference
 from experiments.report import table, write
-from experiments.runner import Running, end_on_signals, slots
+from experiments.runner import Job, Running, end_on_signals, slots
 from experiments.search_costs import SearchCosts
-from experiments.search_evidence import PILOT, SEARCH, SearchResults
+from experiments.search_evidence import DROPS, GREEDY, PILOT, PROOF, SEARCH, SENSITIVITY, SearchResults
 from experiments.search_plan import (
     OPTIONAL,
+    PLACEMENT,
     Search,
     check_plan,
     most_runs,
@@ -74,6 +77,7 @@ class SearchCampaign(CampaignFolder):
         unknown = self.budget.per_run - with_ends(0.0, search.plan["n_gpus"])
         self.costs = SearchCosts(self._steps, (1 - 1e-9) * unknown)  # rounding must not exceed the limit
         self.reopen()
+        self.results.proofs = proofs_in(self._told, self.configs, search.rules.looks[-1])
 
     def _steps(self, stage: str) -> float:
         return float(num_iterations(self.configs[stage, self.search.rules.baseline]))
@@ -81,13 +85,32 @@ class SearchCampaign(CampaignFolder):
     def runs_of(self, stage: str, arm: str) -> int:
         return most_runs(self.plan["looks"])
 
+    def job_of(self, run: Run) -> Job:
+        job = super().job_of(run)
+        if run.stage == SENSITIVITY:
+            dense = self.log_of(SEARCH, self.search.rules.baseline)
+            job.changed = {"init_from": search_greedy.checkpoint_of(dense)}
+        return job
+
     def take(self, run: Run, result: dict) -> None:
+        if run.stage == SENSITIVITY and result["success"] and self.results.greedy is None:
+            self._take_order(self.logs[run.stage, run.variant].run_folder(run.run_id))
         bound = not result["success"] and in_range(result.get("at_least"))
         loss = result["at_least"] if bound else result["final_val_loss"] if result["success"] else None
         self.results.take(run, loss, bound)
 
+    def _take_order(self, folder: str) -> None:
+        """Make the arms with the greedy placement, from the result of the run in this folder."""
+        counts = self.plan["counts"]
+        order = search_greedy.read_order(folder, counts[0], counts[-1])
+        if order is not None:
+            self.results.greedy, added = search_greedy.arms_of(counts, order, self.search.points)
+            for arm, points in added.items():
+                self.search.add_points(arm, points)
+
     def places(self, stage: str) -> list[str | None]:
-        return self.places_of(self.configs[stage, self.search.rules.baseline])
+        arm = DROPS if stage == SENSITIVITY else self.search.rules.baseline
+        return self.places_of(self.configs[stage, arm])
 
     def watch(self, running: Running) -> None:
         """End a run of the bisection whose final loss will be above the margin."""
@@ -122,6 +145,19 @@ def check_kept(plan: dict, path: str) -> None:
     check_plan(plan, path)
 
 
+def proofs_in(decisions: list[dict], arms: Collection[tuple[str, str]], most: int) -> dict[str, int]:
+    """Return the runs of each proof that has begun, by arm.
+
+    decisions: rows of decisions.jsonl; arms: (stage, arm) of all experiments; most: most runs of a proof.
+    """
+    found = {}
+    for one in decisions:
+        arm, runs = one.get("arm"), one.get("runs")
+        if one.get("stage") == PROOF and isinstance(arm, str) and (PROOF, arm) in arms and type(runs) is int:
+            found.setdefault(arm, min(max(runs, LEAST_PROOF), most))
+    return found
+
+
 def fraction(text: str) -> float:
     """Parse a margin: '2%' -> 0.02. Raises UserError."""
     try:
@@ -152,6 +188,8 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--within", metavar="PERCENT", required=True, help="margin above the dense model's "
                         "val loss, as in 2%%")
     parser.add_argument("--budget_gpu_hours", type=float, help="default: the plan's")
+    parser.add_argument("--placement", choices=list(PLACEMENT), help="positions of the syncs beside the "
+                        "boundary, in place of the plan's: by rules, greedy by sensitivity, or both")
     parser.add_argument("--latency", metavar="FILE",
                         help="JSON of bench.py --mode=decode (default: the plan's)")
     parser.add_argument("--log_dir", default="experiment_logs", help="parent of the search's folder")
@@ -166,7 +204,7 @@ def main() -> None:
     within = fraction(args.within)
     plan = read_json(args.plan)
     check_plan(plan, args.plan)
-    search = read_search(args.plan, within, settings_of(overrides, plan, args.plan))
+    search = read_search(args.plan, within, settings_of(overrides, plan, args.plan), args.placement)
     if args.budget_gpu_hours is not None:
         search.plan["budget"] = search.plan["budget"] | {"gpu_hours": args.budget_gpu_hours}
         check_kept(search.plan, "--budget_gpu_hours")
@@ -202,6 +240,7 @@ def described(search: Search, path: str) -> str:
     rules, plan = search.rules, search.plan
     config = search.configs[SEARCH, rules.baseline]
     arms = [[arm, str(len(points)), ", ".join(map(str, points))] for arm, points in search.points.items()]
+    arms += [[f"{GREEDY}_{n}", str(n), "by sensitivity"] for name, n in rules.placements if name == GREEDY]
     arms += [[arm, str(syncs), f"--sync_strategy={search.families[arm]}"] for arm, syncs in rules.families]
     arms += [[f"dense_{k}layers", str(2 * k), "all"] for k in rules.control_layers]
     hours, cap = plan["budget"]["gpu_hours"], plan["budget"]["gpu_hours_per_run"]
@@ -214,6 +253,10 @@ def described(search: Search, path: str) -> str:
            f"At {cap:g} the budget pays for {hours / cap:.0f} runs, the pilot takes " \
            f"{cap * (PILOT + rules.looks[0]):g}.\n\n"
     text += f"Families: up to {most} runs, which take up to {cap * most:g}.\n\n" if most else ""
+    if (SENSITIVITY, DROPS) in search.configs:
+        n = search_greedy.evaluations(rules.counts[0], rules.counts[-1])
+        text += f"Greedy placement: {n} evaluations of a dense model of the pilot, together on about the " \
+                f"tokens of a run.\n\n"
     text += table(["arm", "syncs", "after the sublayers"], arms) + "\n"
     text += table(["spread between seeds", f"{rules.looks[-1]} runs decide arms farther from the margin than",
                    f"an arm as good as the dense model is within {rules.within:.1%} after"],

@@ -28,7 +28,7 @@ from nanosync.errors import UserError
 from nanosync.files import json_text
 
 PRELIMINARY = 3  # finished runs from which on an arm is not preliminary
-EXCHANGES = {"oneshot": "one-shot exchange", "nccl": "NCCL"}  # in bench.py's tables -> titles
+EXCHANGES = {"oneshot": "one-shot exchange", "nccl": "NCCL", "fused": "fused exchange"}  # in tables -> titles
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c564b"]
 DROPPING = "standard", "spd", "selective", "grouped", "custom"  # strategies whose time depends on the syncs
 MARKERS = {2: "o", 4: "s", 8: "^"}  # by TP ranks
@@ -75,7 +75,7 @@ def read_tables(paths: list[str], protocol: Protocol, width: int | None) -> Tabl
         found = [row for row in found if is_row(row)] if isinstance(found, list) else []
         if not found:
             raise UserError(f"{path} has no times of exchanges: use the JSON of bench.py --mode=decode with "
-                            f"--tp_allreduce=oneshot or nccl")
+                            f"--tp_allreduce=oneshot, fused or nccl")
         rows += found
         environment = content.get("environment")
         devices.append(str(environment.get("device") if isinstance(environment, dict) else "unknown"))

@@ -14,6 +14,8 @@ from experiments.campaign import Pending, Results, Run
 from experiments.experiment_statistics import CONFIDENCE, ROUNDING
 
 SEARCH, PROOF, SECOND = "search", "proof", "second_budget"
+SENSITIVITY, DROPS = "sensitivity", "drop_syncs"  # stage and arm of the run that finds the greedy placement
+GREEDY = "greedy"  # placement whose sync points are the result of that run
 WITHIN, ABOVE, OPEN = "within", "above", "undecided"
 LOOKS = (2, 3, 4, 6, 8)  # runs of an arm at which it is judged
 PILOT = 4  # runs of the baseline in the pilot, the fewest that it ever has
@@ -90,11 +92,16 @@ class Sample:
 
 class SearchResults(Results):
     """Final val losses, None for failed runs. `bounds` has the runs that were ended early: their value is the
-    lower end of the prediction interval of their final loss, which enters means and no spread."""
+    lower end of the prediction interval of their final loss, which enters means and no spread.
+
+    greedy: the arm with the greedy placement of each count, None before it is known. proofs: the runs of each
+    proof that has begun, by arm, in the order of the attempts."""
 
     def __init__(self):
         super().__init__()
         self.bounds: set[Run] = set()
+        self.greedy: dict[int, str] | None = None
+        self.proofs: dict[str, int] = {}
         self._by_arm: dict[tuple[str, str], dict[int, float | None]] = {}
         self._samples: dict[tuple[str, str, int], Sample] = {}
 
@@ -169,15 +176,28 @@ class Story:
         """Return True if each arm has so many good runs, or no spare seeds left. Return False if the budget
         does not pay for them and for the runs in `reserve`. Raises Pending for missing runs.
         """
-        batch = [run for arm, n in arms.items() for run in self._missing(stage, arm, n)]
-        batch.sort(key=lambda run: run.run_id)
-        if batch and not self.affordable([*batch, *reserve]):
+        batch = self._missing_of(stage, arms)
+        if not self.pays(stage, arms, reserve):
             return False
         if batch:
             raise Pending(batch)
         for arm, n in arms.items():
             self.asked[stage, arm] = max(n, self.asked.get((stage, arm), 0))
         return True
+
+    def pays(self, stage: str, arms: dict[str, int], reserve: list[Run] = ()) -> bool:
+        """Return True if the budget pays for the missing runs of `need`."""
+        batch = self._missing_of(stage, arms)
+        return not batch or self.affordable([*batch, *reserve])
+
+    def closed(self, stage: str, arms: dict[str, int]) -> bool:
+        """Return True if runs are missing and a proof has begun: after it a larger budget must not change
+        which arm is proved."""
+        return bool(self.results.proofs) and bool(self._missing_of(stage, arms))
+
+    def _missing_of(self, stage: str, arms: dict[str, int]) -> list[Run]:
+        batch = [run for arm, n in arms.items() for run in self._missing(stage, arm, n)]
+        return sorted(batch, key=lambda run: run.run_id)
 
     def _missing(self, stage: str, arm: str, n: int) -> list[Run]:
         done = self.results.done(stage, arm)

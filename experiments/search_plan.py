@@ -2,7 +2,7 @@
 
     {"campaign_name": "fewest_syncs", "script": "train_reduced_sync.py", "n_gpus": 1,
      "settings": {"dataset": "python_source", "n_layer": 12, "...": "settings of the script for all arms"},
-     "counts": [24, 12, 8, 6, 4, 3, 2, 1], "placements": ["even", "mlp", "ends"],
+     "counts": [24, 12, 8, 6, 4, 3, 2, 1], "placements": ["even", "mlp", "ends", "greedy"],
      "families": ["palm", "ladder", "kraken", "dtp:2", "mean:3", "caat:0.5"],
      "control_layers": [11, 10, 8, 6], "tokens": [32768000, 131072000], "search_seed": 100,
      "proof_seed": 500, "looks": [2, 3, 4, 6, 8], "alpha": 0.05, "latency": null,
@@ -15,9 +15,10 @@ train_gpt.py, whose variant `sync` is trained.
 
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from experiments import search_greedy
 from experiments.campaign_plan import HOUR, MAX_BUDGET, STARTING, with_ends
 from experiments.experiment_config import (
     DEFAULTS,
@@ -32,11 +33,14 @@ from experiments.experiment_config import (
     steps_key,
 )
 from experiments.search_evidence import (
+    DROPS,
+    GREEDY,
     LOOKS,
     PILOT,
     PROOF,
     SEARCH,
     SECOND,
+    SENSITIVITY,
     SPARE,
     SearchPlan,
     arm_name,
@@ -63,6 +67,8 @@ PLACEMENTS = {  # name -> function of (layers, count) that returns the sublayers
     "mlp": lambda layers, n: [2 * math.ceil((i + 1) * layers / n) - 1 for i in range(n)],
     "ends": lambda layers, n: [*range(n // 2), *range(2 * layers - n + n // 2, 2 * layers)],
 }
+PLACEMENT = {  # values of --placement
+    "even": list(PLACEMENTS), "greedy": ["even", GREEDY], "both": [*PLACEMENTS, GREEDY]}
 SCHEDULE = "sync_strategy", "sync_points", "attn_sync_layers", "layers_per_group", "variant"  # set by arms
 WITH_STEPS = "lr_decay_iters", "warmdown_iters"  # settings that grow with the number of updates
 MAX_SYNCS, MAX_LOOKS, MAX_ARM_RUNS, MAX_TOKENS = 10_000, 10, 100, 10**15
@@ -77,14 +83,35 @@ class Search:
     configs: dict[tuple[str, str], dict]
     points: dict[str, list[int]]  # arm -> sublayers after which it synchronises
     families: dict[str, str]  # arm -> strategy
+    experiment: Callable[[str, str, dict], dict]  # see experiments_of
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages in which an arm may be trained."""
+        return (SEARCH, PROOF) + ((SECOND,) if self.rules.second_multiple else ())
+
+    def add(self, arm: str, changed: dict) -> None:
+        """Make the experiments of an arm. changed: its settings."""
+        for stage in self.stages:
+            self.configs[stage, arm] = self.experiment(stage, arm, changed)
+
+    def add_points(self, arm: str, points: list[int]) -> None:
+        """Make the experiments of an arm that drops syncs."""
+        dense = arm == self.rules.baseline
+        self.points[arm] = points
+        self.add(arm, {"sync_strategy": "standard"} if dense else
+                 {"sync_strategy": "custom", "sync_points": points})
 
 
-def read_search(path: str, within: float, overrides: dict) -> Search:
-    """Read and check a plan. overrides: settings of the script that replace those of the plan. Raises
-    UserError."""
+def read_search(path: str, within: float, overrides: dict, placement: str | None = None) -> Search:
+    """Read and check a plan. Raises UserError.
+
+    overrides: settings of the script that replace those of the plan. placement: a key of PLACEMENT, which
+    replaces the plan's placements; None keeps them.
+    """
     plan = read_json(path)
     check_plan(plan, path)
-    plan = OPTIONAL | plan
+    plan = OPTIONAL | plan | ({} if placement is None else {"placements": PLACEMENT[placement]})
     plan["settings"] = plan["settings"] | overrides
     points = points_of(plan, path)
     layers = plan["counts"][0] // 2
@@ -92,15 +119,20 @@ def read_search(path: str, within: float, overrides: dict) -> Search:
         if type(k) is not int or not 1 <= k < layers:
             raise UserError(f"{path}: control_layers has {shown(k)}: a control has 1 to {layers - 1} layers")
     multiple = plan["tokens"][1] / plan["tokens"][0] if len(plan["tokens"]) > 1 else 0.0
-    placed = tuple((arm.rpartition("_")[0], int(arm.rpartition("_")[2])) for arm in points
-                   if not arm.startswith("even_"))
+    placed = [(arm.rpartition("_")[0], int(arm.rpartition("_")[2])) for arm in points
+              if not arm.startswith("even_")]
     base = base_of(plan, path)
+    if GREEDY in plan["placements"]:
+        search_greedy.check_script(all_settings(base), plan["script"], path)
+        placed += [(GREEDY, n) for n in plan["counts"][1:] if n > 1]
     families = families_of(plan, all_settings(base), path)
-    rules = SearchPlan(tuple(plan["counts"]), within, plan["alpha"], tuple(plan["looks"]), placed,
+    rules = SearchPlan(tuple(plan["counts"]), within, plan["alpha"], tuple(plan["looks"]), tuple(placed),
                        tuple(plan["control_layers"]), plan["control_runs"], multiple, plan["second_runs"],
                        tuple((arm, syncs) for arm, (_, syncs) in families.items()))
     strategies = {arm: strategy for arm, (strategy, _) in families.items()}
-    return Search(plan, rules, configs_of(plan, rules, base, points, strategies, path), points, strategies)
+    search = Search(plan, rules, {}, {}, strategies, experiments_of(plan, base, path))
+    add_arms(search, base, points)
+    return search
 
 
 def check_plan(plan: dict, path: str) -> None:
@@ -124,8 +156,8 @@ def check_plan(plan: dict, path: str) -> None:
     for key, least in (("control_runs", 2), ("second_runs", 2)):
         check_integers([plan[key]], key, path, least, most_runs(looks) - SPARE)
     for name in plan["placements"]:
-        if not isinstance(name, str) or name not in PLACEMENTS:
-            raise UserError(f"{path}: placements has {shown(name)}: use {', '.join(PLACEMENTS)}")
+        if not isinstance(name, str) or name not in (*PLACEMENTS, GREEDY):
+            raise UserError(f"{path}: placements has {shown(name)}: use {', '.join(PLACEMENTS)}, {GREEDY}")
     if not in_range(plan["alpha"], 1e-6, 0.5):
         raise UserError(f"{path}: alpha={shown(plan['alpha'])} must be from 1e-6 to 0.5")
     for key, value in plan["budget"].items():
@@ -158,9 +190,9 @@ def check_integers(values: list, key: str, path: str, least: int, most: int) -> 
 
 
 def points_of(plan: dict, path: str) -> dict[str, list[int]]:
-    """Return the sync points of each arm, without arms that equal another."""
+    """Return the sync points of each arm that are known from the start, without arms that equal another."""
     layers, found = plan["counts"][0] // 2, {}
-    for name in dict.fromkeys(("even", *plan["placements"])):
+    for name in dict.fromkeys(("even", *(name for name in plan["placements"] if name != GREEDY))):
         for n in plan["counts"] if name == "even" else plan["counts"][1:]:
             points = PLACEMENTS[name](layers, n)
             if len(set(points)) == n and points not in found.values():
@@ -187,33 +219,38 @@ def base_of(plan: dict, path: str) -> dict:
     return base
 
 
-def configs_of(plan: dict, rules: SearchPlan, base: dict, points: dict[str, list[int]],
-               strategies: dict[str, str], path: str) -> dict:
-    """Return the experiment of each stage and arm. Raises UserError."""
-    settings, key, where = all_settings(base), steps_key(base), f"settings of {path}"
+def experiments_of(plan: dict, base: dict, path: str) -> Callable[[str, str, dict], dict]:
+    """Return a function (stage, arm, changed settings) -> experiment. It raises UserError."""
+    settings, key = all_settings(base), steps_key(base)
 
-    def experiment(arm: str, seed: int, tokens: int, changed: dict) -> dict:
+    def experiment(stage: str, arm: str, changed: dict) -> dict:
+        tokens = plan["tokens"][-1 if stage == SECOND else 0]
         changed = changed | lengths(plan, base, settings, key, tokens, path)
-        config = base | {"experiment_name": arm, "base_seed": seed,
-                         "hyperparameters": base["hyperparameters"] | changed}
-        check_settings(config, where)
+        config = base | {"experiment_name": arm, "hyperparameters": base["hyperparameters"] | changed,
+                         "base_seed": plan["proof_seed" if stage == PROOF else "search_seed"]}
+        check_settings(config, f"settings of {path}")
         return config
 
-    found = {}
-    seeds = {SEARCH: plan["search_seed"], PROOF: plan["proof_seed"]}
-    for stage, seed in (seeds | ({SECOND: plan["search_seed"]} if rules.second_multiple else {})).items():
-        tokens = plan["tokens"][-1 if stage == SECOND else 0]
-        for arm, places in points.items():
-            dense = arm == rules.baseline
-            found[stage, arm] = experiment(arm, seed, tokens, {"sync_strategy": "standard"} if dense else {
-                "sync_strategy": "custom", "sync_points": places})
-        for arm, strategy in strategies.items():
-            found[stage, arm] = experiment(arm, seed, tokens, {"sync_strategy": strategy})
-    for k in rules.control_layers:
-        found[SEARCH, control_name(k)] = experiment(
-            control_name(k), plan["search_seed"], plan["tokens"][0],
-            {"sync_strategy": "standard", "n_layer": k})
-    return found
+    return experiment
+
+
+def add_arms(search: Search, base: dict, points: dict[str, list[int]]) -> None:
+    """Make the experiments of all arms that are known from the start. Raises UserError.
+
+    base: the experiment of all arms; points: sync points of the arms.
+    """
+    for arm, places in points.items():
+        search.add_points(arm, places)
+    for arm, strategy in search.families.items():
+        search.add(arm, {"sync_strategy": strategy})
+    for k in search.rules.control_layers:
+        arm, changed = control_name(k), {"sync_strategy": "standard", "n_layer": k}
+        search.configs[SEARCH, arm] = search.experiment(SEARCH, arm, changed)
+    if GREEDY in search.plan["placements"]:
+        dense = search.rules.baseline
+        search.configs[SEARCH, dense] = search.experiment(
+            SEARCH, dense, {"sync_strategy": "standard"} | search_greedy.kept(all_settings(base)))
+        search.configs[SENSITIVITY, DROPS] = search_greedy.experiment(search.plan, base)
 
 
 def lengths(plan: dict, base: dict, settings: dict, key: str, tokens: int, path: str) -> dict:

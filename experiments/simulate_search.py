@@ -129,6 +129,7 @@ def search(world: World, total: float, interruptions: np.random.Generator | None
             return outcome, budget, n
         except Killed:
             taken, results = results, SearchResults()
+            results.proofs = taken.proofs
             for run in sorted(taken.losses, key=lambda run: (run.run_id, run.variant)):  # as read from disk
                 results.take(run, taken.losses[run])
 

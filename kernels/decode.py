@@ -16,16 +16,37 @@ Shapes: B = sequences, K and N = inputs and outputs of a linear layer, H = heads
 S = positions of the cache.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 from kernels import triton, usable
+from kernels.exchange import SplitSums
 
+OWN = 2  # own tensors that a kernel adds to its stream
+SUM_ARGUMENTS = "sees", "take_index", "put_index", "exchanges", "slot"  # of kernels; compiled once for all
 MAX_ROWS = 64  # cuBLAS is faster for more rows, because the kernel's tile holds all rows of the batch
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The stream that a rank reads: x + sum `take` + sees * (sum of `own`)."""
+
+    own: tuple = ()  # up to OWN tensors (B, K): what the rank has not added up with the others
+    sees: float = 1.0
+    sums: SplitSums | None = None  # in kernels, to take a sum of all channels from
+    take: int | None = None  # number of the sum, None for no sum
+    landed: torch.Tensor | None = None  # (B, K), overwritten with x + sum; another tensor than x
+
+    def add(self, x):
+        """Return the stream, without a sum, by PyTorch."""
+        assert self.take is None, "only a kernel takes a sum"
+        return x + self.sees * sum(self.own) if self.own else x
+
+
 def linear(x, weight, bias, out, norm=None, gelu: bool = False, residual=None, also=None,
-           also_add: bool = False, also_bias: bool = True):
+           also_add: bool = False, also_bias: bool = True, stream=None, put=None):
     """Compute out = act(LayerNorm(x) @ weight.T + bias) + residual.
 
     The product is in weight's dtype with fp32 sums. LayerNorm and residual are in x's and out's dtype, or
@@ -39,9 +60,13 @@ def linear(x, weight, bias, out, norm=None, gelu: bool = False, residual=None, a
     also: (B, N), overwritten with the product, None for no second output.
     also_add: True to add the product to `also` instead.
     also_bias: True if that product includes the bias.
+    stream: Stream to normalise in place of x; needs norm.
+    put: (SplitSums in kernels, number of the sum) to put `out` as, None for no put.
     """
-    if usable(weight) and x.shape[0] <= MAX_ROWS:
-        return _launch(x, weight, bias, out, norm, gelu, residual, also, also_add, also_bias)
+    if runs_kernel(weight, x.shape[0]):
+        return _launch(x, weight, bias, out, norm, gelu, residual, also, also_add, also_bias, stream, put)
+    assert put is None, "only a kernel puts a sum"
+    x = x if stream is None else stream.add(x)
     if norm is not None:
         beta = None if norm.bias is None else norm.bias.to(x.dtype)
         x = F.layer_norm(x, norm.weight.shape, norm.weight.to(x.dtype), beta, 1e-5)
@@ -55,15 +80,23 @@ def linear(x, weight, bias, out, norm=None, gelu: bool = False, residual=None, a
     return out.copy_(y if residual is None else residual + y)
 
 
-def embed(token, position, wte, wpe, out):
+def runs_kernel(weight, rows: int) -> bool:
+    """Return True if `linear` of so many rows is a kernel."""
+    return usable(weight) and rows <= MAX_ROWS
+
+
+def embed(token, position, wte, wpe, out, step=None):
     """Write wte[token] + wpe[position] into out (B, C).
 
-    token: (B,) int64. position: (1,) int64. wte: (V, C). wpe: (T, C).
+    token: (B,) int64. position: (1,) int64. wte: (V, C). wpe: (T, C). step: (1,) int32 to add 1 to, or None.
     """
     if not usable(wte):
+        if step is not None:
+            step += 1
         return out.copy_(F.embedding(token, wte) + F.embedding(position, wpe))
     B, C = out.shape
-    _embed_kernel[(B, triton.cdiv(C, 256))](token, position, wte, wpe, out, C, BLOCK=256, num_warps=2)
+    _embed_kernel[(B, triton.cdiv(C, 256))](token, position, wte, wpe, out, step, C, COUNT=step is not None,
+                                            BLOCK=256, num_warps=2)
     return out
 
 
@@ -123,13 +156,19 @@ class Attention:
 if triton is not None:
     import triton.language as tl
 
+    from kernels.exchange import put_values, taken_values
+
     @triton.jit
     def _gelu(x):
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         return x * tl.sigmoid(2.0 * inner)  # 0.5 x (1 + tanh(inner))
 
     @triton.jit
-    def _embed_kernel(token_ptr, position_ptr, wte_ptr, wpe_ptr, out_ptr, C, BLOCK: tl.constexpr):
+    def _embed_kernel(token_ptr, position_ptr, wte_ptr, wpe_ptr, out_ptr, step_ptr, C, COUNT: tl.constexpr,
+                      BLOCK: tl.constexpr):
+        if COUNT:
+            if tl.program_id(0) + tl.program_id(1) == 0:  # no program of this kernel reads it
+                tl.store(step_ptr, tl.load(step_ptr) + 1)
         row, c = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         mask = c < C
         token, position = tl.load(token_ptr + row), tl.load(position_ptr)
@@ -148,8 +187,10 @@ if triton is not None:
 
     @triton.jit
     def _finish(y, offsets, mask, n, n_mask, bias_ptr, out_ptr, residual_ptr, also_ptr,
+                addresses_ptr, step_ptr, put_index, exchanges, slot,
                 BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, ALSO: tl.constexpr,
-                ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr):
+                ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr, PUT: tl.constexpr, RANK: tl.constexpr,
+                RANKS: tl.constexpr, SETS: tl.constexpr):
         """Apply everything that follows the product y to the outputs n, see `linear`."""
         also = y
         if BIAS:
@@ -165,17 +206,39 @@ if triton is not None:
         if RESIDUAL:
             y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
+        if PUT:
+            put_values(y, offsets, mask, addresses_ptr, step_ptr, put_index, exchanges, slot, RANK, RANKS,
+                       SETS)
 
     @triton.jit
+    def _stream(x_ptr, row, k, k_mask, K, own_ptr, own2_ptr, sees, landed_ptr, lands, addresses_ptr, step_ptr,
+                take_index, exchanges, slot, OWN: tl.constexpr, TAKE: tl.constexpr, RANK: tl.constexpr,
+                RANKS: tl.constexpr, SETS: tl.constexpr):
+        """Return a row of the Stream, (BLOCK_K,) fp32. lands: True for the program that writes `landed`."""
+        x = tl.load(x_ptr + row * K + k, mask=k_mask, other=0.0).to(tl.float32)
+        if TAKE:
+            x += taken_values(row * K + k, k_mask, addresses_ptr, step_ptr, take_index, exchanges, slot, RANK,
+                              RANKS, SETS)
+            tl.store(landed_ptr + row * K + k, x, mask=k_mask & lands)
+        if OWN > 0:
+            own = tl.load(own_ptr + row * K + k, mask=k_mask, other=0.0).to(tl.float32)
+            if OWN > 1:
+                own += tl.load(own2_ptr + row * K + k, mask=k_mask, other=0.0).to(tl.float32)
+            x += sees * own
+        return x
+
+    @triton.jit(do_not_specialize=SUM_ARGUMENTS)
     def _vector_kernel(
         x_ptr,  # (B, K)
         weight_ptr,  # (N, K)
         bias_ptr, gamma_ptr, beta_ptr,  # (N,), (K,), (K,)
         out_ptr, residual_ptr, also_ptr,  # (B, N) each
-        N, K,
+        own_ptr, own2_ptr, landed_ptr, addresses_ptr, step_ptr,  # see Stream and SplitSums
+        N, K, sees, take_index, put_index, exchanges, slot,
         NORM: tl.constexpr, BETA: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
         RESIDUAL: tl.constexpr, ALSO: tl.constexpr, ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr,
-        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        OWN: tl.constexpr, TAKE: tl.constexpr, PUT: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+        SETS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
         """Compute BLOCK_N outputs of one row per program, with all of K in registers for concurrent loads."""
         row = tl.program_id(1)
@@ -184,7 +247,8 @@ if triton is not None:
         n_mask, k_mask = n < N, k < K
         w_mask = n_mask[:, None] & k_mask[None, :]
         w = tl.load(weight_ptr + n[:, None] * K + k[None, :], mask=w_mask, other=0.0)
-        x = tl.load(x_ptr + row * K + k, mask=k_mask, other=0.0).to(tl.float32)
+        x = _stream(x_ptr, row, k, k_mask, K, own_ptr, own2_ptr, sees, landed_ptr, tl.program_id(0) == 0,
+                    addresses_ptr, step_ptr, take_index, exchanges, slot, OWN, TAKE, RANK, RANKS, SETS)
         if NORM:
             gamma = tl.load(gamma_ptr + k, mask=k_mask, other=0.0).to(tl.float32)
             centred = tl.where(k_mask, x - tl.sum(x, axis=0) / K, 0.0)
@@ -193,15 +257,25 @@ if triton is not None:
                 x += tl.load(beta_ptr + k, mask=k_mask, other=0.0).to(tl.float32)
         y = tl.sum(w.to(tl.float32) * x.to(w.dtype).to(tl.float32)[None, :], axis=1)
         _finish(y, row * N + n, n_mask, n, n_mask, bias_ptr, out_ptr, residual_ptr, also_ptr,
-                BIAS, GELU, RESIDUAL, ALSO, ALSO_ADD, ALSO_BIAS)
+                addresses_ptr, step_ptr, put_index, exchanges, slot,
+                BIAS, GELU, RESIDUAL, ALSO, ALSO_ADD, ALSO_BIAS, PUT, RANK, RANKS, SETS)
 
-    @triton.jit
-    def _norm_kernel(x_ptr, gamma_ptr, beta_ptr, out_ptr, K, BETA: tl.constexpr, BLOCK_K: tl.constexpr):
-        """Normalise one row per program: x (B, K) -> out (B, K) in out's dtype."""
+    @triton.jit(do_not_specialize=SUM_ARGUMENTS)
+    def _norm_kernel(
+        x_ptr,  # (B, K)
+        gamma_ptr, beta_ptr,  # (K,)
+        out_ptr,  # (B, K)
+        own_ptr, own2_ptr, landed_ptr, addresses_ptr, step_ptr,  # see Stream and SplitSums
+        K, sees, take_index, exchanges, slot,
+        BETA: tl.constexpr, OWN: tl.constexpr, TAKE: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+        SETS: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):
+        """Normalise one row per program: x or a Stream (B, K) -> out (B, K) in out's dtype."""
         row = tl.program_id(0)
         k = tl.arange(0, BLOCK_K)
         mask = k < K
-        x = tl.load(x_ptr + row * K + k, mask=mask, other=0.0).to(tl.float32)
+        x = _stream(x_ptr, row, k, mask, K, own_ptr, own2_ptr, sees, landed_ptr, True, addresses_ptr,
+                    step_ptr, take_index, exchanges, slot, OWN, TAKE, RANK, RANKS, SETS)
         gamma = tl.load(gamma_ptr + k, mask=mask, other=0.0).to(tl.float32)
         centred = tl.where(mask, x - tl.sum(x, axis=0) / K, 0.0)
         y = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / K + 1e-5) * gamma
@@ -209,15 +283,17 @@ if triton is not None:
             y += tl.load(beta_ptr + k, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + row * K + k, y.to(out_ptr.dtype.element_ty), mask=mask)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=SUM_ARGUMENTS)
     def _matrix_kernel(
         x_ptr,  # (B, K), weight's dtype
         weight_ptr,  # (N, K)
         bias_ptr,  # (N,)
         out_ptr, residual_ptr, also_ptr,  # (B, N) each
-        B, N, K: tl.constexpr,
+        addresses_ptr, step_ptr,  # see SplitSums
+        B, N, put_index, exchanges, slot, K: tl.constexpr,
         BIAS: tl.constexpr, GELU: tl.constexpr,
         RESIDUAL: tl.constexpr, ALSO: tl.constexpr, ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr,
+        PUT: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, SETS: tl.constexpr,
         BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
         """Compute BLOCK_N outputs of all rows per program, with the matrix units."""
@@ -235,7 +311,8 @@ if triton is not None:
             total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
         _finish(total, b[:, None] * N + n[None, :], b_mask[:, None] & n_mask[None, :],
                 n[None, :], n_mask[None, :], bias_ptr, out_ptr, residual_ptr, also_ptr,
-                BIAS, GELU, RESIDUAL, ALSO, ALSO_ADD, ALSO_BIAS)
+                addresses_ptr, step_ptr, put_index, exchanges, slot,
+                BIAS, GELU, RESIDUAL, ALSO, ALSO_ADD, ALSO_BIAS, PUT, RANK, RANKS, SETS)
 
     @triton.jit
     def _attention_kernel(
@@ -336,27 +413,40 @@ if triton is not None:
 VECTOR_ROWS = 2  # up to so many rows one program per row beats the matrix units, which need 16 rows
 
 
-def _launch(x, weight, bias, out, norm, gelu, residual, also, also_add, also_bias):
+def _launch(x, weight, bias, out, norm, gelu, residual, also, also_add, also_bias, stream=None, put=None):
     B, K = x.shape
+    assert stream is None or (norm is not None and len(stream.own) <= OWN)
+    stream = Stream() if stream is None else stream
     N = weight.shape[0]
     gamma, beta = (None, None) if norm is None else (norm.weight, norm.bias)
+    sums, put_index = (None, 0) if put is None else put
+    take = stream.take is not None
+    sums = stream.sums if take else sums
+    exchange = dict(RANK=0, RANKS=1, SETS=1) if sums is None else sums.constants()
+    addresses, step, exchanges, slot = (None, None, 0, 0) if sums is None else (
+        sums.addresses, sums.step, len(sums.widths), sums.n)
+    own = (*stream.own, None, None)
+    reads = dict(OWN=len(stream.own), TAKE=take, **exchange)
     flags = dict(BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None, ALSO=also is not None,
-                 ALSO_ADD=also_add, ALSO_BIAS=also_bias)
+                 ALSO_ADD=also_add, ALSO_BIAS=also_bias, PUT=put is not None)
     block_k = triton.next_power_of_2(K)
     if B <= VECTOR_ROWS:
         block_n = max(1, min(16, 16384 // block_k))
         _vector_kernel[(triton.cdiv(N, block_n), B)](
-            x, weight, bias, gamma, beta, out, residual, also, N, K, NORM=norm is not None,
-            BETA=beta is not None, **flags, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
+            x, weight, bias, gamma, beta, out, residual, also, own[0], own[1], stream.landed, addresses, step,
+            N, K, stream.sees, stream.take or 0, put_index, exchanges, slot, NORM=norm is not None,
+            BETA=beta is not None, **flags, **reads, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
         return out
     if norm is not None:
         normed = torch.empty(B, K, dtype=weight.dtype, device=x.device)
-        _norm_kernel[(B,)](x, gamma, beta, normed, K, BETA=beta is not None, BLOCK_K=block_k, num_warps=4)
+        _norm_kernel[(B,)](
+            x, gamma, beta, normed, own[0], own[1], stream.landed, addresses, step, K, stream.sees,
+            stream.take or 0, exchanges, slot, BETA=beta is not None, **reads, BLOCK_K=block_k, num_warps=4)
         x = normed
     tile = _matrix_tile(B, N)
     _matrix_kernel[(triton.cdiv(N, tile["BLOCK_N"]),)](
-        x, weight, bias, out, residual, also, B, N, K, **flags,
-        BLOCK_B=max(16, triton.next_power_of_2(B)), **tile)
+        x, weight, bias, out, residual, also, addresses, step, B, N, put_index, exchanges, slot, K, **flags,
+        **exchange, BLOCK_B=max(16, triton.next_power_of_2(B)), **tile)
     return out
 
 

@@ -7,33 +7,42 @@ import torch.nn.functional as F
 
 from kernels import decode
 from kernels.collectives import functional_all_gather
-from kernels.exchange import ALL_REDUCES, GroupSum
+from kernels.exchange import GroupSum
+from nanosync.delayed_decoding import DelayedSublayers
 from nanosync.distributed import all_values, from_main
 from nanosync.errors import UserError
 from nanosync.generation import Decoder
 from nanosync.ranks import part_of
-from nanosync.sync_schedule import width
+
+SUM_OF = {  # tp_allreduce -> kind of GroupSum and SplitSums
+    "nccl": "nccl",  # the group's all-reduce
+    "oneshot": "oneshot",  # an exchange in one kernel; sums that land later: as 'fused'
+    "fused": "oneshot",  # an exchange in two halves, which are parts of the kernels before and after it
+}
 
 
 def check_all_reduce(kind: str) -> None:
     """Raise UserError for an unknown tp_allreduce."""
-    if kind not in ALL_REDUCES:
-        raise UserError(f"tp_allreduce={kind!r} is unknown: use {' or '.join(ALL_REDUCES)}")
+    if kind not in SUM_OF:
+        raise UserError(f"tp_allreduce={kind!r} is unknown: use {', '.join(SUM_OF)}")
 
 
 class RankDecoder(Decoder):
     """Decoder for a schedule with pending sums, or for real ranks.
 
     Every TP rank caches the keys and values of its own heads. The residual stream is in fp32. `base` is the
-    same on all TP ranks. `seen[r]` is the stream of local TP rank r while sums are pending. `pending[r]` is
-    the pending sum of local TP rank r, and `pending[0]` the buffer that the all-reduce reads. A process with
-    several TP ranks keeps copies of their weights, made when the decoder is built.
+    same on all TP ranks. A process with several TP ranks keeps copies of their weights, made when the decoder
+    is built.
+
+    DelayedSublayers runs the sublayers with tp_allreduce='fused', and those of schedules that are not plain.
+    Else `seen[r]` is the stream of local TP rank r while sums are pending. `pending[r]` is the pending sum of
+    local TP rank r, and `pending[0]` the buffer that the all-reduce reads.
     """
 
     def __init__(self, model, batch_size: int, tp_allreduce: str = "nccl", **options):
         """Allocate cache and buffers. Raises UserError.
 
-        tp_allreduce: kind of sum over processes in a step, see GroupSum. options: of Decoder.
+        tp_allreduce: kind of sum over processes in a step, see SUM_OF. options: of Decoder.
         """
         self.tp_allreduce = tp_allreduce
         super().__init__(model, batch_size, **options)
@@ -47,14 +56,19 @@ class RankDecoder(Decoder):
         self.qkv, self.y, self.h = make(B, 3 * C // R), make(B, C // R), make(B, 4 * C // R)
         make_residual = partial(make, dtype=self.residual_dtype)
         self.base = make_residual(B, C)
-        self.seen = make_residual(local, B, C)
-        kind = "none" if ranks.dry else self.tp_allreduce
-        self.group_sum = GroupSum(kind, make_residual(B, C), ranks.group, all_values)
-        self.sums = {C: self.group_sum}  # number of channels -> sum over processes
-        if (W := width(model.schedule.channels, C)) < C:
-            self.sums[W] = GroupSum(kind, make_residual(B, W), ranks.group, all_values)
-        self.pending = [self.group_sum.buffer, *make_residual(local - 1, B, C)]
         self.layers = [[rank_weights(block, r, local) for r in range(local)] for block in model.transformer.h]
+        kind = "none" if ranks.dry else SUM_OF[self.tp_allreduce]
+        self.delayed = None
+        if self.tp_allreduce == "fused" or not model.schedule.is_plain:
+            self.delayed = DelayedSublayers(self, model.schedule, kind, all_values)
+            self.sum_kind = self.delayed.sums.kind
+            if self.tp_allreduce == "fused" and self.delayed.puts:
+                self.sum_kind = "fused"
+        else:
+            self.seen = make_residual(local, B, C)
+            self.group_sum = GroupSum(kind, make_residual(B, C), ranks.group, all_values)
+            self.pending = [self.group_sum.buffer, *make_residual(local - 1, B, C)]
+            self.sum_kind = self.group_sum.kind
         first, last = model.vocab_range()
         rows = -(-config.vocab_size // ranks.processes)
         head = model.lm_head.weight[first:last]
@@ -86,71 +100,36 @@ class RankDecoder(Decoder):
         self._draw()
 
     def step(self):
-        transformer, sublayers = self.model.transformer, self.model.sublayers
-        decode.embed(self.token, self.position, transformer.wte.weight, transformer.wpe.weight, self.base)
-        if self.model.schedule.is_plain:
-            self._plain_sublayers(sublayers)
+        transformer = self.model.transformer
+        decode.embed(self.token, self.position, transformer.wte.weight, transformer.wpe.weight, self.base,
+                     None if self.delayed is None else self.delayed.sums.step)
+        base = self.base
+        if self.delayed is None:
+            self._plain_sublayers(self.model.sublayers)
         else:
-            self._delayed_sublayers(sublayers)
-        decode.linear(self.base, self.head, None, self.part, norm=transformer.ln_f)
+            base = self.delayed.run()
+        decode.linear(base, self.head, None, self.part, norm=transformer.ln_f)
         self.position += 1
         self._draw()
 
     def _plain_sublayers(self, sublayers):
         pending = False
         for i, (weights, cache) in enumerate(zip(self.layers, self.cache)):
-            attend = partial(self._attend, cache=cache)
-            pending = self._sublayer(attend, "attn", weights, pending, sublayers[2 * i].sync)
-            pending = self._sublayer(self._mlp, "mlp", weights, pending, sublayers[2 * i + 1].sync)
+            pending = self._sublayer("attn", weights, pending, sublayers[2 * i].sync, cache)
+            pending = self._sublayer("mlp", weights, pending, sublayers[2 * i + 1].sync)
         if pending:
             self._synchronise()
 
-    def _delayed_sublayers(self, steps):
-        """Run the sublayers of a schedule that is not plain, see DelayedResidual. A packet is (local, B, C),
-        zero in the channels that are not synchronised."""
-        pending, flight, (B, C) = None, [], self.base.shape
-        out, W = self.base.new_empty(len(self.pending), B, C), width(steps[0].channels, C)
-        for j, step in enumerate(steps):
-            for i in step.lands:
-                self._land(flight[i][..., :W])
-            flight = [packet for i, packet in enumerate(flight) if i not in step.lands]
-            unsent = [sums for sums in (*flight, pending) if sums is not None]
-            seen = self.base + step.sees * sum(unsent) if unsent and step.sees != 0 else None
-            name = ("attn", "mlp")[j % 2]
-            for r, w in enumerate(self.layers[j // 2]):
-                x = self.base if seen is None else seen[r]
-                y = self._attend(x, w, r, self.cache[j // 2]) if name == "attn" else self._mlp(x, w, r)
-                decode.linear(y, w[name][0], None, out[r])
-            if (bias := self.layers[j // 2][0][name][1]) is not None:
-                self.base.add_(bias)
-            pending = out.clone() if pending is None else pending + out
-            if step.sync:
-                flight.append(F.pad(pending[..., :W], (0, C - W)))
-                pending = None if W == C else F.pad(pending[..., W:], (W, 0))
-        unsent = [sums for sums in (*flight, pending) if sums is not None]
-        if unsent:
-            self._land(sum(unsent))
-
-    def _land(self, packet):
-        """Add a packet of all ranks to the first channels of `base`. packet: (local, B, channels)."""
-        group_sum = self.sums[packet.shape[-1]]
-        torch.sum(packet, dim=0, out=group_sum.buffer)
-        if packet.shape[-1] == self.base.shape[-1]:
-            return group_sum.add_to(self.base)
-        total = torch.zeros_like(group_sum.buffer)
-        group_sum.add_to(total)
-        self.base[:, :packet.shape[-1]] += total
-
-    def _sublayer(self, compute, name, weights, pending: bool, sync: bool) -> bool:
+    def _sublayer(self, name, weights, pending: bool, sync: bool, cache=None) -> bool:
         """Run an attention or MLP on every local TP rank; return True if sums are pending after it.
 
-        compute: function (x, weights, local rank) -> input of the row-parallel matrix.
         name: key of the row-parallel matrix in the weights.
         pending, sync: True if sums are pending before it; True if the ranks synchronise after it.
+        cache: of an attention.
         """
         for r, w in enumerate(weights):
             x = self.seen[r] if pending else self.base
-            y = compute(x, w, r)
+            y = self.mlp(x, w) if cache is None else self.attend(x, w, cache[r])
             matrix, bias = w[name]
             counts_bias = self.model.ranks.index == 0 and r == 0  # once in the sum over all ranks
             if not sync:
@@ -164,12 +143,14 @@ class RankDecoder(Decoder):
             self._synchronise(also=self.pending[1:] if pending else ())
         return not sync
 
-    def _attend(self, x, w, r, cache):
-        decode.linear(x, *w["c_attn"], self.qkv, norm=w["ln_1"])
-        return self.attention(self.qkv, cache[r], self.position, self.y)
+    def attend(self, x, w, cache, stream=None):
+        """Attend with a TP rank's weights and cache; return the input of its row-parallel matrix."""
+        decode.linear(x, *w["c_attn"], self.qkv, norm=w["ln_1"], stream=stream)
+        return self.attention(self.qkv, cache, self.position, self.y)
 
-    def _mlp(self, x, w, r):
-        return decode.linear(x, *w["c_fc"], self.h, norm=w["ln_2"], gelu=True)
+    def mlp(self, x, w, stream=None):
+        """Return the input of the row-parallel matrix of an MLP with a TP rank's weights."""
+        return decode.linear(x, *w["c_fc"], self.h, norm=w["ln_2"], gelu=True, stream=stream)
 
     def _synchronise(self, also=None):
         """Add the pending sums of all ranks to `base`. also: pending sums to add to pending[0] first."""

@@ -27,6 +27,8 @@ def test_compiles_without_a_gpu(capability):
     from triton.compiler import ASTSource, compile
 
     flags = dict(BIAS=True, GELU=True, RESIDUAL=True, ALSO=True, ALSO_ADD=True, ALSO_BIAS=True)
+    stream, sums = "*fp32 *fp32 *fp32 *i64 *i32", "fp32 i32 i32 i32 i32"  # see Stream and SplitSums
+    ranks = dict(RANK=1, RANKS=4, SETS=4)
     cases = [
         (cross_entropy._cross_entropy_kernel, "*bf16 *i64 *fp32 i32 i32 i32",
          dict(WRITE_GRAD=True, LANES=4096, UNROLL=8), dict(num_warps=16)),
@@ -37,9 +39,10 @@ def test_compiles_without_a_gpu(capability):
         *((cross_entropy._weighted_cross_entropy_kernel, "*bf16 *i64 *fp32 *fp32 i32 i32 fp32 fp32 fp32",
            dict(K=3, BLOCK_K=4, SOFTCAP=unroll == 2, WRITE_GRAD=True, LANES=4096, UNROLL=unroll),
            dict(num_warps=16)) for unroll in (2, 4)),
-        (decode._vector_kernel, "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
-         flags | dict(NORM=True, BETA=True, BLOCK_N=16, BLOCK_K=1024), {}),
-        (decode._embed_kernel, "*i64 *i64 *bf16 *bf16 *fp32 i32", dict(BLOCK=256), {}),
+        *((decode._vector_kernel, f"*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *fp32 *fp32 {stream} i32 i32 {sums}",
+           flags | dict(NORM=True, BETA=True, OWN=2, TAKE=halves, PUT=halves, **ranks, BLOCK_N=16384 // K,
+                        BLOCK_K=K), {}) for halves in (False, True) for K in (1024, 2048)),
+        (decode._embed_kernel, "*i64 *i64 *bf16 *bf16 *fp32 *i32 i32", dict(COUNT=True, BLOCK=256), {}),
         (decode._draw_kernel, "*fp32 *i64 *fp32 *i64 i32 fp32", dict(BLOCK=256), {}),
         (pending_norm._forward_kernel, "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
          dict(R=4, PENDING=True, NEW=True, LAST=True, BIAS=True, BLOCK=1024), dict(num_warps=1)),
@@ -48,9 +51,15 @@ def test_compiles_without_a_gpu(capability):
          dict(R=4, LAST=False, BIAS=True, BLOCK=1024), dict(num_warps=1)),
         (exchange._exchange_kernel, "*fp32 *fp32 *i64 *i32 i32 i32",
          dict(RANK=1, RANKS=4, BLOCK_R=4, BLOCK=256, GATHER=False), dict(num_warps=8)),
-        (decode._norm_kernel, "*fp32 *bf16 *bf16 *bf16 i32", dict(BETA=True, BLOCK_K=1024), {}),
-        (decode._matrix_kernel, "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
-         flags | dict(K=768, BLOCK_B=32, BLOCK_N=16, BLOCK_K=256), dict(num_warps=2, num_stages=3)),
+        (exchange._put_kernel, "*fp32 *i64 *i32 i32 i32 i32 i32", dict(BLOCK=256, **ranks),
+         dict(num_warps=8)),
+        (exchange._take_kernel, "*fp32 *i64 *i32 i32 i32 i32 i32 i32 i32", dict(BLOCK=256, **ranks),
+         dict(num_warps=8)),
+        *((decode._norm_kernel, f"*fp32 *bf16 *bf16 *bf16 {stream} i32 fp32 i32 i32 i32",
+           dict(BETA=True, OWN=2, TAKE=take, BLOCK_K=1024, **ranks), {}) for take in (False, True)),
+        *((decode._matrix_kernel, "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *i64 *i32 i32 i32 i32 i32 i32",
+           flags | dict(PUT=put, K=768, BLOCK_B=32, BLOCK_N=16, BLOCK_K=256, **ranks),
+           dict(num_warps=2, num_stages=3)) for put in (False, True)),
         (decode._attention_kernel, "*bf16 *bf16 *i64 *fp32 *i32 *bf16 i32 i32 fp32",
          dict(SPAN=128, D=64, BLOCK_D=64, BLOCK_S=64), {}),
     ]

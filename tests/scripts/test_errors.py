@@ -224,7 +224,7 @@ BENCH = [
     (["--mode=decode", "--widths=[]"], "batch_sizes and widths that are not empty"),
     (["--mode=decode", "--tp_size=4"], "in mode decode every process holds one rank"),
     (["--syncs=[1]", "--block_types=['spd']*12"], "both name schedules: give one"),
-    (["--tp_allreduce=ring"], "tp_allreduce='ring' is unknown: use nccl or oneshot"),
+    (["--tp_allreduce=ring"], "tp_allreduce='ring' is unknown: use nccl, oneshot, fused"),
     (["--mode=decode", "--batch_sizes=[0]"], "batch_sizes has 0: its entries are whole numbers from 1"),
     (["--mode=decode", "--syncs=['6']"], "syncs has '6': its entries are whole numbers from 1"),
     (["--mode=decode", "--syncs=[5]"], "5 syncs do not divide the 24 sublayers of n_layer=12"),

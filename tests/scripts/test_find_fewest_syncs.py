@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def true_loss(points, n_layer, seed):
     return 2.0 * math.exp(effect + 0.003 * random.Random(f"{points} {n_layer} {seed}").gauss(0, 1))
 '''
 FAKE = f'''"""Writes the log of train_reduced_sync.py, with a loss that is made up."""
-import json, math, os, random, time
+import json, math, os, random, shutil, time
 
 from configurator import configure
 
@@ -42,11 +43,15 @@ block_size = 16
 max_iters = 10
 lr_decay_iters = 10
 step_seconds = 0.0
+save_checkpoint = False
+dense = ""
 seed = 1
 out_dir = "out"
 config = configure(globals())
 {LOSS}
 os.makedirs(out_dir)
+if save_checkpoint:
+    shutil.copytree(dense, os.path.join(out_dir, "ckpt"))
 log = open(os.path.join(out_dir, "run_1.jsonl"), "w", buffering=1)
 
 
@@ -180,6 +185,39 @@ def test_a_run_that_cannot_be_good_enough_is_ended_early(tmp_path, launcher):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 3 and all(row["ended_by"] == "early" and not row["success"] for row in rows)
     assert all(row["at_least"] > 2.04 and "ended early: at step 5" in row["error"] for row in rows)
+
+
+def test_greedy_placement(tmp_path, tiny_data, run_script, launcher):
+    """The checkpoint of a run of the baseline gives the order in which syncs are dropped. The search is
+    killed while drop_syncs.py runs."""
+    dense = tmp_path / "dense"
+    done = run_script("train_reduced_sync.py", *TINY, "--n_layer=4", f"--dataset={tiny_data}",
+                      "--max_iters=4", f"--out_dir={dense}")
+    assert done.code == 0, done.err
+    write_plan(tmp_path, placements=["even"], control_layers=[], counts=[8, 2, 1],
+               settings={"dense": str(dense / "ckpt")})
+    folder = tmp_path / "experiment_logs" / "toy"
+    arguments = [sys.executable, SCRIPT, "--plan=plan.json", "--within=2%", "--placement=greedy"]
+    first = subprocess.Popen(arguments, cwd=tmp_path, env=launcher)
+    while first.poll() is None and not list(folder.glob("sensitivity/*/*/runs/run_0*/stdout.log")):
+        time.sleep(0.1)
+    assert first.poll() is None, "it ended before it was killed"
+    first.kill()
+    first.wait()
+    said = find(tmp_path, launcher, "--within=2%", "--placement=greedy")
+    (path,) = folder.glob("sensitivity/*/*/runs/run_0_seed_10/out/order.json")
+    order = json.loads(path.read_text())
+    (baseline,) = folder.glob("search/even_8/*/runs/run_0_seed_10/out")
+    assert order["weights"] == str(baseline / "ckpt" / "step-00000004") and order["losses"][0] > 0
+    assert [min(row, key=row.get) for row in order["sensitivities"]] == list(map(str, order["dropped"]))
+    (path,) = folder.glob("search/greedy_2/*/config.json")
+    points = json.loads(path.read_text())["config"]["hyperparameters"]["sync_points"]
+    assert points == sorted(set(range(8)) - set(order["dropped"][:6])) and points[-1] == 7
+    assert "greedy_2: " in said and "| greedy_2 | 2 | 4 |" in (folder / "frontier.md").read_text()
+    rows = results_of(folder)
+    find(tmp_path, launcher, "--within=2%", "--placement=greedy")
+    assert results_of(folder) == rows
+    assert "was begun with placements" in find(tmp_path, launcher, "--within=2%", code=2)
 
 
 def test_a_trained_model_is_judged(tmp_path, tiny_data, run_script):

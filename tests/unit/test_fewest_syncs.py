@@ -12,19 +12,21 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from experiments import find_fewest_syncs, search_plan, simulate_search
+from experiments import find_fewest_syncs, search_greedy, search_plan, simulate_search
 from experiments.campaign import Run
 from experiments.early_ending import pairs_at, predicted_least
-from experiments.experiment_config import all_settings
+from experiments.experiment_config import all_settings, check_settings
 from experiments.fewest_syncs import LEAST_PROOF, decide, least_difference, slope
 from experiments.runner import with_clock
 from experiments.search_evidence import (
     ABOVE,
+    DROPS,
     OPEN,
     PILOT,
     PROOF,
     SEARCH,
     SECOND,
+    SENSITIVITY,
     SPARE,
     WITHIN,
     Ratio,
@@ -154,6 +156,66 @@ def test_proof_has_fresh_seeds_and_at_most_two_attempts():
     assert outcome["fewest"] == 12 and outcome["count_interval"] == [6, 12]
 
 
+def play_on(results: SearchResults, total: int, loss) -> tuple[list[dict], dict]:
+    """Do a search with these results to its end, on a budget for so many runs in all."""
+    while True:
+        decisions, batch, outcome = decide(PLAN, results,
+                                           lambda batch: len(results.losses) + len(batch) <= total)
+        if outcome is not None:
+            return decisions, outcome
+        for run in batch:
+            results.take(run, loss(run))
+
+
+def reopened(results: SearchResults, decisions: list[dict]) -> SearchResults:
+    """Read the results of a search from its folder."""
+    again, arms = SearchResults(), {(PROOF, f"even_{n}") for n in COUNTS}
+    again.proofs = find_fewest_syncs.proofs_in(json.loads(json.dumps(decisions)), arms, PLAN.looks[-1])
+    for run, loss in results.losses.items():
+        again.take(run, loss)
+    return again
+
+
+def test_a_larger_budget_does_not_enlarge_a_failed_proof():
+    """Whatever budget a search had, its failed proofs keep their arms and sizes, and further runs that would
+    be good do not change them."""
+    bad, good, failed = EFFECTS | {6: 0.028, 12: 0.028}, dict.fromkeys(COUNTS, 0.0), set()
+    for total in range(20, 60):
+        results = SearchResults()
+        decisions, outcome = play_on(results, total, lambda run: loss_of(
+            run, EFFECTS if run.stage == SEARCH else bad, 0.012))
+        proofs = [one for one in decisions if one["decision"] == "not proved"]
+        again = reopened(results, decisions)
+        more, other = play_on(again, 1000, lambda run: loss_of(run, good))
+        tried = [one for one in more if one["decision"] in ("proved", "not proved")]
+        assert tried[:len(proofs)] == proofs and len(tried) <= 2
+        failed |= {one["runs"] for one in proofs}
+        if proofs:
+            assert all(run.stage != SEARCH for run in again.losses.keys() - results.losses.keys())
+        if len(proofs) == 2:
+            assert again.losses == results.losses and other["proved"] == outcome["proved"] is False
+    assert len(failed) > 1  # proofs of several sizes failed, by the budget
+
+
+def test_a_proof_keeps_its_size_from_its_first_run_on():
+    """The size is decided before the results. A budget that falls short makes it smaller, for good."""
+    results, decisions = SearchResults(), []
+    while not results.proofs:
+        decisions, batch, _ = decide(PLAN, results)
+        for run in batch if not results.proofs else ():
+            results.take(run, loss_of(run, EFFECTS, 0.01))
+    (arm, n), = results.proofs.items()
+    assert n > LEAST_PROOF and {run.variant for run in batch} == {arm, "even_24"} and len(batch) == 2 * n
+    size, = (one for one in decisions if one["decision"] == "size")
+    assert (size["arm"], size["runs"]) == (arm, n) and decisions[-1] == size
+    for run in batch[:2]:
+        results.take(run, loss_of(run, EFFECTS))
+    short = len(results.losses) + 2 * (n - 2)
+    assert decide(PLAN, results, lambda batch: len(results.losses) + len(batch) <= short)[1]
+    assert results.proofs == {arm: n - 1}
+    assert len(decide(PLAN, results)[1]) == 2 * (n - 1) - 2
+
+
 def test_failed_runs_are_replaced():
     lost = {Run(SEARCH, "even_24", 1), Run(SEARCH, "even_6", 0), Run(PROOF, "even_6", 1)}
     _, outcome, results = play(PLAN, lambda run: None if run in lost else loss_of(run, EFFECTS))
@@ -181,6 +243,98 @@ def test_a_better_placement_can_win():
     _, outcome, _ = play(plan, lambda run: loss_of(run, effects))
     assert outcome["arm"] == "ends_3" and "3 (ends), proved" in outcome["verdict"]
     assert outcome["count_interval"] == [6, 6] and "95% interval of even placement 6" in outcome["verdict"]
+
+
+GREEDY_PLAN = SearchPlan(COUNTS, 0.02, placements=(("ends", 3), ("greedy", 3), ("greedy", 6)))
+
+
+def play_greedy(effects: dict, found: dict | None, total: int = 1000
+                ) -> tuple[list[dict], dict, SearchResults]:
+    """Do a search whose run of drop_syncs.py finds these arms, None for a run that fails."""
+    results = SearchResults()
+    while True:
+        decisions, batch, outcome = decide(GREEDY_PLAN, results, lambda batch:
+                                           len(results.losses) + len(batch) <= total)
+        if outcome is not None:
+            return decisions, outcome, results
+        for run in batch:
+            drops = run.stage == SENSITIVITY
+            results.greedy = found if drops else results.greedy
+            results.take(run, (2.1 if found else None) if drops else loss_of(run, effects))
+
+
+def test_the_greedy_placement_can_win():
+    found = {3: "greedy_3", 6: "even_6"}
+    decisions, outcome, results = play_greedy(EFFECTS | {"ends_3": 0.05, "greedy_3": 0.0}, found)
+    assert outcome["arm"] == "greedy_3" and "3 (greedy), proved" in outcome["verdict"]
+    assert outcome["count_interval"] == [6, 6]  # of even placements
+    assert [run for run in results.losses if run.stage == SENSITIVITY] == [Run(SENSITIVITY, DROPS, 0)]
+    same = [one["text"] for one in decisions if one["decision"] == "same"]
+    assert same == ["greedy_6 has the syncs of even_6"]
+    assert not any(arm == "greedy_6" for arm in {run.variant for run in results.losses})
+
+
+def test_a_search_without_greedy_placement_goes_on():
+    """The run that finds it fails, or the budget does not pay for it and for a proof."""
+    effects = EFFECTS | {"ends_3": 0.05}
+    decisions, outcome, results = play_greedy(effects, None)
+    assert outcome["arm"] == "even_6" and outcome["proved"]
+    assert sum(run.stage == SENSITIVITY for run in results.losses) == 1 + SPARE
+    assert any(one["stage"] == SENSITIVITY and one["decision"] == "fails" for one in decisions)
+    needed = len(results.losses) - 1 - SPARE
+    decisions, outcome, results = play_greedy(effects, {3: "greedy_3", 6: "greedy_6"}, needed)
+    assert outcome["arm"] == "even_6" and outcome["proved"] and len(results.losses) == needed
+    assert any(one["stage"] == SENSITIVITY and one["decision"] == "budget" for one in decisions)
+
+
+def test_evaluations_and_arms_of_the_greedy_placement():
+    assert search_greedy.evaluations(24, 1) == 277  # all syncs, then 23 + 22 + ... + 1
+    assert search_greedy.evaluations(24, 24) == 1
+    points = {"even_4": [1, 3, 5, 7], "even_2": [3, 7]}
+    names, added = search_greedy.arms_of([8, 4, 2, 1], [0, 2, 4, 6, 5, 1, 3], points | {"even_1": [7]})
+    assert names == {4: "even_4", 2: "even_2", 1: "even_1"} and added == {}
+    names, added = search_greedy.arms_of([8, 4, 2, 1], [0, 2, 4, 5, 1, 3, 6], points | {"even_1": [7]})
+    assert names == {4: "greedy_4", 2: "greedy_2", 1: "even_1"}
+    assert added == {"greedy_4": [1, 3, 6, 7], "greedy_2": [6, 7]}
+
+
+@pytest.mark.parametrize("content", [
+    "", "[]", "{}", '{"dropped": [1, 2]}', '{"dropped": [1, 1, 2]}', '{"dropped": [0, 1, 3]}',
+    '{"dropped": [0, 1, 2.0]}', '{"dropped": "012"}'])
+def test_an_order_that_is_not_valid_is_not_used(tmp_path, content):
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "order.json"
+    path.write_text('{"dropped": [2, 0, 1]}')
+    assert search_greedy.read_order(str(tmp_path), 4, 1) == [2, 0, 1]
+    path.write_text(content)
+    assert search_greedy.read_order(str(tmp_path), 4, 1) is None
+    path.unlink()
+    assert search_greedy.read_order(str(tmp_path), 4, 1) is None
+
+
+def test_a_plan_with_greedy_placement(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(shipped() | {"placements": ["greedy"]}))
+    search = read_search(str(path), 0.02, {"device": "cpu"})
+    assert search.rules.placements == tuple(("greedy", n) for n in (12, 8, 6, 4, 3, 2))
+    drops = search.configs[SENSITIVITY, DROPS]
+    assert drops["hyperparameters"] == {  # 277 x 3 x 32,768 tokens are fewer than 32,768,000
+        "max_iters": 23, "eval_iters": 3, "dataset": "python_source", "tp_size": 2, "batch_size": 128,
+        "device": "cpu", "dtype": "auto"}
+    check_settings(drops, "the run of drop_syncs.py")
+    kept = [key for key, config in search.configs.items() if all_settings(config).get("save_checkpoint")]
+    assert kept == [(SEARCH, "even_24")]
+    search.add_points("greedy_3", [7, 20, 23])
+    for stage in (SEARCH, PROOF, SECOND):
+        assert all_settings(search.configs[stage, "greedy_3"])["sync_points"] == [7, 20, 23]
+    said = find_fewest_syncs.described(search, "plan.json")
+    assert "| greedy_12 | 12 | by sensitivity |" in said and "277 evaluations of a dense model" in said
+    assert read_search(str(path), 0.02, {}, "even").plan["placements"] == ["even", "mlp", "ends"]
+    assert "greedy" in read_search(str(path), 0.02, {}, "both").plan["placements"]
+    speedrun = {"placements": ["greedy"], "script": "train_gpt.py", "settings": {"batch_size": 128}}
+    path.write_text(json.dumps(shipped() | speedrun))
+    with pytest.raises(UserError, match="has no greedy placement"):
+        read_search(str(path), 0.02, {})
 
 
 FAMILIES = ("ladder", 23), ("palm", 12), ("mean-3", 4), ("caat-0.5", 24)
@@ -365,7 +519,7 @@ def test_a_search_begun_before_plans_had_families_resumes():
     ({"looks": [1, 2]}, "looks has 1"),
     ({"tokens": [5, 4]}, "tokens=[5, 4]"),
     ({"tokens": [100]}, "less than an update"),
-    ({"placements": ["middle"]}, "use even, mlp, ends"),
+    ({"placements": ["middle"]}, "use even, mlp, ends, greedy"),
     ({"placements": [["even"]]}, "use even, mlp, ends"),
     ({"alpha": 0.9}, "alpha=0.9"),
     ({"control_layers": [12]}, "1 to 11 layers"),
