@@ -44,6 +44,7 @@ from nanosync.token_files import check_meta
 FORMAT = 1
 FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json")
 STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,14})")  # the names that step_name makes
+UNKNOWN_DATA = {"unknown": True}  # entry `data` of a converted checkpoint that may resume on any data set
 MAX_COUNT = 2**53  # of steps, samples, processes
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # entries of state.json that a resumed run needs, and their types
@@ -290,6 +291,12 @@ def find_weights(name: str, which: str | int = "latest", warn=print, group=None,
     if STEP_NAME.fullmatch(os.path.basename(os.path.normpath(name))):
         return on_main(lambda: open_checkpoint(name, kinds), group)
     return on_main(lambda: _find(name, which, warn, kinds) if steps_in(name) else None, group)
+
+
+def is_checkpoint(path: str) -> bool:
+    """Return True for a checkpoint folder by its name, or an out_dir with checkpoints, valid or not."""
+    step = STEP_NAME.fullmatch(os.path.basename(os.path.normpath(path)))
+    return (step is not None and os.path.isdir(path)) or bool(steps_in(path))
 
 
 def _is_step(text: str) -> bool:

@@ -6,7 +6,7 @@ import torch
 
 from configurator import Config, check_type
 from nanosync import run_dir
-from nanosync.checkpoint import UNREADABLE, Checkpoint, find, find_resumed, steps_in
+from nanosync.checkpoint import UNKNOWN_DATA, UNREADABLE, Checkpoint, find, find_resumed, steps_in
 from nanosync.distributed import Job, Processes, all_values, on_main
 from nanosync.errors import UserError, shown
 from nanosync.foreign_weights import advice
@@ -166,11 +166,14 @@ def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict,
                     kinds: dict[str, ModelKind]) -> None:
     """Raise UserError if a data set is not the data set of a checkpoint, into which its cursor points.
 
-    Digests are compared only if both are known, because a meta.json may have been written later.
+    Digests are compared only if both are known, because a meta.json may have been written later. A converted
+    checkpoint of another program may have UNKNOWN_DATA; it has no cursor.
 
     folder, fingerprint: of the data set.
     """
     then, tokens = checkpoint.state["data"], ("train_tokens", "val_tokens")
+    if then == UNKNOWN_DATA:
+        return
     weights = "" if _scripts_own(checkpoint.state.get("model", {}).get("kind"), kinds) else \
         f" from its weights with --init_from={checkpoint.path}"
     if not all(type(then.get(key)) is int for key in tokens):
