@@ -23,7 +23,8 @@ ARGUMENTS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", 
 SETTINGS = ("eval_interval", "log_interval", "eval_iters", "always_save_checkpoint",
             "gradient_accumulation_steps", "batch_size", "dropout", "learning_rate", "max_iters",
             "weight_decay", "beta1", "beta2", "grad_clip", "decay_lr", "warmup_iters",
-            "lr_decay_iters", "min_lr", "dtype")  # of nanoGPT's train.py that mean the same here and no checkpoint decides
+            "lr_decay_iters", "min_lr", "dtype")  # of nanoGPT's train.py with the same meaning here, which no
+# checkpoint decides
 PREFIXES = ("module.", "_orig_mod.")  # of DDP and torch.compile
 MAX_META = 2**24  # bytes of a meta.pkl
 META_OPERATIONS = {  # all that pickles of dict, str and int consist of, in every protocol

@@ -36,8 +36,8 @@ META = {"vocab_size": int, "tokenizer": str, "dtype": str, "end_of_text": int, "
 MAX_NPY_HEADER = 4096  # bytes; numpy writes 118 for tokens
 LOOK = 4096  # tokens at the beginning and in the middle of a file that show whether the dtype is right
 PICKLED_META = (  # nanoGPT's character-level data sets have a meta.pkl
-    "{folder} has its vocabulary in meta.pkl, a pickle, which can run code and is not loaded here: convert it "
-    "with python convert.py {folder}/meta.pkl {folder}, or write {folder}/meta.json, with all characters in "
+    "{folder} has its vocabulary in meta.pkl, a pickle, which can run code and is not loaded here: run "
+    "python convert.py {folder}/meta.pkl {folder}, or write {folder}/meta.json, with all characters in "
     'the order of their ids: {{"tokenizer": "char", "vocab_size": 3, "chars": "abc"}}')
 
 

@@ -69,7 +69,7 @@ def test_a_weight_in_two_files(sharded):
 
 
 @pytest.mark.parametrize("path, files, words", [
-    ("out", ["ckpt.pt"], "out/ckpt.pt is a checkpoint of nanoGPT, a pickle, .* python convert.py out/ckpt.pt OUT_DIR"),
+    ("out", ["ckpt.pt"], "out/ckpt.pt is a checkpoint of nanoGPT, .* convert.py out/ckpt.pt OUT_DIR"),
     ("out/ckpt.pt", ["ckpt.pt"], "out/ckpt.pt is a checkpoint of nanoGPT"),
     ("out", ["config.json", "pytorch_model.bin"], "pytorch_model.bin is a pickle, .* save_pretrained"),
     ("out", ["config.json", "pytorch_model.bin.index.json"], "is a pickle, .* save_pretrained"),
