@@ -36,7 +36,7 @@ from nanosync.setting_hints import LAUNCHER, form, name_here
 MAX_CONFIG_FILE = 2**24  # bytes
 HELP = ("--help", "-help", "-h", "-?")
 PATHS = ("out_dir", "init_from", "resume", "dataset", "hellaswag_input", "input", "json", "peer", "plot",
-         "run_log")  # settings that are paths, or may be: ~ is the user's home in them
+         "run_log", "against", "lm_eval_path")  # settings that may be paths: ~ is the user's home in them
 NOT_UTF8 = "is not UTF-8" if sys.getfilesystemencoding() == "utf-8" else \
     f"cannot be read in a locale of {sys.getfilesystemencoding()}: set LC_ALL=C.UTF-8"
 WORDS = {"true": True, "false": False, "none": None, "null": None}

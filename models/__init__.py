@@ -1,6 +1,6 @@
 """All kinds of model: their registry, building them, loading weights into them."""
 
-from models.registry import ARCHITECTURE, FAST, INFERENCE_KINDS, KINDS, SPEEDRUN, build_model
+from models.registry import ARCHITECTURE, FAST, INFERENCE_KINDS, KINDS, SCRIPTS_OWN, SPEEDRUN, build_model
 from models.weights import (
     as_kind,
     fill,
@@ -18,7 +18,7 @@ from models.weights import (
 )
 
 __all__ = [
-    "ARCHITECTURE", "FAST", "INFERENCE_KINDS", "KINDS", "SPEEDRUN", "as_kind", "build_model", "fill",
-    "find_for_inference", "load", "load_for_inference", "load_model", "load_parameters", "load_weights",
-    "model_for_training", "note_other_schedule", "run_evaluations", "unsharded", "with_ranks",
+    "ARCHITECTURE", "FAST", "INFERENCE_KINDS", "KINDS", "SCRIPTS_OWN", "SPEEDRUN", "as_kind", "build_model",
+    "fill", "find_for_inference", "load", "load_for_inference", "load_model", "load_parameters",
+    "load_weights", "model_for_training", "note_other_schedule", "run_evaluations", "unsharded", "with_ranks",
 ]

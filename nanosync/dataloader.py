@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from nanosync import tokenizers
+from nanosync.bits_per_byte import bits_per_byte, stated_bytes_per_token
 from nanosync.distributed import all_reduce_sum
 from nanosync.errors import UserError
 from nanosync.files import ROOT, dataset_folder
@@ -179,6 +180,11 @@ class DataSet:
     meta: dict | None  # None if the folder has no meta.json
     train: Split
     val: Split
+    bytes_per_token: float | None = None  # of the val split, None if meta.json does not have it
+
+    def bits_per_byte(self, val_loss: float) -> float | None:
+        """Convert a loss of the val split, nats per token; None if bytes_per_token is unknown."""
+        return None if self.bytes_per_token is None else bits_per_byte(val_loss, self.bytes_per_token)
 
     def check_tokens(self, vocab_size: int) -> None:
         """Raise UserError if a token of either split is not below vocab_size, see Split.check_tokens."""
@@ -224,7 +230,7 @@ def open_dataset(name: str, block_size: int, length_key: str = "block_size",
                   for cut, split in ((train_split, "train"), (Split, "val")))
     for split in (train, val):
         check_counts(folder, meta, split.name, split.n_tokens)
-    return DataSet(folder, meta, train, val)
+    return DataSet(folder, meta, train, val, stated_bytes_per_token(meta, folder))
 
 
 def epoch_messages(split: Split, before: int, now: int) -> list[str]:

@@ -6,7 +6,7 @@ the ending's tokens count. `acc` is the share of examples whose right ending has
 `acc_norm` the share whose right ending has the lowest mean. The prompt has no other text, so the figures
 compare with build-nanogpt's (https://github.com/karpathy/build-nanogpt), not with the EleutherAI harness's.
 
-Shapes: N rows of a batch, 4 per example, T tokens of a row, C = n_embd, V = vocab_size, P tokens that count.
+Shapes: N rows of a batch, 4 per example, T tokens of a row.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from nanosync.distributed import all_reduce_sum
 from nanosync.errors import UserError
@@ -29,6 +28,7 @@ from nanosync.files import (
     os_error_as_user_error,
     replace_file,
 )
+from nanosync.token_losses import token_losses
 from nanosync.tokenizers import GPT2Tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -36,7 +36,6 @@ N_VAL = 10042  # examples in that file
 FOLDER = os.path.join(ROOT, "data", "hellaswag")
 VOCAB_SIZES = range(GPT2Tokenizer.vocab_size, 50304 + 1)  # from GPT-2's to nanoGPT's, which has padding rows
 LENGTH_STEP = 32  # T is a multiple of LENGTH_STEP, or block_size, as PyTorch caches kernels for each shape
-HEAD_ROWS = 1024  # positions whose logits are in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,10 +159,24 @@ def check_lengths(examples: list[Example], block_size: int) -> None:
         raise UserError(f"block_size={block_size} is too short for HellaSwag: an ending has {longest} tokens")
 
 
-@torch.no_grad()
-def accuracy(model, examples: list[Example], batch_size: int, device: torch.device, rank: int = 0,
-             world_size: int = 1, group=None, stop=None, progress=None) -> dict | None:
+def accuracy(*args, **options) -> dict | None:
     """Return {"acc": ..., "acc_norm": ..., "n": ...} over all examples, None if stop() returned True.
+
+    The arguments are those of `judge`.
+    """
+    right = judge(*args, **options)
+    if right is None:
+        return None
+    n = len(right)
+    acc, acc_norm = (count / n for count in right.sum(axis=0).tolist())
+    return {"acc": acc, "acc_norm": acc_norm, "n": n}
+
+
+@torch.no_grad()
+def judge(model, examples: list[Example], batch_size: int, device: torch.device, rank: int = 0,
+          world_size: int = 1, group=None, stop=None, progress=None) -> np.ndarray | None:
+    """Return which examples the model answers right by sums and by means of losses, (n, 2) bool, in the order
+    of the examples and on every process; None if stop() returned True.
 
     Rows longer than block_size lose tokens on the left. Uses no random numbers, and keeps the model's mode.
     Raises UserError if an ending is longer than block_size.
@@ -181,36 +194,36 @@ def accuracy(model, examples: list[Example], batch_size: int, device: torch.devi
     n = len(examples)
     # sorted, so that the rows of a batch are about equally long; the longest first, so that a lack of memory
     # shows at once
-    mine = sorted(examples, key=lambda example: -example.length)[rank::world_size]
-    correct = torch.zeros(2, dtype=torch.int64, device=device)
+    mine = sorted(range(n), key=lambda i: -examples[i].length)[rank::world_size]
+    right = torch.zeros(n, 2, dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
     try:
         for i in range(-(-n // (world_size * batch_size))):  # batches of the DDP rank with the most examples
             if batch := mine[i * batch_size:(i + 1) * batch_size]:
-                correct += count_correct(model, batch, device)
+                right[batch] = right_of(model, [examples[i] for i in batch], device).long()
             if progress is not None:
                 progress(min((i + 1) * world_size * batch_size, n), n)
             if stop is not None and stop():
                 return None
     finally:
         model.train(was_training)
-    acc, acc_norm = (count / n for count in all_reduce_sum(correct, group).tolist())
-    return {"acc": acc, "acc_norm": acc_norm, "n": n}
+    return all_reduce_sum(right, group).bool().cpu().numpy()
 
 
-def count_correct(model, batch: list[Example], device: torch.device) -> torch.Tensor:
-    """Count the examples whose right ending has the lowest sum, and the lowest mean, of losses: (2,) int64.
+def right_of(model, batch: list[Example], device: torch.device) -> torch.Tensor:
+    """Return True for each example whose right ending has the lowest sum, and the lowest mean, of losses:
+    (examples, 2).
 
     An example with a loss that is not finite counts as wrong.
     """
     idx, targets = make_rows(batch, model.config.block_size)
-    losses = ending_losses(model, idx, targets, device)
+    losses = token_losses(model, idx, targets, device)
     sums = losses.sum(dim=1).view(-1, 4)
     counts = (targets != -1).sum(dim=1).view(-1, 4).to(device)
     labels = torch.tensor([example.label for example in batch], device=device)
-    right = torch.stack([values.argmin(dim=1) == labels for values in (sums, sums / counts)])
-    return (right & sums.isfinite().all(dim=1)).sum(dim=1)
+    right = torch.stack([values.argmin(dim=1) == labels for values in (sums, sums / counts)], dim=1)
+    return right & sums.isfinite().all(dim=1)[:, None]
 
 
 def make_rows(batch: list[Example], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,23 +241,3 @@ def make_rows(batch: list[Example], block_size: int) -> tuple[torch.Tensor, torc
         idx[i, :t] = row[:-1]
         targets[i, t - n:t] = row[-n:]
     return torch.from_numpy(idx), torch.from_numpy(targets)
-
-
-def ending_losses(model, idx: torch.Tensor, targets: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the loss of each target, 0 if the target is -1: (N, T), in fp32 (fp64 for an fp64 model).
-
-    Logits are computed only for targets that count, at most HEAD_ROWS at a time. They are in fp32 even under
-    autocast, because bf16 would round a logit of -100 to a multiple of 0.5.
-    """
-    N, T = idx.shape
-    places = (targets.flatten() != -1).nonzero()[:, 0].to(device)  # (P,)
-    x = model.hidden(idx.to(device)).flatten(0, 1)[places]  # (P, C)
-    targets = targets.flatten().to(device)[places]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    losses = torch.zeros(N * T, dtype=dtype, device=device)
-    with torch.autocast(device.type, enabled=False):
-        for start in range(0, len(places), HEAD_ROWS):
-            part = slice(start, start + HEAD_ROWS)
-            logits = model.head(x[part].to(dtype))  # (HEAD_ROWS, V)
-            losses[places[part]] = F.cross_entropy(logits, targets[part], reduction="none")
-    return losses.view(N, T)

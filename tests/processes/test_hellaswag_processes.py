@@ -14,8 +14,9 @@ from helpers import save_random_model as save
 
 from models import weights
 from nanosync import hellaswag_eval as hellaswag
-from nanosync.hellaswag_eval import accuracy, ending_losses, make_rows
+from nanosync.hellaswag_eval import accuracy, make_rows
 from nanosync.ranks import Ranks
+from nanosync.token_losses import token_losses
 
 CPU = torch.device("cpu")
 
@@ -37,9 +38,9 @@ def check_processes(rank: int, world: int) -> None:
         if kind is None:
             continue
         rows = make_rows(examples, 16)
-        simulated = ending_losses(model.eval(), *rows, CPU)
+        simulated = token_losses(model.eval(), *rows, CPU)
         model.place(Ranks(1, group))
-        assert (ending_losses(model, *rows, CPU) - simulated).abs().max() < 1e-12
+        assert (token_losses(model, *rows, CPU) - simulated).abs().max() < 1e-12
         assert accuracy(model, examples, 4, CPU) == alone
 
 

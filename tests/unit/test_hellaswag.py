@@ -17,8 +17,10 @@ from helpers import NO_NETWORK, build, needs_gpt2_tokenizer, random_model, write
 from helpers import random_hellaswag as random_examples
 
 from nanosync import hellaswag_eval as hellaswag
+from nanosync import token_losses as scoring
 from nanosync.errors import UserError
-from nanosync.hellaswag_eval import Example, accuracy, ending_losses, make_rows
+from nanosync.hellaswag_eval import Example, accuracy, make_rows
+from nanosync.token_losses import token_losses
 
 CPU = torch.device("cpu")
 
@@ -59,7 +61,7 @@ def test_agrees_with_the_definition(kind):
     assert sum(len(e.context) + len(ending) > 17 for e in examples for ending in e.endings) > 20
     losses, expected = reference(model, examples)
     idx, targets = make_rows(examples, 16)
-    found = ending_losses(model, idx, targets, CPU)
+    found = token_losses(model, idx, targets, CPU)
     assert found.dtype == torch.float64 and (found == 0).equal(targets == -1)
     for row, of_ending in zip(found, (of_ending for of_example in losses for of_ending in of_example)):
         # fp64: the same sums in another order
@@ -72,10 +74,10 @@ def test_agrees_with_the_definition(kind):
 def test_padding_does_not_count_nor_do_other_rows():
     """In fp32 losses of one example alone and among longer ones differ by rounding."""
     model, examples = random_model(torch.float32, block_size=80).eval(), random_examples(6)
-    together = ending_losses(model, *make_rows(examples, 80), CPU).sum(dim=1).view(6, 4)
+    together = token_losses(model, *make_rows(examples, 80), CPU).sum(dim=1).view(6, 4)
     assert make_rows(examples, 80)[0].shape == (24, 64)
     for i, example in enumerate(examples):
-        alone = ending_losses(model, *make_rows([example], 80), CPU).sum(dim=1)
+        alone = token_losses(model, *make_rows([example], 80), CPU).sum(dim=1)
         assert (together[i] - alone).abs().max() < 1e-4  # sums of at most 12 losses of about 5
 
 
@@ -86,9 +88,9 @@ def test_few_lengths():
 
 def test_logits_in_pieces(monkeypatch):
     model, examples = random_model().eval(), random_examples(5)
-    whole = ending_losses(model, *make_rows(examples, 16), CPU)
-    monkeypatch.setattr(hellaswag, "HEAD_ROWS", 7)
-    assert (ending_losses(model, *make_rows(examples, 16), CPU) - whole).abs().max() < 1e-12
+    whole = token_losses(model, *make_rows(examples, 16), CPU)
+    monkeypatch.setattr(scoring, "HEAD_ROWS", 7)
+    assert (token_losses(model, *make_rows(examples, 16), CPU) - whole).abs().max() < 1e-12
 
 
 def test_leaves_no_trace_on_training():
@@ -126,9 +128,9 @@ def test_under_autocast():
     """The blocks in bf16, the head and the losses in fp32."""
     model, examples = random_model(torch.float32).eval(), random_examples(9)
     rows = make_rows(examples, 16)
-    exact = ending_losses(model, *rows, CPU)
+    exact = token_losses(model, *rows, CPU)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = ending_losses(model, *rows, CPU)
+        rounded = token_losses(model, *rows, CPU)
         assert accuracy(model, examples, 2, CPU)["n"] == 9
     assert rounded.dtype == torch.float32
     assert 1e-4 < (rounded - exact).abs().max() < 0.1  # bf16 has 8 bits

@@ -19,8 +19,9 @@ import train_gpt
 import train_gpt_fast
 from nanosync import checkpoint
 from nanosync.errors import UserError
-from nanosync.hellaswag_eval import accuracy, ending_losses, make_rows
+from nanosync.hellaswag_eval import accuracy, make_rows
 from nanosync.model_kind import check_size, model_config, model_description
+from nanosync.token_losses import token_losses
 
 EOT = 7
 SWITCHES = ("bigram", "embedding_skip", "smear", "attention_gate", "late_attention", "backout",
@@ -151,7 +152,7 @@ def test_hellaswag_losses_are_those_of_the_logits(model):
     expected = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten(), reduction="none",
                                ignore_index=-1).view(targets.shape)
     with torch.no_grad():
-        losses = ending_losses(model, idx, targets, torch.device("cpu"))
+        losses = token_losses(model, idx, targets, torch.device("cpu"))
     assert torch.allclose(losses, expected, rtol=0, atol=1e-12)
     assert accuracy(model, examples, 2, torch.device("cpu"))["n"] == 5
 
