@@ -9,16 +9,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 
-from models.registry import INFERENCE_KINDS, KINDS, build_model
-from models.weights import load_parameters
+from models.converted import Converted, Options
+from models.exported import find_huggingface, read_huggingface, write_huggingface
+from models.registry import INFERENCE_KINDS, KINDS
 from nanosync import checkpoint, nanogpt_files
 from nanosync.checkpoint_writer import save
-from nanosync.dataloader import open_dataset
 from nanosync.errors import UserError, shown
 from nanosync.files import check_can_write, first_line, made_folder, replace_file
 from nanosync.hardware import environment
@@ -29,36 +28,6 @@ from nanosync.tensor_files import check_values
 SEED = 1337  # of nanoGPT, whose checkpoints do not have it, and the default of the training scripts
 SETTINGS = "settings.py"  # in a converted out_dir: config file with the settings of another program's run
 CPU = torch.device("cpu")
-
-
-@dataclass
-class Converted:
-    """A model on its way from one format to another."""
-
-    description: dict  # `model` entry of state.json
-    weights: dict[str, torch.Tensor]  # by parameter name
-    where: str  # path of the weights, for messages
-    step: int = 0  # updates done
-    optimizer: dict[str, torch.Tensor] = field(default_factory=dict)  # as in optim.safetensors
-    state: dict = field(default_factory=dict)  # entries of state.json that differ from those of a new run
-    settings: str = ""  # text of a config file, '' for none
-    notes: list[str] = field(default_factory=list)  # lines for the user
-
-    def model(self) -> nn.Module:
-        """Build the model, on the CPU. Raises UserError if the weights do not fit the configuration."""
-        model = build_model(self.description, INFERENCE_KINDS)
-        load_parameters(model, self.weights, self.where)
-        INFERENCE_KINDS[self.description["kind"]].finish(model, self.state)
-        return model.eval()
-
-
-@dataclass
-class Options:
-    """What the command line says besides input and output."""
-
-    step: str = "best"  # of the checkpoints in an out_dir
-    dataset: str | None = None  # folder or name of the data set of the training
-    moments: str = "keep"  # 'new': leave the optimizer's state out
 
 
 @dataclass(frozen=True)
@@ -87,7 +56,7 @@ def read_nanogpt(path: str, options: Options) -> Converted:
     converted.optimizer = nanogpt_files.moments({} if new else found.optimizer, found.weights, path)
     converted.state = {"val_loss": found.val_loss, "best_val_loss": found.val_loss,
                        "config": found.config | {"optimizer": "adamw"}}
-    about_data(converted, options, found.config.get("dataset"))
+    converted.take_data(options, found.config.get("dataset"))
     converted.settings = nanogpt_files.settings_text(converted.state["config"])
     converted.notes += [
         f"step {found.step}, val loss {'unknown' if found.val_loss is None else f'{found.val_loss:.4f}'}; "
@@ -110,38 +79,6 @@ def _check_shapes(config, weights: dict[str, torch.Tensor], path: str) -> None:
             raise UserError(f"{path} cannot be used: {name} has the shape {tuple(weights[name].shape)}, and "
                             f"by its model_args {tuple(shape)}")
     check_values(weights, path)
-
-
-def about_data(converted: Converted, options: Options, dataset: str | None = None) -> None:
-    """Add the data's fingerprint and its tokenizer to a converted model, as far as they are known.
-
-    dataset: name of the data set in the converted settings; it need not exist here.
-    """
-    config = converted.description["config"]
-    data = None
-    if options.dataset is not None:
-        data = open_dataset(options.dataset, config["block_size"])
-        data.check_tokens(config["vocab_size"])
-    elif dataset is not None:
-        try:
-            data = open_dataset(dataset, config["block_size"])
-            data.check_tokens(config["vocab_size"])
-        except UserError:  # another data set of this name, or none
-            data = None
-    if data is not None:
-        meta, known = data.meta, f"data set {data.folder}"
-        converted.state["data"] = data.fingerprint
-        converted.state["config"] = converted.state.get("config", {}) | {
-            "dataset": options.dataset or dataset}
-    else:
-        gpt2 = config["vocab_size"] in (50257, 50304)  # 50304: padded
-        meta = None if gpt2 else {"tokenizer": "unknown", "vocab_size": config["vocab_size"]}
-        known = "data set unknown, so a resumed run takes any (name it with --dataset=...); tokenizer " + \
-            ("GPT-2's" if gpt2 else "unknown, so text is token ids")
-        converted.state["data"] = dict(checkpoint.UNKNOWN_DATA)
-    converted.state["meta"] = meta
-    config["used_vocab_size"] = min(config["vocab_size"], 50257 if meta is None else meta["vocab_size"])
-    converted.notes.append(known)
 
 
 def read_checkpoint(path: str, options: Options) -> Converted:
@@ -175,6 +112,8 @@ def write_checkpoint(converted: Converted, out_dir: str) -> None:
 FORMATS = {
     "checkpoint": Format("a checkpoint of this repository", checkpoint.is_checkpoint, read_checkpoint,
                          write_checkpoint),
+    "huggingface": Format("a Hugging Face folder", find_huggingface, read_huggingface,
+                          write_huggingface),
     "nanogpt": Format("nanoGPT's ckpt.pt", nanogpt_files.is_checkpoint, read_nanogpt),
 }
 

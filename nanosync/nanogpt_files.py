@@ -47,7 +47,7 @@ class NanoGPTCheckpoint:
 
 def read_checkpoint(path: str) -> NanoGPTCheckpoint:
     """Read a ckpt.pt; no code of the file runs. Raises UserError."""
-    content = _load(path)
+    content = load_plain(path)
     if type(content) is not dict or not {"model", "model_args"} <= set(content):
         raise UserError(f"{path} is not a checkpoint of nanoGPT: it has no entries model and model_args")
     arguments, config = content["model_args"], content.get("config", {})
@@ -67,7 +67,8 @@ def read_checkpoint(path: str) -> NanoGPTCheckpoint:
                              _loss(content.get("best_val_loss"), path), config)
 
 
-def _load(path: str):
+def load_plain(path: str):
+    """Load a file of torch.save that holds tensors and plain values only. Raises UserError."""
     try:
         open_regular(path).close()
         with warnings.catch_warnings():
@@ -77,8 +78,8 @@ def _load(path: str):
         raise UserError(f"cannot read {path}: {e.strerror or first_line(e)}") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused, and nothing of it was executed: it is not a file of torch.save "
-                        f"with tensors and plain values only. Load it where you trust it, and save its "
-                        f"model, model_args, optimizer and iter_num again with torch.save") from None
+                        f"with tensors and plain values only. Load it where you trust it, and save "
+                        f"only such values again with torch.save") from None
     except Exception as e:  # any type: PyTorch's reader passes on what a malformed file makes it raise
         raise UserError(f"{path} is not a readable file of torch.save ({type(e).__name__}: "
                         f"{shortened(first_line(e), 120)}): copy it again") from None

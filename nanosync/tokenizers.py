@@ -78,6 +78,10 @@ class GPT2Tokenizer:
         """Encode text, with special tokens in it as ordinary text."""
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
 
+    def ranks(self) -> dict[bytes, int]:
+        """Return token -> id of all tokens but <|endoftext|>. Lower ids are merged first."""
+        return {self._encoding.decode_single_token_bytes(i): i for i in range(self.eot_token)}
+
     def decode(self, ids) -> str:
         return self._encoding.decode([int(i) for i in ids], errors="replace")
 
