@@ -10,38 +10,17 @@ import tempfile
 
 import pytest
 import torch
-from helpers import build, needs_gpt2_tokenizer, random_model, save_checkpoint, tokens
+from helpers import build, needs_gpt2_tokenizer, random_model, tokens
 from helpers import random_speedrun_model as speedrun_model
-from test_speedrun_inference import fast_model
-from test_speedrun_inference import save as save_speedrun
+from saved_models import DATA, META, TEXT, TOKENIZERS, fast_model, gpt2_folder, save
 
 import models
 from models.conversion import Options, convert
 from nanosync import checkpoint, exported_tokenizers, tokenizers
 from nanosync.errors import UserError
-from nanosync.model_kind import model_description, schedule_description
 
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="modules-"))  # read when it is imported
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
-LETTERS = "".join(map(chr, range(65, 65 + 61)))
-META = {"tokenizer": "char", "vocab_size": 61, "chars": LETTERS,
-        "bytes_per_token": {"train": 1.0, "val": 1.25}}
-DATA = {"train_tokens": 3000, "val_tokens": 700, "sha256": {"val.bin": "ab" * 32}}
-
-
-def save(folder, model, **state) -> str:
-    """Save a model of any kind as a checkpoint; return the path of the out_dir."""
-    state = {"meta": META, "data": DATA, "val_loss": 2.0, "environment": {"git_commit": "c0ffee"}} | state
-    if type(model).__module__ in ("train_gpt", "train_gpt_fast"):
-        save_speedrun(folder, model, **state)
-    else:
-        kind = "gpt" if not hasattr(model.config, "tp_size") else \
-            "distributed_gpt" if hasattr(model.config, "block_types") else "reduced_sync_gpt"
-        save_checkpoint(folder, 1, model, model=model_description(kind, model),
-                        schedule=schedule_description(model), **state)
-    return str(folder)
-
 
 def all_logits(model, idx):
     with torch.no_grad():
@@ -123,27 +102,6 @@ def test_a_card_says_what_is_unknown(tmp_path):
     assert "not measured at this step" in card and card.count("| unknown |") == 4
 
 
-TEXT = "Hello wörld, 日本語 \n\n  def f(x):\n\treturn 🙂 don't I'll 12345\x00"
-
-
-def trained_bpe():
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-    from tokenizers import models as kinds
-
-    tokenizer = Tokenizer(kinds.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([TEXT * 10, "the cat and the hat " * 20], trainer)
-    return tokenizers.JsonTokenizer(tokenizer.to_str(), "test")
-
-
-TOKENIZERS = {"gpt2": tokenizers.GPT2Tokenizer, "byte": tokenizers.ByteTokenizer, "bpe": trained_bpe,
-              "char": lambda: tokenizers.CharTokenizer("".join(sorted({*TEXT, *"<|endoftext|>"}))),
-              "char with unknown": lambda: tokenizers.CharTokenizer("abc" + tokenizers.UNKNOWN)}
-
-
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokenizer_files(tmp_path, name):
     if name == "gpt2":
@@ -171,21 +129,6 @@ def test_a_tokenizer_larger_than_the_model(tmp_path):
 
 
 # In
-
-
-def gpt2_folder(folder, sharded=False, pickled=False):
-    """A folder that transformers wrote; its model."""
-    config = transformers.GPT2Config(vocab_size=61, n_positions=16, n_embd=32, n_layer=2, n_head=2)
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    model.save_pretrained(folder, **({"max_shard_size": "40KB"} if sharded else {}))
-    if pickled:
-        (folder / "model.safetensors").unlink()
-        torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    return model
 
 
 @pytest.mark.parametrize("options", [{}, {"sharded": True}, {"pickled": True}])
