@@ -1,6 +1,7 @@
 """A model between two formats, and the options of a conversion."""
 
 import contextlib
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,8 @@ from models.weights import load_parameters
 from nanosync import checkpoint
 from nanosync.dataloader import open_dataset
 from nanosync.errors import UserError, shown
+from nanosync.files import MAX_JSON, decode_text, os_error_as_user_error, read_file
+from nanosync.tokenizers import JsonTokenizer
 
 GPT2_VOCABULARIES = (50257, 50304)  # the second is padded
 
@@ -42,10 +45,11 @@ class Converted:
                                 f"the "
                                 f"model again")
 
-    def take_data(self, options: "Options", dataset: str | None = None) -> None:
+    def take_data(self, options: "Options", dataset: str | None = None, tokenizer_file: str = "") -> None:
         """Set the data's fingerprint and tokenizer, as far as they are known. Raises UserError.
 
         dataset: name of the data set in the converted settings; it need not exist here.
+        tokenizer_file: path of a tokenizer.json, which need not exist, for an unknown data set.
         """
         config, data = self.description["config"], None
         length = config.get("block_size") or config["sequence_length"]
@@ -61,14 +65,30 @@ class Converted:
             name = {"dataset": options.dataset or dataset}
             self.state |= {"data": data.fingerprint, "config": self.state.get("config", {}) | name}
         else:
-            gpt2 = config["vocab_size"] in GPT2_VOCABULARIES
-            meta = None if gpt2 else {"tokenizer": "unknown", "vocab_size": config["vocab_size"]}
-            known = "data set unknown, so a resumed run takes any (name it with --dataset=...); tokenizer " \
-                + ("GPT-2's" if gpt2 else "unknown, so text is token ids")
+            meta, name = _tokenizer_meta(config["vocab_size"], tokenizer_file)
+            known = f"data set unknown, so a resumed run takes any (name it with --dataset=...); " \
+                f"tokenizer {name}"
             self.state["data"] = dict(checkpoint.UNKNOWN_DATA)
         self.state["meta"] = meta
         config["used_vocab_size"] = min(config["vocab_size"], 50257 if meta is None else meta["vocab_size"])
         self.notes.append(known)
+
+
+def _tokenizer_meta(vocab_size: int, file: str) -> tuple[dict | None, str]:
+    """Return the meta.json of the tokenizer of a model, None for GPT-2's, and a text about it.
+
+    Raises UserError. vocab_size: of the model. file: path of a tokenizer.json, which need not exist.
+    """
+    if os.path.isfile(file):
+        with os_error_as_user_error(f"cannot read {file}"):
+            content = decode_text(read_file(file, MAX_JSON), file)
+        tokenizer = JsonTokenizer(content, file)
+        gpt2 = tokenizer.vocab_size == 50257 and tokenizer.encode("Hello world").tolist() == [15496, 995]
+        if not gpt2 and tokenizer.vocab_size <= vocab_size:
+            return tokenizer.meta(), "that of its tokenizer.json"
+    if vocab_size in GPT2_VOCABULARIES:
+        return None, "GPT-2's"
+    return {"tokenizer": "unknown", "vocab_size": vocab_size}, "unknown, so text is token ids"
 
 
 @dataclass

@@ -35,7 +35,7 @@ def is_dense(model: nn.Module) -> bool:
     schedule = getattr(model, "schedule", None)
     if schedule is None:
         return True
-    return schedule.is_plain and (model.config.tp_size == 1 or all(s.sync for s in schedule.sublayers))
+    return schedule.is_dense or (model.config.tp_size == 1 and schedule.is_plain)
 
 
 def write_huggingface(converted: Converted, folder: str) -> None:
@@ -125,6 +125,16 @@ def find_huggingface(path: str) -> bool:
         and any(os.path.isfile(os.path.join(path, name)) for name in WEIGHTS))
 
 
+def meta_of(path: str) -> dict | None:
+    """Return the meta.json of the tokenizer of weights that are no checkpoint: that of a folder which
+    write_huggingface wrote; else None, for GPT-2's. Raises UserError.
+
+    path: folder, or name on the hub.
+    """
+    record = model_card.read_record(path)
+    return None if record is None else record["meta"]
+
+
 def read_huggingface(path: str, options: Options) -> Converted:
     """Read a GPT-2 of transformers, or what write_huggingface wrote. Raises UserError."""
     files = os.listdir(path) if os.path.isdir(path) else WEIGHTS
@@ -146,7 +156,7 @@ def read_huggingface(path: str, options: Options) -> Converted:
     else:
         converted = _read_gpt2(folder, pickled, record)
     if record is None or options.dataset is not None:
-        converted.take_data(options)
+        converted.take_data(options, tokenizer_file=os.path.join(folder, "tokenizer.json"))
     else:
         converted.state |= {name: record[name] for name in ("meta", "data", "val_loss")}
         converted.notes.append("tokenizer and data set: those of the training")

@@ -29,6 +29,6 @@ def _about(path: str, name: str) -> str:
         return (f"{path} is a checkpoint of nanoGPT, {PICKLE} here: convert it with python convert.py {path} "
                 f"OUT_DIR, and give that folder")
     if name.startswith(TRANSFORMERS):
-        return (f"{path} is {PICKLE}: load the folder in transformers, write another with "
-                f"save_pretrained('NEW', safe_serialization=True), and give that as --init_from")
+        return (f"{path} is {PICKLE}: convert it with python convert.py {os.path.dirname(path) or '.'} "
+                f"OUT_DIR, and give that folder")
     return f"{path} is {PICKLE}: write its weights as model.safetensors, beside a config.json"

@@ -77,11 +77,11 @@ TOKENIZERS = {"gpt2": tokenizers.GPT2Tokenizer, "byte": tokenizers.ByteTokenizer
               "char with unknown": lambda: tokenizers.CharTokenizer("abc" + tokenizers.UNKNOWN)}
 
 
-def gpt2_folder(folder, sharded=False, pickled=False):
+def gpt2_folder(folder, sharded=False, pickled=False, vocab_size=61):
     """A folder that transformers wrote; its model."""
     import transformers
 
-    config = transformers.GPT2Config(vocab_size=61, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    config = transformers.GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=32, n_layer=2, n_head=2)
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():

@@ -17,6 +17,7 @@ from saved_models import DATA, META, TEXT, TOKENIZERS, fast_model, gpt2_folder, 
 import models
 from models.conversion import Options, convert
 from nanosync import checkpoint, exported_tokenizers, tokenizers
+from nanosync.dataloader import open_dataset
 from nanosync.errors import UserError
 
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="modules-"))  # read when it is imported
@@ -140,6 +141,39 @@ def test_a_gpt2_becomes_a_checkpoint(tmp_path, options):
     model = models.load(str(tmp_path / "out")).eval()
     with torch.no_grad():
         assert (theirs(idx).logits - all_logits(model, idx)).abs().max() < 1e-5
+
+
+def test_the_tokenizer_of_a_foreign_folder(tmp_path):
+    gpt2_folder(tmp_path / "hf", vocab_size=300)
+    bpe = TOKENIZERS["bpe"]()
+    (tmp_path / "hf" / "tokenizer.json").write_text(bpe.content)
+    convert(str(tmp_path / "hf"), str(tmp_path / "out"), None, Options())
+    state = checkpoint.find(str(tmp_path / "out")).state
+    assert state["meta"] == bpe.meta() and state["model"]["config"]["used_vocab_size"] == bpe.vocab_size
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is not a usable tokenizer.json"):
+        convert(str(tmp_path / "hf"), str(tmp_path / "b"), None, Options())
+
+
+def test_the_tokenizer_of_an_exported_folder(tmp_path):
+    out = save(tmp_path / "out", random_model(torch.float32))
+    convert(out, str(tmp_path / "hf"), None, Options("latest"))
+    assert models.meta_of(str(tmp_path / "hf")) == META and models.meta_of("gpt2") is None
+
+
+def test_an_exported_folder_with_code_is_no_weights(tmp_path):
+    convert(save(tmp_path / "out", speedrun_model(dtype=torch.float32)), str(tmp_path / "hf"), None,
+            Options("latest"))
+    with pytest.raises(UserError, match=r"exported model of this repository: .* python convert.py"):
+        models.find_for_inference({"init_from": str(tmp_path / "hf"), "checkpoint_step": "latest"})
+
+
+def test_bits_per_byte_are_counted_if_the_data_set_is_here(tmp_path, tiny_data):
+    data = open_dataset(str(tiny_data), 1)
+    out = save(tmp_path / "out", random_model(torch.float32), meta=data.meta, data=data.fingerprint,
+               config={"dataset": str(tiny_data)})
+    convert(out, str(tmp_path / "hf"), None, Options("latest"))
+    assert "| 2.8854 |" in (tmp_path / "hf" / "README.md").read_text()  # 2 / ln 2: a byte a letter
 
 
 class Call:

@@ -71,8 +71,8 @@ def test_a_weight_in_two_files(sharded):
 @pytest.mark.parametrize("path, files, words", [
     ("out", ["ckpt.pt"], "out/ckpt.pt is a checkpoint of nanoGPT, .* convert.py out/ckpt.pt OUT_DIR"),
     ("out/ckpt.pt", ["ckpt.pt"], "out/ckpt.pt is a checkpoint of nanoGPT"),
-    ("out", ["config.json", "pytorch_model.bin"], "pytorch_model.bin is a pickle, .* save_pretrained"),
-    ("out", ["config.json", "pytorch_model.bin.index.json"], "is a pickle, .* save_pretrained"),
+    ("out", ["config.json", "pytorch_model.bin"], "pytorch_model.bin is a pickle, .* convert.py out OUT_DIR"),
+    ("out", ["config.json", "pytorch_model.bin.index.json"], "is a pickle, .* convert.py out OUT_DIR"),
     ("out/step_9.pth", ["step_9.pth"], "step_9.pth is a pickle, .* model.safetensors, beside a config.json"),
     ("out/model.safetensors", ["config.json", "model.safetensors"], "is a file: give its folder"),
     ("out", ["notes.txt"], "has neither checkpoints .* nor config.json and model.safetensors"),

@@ -112,7 +112,7 @@ def test_a_loaded_model_is_the_trained_one(model, tmp_path):
     loaded = models.load(str(tmp_path))
     assert type(loaded) is type(model) and loaded.config == model.config
     assert torch.equal(loaded(prompt(20))[0], model(prompt(20))[0])
-    with pytest.raises(UserError, match="cannot be exported: use model"):
+    with pytest.raises(UserError, match="no model with these layers: export its checkpoint"):
         loaded.save_pretrained(str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 
