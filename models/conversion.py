@@ -148,7 +148,7 @@ def convert(path: str, out: str, to: str | None, options: Options) -> tuple[str,
     converted = FORMATS[source].read(path, options)
     with made_folder(os.path.dirname(os.path.abspath(out))), new_folder(out) as folder:
         FORMATS[to].write(converted, folder)
-    if converted.settings:
+    if converted.settings and to == "checkpoint":
         converted.notes.append(f"resume: python train.py {os.path.join(out, SETTINGS)} --out_dir={out} "
                                f"--resume=latest")
     return to, converted.notes

@@ -119,6 +119,9 @@ def take_settings(config: Config, resumed: Checkpoint, kinds: dict[str, ModelKin
     kind = resumed.state["model"]["kind"]
     if kinds[kind].settings_entry == "config":
         values = resumed.state["config"]
+        if not values:
+            raise UserError(f"{resumed.path} was converted from a folder of weights and has no settings of "
+                            f"{kinds[kind].script}: sample and evaluate it; it cannot be resumed")
     else:
         described = vars(model_config(resumed.state["model"], kinds))
         mask = resumed.state["config"].get("document_mask", False)

@@ -100,9 +100,28 @@ def test_any_data_set_if_the_data_set_is_unknown(run_script, tiny_data, tmp_path
     assert run_script("convert.py", "hf", "mine").code == 0
     result = run_script("train.py", "--out_dir=mine", "--resume=latest", "--device=cpu", "--compile=False",
                         "--max_iters=2", f"--dataset={tiny_data}", "--batch_size=2", "--eval_iters=1",
-                        "--gradient_accumulation_steps=1")
+                        "--gradient_accumulation_steps=1", "--optimizer=muon")
     assert result.code == 0, result.err
     assert "step 0, epoch 0, best val loss n/a" in result.out and "step 2: train loss" in result.out
+
+
+def test_nanogpt_straight_to_transformers(run_script, tiny_data, tmp_path):
+    model, optimizer = nanogpt.trained(8, vocab_size=26, **SMALL, block_size=16)
+    torch.save(nanogpt.content_of(model, optimizer, 8), tmp_path / "ckpt.pt")
+    result = run_script("convert.py", "ckpt.pt", "hf", f"--dataset={tiny_data}", "--to=huggingface")
+    assert result.code == 0 and "resume:" not in result.out, result.err
+    assert {"tokenizer.json", "README.md"} <= {path.name for path in (tmp_path / "hf").iterdir()}
+    result = run_script("sample.py", "hf", "--num_samples=1", "--max_new_tokens=5", "--start=ABC")
+    assert result.code == 0 and result.out.startswith("ABC"), result.err
+
+
+def test_an_imported_speedrun_model_is_not_resumed(run_script, tiny_data, tmp_path):
+    convert(save(tmp_path / "out", speedrun_model(dtype=torch.float32)), str(tmp_path / "hf"), None,
+            Options("latest"))
+    convert(str(tmp_path / "hf"), str(tmp_path / "back"), None, Options())
+    result = run_script("train_gpt.py", "--out_dir=back", "--resume=latest", f"--dataset={tiny_data}")
+    assert result.code == 2 and "was converted from a folder of weights" in result.err
+    assert result.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("args, words", [
