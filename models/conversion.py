@@ -37,6 +37,7 @@ class Format:
     title: str
     find: Callable[[str], bool]  # path -> True if it has this format
     read: Callable[[str, Options], Converted]  # raises UserError
+    takes: tuple[str, ...]  # fields of Options that `read` uses
     write: Callable[[Converted, str], None] | None = None  # (model, new folder); raises UserError, OSError
 
 
@@ -111,10 +112,11 @@ def write_checkpoint(converted: Converted, out_dir: str) -> None:
 
 FORMATS = {
     "checkpoint": Format("a checkpoint of this repository", checkpoint.is_checkpoint, read_checkpoint,
-                         write_checkpoint),
+                         ("step",), write_checkpoint),
     "huggingface": Format("a Hugging Face folder", find_huggingface, read_huggingface,
-                          write_huggingface),
-    "nanogpt": Format("nanoGPT's ckpt.pt", nanogpt_files.is_checkpoint, read_nanogpt),
+                          ("dataset",), write_huggingface),
+    "nanogpt": Format("nanoGPT's ckpt.pt", nanogpt_files.is_checkpoint, read_nanogpt,
+                      ("dataset", "moments")),
 }
 
 
@@ -144,6 +146,11 @@ def convert(path: str, out: str, to: str | None, options: Options) -> tuple[str,
     to = to or ("huggingface" if source == "checkpoint" else "checkpoint")
     if source == to:
         raise UserError(f"{path} is {FORMATS[source].title} already: choose another format with --to=...")
+    for name in options.given():
+        if name not in FORMATS[source].takes:
+            takers = " and ".join(known.title for known in FORMATS.values() if name in known.takes)
+            raise UserError(f"--{name} is for {takers}, and {path} is {FORMATS[source].title}: leave "
+                            f"--{name} out")
     check_new_folder(out)
     converted = FORMATS[source].read(path, options)
     with made_folder(os.path.dirname(os.path.abspath(out))), new_folder(out) as folder:

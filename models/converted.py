@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn as nn
@@ -98,3 +98,7 @@ class Options:
     step: str = "best"  # of the checkpoints in an out_dir
     dataset: str | None = None  # folder or name of the data set of the training
     moments: str = "keep"  # 'new': leave the optimizer's state out
+
+    def given(self) -> list[str]:
+        """Return the names of the options that differ from their defaults."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]

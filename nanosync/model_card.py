@@ -5,7 +5,7 @@ import os
 
 from nanosync.bits_per_byte import bits_per_byte
 from nanosync.checkpoint import UNKNOWN_DATA
-from nanosync.errors import UserError, shown
+from nanosync.errors import UserError, one_line, shown
 from nanosync.files import first_line, read_json, write_json
 from nanosync.token_files import check_meta
 
@@ -49,7 +49,7 @@ def read_record(folder: str) -> dict | None:
 
 def write_card(folder: str, name: str, facts: dict[str, str], remote_code: bool) -> None:
     """Write README.md. facts: rows of its table. remote_code: the folder has the model's modeling file."""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    rows = "\n".join(f"| {key} | {cell(value)} |" for key, value in facts.items())
     options = ", trust_remote_code=True" if remote_code else ""
     tags = "\n".join(f"- {tag}" for tag in ("nanosync", *(["custom_code"] * remote_code)))
     note = "`modeling_nanosync.py` in this folder is the model: read it before you trust it. It has no\n" \
@@ -81,6 +81,11 @@ print(generate("Once", max_new_tokens=50)[0]["generated_text"])
 """)
 
 
+def cell(text: str) -> str:
+    """Return a text that stays inside a cell of a Markdown table. Names of data sets are free text."""
+    return one_line(text).replace("|", "\\|").replace("<", "&lt;")
+
+
 def facts_of(state: dict, step: int, architecture: str, syncs: str, per_token: float | None
              ) -> dict[str, str]:
     """Return the rows of a card's table. Values that the checkpoint does not have are said to be unknown.
@@ -88,7 +93,7 @@ def facts_of(state: dict, step: int, architecture: str, syncs: str, per_token: f
     state: contents of state.json. architecture, syncs: texts. per_token: bytes of a token of the val split.
     """
     loss, data, meta = state.get("val_loss"), state.get("data") or {}, state.get("meta") or {}
-    digests = data.get("sha256") or {}
+    digests, dataset = data.get("sha256") or {}, str(state.get("config", {}).get("dataset", ""))
     fingerprint = [f"{file}: `{digest}`" for file, digest in digests.items()]
     tokens = [f"{data[f'{split}_tokens']:,} {split} tokens" for split in ("train", "val")
               if type(data.get(f"{split}_tokens")) is int]
@@ -98,8 +103,8 @@ def facts_of(state: dict, step: int, architecture: str, syncs: str, per_token: f
         "val loss, bits per byte": "unknown" if loss is None or per_token is None
         else f"{bits_per_byte(loss, per_token):.4f}",
         "tokenizer": meta.get("tokenizer", "gpt2"),
-        "data": ", ".join(filter(None, [str(state.get("config", {}).get("dataset", "")),
-                                        meta.get("name", ""), *tokens])) or "unknown",
+        "data": ", ".join(filter(None, [os.path.basename(dataset.rstrip(os.sep)), meta.get("name"), *tokens]))
+        or "unknown",
         "SHA-256 of the data": ", ".join(fingerprint) or "unknown",
         "commit of nanoSync": (state.get("environment") or {}).get("git_commit") or "unknown",
     }

@@ -133,6 +133,8 @@ def test_an_imported_speedrun_model_is_not_resumed(run_script, tiny_data, tmp_pa
     (["ckpt.pt", "new", "--dataset=none"], "no data set 'none'"), (["meta.pkl", "new"], "cannot read meta"),
     (["ckpt.pt", "notes.txt/new"], "cannot be a folder"),
     (["ckpt.pt", "new", "--moments=old"], "invalid choice"),
+    (["meta.pkl", "new", "--to=checkpoint"], "is a vocabulary, which becomes a meta.json"),
+    (["ckpt.pt", "new", "--step=3"], "--step is for a checkpoint of this repository, and ckpt.pt is nano"),
     (["ckpt.pt", "new", "--momets=new"], "unrecognized arguments"),
 ])
 def test_wrong_inputs(run_script, tmp_path, args, words):

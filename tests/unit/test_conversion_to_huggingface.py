@@ -96,11 +96,13 @@ def test_files_of_the_folder(tmp_path):
 def test_a_card_says_what_is_unknown(tmp_path):
     model = random_model(torch.float32)
     meta = {"tokenizer": "own", "vocab_size": 61}
-    notes = convert(save(tmp_path / "out", model, meta=meta, data={}, val_loss=None, environment=None),
+    notes = convert(save(tmp_path / "out", model, meta=meta, data={}, val_loss=None, environment=None,
+                         config={"dataset": "/home/secret/a|b <img>"}),
                     str(tmp_path / "hf"), None, Options("latest"))[1]
     assert "no tokenizer files" in notes[-1] and not (tmp_path / "hf" / "tokenizer.json").exists()
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert "not measured at this step" in card and card.count("| unknown |") == 4
+    assert r"| a\|b &lt;img> |" in card and "secret" not in card
+    assert "not measured at this step" in card and card.count("| unknown |") == 3
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -229,6 +231,8 @@ def test_directions(tmp_path):
     out = save(tmp_path / "out", random_model(torch.float32))
     with pytest.raises(UserError, match="is a checkpoint of this repository already: choose another format"):
         convert(out, str(tmp_path / "b"), "checkpoint", Options())
+    with pytest.raises(UserError, match=r"--moments is for nanoGPT's ckpt.pt, and .* is a checkpoint of this"):
+        convert(out, str(tmp_path / "b"), None, Options(moments="new"))
     with pytest.raises(UserError, match="has no checkpoint '7'; it has the steps 1"):
         convert(out, str(tmp_path / "b"), None, Options(step="7"))
     with pytest.raises(UserError, match="no data set 'none'"):
