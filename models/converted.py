@@ -9,10 +9,10 @@ import torch.nn as nn
 
 from models.registry import INFERENCE_KINDS, build_model
 from models.weights import load_parameters
-from nanosync import checkpoint
 from nanosync.dataloader import open_dataset
 from nanosync.errors import UserError, shown
 from nanosync.files import MAX_JSON, decode_text, os_error_as_user_error, read_file
+from nanosync.foreign_weights import UNKNOWN_DATA
 from nanosync.tokenizers import JsonTokenizer
 
 GPT2_VOCABULARIES = (50257, 50304)  # the second is padded
@@ -68,7 +68,7 @@ class Converted:
             meta, name = _tokenizer_meta(config["vocab_size"], tokenizer_file)
             known = f"data set unknown, so a resumed run takes any (name it with --dataset=...); " \
                 f"tokenizer {name}"
-            self.state["data"] = dict(checkpoint.UNKNOWN_DATA)
+            self.state["data"] = dict(UNKNOWN_DATA)
         self.state["meta"] = meta
         config["used_vocab_size"] = min(config["vocab_size"], 50257 if meta is None else meta["vocab_size"])
         self.notes.append(known)

@@ -44,7 +44,6 @@ from nanosync.token_files import check_meta
 FORMAT = 1
 FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json")
 STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,14})")  # the names that step_name makes
-UNKNOWN_DATA = {"unknown": True}  # entry `data` of a converted checkpoint that may resume on any data set
 MAX_COUNT = 2**53  # of steps, samples, processes
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # entries of state.json that a resumed run needs, and their types

@@ -4,6 +4,8 @@ import os
 
 NANOGPT, TRANSFORMERS = "ckpt.pt", "pytorch_model.bin"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+UNKNOWN_DATA = {"unknown": True}  # entry `data` in state.json of a converted checkpoint whose data set is
+# unknown, so that it may resume on any
 PICKLE = "a pickle, which can run code and is not loaded"
 
 

@@ -4,9 +4,9 @@ import math
 import os
 
 from nanosync.bits_per_byte import bits_per_byte
-from nanosync.checkpoint import UNKNOWN_DATA
 from nanosync.errors import UserError, one_line, shown
 from nanosync.files import first_line, read_json, write_json
+from nanosync.foreign_weights import UNKNOWN_DATA
 from nanosync.token_files import check_meta
 
 RECORD = "nanosync.json"

@@ -6,10 +6,10 @@ import torch
 
 from configurator import Config, check_type
 from nanosync import run_dir
-from nanosync.checkpoint import UNKNOWN_DATA, UNREADABLE, Checkpoint, find, find_resumed, steps_in
+from nanosync.checkpoint import UNREADABLE, Checkpoint, find, find_resumed, steps_in
 from nanosync.distributed import Job, Processes, all_values, on_main
 from nanosync.errors import UserError, shown
-from nanosync.foreign_weights import advice
+from nanosync.foreign_weights import UNKNOWN_DATA, advice
 from nanosync.model_kind import ModelKind, model_config
 
 

@@ -26,6 +26,7 @@ from convert import convert_vocabulary
 from models.conversion import Options, convert
 from nanosync import checkpoint
 from nanosync.errors import UserError
+from nanosync.foreign_weights import UNKNOWN_DATA
 from nanosync.nanogpt_files import read_vocabulary
 from nanosync.optim import build_adamw
 from nanosync.optimizer_state import load_state_by_name
@@ -97,7 +98,7 @@ def test_tokenizer_of_an_unknown_data_set(tmp_path, vocab_size, used, tokenizer)
     torch.save(nanogpt.content_of(model, optimizer, 1), tmp_path / "ckpt.pt")
     convert(str(tmp_path), str(tmp_path / "out"), None, Options())
     state = checkpoint.find(str(tmp_path / "out")).state
-    assert state["data"] == checkpoint.UNKNOWN_DATA
+    assert state["data"] == UNKNOWN_DATA
     assert state["model"]["config"]["used_vocab_size"] == used
     assert "gpt2" if state["meta"] is None else state["meta"]["tokenizer"] == tokenizer
 
