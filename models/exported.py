@@ -151,7 +151,9 @@ def read_huggingface(path: str, options: Options) -> Converted:
         check_size(model_config(record["model"], INFERENCE_KINDS))
         weights = huggingface.read_weights(folder)[1]
         check_values(weights, folder)
-        converted = Converted(record["model"], weights, folder, state=record["state"])
+        entries = INFERENCE_KINDS[record["model"]["kind"]].state
+        state = {name: value for name, value in record["state"].items() if name in entries}
+        converted = Converted(record["model"], weights, folder, state=state)
         converted.check_state()
     else:
         converted = _read_gpt2(folder, pickled, record)
@@ -172,7 +174,7 @@ def _read_gpt2(folder: str, pickled: bool, record: dict | None) -> Converted:
     huggingface.copy_weights(model, *read(folder))
     weights = {name: p.detach() for name, p in model.named_parameters()}
     biases = [name for name in weights if name.endswith(".bias")]
-    if record is not None and not record["model"].get("config", {}).get("bias", True) \
+    if record is not None and not record["model"]["config"].get("bias", True) \
             and not any(weights[name].any() for name in biases):  # written as zeros
         config.bias = False
         weights = {name: w for name, w in weights.items() if name not in biases}

@@ -34,6 +34,8 @@ def read_record(folder: str) -> dict | None:
         for name, kind in KEYS.items():
             if not isinstance(record[name], kind):
                 raise ValueError(f"{name} is {shown(record[name])}")
+        if type(record["model"].get("config")) is not dict:
+            raise ValueError("its model has no config")
         if record["val_loss"] is not None and not math.isfinite(record["val_loss"]):
             raise ValueError(f"val_loss is {record['val_loss']}")
         if record["meta"] is not None:

@@ -197,7 +197,8 @@ def edit(path, **entries):
     (lambda f: edit(f / "nanosync.json", meta={"tokenizer": 3}), "nanosync.json has no usable 'vocab_size'"),
     (lambda f: edit(f / "nanosync.json", state={}), "the entry variant is None"),
     (lambda f: edit(f / "nanosync.json", model={"kind": "llama", "config": {}}), "model of kind 'llama'"),
-    (lambda f: edit(f / "nanosync.json", model={}), "model of kind None"),
+    (lambda f: edit(f / "nanosync.json", model={"config": {}}), "model of kind None"),
+    (lambda f: edit(f / "nanosync.json", model={"kind": "gpt", "config": 3}), "its model has no config"),
     (lambda f: (f / "config.json").write_text("[1]"), "config.json is malformed"),
     (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "cannot read .*model.safetensors"),
 ])
