@@ -74,7 +74,7 @@ def say(text: str, end: str = "\n") -> None:
 
 
 found = models.find_for_inference(config, group)
-meta = None if found is None else found.state["meta"]
+meta = models.meta_of(init_from) if found is None else found.state["meta"]
 model = models.load_for_inference(config, found, processes, say)
 tokenizer = tokenizers.from_meta(meta)
 if isinstance(tokenizer, tokenizers.TokenIds):

@@ -386,7 +386,7 @@ class DistributedGPT(GPT):
                             "one process")
         if not self.schedule.is_dense and (self.config.tp_size > 1 or not self.schedule.is_plain):
             warnings.warn(f"{folder} gets a dense GPT-2, which computes another function than these weights "
-                          f"do here with {self.syncs} syncs", stacklevel=2)
+                          f"do here with {self.syncs} syncs; convert.py keeps the schedule", stacklevel=2)
         super().save_pretrained(folder)
 
     def whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

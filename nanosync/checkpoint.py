@@ -292,6 +292,12 @@ def find_weights(name: str, which: str | int = "latest", warn=print, group=None,
     return on_main(lambda: _find(name, which, warn, kinds) if steps_in(name) else None, group)
 
 
+def is_checkpoint(path: str) -> bool:
+    """Return True for a checkpoint folder by its name, or an out_dir with checkpoints, valid or not."""
+    step = STEP_NAME.fullmatch(os.path.basename(os.path.normpath(path)))
+    return (step is not None and os.path.isdir(path)) or bool(steps_in(path))
+
+
 def _is_step(text: str) -> bool:
     return text.isdecimal() and len(text) < 16
 

@@ -18,7 +18,8 @@ from nanosync.errors import UserError, shown
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the repository
 MAX_JSON = 64 * 2**20  # bytes
 MAX_DEPTH = 50  # values inside each other in JSON
-FREE_TEXT = ("chars", "sample_prompt", "start", "stop_token", "text")  # may have control characters
+FREE_TEXT = ("chars", "sample_prompt", "start", "stop_token", "text", "tokenizer_json")  # may have control
+# characters
 
 
 def open_regular(path: str, mode: str = "rb", **options):

@@ -4,7 +4,9 @@ import os
 
 NANOGPT, TRANSFORMERS = "ckpt.pt", "pytorch_model.bin"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
-PICKLE = "a pickle, which can run code and is never loaded"
+UNKNOWN_DATA = {"unknown": True}  # entry `data` in state.json of a converted checkpoint whose data set is
+# unknown, so that it may resume on any
+PICKLE = "a pickle, which can run code and is not loaded"
 
 
 def advice(path: str) -> str:
@@ -26,9 +28,9 @@ def advice(path: str) -> str:
 
 def _about(path: str, name: str) -> str:
     if name == NANOGPT:
-        return (f"{path} is a checkpoint of nanoGPT, {PICKLE}: write its weights as safetensors with the "
-                f"lines in docs/coming-from.md, and give that folder as --init_from")
+        return (f"{path} is a checkpoint of nanoGPT, {PICKLE} here: convert it with python convert.py {path} "
+                f"OUT_DIR, and give that folder")
     if name.startswith(TRANSFORMERS):
-        return (f"{path} is {PICKLE}: load the folder in transformers, write another with "
-                f"save_pretrained('NEW', safe_serialization=True), and give that as --init_from")
+        return (f"{path} is {PICKLE}: convert it with python convert.py {os.path.dirname(path) or '.'} "
+                f"OUT_DIR, and give that folder")
     return f"{path} is {PICKLE}: write its weights as model.safetensors, beside a config.json"

@@ -18,6 +18,7 @@ GPT2_SIZES = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
 GPT2_VOCAB_SIZE = 50257
+OWN_MODEL_TYPE = "nanosync"  # of exported models that transformers has no class for
 # Hugging Face stores these weights as Conv1D, transposed
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -68,6 +69,9 @@ def read_config(folder: str) -> dict:
     try:
         c = read_json(path)
         kind = c.get("model_type", "gpt2") if isinstance(c, dict) else None
+        if kind == OWN_MODEL_TYPE:
+            raise UserError(f"{folder} is an exported model of this repository: make it a checkpoint with "
+                            f"python convert.py {folder} OUT_DIR, and give that folder")
         if kind != "gpt2":
             raise UserError(f"{path} is not the configuration of a GPT-2: its model_type is {shown(kind)}")
         fields = {name: c["n_positions" if name == "block_size" else name]
@@ -120,14 +124,21 @@ def read_weights(folder: str) -> tuple[str, dict[str, torch.Tensor]]:
     return index, tensors
 
 
-@torch.no_grad()
 def load_weights(model: nn.Module, folder: str) -> None:
     """Copy a folder's weights into a model.
 
     Raises UserError if a weight is missing, there twice, has another shape, has values that are not finite,
     or belongs to a layer that the model lacks.
     """
-    path, read = read_weights(folder)
+    copy_weights(model, *read_weights(folder))
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module, path: str, read: dict[str, torch.Tensor]) -> None:
+    """Copy weights with Hugging Face's names and shapes into a model. Raises UserError, see load_weights.
+
+    path: file of the weights, for error messages.
+    """
     # the hub's GPT-2 files have names without "transformer.", and contain the causal masks
     tensors = {name.removeprefix("transformer."): t for name, t in read.items()}
     twice = [name for name in tensors if name in read and f"transformer.{name}" in read]
@@ -154,12 +165,13 @@ def load_weights(model: nn.Module, folder: str) -> None:
 
 
 @torch.no_grad()
-def save(model: nn.Module, folder: str) -> None:
+def save(model: nn.Module, folder: str, end_of_text: int | None = None) -> None:
     """Write a folder that transformers loads as a GPT2LMHeadModel with the same logits.
 
-    Padding rows of the vocabulary are not written. Biases that the model lacks are written as zeros. Only
-    GPT-2's vocabulary has an end-of-text token; the last token of another one, e.g. the last letter of an
-    alphabet, must not end generation.
+    Padding rows of the vocabulary are not written. Biases that the model lacks are written as zeros.
+
+    end_of_text: token that ends generation. None: that of GPT-2's vocabulary, and none of another one, whose
+        last token, e.g. the last letter of an alphabet, must not end generation.
     """
     from safetensors.torch import save_file
 
@@ -172,7 +184,8 @@ def save(model: nn.Module, folder: str) -> None:
         tensors[name] = (p.T if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
         if name.endswith(".weight") and not c.bias and "wte" not in name and "wpe" not in name:
             tensors[name.removesuffix("weight") + "bias"] = p.new_zeros(p.shape[0])
-    end_of_text = c.used_vocab_size - 1 if c.used_vocab_size == GPT2_VOCAB_SIZE else None
+    if end_of_text is None and c.used_vocab_size == GPT2_VOCAB_SIZE:
+        end_of_text = GPT2_VOCAB_SIZE - 1
     os.makedirs(folder, exist_ok=True)
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     with open(os.path.join(folder, "config.json"), "w") as f:
@@ -180,6 +193,6 @@ def save(model: nn.Module, folder: str) -> None:
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
             "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd, "n_head": c.n_head,
             "n_layer": c.n_layer, "vocab_size": c.used_vocab_size, "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True, "attn_pdrop": c.dropout, "embd_pdrop": c.dropout,
+            "tie_word_embeddings": True, "dtype": "float32", "attn_pdrop": c.dropout, "embd_pdrop": c.dropout,
             "resid_pdrop": c.dropout, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
         }, f, indent=1)

@@ -84,8 +84,11 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
     Raises UserError if names, shapes or dtypes do not fit the model's parameters. A kernel that updates a
     parameter with a state of another size or dtype writes beyond its memory.
 
-    begun: False if the optimizer may have made no update yet. AdamW's entries may then all be missing.
+    begun: False if the optimizer may have made no update yet. AdamW's entries may then all be missing, and
+        without any entries, as of converted weights, every kind of optimizer begins anew.
     """
+    if not begun and not state:
+        return
     entries_of = getattr(optimizer, "state_entries", adamw_entries)
     parameters = dict(model.named_parameters())
     expected = {f"{name}.{entry}": (p, entry) for name, p in parameters.items() for entry in entries_of(p)}

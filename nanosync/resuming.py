@@ -10,7 +10,7 @@ from nanosync.checkpoint import UNREADABLE, Checkpoint, find, find_resumed, step
 from nanosync.diagnose import check_steps
 from nanosync.distributed import Job, Processes, all_values, on_main
 from nanosync.errors import UserError, shown
-from nanosync.foreign_weights import advice
+from nanosync.foreign_weights import UNKNOWN_DATA, advice
 from nanosync.model_kind import ModelKind, model_config
 
 
@@ -122,6 +122,9 @@ def take_settings(config: Config, resumed: Checkpoint, kinds: dict[str, ModelKin
     kind = resumed.state["model"]["kind"]
     if kinds[kind].settings_entry == "config":
         values = resumed.state["config"]
+        if not values:
+            raise UserError(f"{resumed.path} was converted from a folder of weights and has no settings of "
+                            f"{kinds[kind].script}: sample and evaluate it; it cannot be resumed")
     else:
         described = vars(model_config(resumed.state["model"], kinds))
         mask = resumed.state["config"].get("document_mask", False)
@@ -169,11 +172,14 @@ def check_same_data(checkpoint: Checkpoint, folder: str, fingerprint: dict,
                     kinds: dict[str, ModelKind]) -> None:
     """Raise UserError if a data set is not the data set of a checkpoint, into which its cursor points.
 
-    Digests are compared only if both are known, because a meta.json may have been written later.
+    Digests are compared only if both are known, because a meta.json may have been written later. A converted
+    checkpoint of another program may have UNKNOWN_DATA; it has no cursor.
 
     folder, fingerprint: of the data set.
     """
     then, tokens = checkpoint.state["data"], ("train_tokens", "val_tokens")
+    if then == UNKNOWN_DATA:
+        return
     weights = "" if _scripts_own(checkpoint.state.get("model", {}).get("kind"), kinds) else \
         f" from its weights with --init_from={checkpoint.path}"
     if not all(type(then.get(key)) is int for key in tokens):

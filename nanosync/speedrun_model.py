@@ -142,8 +142,8 @@ class SpeedrunModel(Replicated):
 
     def save_pretrained(self, folder: str) -> None:
         """Raise UserError: transformers has no such model."""
-        raise UserError("transformers has no model with these layers, so it cannot be exported: use "
-                        "model.safetensors of the checkpoint, whose names docs/formats.md lists")
+        raise UserError("transformers has no model with these layers: export its checkpoint with python "
+                        "convert.py OUT_DIR FOLDER, which writes their code beside the weights")
 
     def _apply(self, fn, recurse=True):
         """Move or cast the model as nn.Module does, but leave the rotary tables in fp32, as in training."""

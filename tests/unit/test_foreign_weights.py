@@ -1,15 +1,13 @@
-"""Weights of other programs: sharded Hugging Face folders are read, pickles are named, nanoGPT's are
-converted as docs/coming-from.md says. CPU; seconds.
+"""Weights of other programs: sharded Hugging Face folders are read, pickles are named. CPU; seconds.
 
     python -m pytest tests/unit/test_foreign_weights.py
 """
 
 import json
-import re
 
 import pytest
 import torch
-from helpers import ROOT, random_model, save_random_model, tokens
+from helpers import random_model, save_random_model, tokens
 from safetensors.torch import load_file, save_file
 
 import models
@@ -71,10 +69,10 @@ def test_a_weight_in_two_files(sharded):
 
 
 @pytest.mark.parametrize("path, files, words", [
-    ("out", ["ckpt.pt"], "out/ckpt.pt is a checkpoint of nanoGPT, a pickle, .* docs/coming-from.md"),
+    ("out", ["ckpt.pt"], "out/ckpt.pt is a checkpoint of nanoGPT, .* convert.py out/ckpt.pt OUT_DIR"),
     ("out/ckpt.pt", ["ckpt.pt"], "out/ckpt.pt is a checkpoint of nanoGPT"),
-    ("out", ["config.json", "pytorch_model.bin"], "pytorch_model.bin is a pickle, .* save_pretrained"),
-    ("out", ["config.json", "pytorch_model.bin.index.json"], "is a pickle, .* save_pretrained"),
+    ("out", ["config.json", "pytorch_model.bin"], "pytorch_model.bin is a pickle, .* convert.py out OUT_DIR"),
+    ("out", ["config.json", "pytorch_model.bin.index.json"], "is a pickle, .* convert.py out OUT_DIR"),
     ("out/step_9.pth", ["step_9.pth"], "step_9.pth is a pickle, .* model.safetensors, beside a config.json"),
     ("out/model.safetensors", ["config.json", "model.safetensors"], "is a file: give its folder"),
     ("out", ["notes.txt"], "has neither checkpoints .* nor config.json and model.safetensors"),
@@ -128,21 +126,3 @@ def test_end_of_text_of_an_exported_model(tmp_path, vocab_size, token):
             theirs.transformer.ln_f.bias.copy_(100 * theirs.transformer.wte.weight[60])  # always the last one
         text = theirs.generate(tokens(1, 4), max_new_tokens=8, do_sample=False)
         assert text.shape == (1, 12) and (text[0, 4:] == 60).all()
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_weights_of_nanogpt_by_the_documented_lines(tmp_path, monkeypatch, bias):
-    model = random_model(torch.float32, bias=bias).eval()
-    args = {name: getattr(model.config, name)
-            for name in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
-    state = {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}
-    (tmp_path / "out").mkdir()
-    content = {"model": state, "optimizer": {}, "model_args": args, "iter_num": 5,
-               "best_val_loss": torch.tensor(1.5), "config": {"out_dir": "out"}}
-    torch.save(content, tmp_path / "out" / "ckpt.pt")
-    monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "coming-from.md").read_text(), re.DOTALL)[1]
-    exec(code, {})
-    loaded, idx = GPT.from_pretrained("from-nanogpt").eval(), tokens(2, 16)
-    with torch.no_grad():
-        assert torch.allclose(loaded(idx, all_logits=True)[0], model(idx, all_logits=True)[0], atol=1e-6)

@@ -15,7 +15,7 @@ from helpers import ROOT
 
 SCRIPTS = ("train.py", "train_reduced_sync.py", "train_gpt.py", "train_gpt_fast.py", "sample.py", "bench.py",
            "hellaswag.py", "evaluate.py",
-           "visualize_training.py", "estimate_training_time.py")
+           "visualize_training.py", "estimate_training_time.py", "convert.py")
 TRAINING = SCRIPTS[:4]
 BELOW = {  # folder or file -> what of the repository it may import
     "kernels": {"kernels"},

@@ -11,37 +11,18 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, compare_with_uncached, random_hellaswag, save_checkpoint, tokens
+from helpers import ROOT, compare_with_uncached, random_hellaswag, tokens
 from helpers import random_speedrun_model as baseline_model
+from saved_models import EOT, SWITCHES, fast_model
+from saved_models import save_speedrun as save
 
 import models
 import train_gpt
-import train_gpt_fast
 from nanosync import checkpoint
 from nanosync.errors import UserError
 from nanosync.hellaswag_eval import accuracy, make_rows
-from nanosync.model_kind import check_size, model_config, model_description
+from nanosync.model_kind import check_size, model_config
 from nanosync.token_losses import token_losses
-
-EOT = 7
-SWITCHES = ("bigram", "embedding_skip", "smear", "attention_gate", "late_attention", "backout",
-            "half_rotary", "softcap")
-SHAPE = dict(sequence_length=24, vocab_size=61, n_layer=5, n_head=2, n_embd=24, windows=[3, 6],
-             long_layers=[1, 4], value_layers=[0, 4], offset_layers=[0, 4], end_of_text=EOT)
-CLOCK = {"train_seconds": 1.0, "train_loss": 2.0, "last_val_loss": None, "last_val_step": None}
-
-
-def fast_model(dtype=torch.float64, untied=False, **changes):
-    """A model of train_gpt_fast.py with all its techniques, of which no parameter is zero."""
-    torch.manual_seed(0)
-    config = train_gpt_fast.GPTConfig(**SHAPE | dict.fromkeys(SWITCHES, True) | changes)
-    model = train_gpt_fast.GPT(config).to(dtype)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    if untied:
-        model.untie()
-    return model.eval()
 
 
 def prompt(T: int, rows: int = 3):
@@ -121,14 +102,6 @@ def test_rotary_tables_stay_in_fp32():
         assert list(model.generate(tokens(2, 5), 5).shape) == [2, 10]
 
 
-def save(folder, model, **state) -> None:
-    kind = models.FAST if isinstance(model, train_gpt_fast.GPT) else models.SPEEDRUN
-    own = {"untied": not model.tied} if kind == models.FAST else {"variant": {}}
-    description = model_description(kind, model)
-    description["config"] |= state.pop("config", {})
-    save_checkpoint(folder, 1, model, **{"model": description} | own | CLOCK | state)
-
-
 @pytest.mark.parametrize("model", [
     *(fast_model(torch.float32, **changes) for changes in ({}, dict(untied=True), dict(bigram=False))),
     *(baseline_model(variant, torch.float32) for variant in train_gpt.VARIANTS if variant != "sync"),
@@ -139,7 +112,7 @@ def test_a_loaded_model_is_the_trained_one(model, tmp_path):
     loaded = models.load(str(tmp_path))
     assert type(loaded) is type(model) and loaded.config == model.config
     assert torch.equal(loaded(prompt(20))[0], model(prompt(20))[0])
-    with pytest.raises(UserError, match="cannot be exported: use model"):
+    with pytest.raises(UserError, match="no model with these layers: export its checkpoint"):
         loaded.save_pretrained(str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 
