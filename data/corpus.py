@@ -197,8 +197,8 @@ def prepare_corpus(plan: Plan) -> None:
         report = _report(plan, progress, settings)
         meta = {"name": plan.name, **tokenizer.meta(), "source": source}
         if end_of_text is not None:
-            meta["end_of_text"] = end_of_text
-        _publish(plan, progress, meta, report)
+            meta["end_of_text"] = end_of_text  # which a char tokenizer does not know
+        _publish(plan, progress, meta, report, separated=end_of_text is not None)
 
 
 @contextlib.contextmanager
@@ -297,13 +297,16 @@ def _ngram_report(plan: Plan, progress: Progress, settings: dict) -> dict:
         return leakage.overlap(ngrams, counts, unique, results)
 
 
-def _publish(plan: Plan, progress: Progress, meta: dict, report: dict) -> None:
-    """Write the starts of the documents, report.json and meta.json, and give the token files their names."""
+def _publish(plan: Plan, progress: Progress, meta: dict, report: dict, separated: bool) -> None:
+    """Write the starts of the documents, report.json and meta.json, and give the token files their names.
+
+    separated: an end-of-text token begins each document.
+    """
     digests = {}
     for split, writer in progress.writers.items():
         path = os.path.join(plan.out, f"{split}.idx")
         digests[f"{split}.idx"] = _write_starts(path, progress.files["documents"].path, split == "val",
-                                               meta.get("end_of_text") is not None)
+                                               separated)
         writer.close()
     ratios = {split: report[split]["bytes"] / report[split]["tokens"] for split in ("train", "val")}
     meta |= {"bytes_per_token": ratios, "train_documents": report["train"]["documents"],
@@ -315,7 +318,7 @@ def _publish(plan: Plan, progress: Progress, meta: dict, report: dict) -> None:
 
 
 def _write_starts(path: str, documents: str, val: bool, separated: bool) -> str:
-    """Write the first token of each document of a split, and the number of tokens, as uint64 to `path`.tmp.
+    """Write the place of the first token of each document of a split, and the number of tokens, as uint64 to `path`.tmp.
     Return the file's SHA-256."""
     digest, total = hashlib.sha256(), 0
     with open(path + ".tmp", "wb") as f:
