@@ -18,7 +18,8 @@ def open_decompressed(path: str) -> Iterator[tuple[BinaryIO, Callable[[], int]]]
         if not path.endswith((".gz", ".zst")):
             yield f, f.tell
             return
-        kind, stream = ("gzip", gzip.GzipFile(fileobj=f)) if path.endswith(".gz") else ("zstd", _zstd(f, path))
+        kind = "gzip" if path.endswith(".gz") else "zstd"
+        stream = gzip.GzipFile(fileobj=f) if kind == "gzip" else _zstd(f, path)
         try:
             yield stream, f.tell
         except (OSError, EOFError, zlib.error, *_zstd_errors()) as e:

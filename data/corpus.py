@@ -1,9 +1,9 @@
 """Prepare a corpus as a data set: the steps from jobs to published token files, each of which can be resumed.
 
-A folder .prepare inside the data set's folder holds what a killed run leaves: LOCK, the tokenizer that was made
-from the text, an entry for each document, n-grams of val, and state.json. state.json is written every
-SAVE_SECONDS, after the files that it describes are on the disk. A resumed run cuts the files back to the sizes
-in state.json and continues with the next job. So it writes the bytes that an uninterrupted run writes.
+A folder .prepare inside the data set's folder holds what a killed run leaves: LOCK, the tokenizer that was
+made from the text, an entry for each document, n-grams of val, and state.json. state.json is written every
+SAVE_SECONDS, after the files that it describes are on the disk. A resumed run cuts the files back to the
+sizes in state.json and continues with the next job. So it writes the bytes that an uninterrupted run writes.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data import leakage
-from data.corpus_encoding import DOCUMENT, CONTINUED, VAL, encode_job, in_order, make_tokenizer
+from data.corpus_encoding import CONTINUED, DOCUMENT, VAL, encode_job, in_order, make_tokenizer
 from data.corpus_inputs import Job, TextFile, fingerprint, merged_jobs, weighted_jobs
 from data.token_writer import TokenWriter, check_space, is_published, publish_dataset
 from nanosync.errors import UserError
@@ -57,8 +57,9 @@ class Plan:
                              and self.weights == [1.0] and not sources[0].has_separator())
         if self.val_share is None:
             self.val_share = 0.1 if self.one_document else 0.05
-        self.size = sum(weight * source.size for weight, sources in zip(self.weights, self.inputs)
-                        for source in sources) + sum(source.size for source in itertools.chain(*self.val_inputs))
+        weights = self.weights + [1.0] * len(self.val_inputs)
+        self.size = sum(weight * sum(source.size for source in each)
+                        for weight, each in zip(weights, self.inputs + self.val_inputs))  # bytes, about
 
     @property
     def fingerprint(self) -> str:
@@ -144,7 +145,8 @@ class Progress:
                 self.jobs, self.counts = attempt.get("jobs", 0), attempt.get("counts", {})
                 for split, state in attempt.get("writers", {}).items():
                     self.writers[split].restore(state)
-                self.files = {name: Appended(os.path.join(self.work, name), attempt.get("sizes", {}).get(name, 0))
+                sizes = attempt.get("sizes", {})
+                self.files = {name: Appended(os.path.join(self.work, name), sizes.get(name, 0))
                               for name in ("documents", "ngrams", "ngram_counts")}
             except OSError:
                 if attempt is not self.state:
@@ -186,7 +188,8 @@ def prepare_corpus(plan: Plan) -> None:
     print(f"{plan.size / 1e6:,.1f} MB of text: about {tokens / 1e6:,.1f}M tokens, up to "
           f"{width * tokens / 1e6:,.1f} MB to write to {plan.out}", flush=True)
     check_space(plan.out, width * tokens)
-    with made_folder(plan.out), _working_in(plan, work), os_error_as_user_error(f"cannot write to {plan.out}"):
+    failing = os_error_as_user_error(f"cannot write to {plan.out}")
+    with made_folder(plan.out), _working_in(plan, work), failing:
         settings = {"val_share": plan.val_share}
         progress = Progress(plan, work)
         tokenizer, end_of_text = progress.tokenizer(settings)
@@ -261,7 +264,8 @@ def _check_splits(plan: Plan, progress: Progress) -> None:
     if empty:
         n = progress.files["documents"].size // DOCUMENT.itemsize
         advice = "give more text" if plan.val_inputs or plan.one_document else "set --val_share, or give more"
-        raise UserError(f"the {n:,} documents of {plan.source['inputs'][0]} leave nothing for {empty[0]}: {advice}")
+        raise UserError(f"the {n:,} documents of {plan.source['inputs'][0]} leave nothing for {empty[0]}: "
+                        f"{advice}")
 
 
 def _report(plan: Plan, progress: Progress, settings: dict) -> dict:
@@ -318,8 +322,8 @@ def _publish(plan: Plan, progress: Progress, meta: dict, report: dict, separated
 
 
 def _write_starts(path: str, documents: str, val: bool, separated: bool) -> str:
-    """Write the place of the first token of each document of a split, and the number of tokens, as uint64 to `path`.tmp.
-    Return the file's SHA-256."""
+    """Write the place of the first token of each document of a split, and the number of tokens, as uint64 to
+    `path`.tmp. Return the file's SHA-256."""
     digest, total = hashlib.sha256(), 0
     with open(path + ".tmp", "wb") as f:
         for entries in itertools.chain(leakage.read_documents(documents), [None]):
@@ -345,14 +349,14 @@ def print_report(report: dict) -> None:
         print(f"{split}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:,.1f} MB of text, "
               f"{counts['tokens_per_byte']:.4f} tokens a byte")
     if report["empty_documents"] or report["files_not_utf8"]:
-        print(f"left out: {report['empty_documents']:,} empty documents, {report['files_not_utf8']:,} files that "
-              f"are not UTF-8")
+        print(f"left out: {report['empty_documents']:,} empty documents, {report['files_not_utf8']:,} files "
+              f"that are not UTF-8")
     if "ngrams" in report:
         exact, alike = report["copies"], report["copies_but_for_case_and_white_space"]
-        print(f"copies: {exact['train']:,} in train, {exact['val']:,} in val; {exact['val_in_train']:,} documents "
-              f"of val are in train (but for case and white space: {alike['train']:,}, {alike['val']:,}, "
-              f"{alike['val_in_train']:,})")
+        print(f"copies: {exact['train']:,} in train, {exact['val']:,} in val; {exact['val_in_train']:,} "
+              f"documents of val are in train (but for case and white space: {alike['train']:,}, "
+              f"{alike['val']:,}, {alike['val_in_train']:,})")
         ngrams = report["ngrams"]
-        print(f"{ngrams['n']}-grams: {ngrams['share_of_ngrams']:.2%} of {ngrams['ngrams']:,} of val are in train; "
-              f"{ngrams['documents_with_half']:,} of {ngrams['documents']:,} documents have half of theirs there, "
-              f"{ngrams['documents_with_any']:,} have any")
+        print(f"{ngrams['n']}-grams: {ngrams['share_of_ngrams']:.2%} of {ngrams['ngrams']:,} of val are in "
+              f"train; {ngrams['documents_with_half']:,} of {ngrams['documents']:,} documents have half of "
+              f"theirs there, {ngrams['documents_with_any']:,} have any")

@@ -40,7 +40,7 @@ def _read_range(path: str, start: int, end: int, separator: bytes, begins: bool)
     for n, part in enumerate(parts[:-1]):  # line ends beside a separator belong to the separator
         yield Document(part.strip("\n") if n or begins else part.rstrip("\n"), begins or n > 0)
     if parts[-1].strip("\n") or len(parts) == 1:
-        yield Document(parts[-1].lstrip("\n") if len(parts) > 1 or begins and separator else parts[-1],
+        yield Document(parts[-1].lstrip("\n") if len(parts) > 1 or (begins and separator) else parts[-1],
                        begins or len(parts) > 1)
 
 
@@ -59,7 +59,8 @@ def _read_texts(texts: tuple[str, ...]) -> Iterator[Document]:
         yield Document(_valid(text))
 
 
-def _read_lines(path: str, start: int, end: int | None, field: str, lines: bytes | None) -> Iterator[Document]:
+def _read_lines(path: str, start: int, end: int | None, field: str, lines: bytes | None
+                ) -> Iterator[Document]:
     if lines is None:
         with os_error_as_user_error(f"cannot read {path}"), open_regular(path) as f:
             f.seek(start)
@@ -82,8 +83,8 @@ def _field_of(line: bytes, field: str, where: str) -> str:
         raise UserError(f"{where}: the line is no JSON object: each line must be one, such as "
                         f'{{"{field}": "..."}}')
     if field not in value:
-        raise UserError(f"{where}: the object has no field {field!r}, but {shown(list(value))}: name the field "
-                        f"of the text with --field")
+        raise UserError(f"{where}: the object has no field {field!r}, but {shown(list(value))}: name the "
+                        f"field of the text with --field")
     text = value[field]
     if text is not None and not isinstance(text, str):
         raise UserError(f"{where}: the field {field!r} is {shown(text)}, and a document is a string: name "
@@ -129,15 +130,16 @@ def is_taken(job, key: int, split: str) -> bool:
     """Return True if this pass over the job's input takes the document. Val has each document once."""
     if job.repetition and split == "val":
         return False
-    mixed = (key if job.place is None else job.place) * 0x9E3779B97F4A7C15 % 2**WORD_BITS  # not the split's bits
+    place = key if job.place is None else job.place
+    mixed = place * 0x9E3779B97F4A7C15 % 2**WORD_BITS  # not the bits that decide on the split
     return mixed < job.share * 2**WORD_BITS
 
 
 def safe_cut(content: bytes) -> int:
     """Return where to cut a text that continues: before the last newline that follows no white space.
 
-    GPT-2's tokenizer never joins what is on the two sides of such a place. Without such a newline the cut is at
-    any other, else at the end of a character.
+    GPT-2's tokenizer never joins what is on the two sides of such a place. Without such a newline the cut is
+    at any other, else at the end of a character.
     """
     end, newline = len(content), -1
     for _ in range(TRIES):

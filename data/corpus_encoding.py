@@ -44,8 +44,8 @@ class Encoded:
 
 
 def start_worker(settings: dict) -> None:
-    """Set up this worker. settings: `meta` of the tokenizer, None if there is none yet; `end_of_text`, None if
-    no token separates documents; `val_share`."""
+    """Set up this worker. settings: `meta` of the tokenizer, None if there is none yet; `end_of_text`, None
+    if no token separates documents; `val_share`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel
     _settings.clear()
     _settings.update(settings, tokenizer=from_meta(settings["meta"]) if settings.get("meta") else None)
@@ -99,7 +99,7 @@ def encode_job(job) -> Encoded:
     tokens, documents, val_texts = {"train": [], "val": []}, [], []
     counts = {"empty": 0, "not_utf8": 0}
     for document in read_job(job):
-        if document.text is None or not document.text.strip() and document.begins:
+        if document.text is None or (not document.text.strip() and document.begins):
             counts["not_utf8" if document.text is None else "empty"] += not job.repetition
             continue
         key = key_of(document.text)
@@ -141,12 +141,13 @@ def texts_to_train_on(job) -> list[str]:
 
 
 def check_tokenizer(name: str) -> tuple[str, int]:
-    """Return the kind of --tokenizer=name, as in meta.json, and about how many tokens it has. Raises UserError
-    unless its files and packages are there."""
+    """Return the kind of --tokenizer=name, as in meta.json, and about how many tokens it has. Raises
+    UserError unless its files and packages are there."""
     if name.startswith("bpe:"):
         size = name[4:]
         if not size.isdecimal() or not 257 <= int(size) <= 1_000_000:
-            raise UserError(f"--tokenizer={name}: the vocabulary has 257 to 1,000,000 tokens, as in bpe:32000")
+            raise UserError(f"--tokenizer={name}: the vocabulary has 257 to 1,000,000 tokens, as in "
+                            f"bpe:32000")
         _import_tokenizers(name)
         return "bpe", int(size)
     if name == "char":
@@ -188,7 +189,8 @@ def make_tokenizer(name: str, workers: int, settings: dict, jobs: Callable[[], I
                    one_document: bool):
     """Return (tokenizer, end of text) of --tokenizer, made from the text if need be.
 
-    jobs: function that makes the jobs. size: bytes of text, about. one_document: no token separates documents.
+    jobs: function that makes the jobs. size: bytes of text, about. one_document: no token separates
+    documents.
     """
     if name == "char":
         return _char_tokenizer(in_order(workers, settings, characters_of, jobs()), one_document)

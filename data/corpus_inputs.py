@@ -121,7 +121,7 @@ class JsonLines:
         self.compressed = not path.endswith(".jsonl")
         if self.compressed:
             self.file_size, self.size = self.size, self.size * EXPANSION
-        first = next(self.jobs(1 << 16), None)  # an unreadable file or a wrong field is an error from the start
+        first = next(self.jobs(1 << 16), None)  # a wrong field is an error from the start
         if first is not None:
             next(job_texts(first), None)
 
@@ -165,8 +165,8 @@ class Parquet:
         column = schema.get_field_index(field)
         if column < 0 or not (types.is_string(schema.types[column])
                               or types.is_large_string(schema.types[column])):
-            raise UserError(f"{path} has columns {shown(schema.names)}, and no {field!r} of strings among them: "
-                            f"name the column with --field")
+            raise UserError(f"{path} has columns {shown(schema.names)}, and no {field!r} of strings among "
+                            f"them: name the column with --field")
         self.rows, groups = footer.num_rows, map(footer.row_group, range(footer.num_row_groups))
         self.size = sum(column.total_uncompressed_size for group in groups
                         for column in map(group.column, range(group.num_columns))
@@ -200,11 +200,11 @@ class HubDataset:
         try:
             rows = datasets.load_dataset(name, config or None, split=split or "train")
         except Exception as e:  # of datasets, fsspec or the HTTP library
-            raise UserError(f"could not load {spec} ({type(e).__name__}: {first_line(e)[:120]}): see that the "
-                            f"name is right; without a network, give files as --input=FOLDER") from None
+            raise UserError(f"could not load {spec} ({type(e).__name__}: {first_line(e)[:120]}): see that "
+                            f"the name is right; without a network, give files as --input=FOLDER") from None
         if field not in rows.column_names:
-            raise UserError(f"{spec} has columns {shown(rows.column_names)}, and no {field!r} among them: name "
-                            f"the column with --field")
+            raise UserError(f"{spec} has columns {shown(rows.column_names)}, and no {field!r} among them: "
+                            f"name the column with --field")
         self.spec, self.field, self.rows = spec, field, rows.select_columns([field])
         self.size = rows.info.size_in_bytes or len(rows) * 2000
         self.identity = f"{spec} {len(rows)} {rows.info.dataset_size}"
@@ -290,7 +290,8 @@ def _open_folder(folder: str, field: str, pattern: str | None) -> list:
     paths = sorted(path for path in found if os.path.isfile(path))
     structured = [path for path in paths if path.endswith(STRUCTURED)]
     if not paths:
-        raise UserError(f"--input={folder}: the folder has no files" + (f" like {pattern}" if pattern else ""))
+        like = f" like {pattern}" if pattern else ""
+        raise UserError(f"--input={folder}: the folder has no files{like}")
     if len(structured) == len(paths) or (pattern is not None and structured):
         unusable = [path for path in structured if not is_utf8(path)]
         if unusable:
@@ -317,7 +318,8 @@ def merged_jobs(inputs: list[Iterator[Job]]) -> Iterator[tuple[int, Job]]:
 
 
 def weighted_jobs(sources: list, weight: float) -> Iterator[Job]:
-    """Yield the jobs of an input's sources, all of them `weight` times; the last time a share of the documents."""
+    """Yield the jobs of an input's sources, all of them `weight` times; the last time a share of the
+    documents."""
     passes = -(-weight // 1)
     total = sum(source.size for source in sources) or 1
     for repetition in range(int(passes)):
@@ -331,7 +333,8 @@ def weighted_jobs(sources: list, weight: float) -> Iterator[Job]:
 
 
 def text_jobs(batches: Iterator[list], rows: int, where: str) -> Iterator[Job]:
-    """Yield the texts of some rows. batches: lists of texts or None. rows: their number. where: for messages."""
+    """Yield the texts of some rows. batches: lists of texts or None. rows: their number. where: for
+    messages."""
     some, size, row = [], 0, 0
     for texts in batches:
         for text in texts:

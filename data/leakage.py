@@ -1,7 +1,7 @@
 """A report on a corpus: duplicates, and how much of val is in train, exactly or by 13-grams of words.
 
-Hashes of documents and of val's n-grams stand for the texts. Documents are compared in parts by the leading bits
-of their hashes, so memory does not grow with the corpus.
+Hashes of documents and of val's n-grams stand for the texts. Documents are compared in parts by the leading
+bits of their hashes, so memory does not grow with the corpus.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Hashes of the 13-grams of words of many texts at once, by which an overlap of two texts is found.
 
-A word is a run of letters and digits of ASCII, in lower case, or of bytes beyond ASCII. So case, punctuation and
-white space make no difference, and the tokenizer does not either. A hash is a polynomial in an odd number
+A word is a run of letters and digits of ASCII, in lower case, or of bytes beyond ASCII. So case, punctuation
+and white space make no difference, and the tokenizer does not either. A hash is a polynomial in an odd number
 modulo 2**64; prefix sums give the hashes of all words, and of all n-grams of words, without a loop.
 """
 
@@ -35,8 +35,8 @@ def hashes_of_ngrams(texts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _parts(text: bytes) -> Iterator[bytes]:
-    """Yield parts of up to BLOCK bytes. Each n-gram is in one of them: a part begins with the last N - 1 words of
-    the part before it."""
+    """Yield parts of up to BLOCK bytes. Each n-gram is in one of them: a part begins with the last N - 1
+    words of the part before it."""
     while len(text) > BLOCK:
         starts, ends = _words(_LETTERS[np.frombuffer(text[:BLOCK], np.uint8)])
         if len(starts) > N and ends[-1] == BLOCK:

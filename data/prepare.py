@@ -2,14 +2,15 @@
 
     python data/prepare.py --input=my.txt --out=data/mine --tokenizer=char
     python data/prepare.py --input=src --files='*.py' --out=data/code --tokenizer=gpt2
-    python data/prepare.py --input=web.jsonl.zst --input=wiki.parquet --weights=1,2 --out=data/mix --tokenizer=bpe:32000
-    python data/prepare.py --input=hf:OWNER/NAME --field=text --out=data/hub --tokenizer=path/to/tokenizer.json
+    python data/prepare.py --input=web.jsonl.zst --input=wiki.parquet --weights=1,2 --out=data/mix \\
+        --tokenizer=bpe:32000
+    python data/prepare.py --input=hf:OWNER/NAME --field=text --out=data/hub --tokenizer=my/tokenizer.json
 
-A file of a folder, a line of .jsonl, .jsonl.gz and .jsonl.zst, a row of .parquet and of the hub is a document. In
-a text, <|endoftext|> or another --separator ends a document. A hash of its text decides on a document's split. Of
-one text without a separator, the end is val. A weight is the number of times that train has each document of an
-input: 0.5 takes half of them, 2 all of them twice. A run that was killed or interrupted resumes when the same
-command runs again.
+A file of a folder, a line of .jsonl, .jsonl.gz and .jsonl.zst, a row of .parquet and of the hub is a
+document. In a text, <|endoftext|> or another --separator ends a document. A hash of its text decides on a
+document's split. Of one text without a separator, the end is val. A weight is the number of times that train
+has each document of an input: 0.5 takes half of them, 2 all of them twice. A run that was killed or
+interrupted resumes when the same command runs again.
 """
 
 import math
@@ -37,8 +38,8 @@ def parse_weights(text: str | None, number: int) -> list[float]:
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--weights={text} is no list of numbers: write one an input, as in --weights=1,0.5") \
-            from None
+        raise UserError(f"--weights={text} is no list of numbers: write one an input, as in "
+                        f"--weights=1,0.5") from None
     if len(weights) != number:
         raise UserError(f"--weights={text} are {len(weights)} weights of {number} inputs: give one an input")
     if not all(0 < weight <= 100 and math.isfinite(weight) for weight in weights):
@@ -48,17 +49,20 @@ def parse_weights(text: str | None, number: int) -> list[float]:
 
 def parse_arguments():
     parser = Parser(__doc__)
-    parser.add_argument("--input", action="append", help="file, folder or hf:NAME[:CONFIGURATION[:SPLIT]]; may "
-                        "be repeated")
+    parser.add_argument("--input", action="append",
+                        help="file, folder or hf:NAME[:CONFIGURATION[:SPLIT]]; may be repeated")
     parser.add_argument("--out", help="folder of the data set, such as data/mine")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default), char, byte, bpe:SIZE (trained on "
-                        "the text), or the path of a tokenizer.json")
+    parser.add_argument("--tokenizer", default="gpt2",
+                        help="gpt2 (default), char, byte, bpe:SIZE (trained on the text), or the path of a "
+                             "tokenizer.json")
     parser.add_argument("--weights", help="a number an input (1 each)")
-    parser.add_argument("--val_input", action="append", default=[], help="input of which all documents are val; "
-                        "those of --input are train then")
+    parser.add_argument("--val_input", action="append", default=[],
+                        help="input of which all documents are val; those of --input are train then")
     parser.add_argument("--val_share", type=float, help="of the documents (0.05), or of one text (0.1)")
-    parser.add_argument("--field", default="text", help="of JSON lines, parquet and the hub: name of the text")
-    parser.add_argument("--separator", default="<|endoftext|>", help="ends a document of a text (<|endoftext|>)")
+    parser.add_argument("--field", default="text", help="of JSON lines, parquet and the hub: name of the "
+                                                        "text")
+    parser.add_argument("--separator", default="<|endoftext|>",
+                        help="ends a document of a text (<|endoftext|>)")
     parser.add_argument("--files", help="pattern of the files of a folder (all), as '*.py'")
     parser.add_argument("--format", default="bin", choices=["bin", "shards"])
     parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens a shard (100,000,000)")
@@ -95,8 +99,9 @@ def main() -> None:
               "separator": args.separator, "format": args.format, "report": args.report}
     if tokenizer_path(args.tokenizer):
         source["tokenizer_sha256"] = sha256_of(tokenizer_path(args.tokenizer))
-    plan = Plan(name, args.out, args.tokenizer, inputs, weights, source, val_inputs, args.val_share, vocab_size,
-                args.shard_tokens if args.format == "shards" else None, args.workers, args.report == "full")
+    plan = Plan(name, args.out, args.tokenizer, inputs, weights, source, val_inputs, args.val_share,
+                vocab_size, args.shard_tokens if args.format == "shards" else None, args.workers,
+                args.report == "full")
     prepare_corpus(plan)
 
 

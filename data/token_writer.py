@@ -72,16 +72,18 @@ class TokenWriter:
                 "finished": {os.path.basename(path): digest for path, digest in self.finished.items()}}
 
     def restore(self, state: dict) -> None:
-        """Continue where another process was that left this state, and perhaps wrote more. Raises OSError if its
-        files are gone or shorter."""
+        """Continue where another process was that left this state, and perhaps wrote more. Raises OSError if
+        its files are gone or shorter."""
         self.total = state["total"]
-        self.finished = {os.path.join(self.folder, name): digest for name, digest in state["finished"].items()}
+        self.finished = {os.path.join(self.folder, name): digest
+                         for name, digest in state["finished"].items()}
         for path in self.finished:
             os.stat(path + ".tmp")
         if state["unfinished"] is not None:
             self._path = self._next_path()
             self._file, self._in_file = open(self._path + ".tmp", "r+b"), state["unfinished"]
-            size = 4 * HEADER_INTS * (self.shard_tokens is not None) + self._in_file * DTYPES[self.dtype].itemsize
+            size = self._in_file * DTYPES[self.dtype].itemsize
+            size += 4 * HEADER_INTS * (self.shard_tokens is not None)
             if self._file.seek(0, os.SEEK_END) < size:
                 raise OSError(f"{self._path}.tmp is shorter than it was")
             self._file.truncate(size)
@@ -193,11 +195,12 @@ def publish_dataset(folder: str, meta: dict, train: TokenWriter, val: TokenWrite
     train.close()
     val.close()
     old_files = (usable_meta(folder) or {}).get("sha256")
-    old_files = {name for name in old_files if name == os.path.basename(name) and name.endswith((".bin", ".idx"))} \
-        if isinstance(old_files, dict) else set()
+    old_files = {name for name in old_files if name == os.path.basename(name)
+                 and name.endswith((".bin", ".idx"))} if isinstance(old_files, dict) else set()
     meta = {"format": "bin" if train.shard_tokens is None else "shards", **meta, "dtype": train.dtype,
             "train_tokens": train.total, "val_tokens": val.total,
-            "sha256": {os.path.basename(p): d for w in (train, val) for p, d in w.finished.items()} | (others or {})}
+            "sha256": {os.path.basename(p): d for w in (train, val) for p, d in w.finished.items()}
+            | (others or {})}
     write_json(os.path.join(folder, "meta.json"), meta)
     val.publish()
     train.publish()

@@ -6,8 +6,8 @@ Tests with GPT-2's tokenizer need its files in ../shared and skip where those ar
 """
 
 import gzip
+import itertools
 import json
-import os
 import re
 import sys
 
@@ -19,7 +19,6 @@ import data.prepare
 from data import corpus, corpus_documents, corpus_inputs, leakage, ngrams
 from nanosync import tokenizers
 from nanosync.dataloader import open_dataset
-from nanosync.errors import UserError
 from nanosync.packing import PackedSplit
 from nanosync.token_files import open_tokens, read_meta, split_files
 
@@ -91,7 +90,7 @@ def documents_of(folder, split):
     assert starts[0] == 0 and starts[-1] == len(tokens) and (np.diff(starts) > 0).all()
     documents, end_of_text = [], meta.get("end_of_text")
     separated = end_of_text in tokens
-    for start, end in zip(starts[:-1], starts[1:]):
+    for start, end in itertools.pairwise(starts):
         if separated:
             assert tokens[start] == end_of_text
             start += 1
@@ -135,9 +134,9 @@ def test_a_folder_in_each_tokenizer(prepare, tmp_path, tokenizer):
 
 
 def test_all_kinds_of_inputs_hold_the_same_documents(prepare, tmp_path, small_jobs):
-    separated = "<|endoftext|>".join(f"\n{text}\n" for text in TEXTS)
-    (tmp_path / "one.txt").write_text(separated.strip("\n"))
-    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + separated.rstrip("\n").replace("\n", "\r\n").encode())
+    separated = "<|endoftext|>".join(f"\n{text}\n" for text in TEXTS).strip("\n")
+    (tmp_path / "one.txt").write_text(separated)
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + separated.replace("\n", "\r\n").encode())
     (tmp_path / "lines").mkdir()
     for part in range(2):
         write_lines(tmp_path / "lines" / f"{part}.jsonl.gz", TEXTS[part::2])
@@ -247,8 +246,9 @@ def test_own_tokenizer_json(prepare, tmp_path):
 def test_the_tokens_do_not_depend_on_the_workers(prepare, tmp_path, small_jobs):
     write_lines(tmp_path / "a.jsonl", TEXTS)
     write_lines(tmp_path / "b.jsonl.gz", [text.upper() for text in TEXTS])
-    made = [contents(prepare("--input=a.jsonl", "--input=b.jsonl.gz", "--weights=1,2", "--name=x",
-                             tokenizer="bpe:300", out=f"out{workers}", workers=workers)) for workers in (1, 2)]
+    args = ["--input=a.jsonl", "--input=b.jsonl.gz", "--weights=1,2", "--name=x"]
+    made = [contents(prepare(*args, tokenizer="bpe:300", out=f"out{workers}", workers=workers))
+            for workers in (1, 2)]
     assert made[0] == made[1]
 
 
