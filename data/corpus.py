@@ -292,7 +292,7 @@ def _report(plan: Plan, progress: Progress, settings: dict) -> dict:
 def _ngram_report(plan: Plan, progress: Progress, settings: dict) -> dict:
     ngrams, counts = (np.fromfile(progress.files[name].path, kind)
                       for name, kind in (("ngrams", np.uint64), ("ngram_counts", np.int64)))
-    unique, path = np.unique(ngrams), os.path.join(progress.work, "ngrams.npy")
+    unique, path = leakage.sorted_unique(ngrams), os.path.join(progress.work, "ngrams.npy")
     np.save(path, unique)
     jobs = bar(plan.jobs(), "leakage") if len(unique) else ()
     leakage._table.clear()

@@ -267,12 +267,16 @@ def open_input(spec: str, field: str, separator: str, pattern: str | None) -> li
     pattern: of the files of a folder, None for all that are no hidden files.
     """
     if spec.startswith(HUB):
-        return [HubDataset(spec, field)]
-    if os.path.isdir(spec):
-        return _open_folder(spec, field, pattern)
-    if pattern is not None:
+        sources = [HubDataset(spec, field)]
+    elif os.path.isdir(spec):
+        sources = _open_folder(spec, field, pattern)
+    elif pattern is not None:
         raise UserError(f"--files={pattern} chooses among the files of a folder, and {spec} is no folder")
-    return [_open_file(spec, field, separator)]
+    else:
+        sources = [_open_file(spec, field, separator)]
+    if not any(source.size for source in sources):
+        raise UserError(f"--input={spec} is empty: name a file, a folder or a data set with text")
+    return sources
 
 
 def _open_file(path: str, field: str, separator: str):

@@ -86,11 +86,12 @@ def main() -> None:
     weights = parse_weights(args.weights, len(args.input))
     out = os.path.abspath(args.out)
     name = args.name or os.path.basename(out)
-    if not name or os.sep in name or name[0] == "." or any(word in f"{name}_" for word in WORDS):
+    ambiguous = args.format == "shards" and any(word in f"{name}_" for word in WORDS)
+    if os.sep in name or name[:1] in ("", ".") or ambiguous:
         raise UserError(f"--name={shown(name)} cannot be the name of shards: give another --name")
     for spec in args.input + args.val_input:
         if not spec.startswith(HUB) and not os.path.exists(spec):
-            raise UserError(f"--input={spec} does not exist: name a file, a folder or hf:NAME")
+            raise UserError(f"{spec!r} does not exist: an input is a file, a folder or hf:NAME")
     kind, vocab_size = check_tokenizer(args.tokenizer)
     check_out(args.out, name, kind, args.format)
     inputs, val_inputs = ([open_input(spec, args.field, args.separator, args.files) for spec in specs]

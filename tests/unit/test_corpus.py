@@ -8,6 +8,7 @@ Tests with GPT-2's tokenizer need its files in ../shared and skip where those ar
 import gzip
 import itertools
 import json
+import os
 import re
 import sys
 
@@ -19,6 +20,8 @@ import data.prepare
 from data import corpus, corpus_documents, corpus_inputs, leakage, ngrams
 from nanosync import tokenizers
 from nanosync.dataloader import open_dataset
+from nanosync.errors import UserError
+from nanosync.folder_lock import lock_folder
 from nanosync.packing import PackedSplit
 from nanosync.token_files import open_tokens, read_meta, split_files
 
@@ -40,8 +43,8 @@ def prepare(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*args, out="out", tokenizer="byte", workers=1):
-        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args), f"--out={tmp_path / out}",
-                                          f"--tokenizer={tokenizer}", f"--workers={workers}"])
+        monkeypatch.setattr(sys, "argv", ["prepare.py", f"--out={tmp_path / out}", f"--workers={workers}",
+                                          f"--tokenizer={tokenizer}", *map(str, args)])
         data.prepare.main()
         return tmp_path / out
 
@@ -252,8 +255,8 @@ def test_the_tokens_do_not_depend_on_the_workers(prepare, tmp_path, small_jobs):
     assert made[0] == made[1]
 
 
-@pytest.mark.parametrize("kind", ["bin", "shards"])
-@pytest.mark.parametrize("stop", [0, 3, 12, "tokenizer", "leakage"])
+@pytest.mark.parametrize("stop, kind", [(0, "bin"), (5, "bin"), (12, "shards"), ("tokenizer", "bin"),
+                                        ("leakage", "shards")])
 def test_resuming_gives_the_same_bytes(prepare, tmp_path, small_jobs, monkeypatch, stop, kind):
     """The run ends without clearing up, as by kill -9, after it has written more than its state says."""
 
@@ -367,3 +370,125 @@ def test_ngrams_of_words():
         assert len(np.unique(hashes[of_text == n])) == by_hand(text)
         assert np.array_equal(hashes[of_text == n], ngrams.hashes_of_ngrams([text])[0])
     assert np.array_equal(hashes[of_text == 0], hashes[of_text == 4])
+
+
+def planted(tmp_path):
+    """Inputs of which each is wrong in its way."""
+    for name, content in {
+            "a.txt": b"hello world\n" * 50, "utf16.txt": "hello world".encode("utf-16"),
+            "bad.txt": b"hello world\n" * 500 + b"\xff", "field.jsonl": b'{"content": "x"}\n',
+            "no.jsonl": b"x",
+            "list.jsonl": b"[1]\n", "number.jsonl": b'{"text": 3}\n', "empty.txt": b"", "empty.jsonl": b"",
+            "latin.jsonl": b'{"text": "\xe9"}', "no.jsonl.gz": b"x\n",
+            "cut.jsonl.gz": gzip.compress(b"a" * 99)[:20],
+            "no.jsonl.zst": b"no frame", "no.parquet": b"PAR1", "x.zip": b"x", "none.json": b"{}",
+            "latin.json": b"\xe9"}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    write_lines(tmp_path / "late.jsonl", [*TEXTS, None])
+    (tmp_path / "late.jsonl").write_bytes((tmp_path / "late.jsonl").read_bytes() + b'{"text"')
+    content = write_lines(tmp_path / "late.jsonl.gz", [text_of(n, 3000) for n in range(40)]).read_bytes()
+    (tmp_path / "late.jsonl.gz").write_bytes(content[:-9])
+
+
+@pytest.mark.parametrize("args, words", [
+    ("", "give --input=FILE"), ("--input=none", "'none' does not exist: an input is a file, a folder or "
+                                                "hf:NAME"),
+    ("--input=a.txt --weights=x", "no list of numbers"), ("--input=a.txt --weights=1,2", "2 weights of 1 "
+                                                                                         "inputs"),
+    ("--input=a.txt --weights=0", "above 0"), ("--input=a.txt --weights=nan", "above 0"),
+    ("--input=a.txt --tokenizer=word", "is unknown: use gpt2, char, byte, bpe:SIZE or the path"),
+    ("--input=a.txt --tokenizer=bpe:32k", "257 to 1,000,000"), ("--input=a.txt --tokenizer=bpe:9", "257 to"),
+    ("--input=a.txt --tokenizer=none.json", "is not a usable tokenizer.json"),
+    ("--input=a.txt --tokenizer=latin.json", "byte 0 is not UTF-8"),
+    ("--input=a.txt --tokenizer=missing.json", "cannot read missing.json: No such file"),
+    ("--input=utf16.txt", "utf16.txt is UTF-16"), ("--input=bad.txt", "bad.txt: byte 6000 is not UTF-8"),
+    ("--input=field.jsonl", r"no field 'text', but \['content'\]: name the field of the text with --field"),
+    ("--input=no.jsonl", "no.jsonl, byte 0: the line is no JSON"), ("--input=list.jsonl", "is no JSON "
+                                                                                          "object"),
+    ("--input=number.jsonl", "the field 'text' is 3"), ("--input=latin.jsonl", "it is not UTF-8"),
+    ("--input=late.jsonl", r"late.jsonl, byte \d{5}: the line is no JSON"),
+    ("--input=empty.txt", "empty.txt is empty"), ("--input=empty.jsonl", "empty.jsonl is empty"),
+    ("--input=folder", "the folder has no files"), ("--input=. --files=*.rs", r"no files like \*.rs"),
+    ("--input=a.txt --files=*.py", "is no folder"), ("--input=no.jsonl.gz", "is no whole gzip file"),
+    ("--input=cut.jsonl.gz", "is no whole gzip file"), ("--input=late.jsonl.gz", "is no whole gzip file"),
+    ("--input=no.jsonl.zst", "is no whole zstd file"), ("--input=no.parquet", "is no whole parquet file"),
+    ("--input=x.zip", "only .jsonl.gz and .jsonl.zst can be read: unpack it"),
+    ("--input=a.txt --val_share=1", "above 0 and below 1"), ("--input=a.txt --workers=0", "at least 1"),
+    ("--input=a.txt --separator=", "--separator is empty"), ("--input=hf:", "write hf:NAME"),
+    ("--input=a.txt --name=x_val --format=shards", "cannot be the name of shards"),
+    ("--input=/dev/zero", "it is not a regular file"), ("--input=late.jsonl --val_share=1e-9", "no JSON"),
+    ("--input=few.jsonl --val_share=1e-9", "80 documents of few.jsonl leave nothing for val: set "
+                                           "--val_share"),
+], ids=lambda value: value)
+def test_wrong_inputs(prepare, tmp_path, args, words):
+    planted(tmp_path)
+    write_lines(tmp_path / "few.jsonl", TEXTS)
+    tokenizer = ([arg[12:] for arg in args.split() if arg.startswith("--tokenizer=")] or ["byte"])[0]
+    with pytest.raises(UserError, match=words) as error:
+        prepare(*args.split(), tokenizer=tokenizer)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package, path, tokenizer", [
+    ("pyarrow", "a.parquet", "byte"), ("pyarrow", "a.jsonl.zst", "byte"),
+    ("tokenizers", "a.jsonl", "bpe:300"),
+    ("tokenizers", "a.jsonl", "none.json"), ("datasets", "hf:x", "byte"), ("tiktoken", "a.jsonl", "gpt2")])
+def test_a_package_that_is_not_installed(prepare, tmp_path, monkeypatch, package, path, tokenizer):
+    planted(tmp_path)
+    for name in ("a.jsonl", "a.jsonl.zst"):
+        write_lines(tmp_path / name, TEXTS)
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, package, None)
+    named = "zstandard" if path.endswith("zst") else package
+    with pytest.raises(UserError, match=f"needs the package {named}: pip install {named}"):
+        prepare(f"--input={path}", tokenizer=tokenizer)
+
+
+def test_a_hub_that_is_not_reached(prepare, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"could not load hf:no/such .* without a network, give files"):
+        prepare("--input=hf:no/such")
+
+
+def test_a_full_disk_leaves_nothing(prepare, tmp_path, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", TEXTS)
+    opened = corpus.Progress.open
+
+    def open_full(progress, dtype):
+        os.symlink("/dev/full", tmp_path / "out" / "train.bin.tmp")
+        opened(progress, dtype)
+
+    monkeypatch.setattr(corpus.Progress, "open", open_full)
+    with pytest.raises(UserError, match=r"cannot write to .*: No space left on device"):
+        prepare("--input=a.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_in_use_or_holds_another_data_set(prepare, tmp_path):
+    write_lines(tmp_path / "a.jsonl", TEXTS)
+    os.makedirs(tmp_path / "out" / ".prepare")
+    lock = lock_folder(str(tmp_path / "out" / ".prepare"), "out")
+    with pytest.raises(UserError, match="is in use by process"):
+        prepare("--input=a.jsonl")
+    os.close(lock)
+    before = contents(prepare("--input=a.jsonl"))
+    with pytest.raises(UserError, match="holds another data set, out in byte tokens"):
+        prepare("--input=a.jsonl", tokenizer="char")
+    planted(tmp_path)
+    with pytest.raises(UserError, match="no JSON"):
+        prepare("--input=late.jsonl")
+    assert contents(tmp_path / "out") == before  # an error does not touch what is there
+
+
+def test_parts_of_a_folder(prepare, tmp_path, capsys):
+    (tmp_path / "code").mkdir()
+    for n, text in enumerate(TEXTS):
+        (tmp_path / "code" / f"{n}.{'py' if n % 2 else 'md'}").write_text(text)
+    write_lines(tmp_path / "code" / "some.jsonl", TEXTS[:3])
+    assert all_documents(prepare("--input=code", "--files=*.py", out="py")) == sorted(TEXTS[1::2])
+    assert all_documents(prepare("--input=code", out="all")) == sorted(TEXTS)
+    assert "some.jsonl are left out; for them alone, add --files='*.jsonl'" in capsys.readouterr().out
+    folder = prepare("--input=code", "--files=*.jsonl", "--val_share=0.5", out="lines")
+    assert all_documents(folder) == sorted(TEXTS[:3])
