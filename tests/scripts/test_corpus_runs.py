@@ -5,7 +5,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -17,12 +16,12 @@ from helpers import FAST_SETTINGS, PATIENCE, ROOT, TINY
 
 COMMAND = [sys.executable, str(ROOT / "data" / "prepare.py")]
 WORDS = np.array("the a sync rank loss model token of to and in is layer head step".split())
-SLOW = """# a job takes long enough to be killed in the middle, and each is saved
+SMALL_JOBS = """# jobs of some size that take some time, and whose state is saved as often as said
 import runpy, sys, time
 sys.path.insert(0, {root!r})
 from data import corpus, corpus_documents, corpus_encoding, corpus_inputs
-corpus_documents.JOB_BYTES = corpus_inputs.JOB_BYTES = 3000
-corpus.SAVE_SECONDS = 0.0
+corpus_documents.JOB_BYTES = corpus_inputs.JOB_BYTES = {size}
+corpus.SAVE_SECONDS = {saving}
 encode = corpus_encoding.encode_job
 def encode_job(job):
     time.sleep({seconds})
@@ -66,7 +65,7 @@ def test_killed_and_resumed(tmp_path, number):
     scripts = []
     for seconds in (0.2, 0.0):
         scripts.append(tmp_path / f"slow{seconds}.py")
-        scripts[-1].write_text(SLOW.format(root=str(ROOT), seconds=seconds))
+        scripts[-1].write_text(SMALL_JOBS.format(root=str(ROOT), seconds=seconds, size=3000, saving=0.0))
     out, state = tmp_path / "out", tmp_path / "out" / ".prepare" / "state.json"
     process = subprocess.Popen([sys.executable, scripts[0], *args, f"--out={out}"], stderr=subprocess.PIPE,
                                stdout=subprocess.DEVNULL, text=True, start_new_session=True,
@@ -92,46 +91,62 @@ def test_killed_and_resumed(tmp_path, number):
     assert contents(out) == contents(tmp_path / "whole") and not state.parent.exists()
 
 
-def peak_memory(*args) -> int:
-    """Bytes of memory that a run of data/prepare.py had at its peak; of a process and its workers the most."""
+def peak_memory(script, *args) -> int:
+    """Bytes of memory that a script had at its peak."""
     code = ("import os, sys; pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ); "
-            "_, status, used = os.wait4(pid, 0); print(used.ru_maxrss); sys.exit(status)")
-    done = subprocess.run([sys.executable, "-c", code, *COMMAND, *args], capture_output=True, text=True,
-                          timeout=PATIENCE)
+            "_, status, used = os.wait4(pid, 0); print(used.ru_maxrss); sys.exit(status != 0)")
+    done = subprocess.run([sys.executable, "-c", code, sys.executable, str(script), *args],
+                          capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.splitlines()[-1]) * resource.getpagesize() // resource.getpagesize() * 1024
+    return int(done.stdout.splitlines()[-1]) * 1024
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """8 and 32 MB of documents that are all different, and a text of one document, 12 MB."""
-    write_corpus(tmp_path / "small.jsonl", 2_000, words=1000)
-    write_corpus(tmp_path / "large.jsonl", 8_000, words=1000)
-    args = ["--tokenizer=byte", "--workers=1", "--val_share=0.002"]
-    small, large = (peak_memory(f"--input={tmp_path / name}.jsonl", f"--out={tmp_path / name}", *args)
-                    for name in ("small", "large"))
-    grown = (tmp_path / "large.jsonl").stat().st_size - (tmp_path / "small.jsonl").stat().st_size
-    assert large - small < grown / 2
+    """4 and 11 MB of documents that are all different, in jobs of 0.1 MB."""
+    script = tmp_path / "script.py"
+    script.write_text(SMALL_JOBS.format(root=str(ROOT), seconds=0, size=100_000, saving=1.0))
+    peaks, sizes = [], []
+    for documents in (1000, 2500):
+        path = write_corpus(tmp_path / f"{documents}.jsonl", documents, words=1000)
+        sizes.append(path.stat().st_size)
+        peaks.append(peak_memory(script, f"--input={path}", f"--out={tmp_path / str(documents)}",
+                                 "--tokenizer=byte", "--workers=1", "--val_share=0.01"))
+    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 3
 
 
-def test_training_on_what_it_writes(tmp_path, run_script):
-    """A flat data set and shards, in each training script; a sample shows the tokenizer of the checkpoint."""
-    write_corpus(tmp_path / "a.jsonl", 60)
-    for name, args in (("flat", ["--tokenizer=bpe:300"]), ("shards", ["--tokenizer=byte", "--format=shards",
-                                                                      "--shard_tokens=9000"])):
-        done = subprocess.run([*COMMAND, f"--input={tmp_path / 'a.jsonl'}", f"--out={tmp_path / name}", *args],
-                              capture_output=True, text=True, timeout=PATIENCE)
+@pytest.fixture
+def train(tmp_path, run_script):
+    """train(script, tokenizer, ...) prepares a data set and runs a training script on it, into out-dir."""
+
+    def run(script, tokenizer, *args):
+        write_corpus(tmp_path / "a.jsonl", 60)
+        kind = ["--format=shards", "--shard_tokens=9000"] if "gpt" in script else []
+        done = subprocess.run([*COMMAND, f"--input={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'set'}", *kind,
+                               f"--tokenizer={tokenizer}"], capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
-        done = run_script("train.py", *TINY, f"--dataset={tmp_path / name}", "--max_iters=3",
-                          "--eval_interval=3", f"--out_dir={tmp_path / name}-run")
-        assert done.code == 0 and len(done.losses) == 3, done.err
-        done = run_script("sample.py", f"--out_dir={tmp_path / name}-run", "--start=the model", "--device=cpu",
-                          "--num_samples=1", "--max_new_tokens=8")
-        assert done.code == 0 and "the model" in done.out and "token ids" not in done.out, done.err
-        done = run_script("train_gpt.py", "--device=cpu", "--compile=False", "--n_layer=2", "--n_head=2",
-                          "--n_embd=32", "--sequence_length=32", "--batch_size=4", "--device_batch_size=4",
-                          "--num_iterations=3", "--warmdown_iters=1", "--val_tokens=320",
-                          f"--dataset={tmp_path / name}", f"--out_dir={tmp_path / name}-gpt")
-        assert done.code == 0 and "step:3/3 val_loss:" in done.out, done.err
-        done = run_script("train_gpt_fast.py", *FAST_SETTINGS, f"--dataset={tmp_path / name}",
-                          f"--out_dir={tmp_path / name}-fast", "--num_iterations=4")
-        assert done.code == 0 and "step:4/4 val_loss:" in done.out, done.err
+        done = run_script(script, f"--dataset={tmp_path / 'set'}", f"--out_dir={tmp_path / 'run'}", *args)
+        assert done.code == 0, done.err
+        return done
+
+    return run
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe:300", "byte"])
+def test_train_and_sample(train, tmp_path, run_script, tokenizer):
+    done = train("train.py", tokenizer, *TINY, "--max_iters=3", "--eval_interval=3")
+    assert len(done.losses) == 3
+    done = run_script("sample.py", f"--out_dir={tmp_path / 'run'}", "--start=the model", "--device=cpu",
+                      "--num_samples=1", "--max_new_tokens=8")  # the checkpoint has the tokenizer
+    assert done.code == 0 and "the model" in done.out and "token ids" not in done.out, done.err
+
+
+def test_speedrun_on_shards(train):
+    done = train("train_gpt.py", "byte", "--device=cpu", "--compile=False", "--n_layer=2", "--n_head=2",
+                 "--n_embd=32", "--sequence_length=32", "--batch_size=4", "--device_batch_size=4",
+                 "--num_iterations=3", "--warmdown_iters=1", "--val_tokens=320")
+    assert "step:3/3 val_loss:" in done.out
+
+
+def test_fast_speedrun_on_shards(train):
+    done = train("train_gpt_fast.py", "bpe:300", *FAST_SETTINGS, "--num_iterations=4")
+    assert "step:4/4 val_loss:" in done.out
