@@ -312,7 +312,7 @@ def _publish(plan: Plan, progress: Progress, meta: dict, report: dict, separated
         digests[f"{split}.idx"] = _write_starts(path, progress.files["documents"].path, split == "val",
                                                separated)
         writer.close()
-    ratios = {split: report[split]["bytes"] / report[split]["tokens"] for split in ("train", "val")}
+    ratios = {split: report[split]["bytes"] / max(1, report[split]["tokens"]) for split in ("train", "val")}
     meta |= {"bytes_per_token": ratios, "train_documents": report["train"]["documents"],
              "val_documents": report["val"]["documents"]}
     write_json(os.path.join(plan.out, "report.json"), report)

@@ -40,7 +40,7 @@ class Job:
 
 
 class TextFile:
-    """A text in UTF-8. A separator ends each document but the last."""
+    """A text in UTF-8. A separator ends each document but the last; an empty one does not occur."""
 
     def __init__(self, path: str, separator: str):
         self.path, self.separator = path, separator.encode()
@@ -52,7 +52,7 @@ class TextFile:
         """Return True if the text is more than one document."""
         with _reading(self.path), open_regular(self.path) as f:
             last = b""
-            while window := f.read(JOB_BYTES):
+            while self.separator and (window := f.read(JOB_BYTES)):
                 if self.separator in last + window:
                     return True
                 last = window[-len(self.separator):]

@@ -134,29 +134,34 @@ def _start_worker(name: str):
     _tokenizer = make_tokenizer(name)
 
 
-def _encode(paths: list[str]) -> np.ndarray:
+def _encode(paths: list[str]) -> tuple[np.ndarray, int]:
     """Return the tokens of some documents: <|endoftext|> before each, or, if the tokenizer has none, blank
-    lines after each."""
-    parts = []
+    lines after each; and the bytes of their text."""
+    parts, size = [], 0
     for path in paths:
         text = read_source(path)
         if _tokenizer.eot_token is None:
-            parts.append(_tokenizer.encode(text.rstrip("\n") + "\n\n\n"))
+            text = text.rstrip("\n") + "\n\n\n"
         else:
-            parts += [np.array([_tokenizer.eot_token], np.uint16), _tokenizer.encode_ordinary(text)]
-    return np.concatenate(parts)
+            parts.append(np.array([_tokenizer.eot_token], np.uint16))
+        parts.append(_tokenizer.encode_ordinary(text))
+        size += len(text.encode())
+    return np.concatenate(parts), size
 
 
-def write_split(writer: TokenWriter, documents: list[Document], tokenizer: str, workers: int) -> None:
-    """Encode the documents in parallel and write them in order."""
+def write_split(writer: TokenWriter, documents: list[Document], tokenizer: str, workers: int) -> float:
+    """Encode the documents in parallel and write them in order. Return the bytes of text a token."""
     from tqdm import tqdm
 
-    paths = [d.path for d in documents]
+    paths, size = [d.path for d in documents], 0
     batches = [paths[i:i + BATCH] for i in range(0, len(paths), BATCH)]
     with multiprocessing.Pool(workers, _start_worker, (tokenizer,)) as pool:
         encoded = pool.imap(_encode, batches)
-        for tokens in tqdm(encoded, total=len(batches), desc=f"{writer.split:5}", unit="batch", disable=None):
+        for tokens, n_bytes in tqdm(encoded, total=len(batches), desc=f"{writer.split:5}", unit="batch",
+                                    disable=None):
             writer.write(tokens)
+            size += n_bytes
+    return size / (writer.total - len(paths) * (tokenizer != "char"))  # without <|endoftext|>
 
 
 def main() -> None:
@@ -197,8 +202,9 @@ def main() -> None:
     check_space(args.out, 2.2 * tokens)
     shard_tokens = args.shard_tokens if args.format == "shards" else None
     with dataset_writers(args.out, NAME, shard_tokens) as (train_writer, val_writer):
-        write_split(val_writer, val, args.tokenizer, args.workers)
-        write_split(train_writer, train, args.tokenizer, args.workers)
+        ratios = {writer.split: write_split(writer, documents, args.tokenizer, args.workers)
+                  for writer, documents in ((val_writer, val), (train_writer, train))}
+        meta["bytes_per_token"] = ratios
         publish_dataset(args.out, {"name": NAME, **meta}, train_writer, val_writer)
 
 

@@ -116,13 +116,14 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
 @pytest.fixture
 def train(tmp_path, run_script):
-    """train(script, tokenizer, ...) prepares a data set and runs a training script on it, into out-dir."""
+    """train(script, tokenizer, ...) prepares a data set and runs a training script on it, into `run`."""
 
     def run(script, tokenizer, *args):
         write_corpus(tmp_path / "a.jsonl", 60)
         kind = ["--format=shards", "--shard_tokens=9000"] if "gpt" in script else []
-        done = subprocess.run([*COMMAND, f"--input={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'set'}", *kind,
-                               f"--tokenizer={tokenizer}"], capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run([*COMMAND, f"--input={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'set'}",
+                               f"--tokenizer={tokenizer}", *kind], capture_output=True, text=True,
+                              timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         done = run_script(script, f"--dataset={tmp_path / 'set'}", f"--out_dir={tmp_path / 'run'}", *args)
         assert done.code == 0, done.err

@@ -84,6 +84,7 @@ def test_python_source_by_character(sources, tmp_path):
     assert "60 files" in done.stdout and "MB to write" in done.stdout
     meta = read_meta(str(out))
     assert meta["vocab_size"] == 98 == len(meta["chars"])
+    assert all(1.0 < ratio < 1.1 for ratio in meta["bytes_per_token"].values())  # é has 2 bytes
     tokenizer = tokenizers.from_meta(meta)
     texts = {split: tokenizer.decode(open_tokens(str(out / f"{split}.bin"), "bin"))
              for split in ("train", "val")}
@@ -180,6 +181,8 @@ def test_shakespeare_by_character(tmp_path):
     text = tinyshakespeare().read_text()
     symbols = sorted(set(text))
     assert train[:1000].tolist() == [symbols.index(c) for c in text[:1000]]  # nanoGPT's ids
+    meta = read_meta(str(tmp_path))
+    assert meta["sha256"]["val.bin"].startswith("d37d30cc0c8327c2") and meta["bytes_per_token"]["val"] == 1.0
     assert "up to date" in prepare("shakespeare_char/prepare.py", f"--input={tinyshakespeare()}",
                                    f"--out={tmp_path}").stdout
 
@@ -188,6 +191,9 @@ def test_shakespeare_in_gpt2_tokens(tmp_path):
     needs_gpt2_tokenizer()
     done = prepare("shakespeare/prepare.py", f"--input={tinyshakespeare()}", f"--out={tmp_path}")
     assert "train has 301,966 tokens, val has 36,059 tokens" in done.stdout, done.stderr
+    meta = read_meta(str(tmp_path))
+    assert meta["sha256"]["train.bin"].startswith("502a2bdc8210d1ac")
+    assert meta["bytes_per_token"] == {"train": 1_003_854 / 301_966, "val": 111_540 / 36_059}
 
 
 def test_no_network_and_no_tokenizer_files(tmp_path):
@@ -254,7 +260,12 @@ def test_openwebtext_from_local_parquet(tmp_path):
     tokenizer = tokenizers.GPT2Tokenizer()
     documents = [tokenizer.decode(part) for tokens in (train, val)
                  for part in np.split(tokens, np.flatnonzero(tokens == 50256) + 1) if len(part)]
-    assert sorted(d.removesuffix("<|endoftext|>") for d in documents) == sorted(texts)
+    documents = sorted(d.removesuffix("<|endoftext|>") for d in documents)
+    assert documents == sorted(texts)
+    ratios = read_meta(str(tmp_path / "out"))["bytes_per_token"]
+    sizes = {split: ratios[split] * (len(tokens) - (tokens == 50256).sum())
+             for split, tokens in (("train", train), ("val", val))}
+    assert sum(sizes.values()) == pytest.approx(sum(map(len, texts)))
     assert "up to date" in prepare("openwebtext/prepare.py", *args, env=env).stdout
 
     texts = [text.replace("says", "said") for text in texts]
