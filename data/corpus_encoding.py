@@ -4,6 +4,7 @@ Each function here that takes a job runs in a worker process. A worker has its s
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -73,7 +74,8 @@ def in_order(workers: int, settings: dict, function: Callable, jobs: Iterable) -
         start_worker(settings)
         yield from ((job, function(job)) for job in jobs)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_start_process, initargs=(settings, os.getpid()))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_process,
+                               (settings, os.getpid()))
     try:
         waiting = deque()
         for job in jobs:
@@ -197,6 +199,7 @@ def make_tokenizer(name: str, workers: int, settings: dict, jobs: Callable[[], I
     if name.startswith("bpe:"):
         settings = {**settings, "training_share": min(1.0, TRAINING_BYTES / max(size, 1))}
         tokenizer = _train_bpe(int(name[4:]), in_order(workers, settings, texts_to_train_on, jobs()))
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     else:
         tokenizer = load_tokenizer(name)
     if tokenizer.eot_token is None and not one_document:

@@ -84,7 +84,7 @@ def main() -> None:
     if not args.separator:
         raise UserError("--separator is empty: leave it out, or give the text that ends a document")
     weights = parse_weights(args.weights, len(args.input))
-    out = os.path.abspath(args.out)
+    out = os.path.realpath(args.out)
     name = args.name or os.path.basename(out)
     ambiguous = args.format == "shards" and any(word in f"{name}_" for word in WORDS)
     if os.sep in name or name[:1] in ("", ".") or ambiguous:
@@ -92,6 +92,9 @@ def main() -> None:
     for spec in args.input + args.val_input:
         if not spec.startswith(HUB) and not os.path.exists(spec):
             raise UserError(f"{spec!r} does not exist: an input is a file, a folder or hf:NAME")
+        if os.path.isdir(spec) and not args.files and f"{out}/".startswith(f"{os.path.realpath(spec)}/"):
+            raise UserError(f"--out={args.out} is inside --input={spec}, whose files are all read: choose "
+                            f"another --out, or name the files with --files")
     kind, vocab_size = check_tokenizer(args.tokenizer)
     check_out(args.out, name, kind, args.format)
     inputs, val_inputs = ([open_input(spec, args.field, args.separator, args.files) for spec in specs]

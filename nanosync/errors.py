@@ -15,7 +15,7 @@ before_exit = []  # functions to call when an error ends the process
 
 # Modules of the packages in requirements-extras.txt that scripts import
 EXTRAS = ("datasets", "huggingface_hub", "matplotlib", "pyarrow", "requests", "scipy", "tensorboard",
-          "tiktoken", "transformers", "wandb")
+          "tiktoken", "tokenizers", "transformers", "wandb")
 
 
 MAX_MESSAGE = 2000  # characters of an error's line

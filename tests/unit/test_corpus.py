@@ -417,6 +417,7 @@ def planted(tmp_path):
     ("--input=a.txt --val_share=1", "above 0 and below 1"), ("--input=a.txt --workers=0", "at least 1"),
     ("--input=a.txt --separator=", "--separator is empty"), ("--input=hf:", "write hf:NAME"),
     ("--input=a.txt --name=x_val --format=shards", "cannot be the name of shards"),
+    ("--input=.", "is inside --input=., whose files are all read"),
     ("--input=/dev/zero", "it is not a regular file"), ("--input=late.jsonl --val_share=1e-9", "no JSON"),
     ("--input=few.jsonl --val_share=1e-9", "80 documents of few.jsonl leave nothing for val: set "
                                            "--val_share"),
