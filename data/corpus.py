@@ -49,7 +49,9 @@ class Plan:
     vocab_size: int = 1 << 16  # about
     shard_tokens: int | None = None  # None: flat files
     workers: int = 1
-    report: bool = True
+    report: bool = True  # False: without copies and 13-grams
+    resumable: bool = True  # False: Ctrl-C leaves nothing
+    made: object = None  # a tokenizer in place of the one that `tokenizer` would make
 
     def __post_init__(self):
         sources = list(itertools.chain(*self.inputs))
@@ -125,6 +127,8 @@ class Progress:
     def tokenizer(self, settings: dict):
         """Return (tokenizer, end of text), made from the text unless an earlier run did."""
         plan, saved = self.plan, os.path.join(self.work, "tokenizer.json")
+        if plan.made is not None:
+            return plan.made, plan.made.eot_token
         if self.state["tokenizer"] is not None:
             meta = read_json(saved)
             return from_meta(meta), self.state["tokenizer"]["end_of_text"]
@@ -190,7 +194,7 @@ def prepare_corpus(plan: Plan) -> None:
     check_space(plan.out, width * tokens)
     failing = os_error_as_user_error(f"cannot write to {plan.out}")
     with made_folder(plan.out), _working_in(plan, work), failing:
-        settings = {"val_share": plan.val_share}
+        settings = {"val_share": plan.val_share, "report": plan.report}
         progress = Progress(plan, work)
         tokenizer, end_of_text = progress.tokenizer(settings)
         settings |= {"meta": tokenizer.meta(), "end_of_text": end_of_text}
@@ -206,7 +210,7 @@ def prepare_corpus(plan: Plan) -> None:
 
 @contextlib.contextmanager
 def _working_in(plan: Plan, work: str):
-    """Lock the folder. Keep its contents after Ctrl-C only, for the next run."""
+    """Lock the folder. After an error delete its contents; after Ctrl-C the next run needs them."""
     try:
         os.makedirs(work, exist_ok=True)
     except OSError as e:
@@ -214,11 +218,10 @@ def _working_in(plan: Plan, work: str):
     lock = lock_folder(work, "out")
     try:
         yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        discard_leftovers(plan, work)
-        shutil.rmtree(work, ignore_errors=True)
+    except BaseException as e:
+        if not (isinstance(e, KeyboardInterrupt) and plan.resumable):
+            discard_leftovers(plan, work)
+            shutil.rmtree(work, ignore_errors=True)
         raise
     finally:
         os.close(lock)

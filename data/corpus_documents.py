@@ -16,6 +16,7 @@ JOB_BYTES = 4 << 20  # of text in a job; a longer document is cut at the end of 
 PIECE = 1 << 20  # bytes that a tokenizer gets at a time
 TRIES = 10_000  # line ends before a cut that are looked at
 WORD_BITS = 64
+LOWER, SPACE = bytes(range(256)).lower(), b" \t\n\r\v\f"
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Document:
 
     text: str | None  # None: a file of a folder that is not UTF-8
     begins: bool = True  # False: it continues the document before it
+    kept: bool = False  # True: it is a document even without text
 
 
 def read_job(job) -> Iterator[Document]:
@@ -117,7 +119,8 @@ def hash_of(content: bytes) -> int:
 
 def key_of(text: str) -> int:
     """Return the key of a document."""
-    return hash_of(" ".join(text.lower().split()).encode())
+    content = (text if text.isascii() else text.lower()).encode()
+    return hash_of(content.translate(LOWER, SPACE))
 
 
 def split_of(job, key: int, val_share: float) -> str:

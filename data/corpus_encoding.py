@@ -46,7 +46,7 @@ class Encoded:
 
 def start_worker(settings: dict) -> None:
     """Set up this worker. settings: `meta` of the tokenizer, None if there is none yet; `end_of_text`, None
-    if no token separates documents; `val_share`."""
+    if no token separates documents; `val_share`; `report`: whether n-grams are needed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel
     _settings.clear()
     _settings.update(settings, tokenizer=from_meta(settings["meta"]) if settings.get("meta") else None)
@@ -101,7 +101,7 @@ def encode_job(job) -> Encoded:
     tokens, documents, val_texts = {"train": [], "val": []}, [], []
     counts = {"empty": 0, "not_utf8": 0}
     for document in read_job(job):
-        if document.text is None or (not document.text.strip() and document.begins):
+        if document.text is None or not (document.text.strip() or document.kept or not document.begins):
             counts["not_utf8" if document.text is None else "empty"] += not job.repetition
             continue
         key = key_of(document.text)
@@ -113,7 +113,7 @@ def encode_job(job) -> Encoded:
         content = document.text.encode()
         flags = VAL * (split == "val") + CONTINUED * (not document.begins) + REPEATED * bool(job.repetition)
         documents.append((sum(map(len, parts)), len(content), hash_of(content), key, flags))
-        if split == "val":
+        if split == "val" and _settings["report"]:
             val_texts.append(content)
     ngrams, of_text = hashes_of_ngrams(val_texts)
     joined = {split: np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype, casting="unsafe")

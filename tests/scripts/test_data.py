@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from helpers import NO_NETWORK, PATIENCE, ROOT, needs_gpt2_tokenizer, tinyshakespeare
 
+from data.corpus_encoding import encode_job, start_worker
+from data.corpus_inputs import Job
 from nanosync import tokenizers
 from nanosync.token_files import open_tokens, read_meta, split_files
 
@@ -139,6 +141,16 @@ def test_python_source_below_file_names_that_are_not_utf8(sources, tmp_path):
         f.write("def odd():\n    return 'xyz'\n")
     done = prepare("python_source/prepare.py", f"--roots={folder}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 0 and "61 files" in done.stdout, done.stderr
+
+
+def test_python_source_keeps_files_of_blank_lines(tmp_path):
+    script_module("python_source/prepare.py")  # which knows how its jobs are read
+    (tmp_path / "blank.py").write_text("\n\n")
+    job = Job("python", ([str(tmp_path / "blank.py")] * 2, False), 1.0, split="val")
+    start_worker({"meta": tokenizers.ByteTokenizer().meta(), "end_of_text": 256, "val_share": 0.0,
+                  "report": False})
+    encoded = encode_job(job)
+    assert encoded.tokens["val"].tolist() == [256, 10, 10] * 2 and len(encoded.documents) == 2
 
 
 def test_interrupted(tmp_path):
