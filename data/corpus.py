@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -79,12 +79,8 @@ class Plan:
         inputs += [weighted_jobs(sources, 1.0) for sources in self.val_inputs]
         for number, job in merged_jobs(inputs):
             if self.val_inputs:
-                job = _with_split(job, "train" if number < len(self.inputs) else "val")
+                job = replace(job, split="train" if number < len(self.inputs) else "val")
             yield job
-
-
-def _with_split(job: Job, split: str) -> Job:
-    return Job(**{**vars(job), "split": split})
 
 
 class Appended:
@@ -349,7 +345,8 @@ def print_report(report: dict) -> None:
     """Print the report, a few lines."""
     for split in ("train", "val"):
         counts = report[split]
-        print(f"{split}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:,.1f} MB of text, "
+        plural = "" if counts["documents"] == 1 else "s"
+        print(f"{split}: {counts['documents']:,} document{plural}, {counts['bytes'] / 1e6:,.1f} MB of text, "
               f"{counts['tokens_per_byte']:.4f} tokens a byte")
     if report["empty_documents"] or report["files_not_utf8"]:
         print(f"left out: {report['empty_documents']:,} empty documents, {report['files_not_utf8']:,} files "
