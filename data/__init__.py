@@ -1,1 +1,1 @@
-"""Data sets, a folder each with a prepare.py, and the writer of token files that they share."""
+"""Data sets, a folder each with a prepare.py, and prepare.py for any corpus, whose machinery they share."""

@@ -62,6 +62,33 @@ class TokenWriter:
             with os_error_as_user_error(f"cannot write to {self.folder}"):
                 self._close()
 
+    def state(self) -> dict:
+        """Flush to the disk, and return values of JSON from which `restore` continues after these tokens."""
+        if self._file is not None:
+            with os_error_as_user_error(f"cannot write to {self.folder}"):
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        return {"total": self.total, "unfinished": None if self._file is None else self._in_file,
+                "finished": {os.path.basename(path): digest for path, digest in self.finished.items()}}
+
+    def restore(self, state: dict) -> None:
+        """Continue where another process was that left this state, and perhaps wrote more. Raises OSError if
+        its files are gone or shorter."""
+        self.total = state["total"]
+        self.finished = {os.path.join(self.folder, name): digest
+                         for name, digest in state["finished"].items()}
+        for path in self.finished:
+            os.stat(path + ".tmp")
+        if state["unfinished"] is not None:
+            self._path = self._next_path()
+            self._file, self._in_file = open(self._path + ".tmp", "r+b"), state["unfinished"]
+            size = self._in_file * DTYPES[self.dtype].itemsize
+            size += 4 * HEADER_INTS * (self.shard_tokens is not None)
+            if self._file.seek(0, os.SEEK_END) < size:
+                raise OSError(f"{self._path}.tmp is shorter than it was")
+            self._file.truncate(size)
+            self._file.seek(size)
+
     def publish(self) -> None:
         """Give the files their final names."""
         for path in self.finished:
@@ -84,10 +111,13 @@ class TokenWriter:
         stem = os.path.join(glob.escape(self.folder), f"{self.prefix}_{self.split}_" + "[0-9]" * 6)
         return {os.path.basename(path) for end in (".bin", ".bin.tmp") for path in glob.glob(stem + end)}
 
-    def _open(self):
+    def _next_path(self) -> str:
         name = f"{self.split}.bin" if self.shard_tokens is None else \
             f"{self.prefix}_{self.split}_{len(self.finished):06d}.bin"
-        self._path = os.path.join(self.folder, name)
+        return os.path.join(self.folder, name)
+
+    def _open(self):
+        self._path = self._next_path()
         self._file = open(self._path + ".tmp", "wb")
         self._in_file = 0
         if self.shard_tokens is not None:
@@ -152,24 +182,30 @@ def check_space(folder: str, needed: float, advice: str = "") -> None:
                         f"{advice}choose another folder with --out")
 
 
-def publish_dataset(folder: str, meta: dict, train: TokenWriter, val: TokenWriter) -> None:
+def publish_dataset(folder: str, meta: dict, train: TokenWriter, val: TokenWriter,
+                    others: dict[str, str] | None = None) -> None:
     """Write meta.json first, then give the token files their names: after a kill in between, the folder is
     recognised as unfinished.
 
     Delete the files of an earlier data set that the new one does not replace, also those that a killed run
     left.
+
+    others: further files of the data set, by name, with temporary names so far, and their SHA-256.
     """
     train.close()
     val.close()
     old_files = (usable_meta(folder) or {}).get("sha256")
-    old_files = {name for name in old_files if name == os.path.basename(name) and name.endswith(".bin")} \
-        if isinstance(old_files, dict) else set()
+    old_files = {name for name in old_files if name == os.path.basename(name)
+                 and name.endswith((".bin", ".idx"))} if isinstance(old_files, dict) else set()
     meta = {"format": "bin" if train.shard_tokens is None else "shards", **meta, "dtype": train.dtype,
             "train_tokens": train.total, "val_tokens": val.total,
-            "sha256": {os.path.basename(p): d for w in (train, val) for p, d in w.finished.items()}}
+            "sha256": {os.path.basename(p): d for w in (train, val) for p, d in w.finished.items()}
+            | (others or {})}
     write_json(os.path.join(folder, "meta.json"), meta)
     val.publish()
     train.publish()
+    for name in others or {}:
+        os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
     for name in (old_files | train.earlier_shards() | val.earlier_shards()) - set(meta["sha256"]):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, name))

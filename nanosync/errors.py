@@ -17,7 +17,7 @@ ACTIVATIONS = "activations and temporary tensors"  # the owner of what no other 
 
 # Modules of the packages in requirements-extras.txt that scripts import
 EXTRAS = ("datasets", "huggingface_hub", "matplotlib", "pyarrow", "requests", "scipy", "tensorboard",
-          "tiktoken", "transformers", "wandb")
+          "tiktoken", "tokenizers", "transformers", "wandb")
 
 
 MAX_MESSAGE = 2000  # characters of an error's line

@@ -8,9 +8,10 @@
     npy     *_train_*.npy, *_val_*.npy    one-dimensional arrays of uint16, as build-nanogpt's, or of uint32
 
 meta.json: name, format, tokenizer, vocab_size, chars (of a char tokenizer), dtype ("uint16" or "uint32"),
-end_of_text (id of the token with which documents begin), tokenizer_json (text of a tokenizer.json), train_tokens,
-val_tokens, bytes_per_token ("train", "val" -> bytes of UTF-8 a token, end-of-text tokens excluded), sha256
-(file name -> digest), source. This module imports no PyTorch, so that preparing data starts fast.
+end_of_text (id of the token with which documents begin), tokenizer_json (text of a tokenizer.json),
+train_tokens, val_tokens, bytes_per_token ("train", "val" -> bytes of UTF-8 a token, end-of-text tokens
+excluded), sha256 (file name -> digest), source. This module imports no PyTorch, so that preparing data starts
+fast.
 """
 
 import ast
@@ -31,8 +32,8 @@ SHARD_HEADS = {dtype: (magic, versions[-1]) for magic, (dtype, versions) in SHAR
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}  # of tokens, by name
 MAX_VOCAB_SIZE = {"uint16": 1 << 16, "uint32": 1 << 31}  # PyTorch's token ids are signed
 META = {"vocab_size": int, "tokenizer": str, "dtype": str, "end_of_text": int, "train_tokens": int,
-        "val_tokens": int, "name": str, "format": str, "sha256": dict, "bytes_per_token": dict}  # entries of meta.json -> types; the
-# first two must exist
+        "val_tokens": int, "name": str, "format": str, "sha256": dict, "bytes_per_token": dict}
+# entries of meta.json -> types; the first two must exist
 MAX_NPY_HEADER = 4096  # bytes; numpy writes 118 for tokens
 LOOK = 4096  # tokens at the beginning and in the middle of a file that show whether the dtype is right
 PICKLED_META = (  # nanoGPT's character-level data sets have a meta.pkl

@@ -225,8 +225,8 @@ def from_meta(meta: dict | None):
     if isinstance(kind, str) and isinstance(meta.get("tokenizer_json"), str):
         tokenizer = JsonTokenizer(meta["tokenizer_json"], "tokenizer_json of meta.json")
         if tokenizer.vocab_size != meta["vocab_size"]:
-            raise UserError(f"tokenizer_json of meta.json has {tokenizer.vocab_size} tokens, and vocab_size is "
-                            f"{meta['vocab_size']}: prepare the data set again")
+            raise UserError(f"tokenizer_json of meta.json has {tokenizer.vocab_size} tokens, and vocab_size "
+                            f"is {meta['vocab_size']}: prepare the data set again")
         return tokenizer
     if kind == "byte" and meta["vocab_size"] == ByteTokenizer.vocab_size:
         return ByteTokenizer()

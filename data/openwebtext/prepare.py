@@ -102,20 +102,24 @@ def load(files: list[str] | None, workers: int):
 
 
 def encode(example: dict) -> dict:
-    """Return the ids of one document, with <|endoftext|> at the end."""
+    """Return the ids of one document, with <|endoftext|> at the end, and the bytes of its text."""
     global _tokenizer
     _tokenizer = globals().get("_tokenizer") or GPT2Tokenizer()
     ids = _tokenizer.encode_ordinary(example["text"] or "")  # null is an empty text
-    return {"ids": np.append(ids, np.uint16(_tokenizer.eot_token))}
+    return {"ids": np.append(ids, np.uint16(_tokenizer.eot_token)),
+            "bytes": len((example["text"] or "").encode(errors="replace"))}
 
 
-def write(writer: TokenWriter, documents, rows: int = 4096) -> None:
-    """Append the ids of all documents, `rows` at a time."""
+def write(writer: TokenWriter, documents, rows: int = 4096) -> float:
+    """Append the ids of all documents, `rows` at a time. Return the bytes of text a token."""
     from tqdm import tqdm
 
-    documents = documents.with_format("numpy")
+    documents, size = documents.with_format("numpy"), 0
     for start in tqdm(range(0, len(documents), rows), desc=f"writing {writer.split:5}", disable=None):
-        writer.write(np.concatenate(documents[start:start + rows]["ids"]))
+        some = documents[start:start + rows]
+        writer.write(np.concatenate(some["ids"]))
+        size += int(some["bytes"].sum())
+    return size / max(1, writer.total - len(documents))  # without <|endoftext|>
 
 
 def main() -> None:
@@ -151,9 +155,9 @@ def main() -> None:
     ids = splits.map(encode, remove_columns=["text"], num_proc=min(args.workers, len(splits["test"])),
                      desc="tokenising")
     with dataset_writers(args.out) as (train, val):
-        write(val, ids["test"])
-        write(train, ids["train"])
-        publish_dataset(args.out, {"name": NAME, **meta, "source": source}, train, val)
+        ratios = {"val": write(val, ids["test"]), "train": write(train, ids["train"])}
+        publish_dataset(args.out, {"name": NAME, **meta, "source": source, "bytes_per_token": ratios}, train,
+                        val)
 
 
 if __name__ == "__main__":

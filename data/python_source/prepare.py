@@ -10,36 +10,29 @@ tiktoken's files (TIKTOKEN_CACHE_DIR); a document then begins with <|endoftext|>
 """
 
 import hashlib
-import multiprocessing
 import os
-import signal
 import string
 import sys
 import sysconfig
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
-import numpy as np
-
 from configurator import Parser
-from data.token_writer import (
-    TokenWriter,
-    check_out,
-    check_space,
-    dataset_writers,
-    is_published,
-    publish_dataset,
-)
+from data.corpus import Plan, prepare_corpus
+from data.corpus_documents import READERS
+from data.corpus_documents import Document as CorpusDocument
+from data.corpus_encoding import check_tokenizer
+from data.corpus_inputs import Job
+from data.token_writer import check_out
 from nanosync.errors import UserError
 from nanosync.files import expand_path, open_regular
-from nanosync.tokenizers import GPT2_META, UNKNOWN, CharTokenizer, GPT2Tokenizer
+from nanosync.tokenizers import UNKNOWN, CharTokenizer
 
 NAME = "python_source"
 CHARS = "\t\n" + "".join(sorted(c for c in string.printable if c >= " ")) + UNKNOWN  # 98 of them
-TOKENS_PER_BYTE = {"char": 1.0, "gpt2": 0.49}  # of Python source, for the estimate
 VAL_SHARE = 0.05
 BATCH = 32  # documents that a worker encodes at a time
 
@@ -123,40 +116,35 @@ def read_source(path: str) -> str:
         return ""
 
 
-def make_tokenizer(name: str):
-    """Return the tokenizer of --tokenizer."""
-    return CharTokenizer(CHARS) if name == "char" else GPT2Tokenizer()
+class PythonFiles:
+    """Files as an input of a corpus: see data/corpus_inputs.py."""
+
+    def __init__(self, documents: list[Document], blank_lines: bool):
+        """blank_lines: they end each document, as a tokenizer without an end-of-text token needs."""
+        self.documents, self.blank_lines = documents, blank_lines
+        self.size = sum(d.size for d in documents)
+        contents = b"".join(file_name_bytes(d.name) + d.digest.encode() for d in documents)
+        self.identity = hashlib.sha256(contents).hexdigest()
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield some files each, of val and then of train, in the order of their places."""
+        done = 0
+        for split in ("val", "train"):
+            paths = [d.path for d in self.documents if (d.place < VAL_SHARE) == (split == "val")]
+            for start in range(0, len(paths), BATCH):
+                done += len(paths[start:start + BATCH])
+                yield Job("python", (paths[start:start + BATCH], self.blank_lines),
+                          done / len(self.documents), split=split)
 
 
-def _start_worker(name: str):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the main process ends the workers
-    global _tokenizer
-    _tokenizer = make_tokenizer(name)
-
-
-def _encode(paths: list[str]) -> np.ndarray:
-    """Return the tokens of some documents: <|endoftext|> before each, or, if the tokenizer has none, blank
-    lines after each."""
-    parts = []
+def read_files(paths: list[str], blank_lines: bool) -> Iterator[CorpusDocument]:
+    """Yield the documents of a job."""
     for path in paths:
         text = read_source(path)
-        if _tokenizer.eot_token is None:
-            parts.append(_tokenizer.encode(text.rstrip("\n") + "\n\n\n"))
-        else:
-            parts += [np.array([_tokenizer.eot_token], np.uint16), _tokenizer.encode_ordinary(text)]
-    return np.concatenate(parts)
+        yield CorpusDocument(text.rstrip("\n") + "\n\n\n" if blank_lines else text, kept=True)
 
 
-def write_split(writer: TokenWriter, documents: list[Document], tokenizer: str, workers: int) -> None:
-    """Encode the documents in parallel and write them in order."""
-    from tqdm import tqdm
-
-    paths = [d.path for d in documents]
-    batches = [paths[i:i + BATCH] for i in range(0, len(paths), BATCH)]
-    with multiprocessing.Pool(workers, _start_worker, (tokenizer,)) as pool:
-        encoded = pool.imap(_encode, batches)
-        for tokens in tqdm(encoded, total=len(batches), desc=f"{writer.split:5}", unit="batch", disable=None):
-            writer.write(tokens)
+READERS["python"] = read_files
 
 
 def main() -> None:
@@ -173,33 +161,18 @@ def main() -> None:
 
     check_out(args.out, NAME, args.tokenizer, args.format)
     if not os.path.exists(os.path.join(args.out, "meta.json")):
-        make_tokenizer(args.tokenizer)  # its files are there, or an error says how to get them
+        check_tokenizer(args.tokenizer)  # its files are there, or an error says how to get them
     documents = find_documents(find_roots(args.roots))
-    train = [d for d in documents if d.place >= VAL_SHARE]
-    val = [d for d in documents if d.place < VAL_SHARE]
-    if not train or not val:
+    if len({d.place < VAL_SHARE for d in documents}) < 2:
         raise UserError(f"{len(documents)} Python files below {args.roots} are too few to split into train "
                         f"and val")
-    size = sum(d.size for d in documents)
-    tokens = size * TOKENS_PER_BYTE[args.tokenizer]
-    print(f"{len(documents):,} files, {size / 1e6:,.1f} MB of source: about {tokens / 1e6:,.1f}M tokens, "
-          f"{2 * tokens / 1e6:,.1f} MB to write to {args.out}", flush=True)
-
-    contents = b"".join(file_name_bytes(d.name) + d.digest.encode() for d in documents)
-    meta = {"format": args.format, **(CharTokenizer(CHARS).meta() if args.tokenizer == "char" else GPT2_META),
-            "source": {"roots": args.roots, "files": len(documents),
-                       "digest": hashlib.sha256(contents).hexdigest()}}
-    if args.format == "shards":
-        meta["source"]["shard_tokens"] = args.shard_tokens
-    if is_published(args.out, **meta):
-        print(f"{args.out} is up to date")
-        return
-    check_space(args.out, 2.2 * tokens)
-    shard_tokens = args.shard_tokens if args.format == "shards" else None
-    with dataset_writers(args.out, NAME, shard_tokens) as (train_writer, val_writer):
-        write_split(val_writer, val, args.tokenizer, args.workers)
-        write_split(train_writer, train, args.tokenizer, args.workers)
-        publish_dataset(args.out, {"name": NAME, **meta}, train_writer, val_writer)
+    files = PythonFiles(documents, blank_lines=args.tokenizer == "char")
+    print(f"{len(documents):,} files below {args.roots}")
+    source = {"roots": args.roots, "files": len(documents), "digest": files.identity}
+    prepare_corpus(Plan(NAME, args.out, args.tokenizer, [[files]], [1.0], source, val_share=VAL_SHARE,
+                        shard_tokens=args.shard_tokens if args.format == "shards" else None,
+                        workers=args.workers, report=False, resumable=False, vocab_size=len(CHARS),
+                        made=CharTokenizer(CHARS) if args.tokenizer == "char" else None))
 
 
 if __name__ == "__main__":

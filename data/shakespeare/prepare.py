@@ -12,7 +12,6 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from data.tinyshakespeare import prepare
-from nanosync.tokenizers import GPT2Tokenizer
 
 if __name__ == "__main__":
-    prepare(HERE, __doc__, "gpt2", (301_966, 36_059), lambda text: GPT2Tokenizer())
+    prepare(HERE, __doc__, "gpt2", (301_966, 36_059))

@@ -10,8 +10,6 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from data.tinyshakespeare import prepare
-from nanosync.tokenizers import CharTokenizer
 
 if __name__ == "__main__":
-    prepare(HERE, __doc__, "char", (1_003_854, 111_540),
-            lambda text: CharTokenizer("".join(sorted(set(text)))))
+    prepare(HERE, __doc__, "char", (1_003_854, 111_540))

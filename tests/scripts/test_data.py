@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from helpers import NO_NETWORK, PATIENCE, ROOT, needs_gpt2_tokenizer, tinyshakespeare
 
+from data.corpus_encoding import encode_job, start_worker
+from data.corpus_inputs import Job
 from nanosync import tokenizers
 from nanosync.token_files import open_tokens, read_meta, split_files
 
@@ -84,6 +86,7 @@ def test_python_source_by_character(sources, tmp_path):
     assert "60 files" in done.stdout and "MB to write" in done.stdout
     meta = read_meta(str(out))
     assert meta["vocab_size"] == 98 == len(meta["chars"])
+    assert all(1.0 < ratio < 1.1 for ratio in meta["bytes_per_token"].values())  # é has 2 bytes
     tokenizer = tokenizers.from_meta(meta)
     texts = {split: tokenizer.decode(open_tokens(str(out / f"{split}.bin"), "bin"))
              for split in ("train", "val")}
@@ -140,6 +143,16 @@ def test_python_source_below_file_names_that_are_not_utf8(sources, tmp_path):
     assert done.returncode == 0 and "61 files" in done.stdout, done.stderr
 
 
+def test_python_source_keeps_files_of_blank_lines(tmp_path):
+    script_module("python_source/prepare.py")  # which knows how its jobs are read
+    (tmp_path / "blank.py").write_text("\n\n")
+    job = Job("python", ([str(tmp_path / "blank.py")] * 2, False), 1.0, split="val")
+    start_worker({"meta": tokenizers.ByteTokenizer().meta(), "end_of_text": 256, "val_share": 0.0,
+                  "report": False})
+    encoded = encode_job(job)
+    assert encoded.tokens["val"].tolist() == [256, 10, 10] * 2 and len(encoded.documents) == 2
+
+
 def test_interrupted(tmp_path):
     """Ctrl-C goes to all processes of the terminal, the workers as well."""
     folder, out = tmp_path / "src", tmp_path / "new" / "out"
@@ -180,6 +193,8 @@ def test_shakespeare_by_character(tmp_path):
     text = tinyshakespeare().read_text()
     symbols = sorted(set(text))
     assert train[:1000].tolist() == [symbols.index(c) for c in text[:1000]]  # nanoGPT's ids
+    meta = read_meta(str(tmp_path))
+    assert meta["sha256"]["val.bin"].startswith("d37d30cc0c8327c2") and meta["bytes_per_token"]["val"] == 1.0
     assert "up to date" in prepare("shakespeare_char/prepare.py", f"--input={tinyshakespeare()}",
                                    f"--out={tmp_path}").stdout
 
@@ -188,6 +203,9 @@ def test_shakespeare_in_gpt2_tokens(tmp_path):
     needs_gpt2_tokenizer()
     done = prepare("shakespeare/prepare.py", f"--input={tinyshakespeare()}", f"--out={tmp_path}")
     assert "train has 301,966 tokens, val has 36,059 tokens" in done.stdout, done.stderr
+    meta = read_meta(str(tmp_path))
+    assert meta["sha256"]["train.bin"].startswith("502a2bdc8210d1ac")
+    assert meta["bytes_per_token"] == {"train": 1_003_854 / 301_966, "val": 111_540 / 36_059}
 
 
 def test_no_network_and_no_tokenizer_files(tmp_path):
@@ -254,7 +272,12 @@ def test_openwebtext_from_local_parquet(tmp_path):
     tokenizer = tokenizers.GPT2Tokenizer()
     documents = [tokenizer.decode(part) for tokens in (train, val)
                  for part in np.split(tokens, np.flatnonzero(tokens == 50256) + 1) if len(part)]
-    assert sorted(d.removesuffix("<|endoftext|>") for d in documents) == sorted(texts)
+    documents = sorted(d.removesuffix("<|endoftext|>") for d in documents)
+    assert documents == sorted(texts)
+    ratios = read_meta(str(tmp_path / "out"))["bytes_per_token"]
+    sizes = {split: ratios[split] * (len(tokens) - (tokens == 50256).sum())
+             for split, tokens in (("train", train), ("val", val))}
+    assert sum(sizes.values()) == pytest.approx(sum(map(len, texts)))
     assert "up to date" in prepare("openwebtext/prepare.py", *args, env=env).stdout
 
     texts = [text.replace("says", "said") for text in texts]
