@@ -32,7 +32,7 @@ SHARD_HEADS = {dtype: (magic, versions[-1]) for magic, (dtype, versions) in SHAR
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}  # of tokens, by name
 MAX_VOCAB_SIZE = {"uint16": 1 << 16, "uint32": 1 << 31}  # PyTorch's token ids are signed
 META = {"vocab_size": int, "tokenizer": str, "dtype": str, "end_of_text": int, "train_tokens": int,
-        "val_tokens": int, "name": str, "format": str, "sha256": dict, "bytes_per_token": dict}
+        "val_tokens": int, "name": str, "format": str, "sha256": dict}
 # entries of meta.json -> types; the first two must exist
 MAX_NPY_HEADER = 4096  # bytes; numpy writes 118 for tokens
 LOOK = 4096  # tokens at the beginning and in the middle of a file that show whether the dtype is right
