@@ -22,7 +22,7 @@ from nanosync.files import first_line, read_json
 from nanosync.foreign_weights import TRANSFORMERS
 from nanosync.model_kind import check_size, model_config, model_description
 from nanosync.sync_schedule import width
-from nanosync.tensor_files import check_values
+from nanosync.tensor_files import check_values, write_tensors
 
 MODELING = "modeling_nanosync"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", TRANSFORMERS, f"{TRANSFORMERS}.index.json")
@@ -93,8 +93,6 @@ def _described(model: nn.Module, kind: str, dense: bool) -> tuple[str, str]:
 
 
 def _save_with_code(model: nn.Module, kind: str, folder: str, end_of_text: int | None) -> None:
-    from safetensors.torch import save_file
-
     c, schedule = model.config, getattr(model, "schedule", None)
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     architecture = model_description(kind, model)["config"]
@@ -104,7 +102,7 @@ def _save_with_code(model: nn.Module, kind: str, folder: str, end_of_text: int |
     described = None if schedule is None else {
         "ranks": c.tp_size, "width": width(schedule.channels, c.n_embd),
         "sublayers": [{"sync": s.sync, "delay": s.delay, "sees": s.sees} for s in schedule.sublayers]}
-    save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    write_tensors(weights, os.path.join(folder, "model.safetensors"), {"format": "pt"})
     source = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{MODELING}.py")
     shutil.copyfile(source, os.path.join(folder, f"{MODELING}.py"))
     with open(os.path.join(folder, "config.json"), "w") as f:

@@ -27,6 +27,7 @@ from nanosync.files import sha256_of, write_json
 from nanosync.model_kind import model_description, schedule_description
 from nanosync.optimizer_state import gather_state, whole_on_cpu
 from nanosync.random_states import random_states
+from nanosync.tensor_files import write_tensors
 
 POINTS = ("begun", "model", "optim", "rng", "state", "synced", "manifest", "folder synced", "moved aside",
           "published", "latest", "best", "pruned")  # moments of a save, for tests
@@ -52,8 +53,6 @@ def save(out_dir: str, step: int, tensors: dict[str, dict], state: dict, keep: i
     best: True if state["val_loss"] is the lowest so far.
     verified: see _prune.
     """
-    from safetensors.torch import save_file
-
     final, folder = step_folder(out_dir, step), os.path.join(out_dir, "ckpt")
     temporary = os.path.join(folder, f".tmp-{step_name(step)}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -61,7 +60,7 @@ def save(out_dir: str, step: int, tensors: dict[str, dict], state: dict, keep: i
         os.makedirs(temporary)
         _reach("begun", step)
         for which in ("model", "optim", "rng"):
-            save_file(tensors[which], os.path.join(temporary, f"{which}.safetensors"))
+            write_tensors(tensors[which], os.path.join(temporary, f"{which}.safetensors"))
             _reach(which, step)
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                   for name, value in state.items()}  # JSON has no NaN and no infinity

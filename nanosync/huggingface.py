@@ -9,7 +9,7 @@ import torch.nn as nn
 from nanosync.errors import UserError, shortened, shown
 from nanosync.files import expand_path, first_line, read_json
 from nanosync.foreign_weights import advice
-from nanosync.tensor_files import check_values, read_tensors
+from nanosync.tensor_files import check_values, read_tensors, write_tensors
 
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
@@ -173,8 +173,6 @@ def save(model: nn.Module, folder: str, end_of_text: int | None = None) -> None:
     end_of_text: token that ends generation. None: that of GPT-2's vocabulary, and none of another one, whose
         last token, e.g. the last letter of an alphabet, must not end generation.
     """
-    from safetensors.torch import save_file
-
     folder, c = expand_path(folder), model.config
     tensors = {}
     for name, p in model.named_parameters():
@@ -187,7 +185,7 @@ def save(model: nn.Module, folder: str, end_of_text: int | None = None) -> None:
     if end_of_text is None and c.used_vocab_size == GPT2_VOCAB_SIZE:
         end_of_text = GPT2_VOCAB_SIZE - 1
     os.makedirs(folder, exist_ok=True)
-    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    write_tensors(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
     with open(os.path.join(folder, "config.json"), "w") as f:
         json.dump({
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: reading them, and the check of their dtypes and values.
+"""Tensors in safetensors files: reading and writing them, and the check of their dtypes and values.
 
 A tensor of another dtype or shape than the optimizer's kernels expect makes them write beyond its memory, and
 a value that is not finite spreads through the model. So every tensor is checked before it is used. The check
@@ -6,6 +6,8 @@ of names and shapes is where the model is known.
 """
 
 import math
+import os
+import stat
 
 import torch
 
@@ -27,6 +29,19 @@ def read_tensors(path: str) -> dict[str, torch.Tensor]:
     # KeyError and AttributeError: a dtype that this PyTorch lacks
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AttributeError) as e:
         raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: str, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors on the CPU by name. Raises OSError or SafetensorError.
+
+    The file gets the mode that the umask gives a new file: safetensors makes files that only their owner reads.
+    """
+    from safetensors.torch import save_file
+
+    with open(path, "wb") as f:
+        mode = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
+    save_file(tensors, path, metadata=metadata)
+    os.chmod(path, mode)
 
 
 @torch.no_grad()

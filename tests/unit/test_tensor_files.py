@@ -206,3 +206,14 @@ def test_names_that_are_no_step(tmp_path):
     assert checkpoint.find(str(tmp_path), warn=pytest.fail).step == 7
     with pytest.raises(UserError, match="has no checkpoint"):
         checkpoint.find(str(tmp_path), "9" * 5000)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_a_written_file_has_the_mode_of_any_new_file(tmp_path, umask, mode):
+    path, before = str(tmp_path / "model.safetensors"), os.umask(umask)
+    try:
+        tensor_files.write_tensors({"x": torch.ones(2)}, path, {"format": "pt"})
+    finally:
+        os.umask(before)
+    assert os.stat(path).st_mode & 0o777 == mode
+    assert torch.equal(tensor_files.read_tensors(path)["x"], torch.ones(2))
