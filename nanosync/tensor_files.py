@@ -31,10 +31,10 @@ def read_tensors(path: str) -> dict[str, torch.Tensor]:
         raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], path: str, metadata: dict[str, str] | None = None) -> None:
+def write_tensors(tensors: dict[str, torch.Tensor], path: str, metadata: dict | None = None) -> None:
     """Write tensors on the CPU by name. Raises OSError or SafetensorError.
 
-    The file gets the mode that the umask gives a new file: safetensors makes files that only their owner reads.
+    The file gets the mode that the umask gives a new file: safetensors lets only the owner read it.
     """
     from safetensors.torch import save_file
 
