@@ -14,6 +14,9 @@ from helpers import SHARED, Result, python, write_dataset
 
 # A killed process can leave half a file in Inductor's cache, on which later runs would fail.
 COMPILED = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+# Kernels without vector instructions, and no pool of processes that import PyTorch: for time
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))

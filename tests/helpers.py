@@ -1,9 +1,11 @@
 """Helpers of all tests: small models, data sets and checkpoints, and scripts run as a user runs them."""
 
 import ast
+import functools
 import json
 import math
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import runpy
@@ -90,16 +92,25 @@ def write_documents(folder: Path) -> Path:
     return write_dataset(folder, tokens[:3000], tokens[3000:], 27, end_of_text=26)
 
 
-# Imported once, in the server that most processes of tests are forked from
-PRELOAD = ["pytest", "torch", "torch._dynamo", "torch.distributed.run", "torch.distributed.fsdp",
-           "safetensors.torch", "models", "nanosync.training_setup", "nanosync.step_clock"]
-
-
+@functools.cache
 def forking() -> multiprocessing.context.ForkServerContext:
-    """Makes processes within milliseconds; to import torch and this project takes about five seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    """Make processes within milliseconds; to import torch and this project takes about five seconds."""
+    context, cwd = multiprocessing.get_context("forkserver"), os.getcwd()
+    context.set_forkserver_preload(["preload"])
+    os.chdir(ROOT / "tests")  # where the server finds the module
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.chdir(cwd)
+    first = context.Process(target=_check_preload)  # the server itself ignores an ImportError
+    first.start()
+    first.join()
+    assert first.exitcode == 0, "the fork server could not import tests/preload.py"
     return context
+
+
+def _check_preload() -> None:
+    os._exit("preload" not in sys.modules)
 
 
 def _run_as_main(script: str, args: list[str], cwd: str, env: dict, out: str, err: str) -> int:

@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    BLOCKS,
-    SCHEDULES,
     SMALL,
     TINY,
     build,
@@ -32,6 +30,7 @@ from nanosync.ranks import Ranks
 from nanosync.recompute import use_activation_checkpointing
 
 CPU = torch.device("cpu")
+TWO_LAYERS = dict(block_types=["spd", "parallel"])  # tracing takes a second a layer
 
 
 def test_compiled_modules_are_not_compiled_again():
@@ -99,27 +98,27 @@ def test_activation_checkpointing_compiled(kind):
 @pytest.mark.parametrize("R", [2, 4])
 def test_schedules_compile_as_one_graph(R):
     idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
-    model = build(dict(block_types=BLOCKS[3]), R, torch.float32)
+    model = build(TWO_LAYERS, R, torch.float32, n_layer=2)
     expected = gradients(model, model(idx, targets)[1])
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    # fp32: gradients of size 1 through four layers
+    # fp32: gradients of size 1 through two layers
     assert largest_difference(gradients(model, compiled(idx, targets)[1]), expected) < 1e-4
 
 
 @pytest.mark.parametrize("schedule, R, recompute", [(None, 1, "selective"),
-                                                    (dict(block_types=BLOCKS[3]), 2, "none"),
+                                                    (TWO_LAYERS, 2, "none"),
                                                     (dict(sync_strategy="dtp:2"), 2, "block"),
                                                     (dict(sync_strategy="caat:0.5"), 2, "none")])
 def test_document_mask_compiles_as_one_graph(schedule, R, recompute):
     idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
-    model = build(schedule, R, torch.float32)
+    model = build(schedule, R, torch.float32, n_layer=2)
     model.end_of_text = int(idx[0, 5])
     use_activation_checkpointing(model, recompute)
     expected = gradients(model, model(idx, targets)[1])
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    # fp32: gradients of size 1 through four layers
+    # fp32: gradients of size 1 through two layers
     assert largest_difference(gradients(model, compiled(idx, targets)[1]), expected) < 1e-4
 
 
@@ -127,8 +126,8 @@ def check_compiled(rank: int, world: int) -> None:
     """f, g and the divided loss in one compiled graph a process, in fp32 and under bf16 autocast."""
     idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
     for autocast, tolerance in ((False, 1e-5), (True, 3e-2)):  # rounding of fp32, of bf16
-        simulated = build(SCHEDULES[3], 2, torch.float32) if not autocast else \
-            build(dict(block_types=["parallel"]), 2, torch.float32, n_layer=1)
+        blocks = ["parallel"] if autocast else ["spd", "parallel"]
+        simulated = build(dict(block_types=blocks), 2, torch.float32, n_layer=len(blocks))
         real = copy.deepcopy(simulated)
         real.place(Ranks(1, torch.distributed.group.WORLD))
         # C++ is made for the smaller one; the graph of the other runs as it was traced
@@ -191,7 +190,7 @@ def test_fast_speedrun_compiles_once():
 
 def test_training_compiled(run_script, tiny_data):
     """train.py under Inductor has the losses that it has without, on simulated ranks."""
-    args = ["train.py", *TINY, "--model_type=distributed_gpt", "--block_types=['spd','parallel']",
+    args = ["train.py", *TINY, "--n_layer=1", "--model_type=distributed_gpt", "--block_types=['spd']",
             f"--dataset={tiny_data}", "--max_iters=3"]
     done = run_script(*args, "--compile=True", "--out_dir=compiled")
     assert done.code == 0, done.err

@@ -126,15 +126,15 @@ def all_weights(run: Run) -> torch.Tensor:
 def check_training(rank: int, world: int) -> None:
     """Rounding differs by about 1e-7 an update, in fp32; ZeRO-1 has the bits of DDP."""
     mine, alone = processes_of_divisions(rank), Run(Division(1), ALONE)
-    expected = [alone.step(it) for it in range(20)]
+    expected = [alone.step(it) for it in range(10)]
     for division in mine:
         run, plain = Run(division, mine[division]), None
         if division.zero1:
             plain = Run(Division(division.processes, division.tp), mine[division])
-        for it in range(20 if division.processes > 1 else 0):
+        for it in range(10 if division.processes > 1 else 0):
             values = run.step(it)
             assert values == pytest.approx(expected[it], rel=1e-6), (division, it)
-            if plain is not None and it < 10:
+            if plain is not None:
                 assert plain.step(it) == values, (division, it)
                 assert torch.equal(all_weights(run), all_weights(plain)), (division, it)
                 check_shares(division, plain, run)
@@ -285,7 +285,7 @@ def check_checkpoints(rank: int, world: int) -> None:
         expected, targets = [], DIVISIONS[i::3]  # every division loads one of the first three
         if source == Division(4, tp=2, fsdp=True):
             alone, targets = Run(Division(1), ALONE, tensors), DIVISIONS
-            expected = [alone.step(it) for it in range(3, 13)]
+            expected = [alone.step(it) for it in range(3, 8)]
         for division in (d for d in targets if d in mine):
             case, run = (source, division), Run(division, mine[division], tensors)
             again = run.snapshot()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runner_kills
-from helpers import PATIENCE, ROOT, write_dataset
+from helpers import PATIENCE, ROOT, python, write_dataset
 
 from experiments import runner
 from experiments.experiment_config import STAGES
@@ -28,27 +28,10 @@ TOY = ["--device=cpu", "--compile=False", "--n_layer=5", "--n_head=2", "--n_embd
 
 def run(script: str, *args, cwd: Path, code: int = 0, **env: str) -> str:
     """Run a script of experiments/ and return what it printed."""
-    command = [sys.executable, str(ROOT / "experiments" / script), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert code != 2 or done.stderr.count("\n") == 1, done.stderr
-    return done.stdout + done.stderr
-
-
-@pytest.fixture
-def light_launcher(tmp_path) -> dict[str, str]:
-    """Variables with which one process is launched without torchrun, which imports PyTorch for 3 seconds.
-
-    The fake script does without PyTorch, too. The tests without this fixture have torchrun.
-    """
-    folder = tmp_path / "launcher" / "torch" / "distributed"
-    folder.mkdir(parents=True)
-    for path in (folder.parent / "__init__.py", folder / "__init__.py"):
-        path.touch()
-    (folder / "run.py").write_text("import subprocess, sys\ncommand = sys.argv[sys.argv.index('--') + 1:]\n"
-                                   "sys.exit(subprocess.run([sys.executable, *command]).returncode)\n")
-    return {"PYTHONPATH": str(tmp_path / "launcher")}
+    done = python(f"experiments/{script}", *args, cwd=cwd, **env)
+    assert done.code == code, done.out + done.err
+    assert code != 2 or done.err.count("\n") == 1, done.err
+    return done.out + done.err
 
 
 def only(folder: Path, pattern: str = "*") -> Path:
@@ -66,13 +49,12 @@ def test_dry_run_prints_the_commands(tmp_path):
     assert not (tmp_path / "experiment_logs").exists()
 
 
-def test_runs_that_go_wrong(tmp_path, light_launcher):
+def test_runs_that_go_wrong(tmp_path):
     """Each is recorded as failed with its reason and the end of its output, and is in no statistic."""
     wrong = {43: "crash", 44: "other format", 45: "not finite", 46: "diverged", 47: "other settings",
              48: "stops early", 49: "refuse"}
     path = runner_kills.write_experiment(tmp_path, behaviours=wrong)
-    run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 9, "--parallel", 3, cwd=tmp_path,
-        **light_launcher)
+    run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 9, "--parallel", 3, cwd=tmp_path)
     folder = only(tmp_path / "experiment_logs")
     results = runner_kills.results(tmp_path)
     errors = {wrong[row["seed"]]: row["error"] for row in results.values() if not row["success"]}
@@ -90,8 +72,7 @@ def test_runs_that_go_wrong(tmp_path, light_launcher):
     assert results[7]["output_tail"] == ["error: no data set"]
     before = (folder / "results.jsonl").read_text()
     (folder / "results.jsonl").unlink()  # as if the runner had been killed before it could record
-    run("run_nanogpt_experiment.py", "--resume", folder.relative_to(tmp_path), cwd=tmp_path,
-        **light_launcher)
+    run("run_nanogpt_experiment.py", "--resume", folder.relative_to(tmp_path), cwd=tmp_path)
     assert (folder / "results.jsonl").read_text() == before and len(os.listdir(folder / "runs")) == 9
     summary = json.loads((folder / "summary.json").read_text())["statistics"]
     good = [results[i]["final_val_loss"] for i in (0, 8)]
@@ -125,7 +106,7 @@ def test_killed_runners(tmp_path):
         assert case["left"] == 0, case
 
 
-def test_stages_go_on(tmp_path, light_launcher):
+def test_stages_go_on(tmp_path):
     """A campaign that is killed and goes on, with its budget kept over both; the plan may not change."""
     truth = {"baseline": 0.0, "good": -0.05}
     for stage, steps in zip(STAGES, (10, 12, 14)):
@@ -139,8 +120,7 @@ def test_stages_go_on(tmp_path, light_launcher):
                        "price_per_gpu_hour": 2.5}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     first = subprocess.Popen([sys.executable, str(ROOT / "experiments/run_stages.py"), "--plan", "plan.json",
-                              "--parallel=3"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-                             env=os.environ | light_launcher)
+                              "--parallel=3"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for line in first.stdout:
         if "good run 0" in line and "of training" in line:
             break
@@ -149,8 +129,7 @@ def test_stages_go_on(tmp_path, light_launcher):
     folder = tmp_path / "experiment_logs" / "toy"
     before = {path: path.read_text() for path in folder.glob("*/*/*/results.jsonl")}
     assert before
-    said = run("run_stages.py", "--plan", "plan.json", "--parallel=3", "--until", B, cwd=tmp_path,
-               **light_launcher)
+    said = run("run_stages.py", "--plan", "plan.json", "--parallel=3", "--until", B, cwd=tmp_path)
     outcome = json.loads((folder / "outcome.json").read_text())
     assert outcome["best"] == "good" and outcome["stage"] == B and f"{B}: yes: good" in said
     assert 0 < outcome["gpu_seconds_spent"] <= outcome["gpu_seconds_budget"] == 3600
