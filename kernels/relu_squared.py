@@ -175,11 +175,11 @@ def _launch(a: torch.Tensor, b: torch.Tensor, y: torch.Tensor, out: torch.Tensor
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
     with torch.cuda.device_of(a):  # Triton launches on the current device
         _kernel[min(tiles, programs),](
-            _descriptor(a, M, K), _descriptor(b, K, W) if backward else _descriptor(b, W, K),
-            _descriptor(y, M, W // 2), _descriptor(out, M, W // 2), N, H, C, programs, backward, **config)
+            descriptor(a, M, K), descriptor(b, K, W) if backward else descriptor(b, W, K),
+            descriptor(y, M, W // 2), descriptor(out, M, W // 2), N, H, C, programs, backward, **config)
 
 
-def _descriptor(z: torch.Tensor, rows: int, columns: int):
+def descriptor(z: torch.Tensor, rows: int, columns: int):
     """Make a descriptor of blocks of a matrix, or of its copy if its address is no multiple of 16 bytes."""
     z = z.contiguous()
     if z.data_ptr() % 16:
