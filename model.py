@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.gelu_mlp import gelu, gelu_mlp
 from kernels.interval_attention import first_visible, interval_attention
 from kernels.layer_norm import add_layer_norm, layer_norm
 from nanosync import huggingface, recompute
@@ -139,14 +140,9 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
-def gelu(x):
-    """Return GELU in GPT-2's tanh form. Compiled code uses the equal x * sigmoid(2u), as tanh is slow."""
-    if torch.compiler.is_compiling():
-        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-    return F.gelu(x, approximate="tanh")
-
-
 class MLP(nn.Module):
+    fused_gelu = ""  # what gelu_mlp keeps for the backward pass; "": a separate GELU, see use_fused_gelu
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -154,7 +150,23 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
+        if self.fused_gelu:
+            c_fc, c_proj = self.c_fc, self.c_proj
+            return self.dropout(gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias,
+                                         self.fused_gelu))
         return self.dropout(self.c_proj(gelu(self.c_fc(x))))
+
+
+def use_fused_gelu(model: nn.Module, keep: str) -> None:
+    """Run GELU inside the matrix products of every MLP of a dense model.
+
+    The kernel runs only if kernels.relu_squared.fusible is True; otherwise PyTorch's code runs.
+
+    keep: see kernels.gelu_mlp.
+    """
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.fused_gelu = keep
 
 
 class Block(nn.Module):

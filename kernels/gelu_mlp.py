@@ -2,19 +2,20 @@
 
     h = x @ w_in.T + b_in,   y = gelu(h),   out = y @ w_out.T + b_out
 
-GELU is GPT-2's tanh form (arXiv 1606.08415) in the equal form h * sigmoid(2u), u = sqrt(2/pi) (h + 0.044715 h^3).
-A separate GELU reads and writes one tensor of the size of y in the forward pass. In the backward pass it reads
-two tensors and writes one. Here both products apply it while their sums are in registers: the first product
-writes y, and the product that makes the gradient of h multiplies by gelu'(h) and adds up the gradient of b_in.
-PyTorch computes the other products. If no kernel can run, and in fp32 and fp64, PyTorch computes everything.
+GELU is GPT-2's tanh form (arXiv 1606.08415) in the equal form h * sigmoid(2u) with
+u = sqrt(2/pi) (h + 0.044715 h^3). A separate GELU reads and writes one tensor of the size of y in the forward
+pass. In the backward pass it reads two tensors and writes one. Here both products apply it while their sums
+are in registers. The first product writes y. The product that makes the gradient of h multiplies by gelu'(h)
+and adds up the gradient of b_in. PyTorch computes the other products. If no kernel can run, and in fp32 and
+fp64, PyTorch computes everything.
 
-The backward pass needs gelu'(h), which y does not determine. `keep` names what the forward pass writes for it:
+The backward pass needs gelu'(h), which y does not determine. `keep` names what the forward pass writes:
 
     "preactivation"  h in x's dtype
     "derivative"     gelu'(h) in x's dtype: as many bytes, and nothing to compute in the backward pass
-    "derivative8"    gelu'(h) in 8 bits: half the bytes; the values are multiples of 1/200, 0 and 1 are exact, and
-                     the error of at most 0.0025 is that of bfloat16 near 1 (0.0020 below 1, 0.0039 above); for
-                     H that is no multiple of 16 the same as "derivative"
+    "derivative8"    gelu'(h) in 8 bits, half the bytes. The values are multiples of 1/200, and 0 and 1 are
+                     exact. The error of at most 0.0025 is that of bfloat16 near 1 (0.0020 below 1, 0.0039
+                     above). For H that is no multiple of 16 it is the same as "derivative"
     "nothing"        nothing: the backward pass computes h again, with a product
 
 One persistent kernel serves both passes, as in relu_squared.py.
@@ -32,7 +33,7 @@ from kernels import INTERPRETED, triton
 from kernels.relu_squared import descriptor, fusible
 
 KEEP = ("preactivation", "derivative", "derivative8", "nothing")
-CODES = 200  # of a derivative in 8 bits: code = round(CODES * derivative) + SHIFT; gelu' is in [-0.129, 1.129]
+CODES = 200  # a derivative in 8 bits is round(CODES * derivative) + SHIFT; gelu' is in [-0.129, 1.129]
 SHIFT = 27
 
 SIGMOIDS = {"plain": 0, "exponential": 1, "tanh": 2}
@@ -234,7 +235,8 @@ if triton is not None:
         u = h * (-2.302208198144325 - 0.1029432395800235 * square)  # exp(-2u) = 2^u
         if SIGMOID == 1:  # errors of 2^-22; Triton's exp2 and / care for numbers below 2^-126 as well
             return tl.inline_asm_elementwise(
-                "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
+                "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.f32 e, e, 0f3F800000; "
+                "rcp.approx.ftz.f32 $0, e; }",
                 "=f,f", [u], tl.float32, is_pure=True, pack=1)
         return 1 / (1 + tl.exp2(u))
 

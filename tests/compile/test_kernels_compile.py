@@ -189,7 +189,8 @@ def test_gelu_mlp_compiles_without_a_gpu(direction, keep, sigmoid, bias):
                              KEEP=gelu_mlp.KEEP.index(keep), SIGMOID=gelu_mlp.SIGMOIDS[sigmoid],
                              CODES=gelu_mlp.CODES, SHIFT=gelu_mlp.SHIFT, PARTS=parts)
     kinds = dict.fromkeys(constants, "constexpr") | dict(N="i32", bias_ptr="*fp32" if backward else "*bf16")
-    kinds |= {name: f"tensordesc<{dtype}[{rows},{columns}]>" for name, (dtype, rows, columns) in blocks.items()}
+    kinds |= {name: f"tensordesc<{dtype}[{rows},{columns}]>"
+              for name, (dtype, rows, columns) in blocks.items()}
     names = gelu_mlp._kernel.arg_names
     source = ASTSource(gelu_mlp._kernel, {name: kinds[name] for name in names},
                        {(names.index(name),): value for name, value in constants.items()})

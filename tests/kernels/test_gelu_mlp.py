@@ -1,5 +1,6 @@
-"""GELU and the MLP around it against fp64, values and gradients: PyTorch everywhere; the kernels with a Hopper
-GPU, or in Triton's interpreter; seconds.
+"""GELU and the MLP around it against fp64, values and gradients.
+
+PyTorch's code everywhere; the kernels with a Hopper GPU, or in Triton's interpreter; seconds.
 
     TRITON_INTERPRET=1 python -m pytest tests/kernels/test_gelu_mlp.py
 """
@@ -169,5 +170,5 @@ def test_autocast(dtype):
 
 def test_unknown_keep():
     *found, _ = tensors(8, 8, 8, torch.float32)
-    with pytest.raises(ValueError, match="keep='all' is unknown. Use one of preactivation"):
+    with pytest.raises(ValueError, match="keep='all' is unknown"):
         gelu_mlp.gelu_mlp(*found, keep="all")
