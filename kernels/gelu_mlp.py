@@ -41,9 +41,11 @@ SIGMOID = "exponential"  # "tanh": by the GPU's approximate tanh, half the work,
 
 # tile of the output, length of a piece of the sum, pieces in flight, warps: see relu_squared.CONFIGS;
 # PARTS: 2 or 4, in which a tile ends; programs: of a multiprocessor, 1 by default
-CONFIGS = {
-    "forward": dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, PARTS=2, num_stages=3, num_warps=8),
-    "backward": dict(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, PARTS=2, num_stages=3, num_warps=8),
+CONFIGS = {  # (direction, number in KEEP)
+    **{("forward", i): dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, PARTS=2, num_stages=3, num_warps=8)
+       for i in range(len(KEEP))},
+    **{("backward", i): dict(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, PARTS=2, num_stages=3, num_warps=8)
+       for i in range(len(KEEP))},
 }
 
 
@@ -121,7 +123,7 @@ def _linear_gelu_backward(grad: torch.Tensor, w_out: torch.Tensor, kept: torch.T
 
     grad: gradient of out, (N, C). w_out: (C, H). kept: (N, H), see _linear_gelu.
     """
-    grad_h, sums = _empty_gradients(grad, w_out, has_bias)
+    grad_h, sums = _empty_gradients(grad, w_out, keep, has_bias)
     _launch("backward", grad, w_out, sums if has_bias else None, kept, grad_h, keep)
     return grad_h, sums
 
@@ -132,16 +134,16 @@ def _empty_results(x: torch.Tensor, w_in: torch.Tensor, keep: int) -> tuple[torc
     return y, x.new_empty((0,) if KEEP[keep] == "nothing" else y.shape, dtype=dtype)
 
 
-def _empty_gradients(grad: torch.Tensor, w_out: torch.Tensor, has_bias: bool
+def _empty_gradients(grad: torch.Tensor, w_out: torch.Tensor, keep: int, has_bias: bool
                      ) -> tuple[torch.Tensor, torch.Tensor]:
     N, H = grad.shape[0], w_out.shape[1]
-    tiles = -(-N // CONFIGS["backward"]["BLOCK_M"])
+    tiles = -(-N // CONFIGS["backward", keep]["BLOCK_M"])
     return grad.new_empty(N, H), grad.new_empty(tiles if has_bias else 0, H, dtype=torch.float32)
 
 
 _linear_gelu.register_fake(lambda x, w_in, b_in, keep: _empty_results(x, w_in, keep))
 _linear_gelu_backward.register_fake(lambda grad, w_out, kept, keep, has_bias: _empty_gradients(
-    grad, w_out, has_bias))
+    grad, w_out, keep, has_bias))
 
 
 if triton is not None:
@@ -252,7 +254,7 @@ def _launch(direction: str, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor
     (N, C), H, backward = a.shape, out.shape[1], direction == "backward"
     if N == 0:
         return
-    config = dict(CONFIGS[direction])
+    config = dict(CONFIGS[direction, keep])
     M, W, K, columns = *(config[f"BLOCK_{name}"] for name in "MNK"), config["BLOCK_N"] // config["PARTS"]
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
     programs *= config.pop("programs", 1)
