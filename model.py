@@ -19,6 +19,7 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.gelu_mlp import gelu, gelu_mlp
 from kernels.interval_attention import first_visible, interval_attention
 from kernels.layer_norm import add_layer_norm, layer_norm
+from kernels.qkv_linear import qkv_linear
 from nanosync import huggingface, recompute
 from nanosync.errors import UserError
 from nanosync.generation import Decoder
@@ -115,6 +116,8 @@ def attend(q, k, v, first, dropout: float):
 
 
 class CausalSelfAttention(nn.Module):
+    fused_qkv = False  # True: the backward pass does not join the gradients of q, k and v, see use_qkv_linear
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v of all heads
@@ -131,13 +134,29 @@ class CausalSelfAttention(nn.Module):
         """
         B, T, C = x.size()
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-                   for part in self.c_attn(x).split(C, dim=2))
+                   for part in self.qkv(x))
         if cache is not None:
             cache[0, :, :, :T] = k
             cache[1, :, :, :T] = v
         y = attend(q, k, v, first, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
+
+    def qkv(self, x):
+        """Return q, k and v, (B, T, C) each, views of one tensor."""
+        if self.fused_qkv:
+            return qkv_linear(x, self.c_attn.weight, self.c_attn.bias)
+        return self.c_attn(x).split(x.shape[-1], dim=2)
+
+
+def use_qkv_linear(model: nn.Module) -> None:
+    """Compute the gradients of every c_attn of a dense model from separate gradients of q, k and v.
+
+    The kernel runs only if kernels.relu_squared.fusible is True; otherwise PyTorch's code runs.
+    """
+    for module in model.modules():
+        if isinstance(module, CausalSelfAttention):
+            module.fused_qkv = True
 
 
 class MLP(nn.Module):

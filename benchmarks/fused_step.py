@@ -11,8 +11,9 @@ writes its figures to FOLDER/<phase>.json as it goes. `step` and `profile` use t
 FOLDER. The last lines are a short table.
 
 A contender is words with + between: base; gelu, gelu-derivative, gelu-derivative8, gelu-recompute; tanh (GELU
-by the GPU's approximate tanh); eager (not compiled); nanogpt (the GPT of `peer`). All but nanogpt have the
-Triton LayerNorm. Without a GPU everything runs at toy size, on PyTorch's code, and no figure means anything.
+by the GPU's approximate tanh); qkv (gradients of q, k and v not joined); eager (not compiled); nanogpt (the
+GPT of `peer`). All but nanogpt have the Triton LayerNorm. Without a GPU everything runs at toy size, on
+PyTorch's code, and no figure means anything.
 """
 
 import json
@@ -26,9 +27,9 @@ import torch
 from benchmarks import peers
 from benchmarks.harness import in_unit, seconds_per_call, take_turns, with_range
 from configurator import configure
-from kernels import gelu_mlp, triton, usable
+from kernels import gelu_mlp, qkv_linear, triton, usable
 from kernels.relu_squared import is_hopper
-from model import GPT, GPTConfig, use_fused_gelu, use_triton_layer_norm
+from model import GPT, GPTConfig, use_fused_gelu, use_qkv_linear, use_triton_layer_norm
 from nanosync.errors import UserError
 from nanosync.files import write_json
 from nanosync.hardware import environment
@@ -37,7 +38,7 @@ from nanosync.optim import build_adamw, clip_gradients
 # -----------------------------------------------------------------------------
 out = "out-fused-step"  # folder for the JSON files
 phases = "check,tune,step"  # of check, tune, step, profile
-contenders = "base,gelu,gelu-derivative,gelu-derivative8,gelu-derivative8+tanh,gelu-recompute"
+contenders = "base,gelu,gelu-derivative,gelu-derivative8,gelu-derivative8+tanh,gelu-recompute,qkv"
 peer = ""  # folder of a nanoGPT, for the contender nanogpt
 batch_sizes: list = [64, 12]  # sequences of 1024 tokens
 bias = False
@@ -48,7 +49,7 @@ seed = 1337
 config = configure(globals())
 GELU = {"gelu": "preactivation", "gelu-derivative": "derivative", "gelu-derivative8": "derivative8",
         "gelu-recompute": "nothing"}
-WORDS = ("base", *GELU, "tanh", "eager", "nanogpt")
+WORDS = ("base", *GELU, "tanh", "qkv", "eager", "nanogpt")
 TILES = {  # candidates of `tune`: BLOCK_M, BLOCK_N, BLOCK_K, PARTS, stages, warps, programs a multiprocessor
     "forward": [(128, 256, 64, 2, 3, 8, 1), (128, 256, 64, 4, 4, 8, 1), (128, 128, 64, 4, 3, 4, 2),
                 (256, 128, 64, 2, 3, 8, 1)],
@@ -56,7 +57,7 @@ TILES = {  # candidates of `tune`: BLOCK_M, BLOCK_N, BLOCK_K, PARTS, stages, war
                  (256, 128, 64, 4, 3, 8, 1)],
 }
 KINDS = [  # of kernels in a profile: name, pattern; the first that matches counts
-    ("products", r"nvjet|gemm|cutlass|splitK|cublas"), ("MLP products with GELU", r"^_kernel$|gelu"),
+    ("products", r"nvjet|gemm|cutlass|splitK|cublas"), ("products with GELU, of q, k, v", r"^_kernel$"),
     ("attention", r"cudnn|flash|fmha|sdpa"), ("cross-entropy", r"_cross_entropy_kernel"),
     ("separate GELU", r"sigmoid"), ("LayerNorm", r"layer_norm|^_(forward|backward|column_sums)_kernel"),
     ("gradients of q, k, v joined", r"_cat_"), ("embedding", r"embedding"),
@@ -119,7 +120,20 @@ def check() -> bool:
         compare(f"gelu {N} x {C} x {H}, {keep}, {sigmoid}, bias={with_bias}",
                 lambda *z, keep=keep: gelu_mlp.gelu_mlp(*z, keep), plain, inputs, [grad], factor, figures)
     gelu_mlp.SIGMOID = "exponential"
+    for N, C, _ in SIZES:
+        check_qkv(N, C, figures)
     return all(f["good"] for f in figures)
+
+
+def check_qkv(N: int, C: int, figures: list) -> None:
+    """Compare q, k, v and gradients; the gradients come from three tensors, as attention makes them."""
+    def plain(x, weight, bias):
+        return torch.nn.functional.linear(x, weight, bias).chunk(3, dim=-1)
+
+    x, weight, b = (z.to(device, dtype) for z in (
+        torch.randn(N, C), torch.randn(3 * C, C) / C**0.5, torch.randn(3 * C)))
+    grads = [torch.randn(N, C, device=device, dtype=dtype) for _ in range(3)]
+    compare(f"q, k, v {N} x {C}", qkv_linear.qkv_linear, plain, (x, weight, b), grads, 1.3, figures)
 
 
 # ---- tune
@@ -155,6 +169,36 @@ def tune() -> None:
         for keep in range(len(gelu_mlp.KEEP) if direction == "forward" else 3):
             tune_one(direction, keep, (x, w_in, w_out, grad), figures)
             write("tune", figures)
+    tune_qkv(N, C, figures)
+    write("tune", figures)
+
+
+def tune_qkv(N: int, C: int, figures: dict) -> None:
+    """Time the backward pass of q, k and v with joined gradients, and with the kernel's tiles."""
+    x, *grads = (torch.randn(N, C, device=device, dtype=dtype) for _ in range(4))
+    weight = torch.randn(3 * C, C, device=device, dtype=dtype) / C**0.5
+    joined = torch.cat(grads, dim=1)
+    times = figures["q, k, v"] = {
+        "join": milliseconds(lambda: torch.cat(grads, dim=1)),
+        "x joined": milliseconds(lambda: joined @ weight),
+        "weight joined": milliseconds(lambda: joined.T @ x),
+        "weight apart": milliseconds(lambda: qkv_linear._qkv_weight_gradient(*grads, x))}
+    best = None
+    for M, W, K, _, stages, warps, programs in TILES["forward"]:
+        tile = dict(BLOCK_M=M, BLOCK_N=W, BLOCK_K=K, num_stages=stages, num_warps=warps, programs=programs)
+        qkv_linear.CONFIG.update(tile)
+        try:
+            ms = times[f"x apart {tuple(tile.values())}"] = milliseconds(
+                lambda: qkv_linear._qkv_input_gradient(*grads, weight))
+        except Exception as e:  # does not fit
+            print(f"  {tile}: {type(e).__name__}: {str(e)[:100]}")
+            continue
+        best = min(best or (ms, tile), (ms, tile), key=lambda pair: pair[0])
+    if best is not None:
+        qkv_linear.CONFIG.update(best[1])
+        figures["fastest"]["qkv"] = best[1]
+    print("  q, k, v backward, ms: " + ", ".join(f"{name} {ms:.3f}" for name, ms in times.items()),
+          flush=True)
 
 
 def tune_one(direction: str, keep: int, tensors: tuple, figures: dict) -> None:
@@ -193,7 +237,10 @@ def read_tiles() -> None:
     if os.path.exists(path):
         with open(path) as f:
             for name, tile in json.load(f)["figures"]["fastest"].items():
-                gelu_mlp.CONFIGS[name.split()[0], int(name.split()[1])] = tile
+                if name == "qkv":
+                    qkv_linear.CONFIG.update(tile)
+                else:
+                    gelu_mlp.CONFIGS[name.split()[0], int(name.split()[1])] = tile
 
 
 # ---- step
@@ -215,6 +262,8 @@ class Contender:
             use_triton_layer_norm(self.model)
             for word in self.words:
                 use_fused_gelu(self.model, GELU[word]) if word in GELU else None
+            if "qkv" in self.words:
+                use_qkv_linear(self.model)
             self.optimizer = build_adamw(self.model, 6e-4, (0.9, 0.95), 0.1)
         compiled = "eager" not in self.words and device.type == "cuda"
         self.trained = torch.compile(self.model) if compiled else self.model

@@ -13,7 +13,16 @@ from helpers import KERNEL_DEVICE as DEVICE
 from helpers import ROOT
 
 import kernels
-from kernels import cross_entropy, decode, exchange, gelu_mlp, layer_norm, pending_norm, relu_squared
+from kernels import (
+    cross_entropy,
+    decode,
+    exchange,
+    gelu_mlp,
+    layer_norm,
+    pending_norm,
+    qkv_linear,
+    relu_squared,
+)
 from kernels.layer_norm import add_layer_norm
 
 COMPILED = pytest.mark.skipif(kernels.triton is None or kernels.INTERPRETED, reason="no Triton compiler")
@@ -199,3 +208,25 @@ def test_gelu_mlp_compiles_without_a_gpu(direction, keep, sigmoid, bias):
     assert compiled.metadata.shared * programs <= 227 * 1024 and "wgmma.mma_async" in compiled.asm["ptx"]
     function = {"exponential": "ex2.approx.ftz.f32", "tanh": "tanh.approx.f32"}[sigmoid]
     assert (function in compiled.asm["ptx"]) == (keep == "preactivation" or not backward)
+
+
+@COMPILED
+def test_qkv_linear_compiles_without_a_gpu():
+    """For H100 in bf16: fits a multiprocessor's shared memory, on tensor cores."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    config = qkv_linear.CONFIG
+    sizes = {name: n for name, n in config.items() if name.startswith("BLOCK")}
+    M, W, K = sizes.values()
+    constants = sizes | dict(W=768, C=768, PROGRAMS=132)
+    kinds = dict.fromkeys(constants, "constexpr")
+    kinds |= dict.fromkeys(("N", "q_place", "k_place", "v_place"), "i32")
+    kinds |= dict(grads_desc=f"tensordesc<bf16[{M},1,{K}]>", weight_desc=f"tensordesc<bf16[{K},{W}]>",
+                  out_desc=f"tensordesc<bf16[{M},{W // 2}]>")
+    names = qkv_linear._kernel.arg_names
+    source = ASTSource(qkv_linear._kernel, {name: kinds[name] for name in names},
+                       {(names.index(name),): value for name, value in constants.items()})
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32),
+                       options={name: config[name] for name in ("num_warps", "num_stages")})
+    assert compiled.metadata.shared <= 227 * 1024 and "wgmma.mma_async" in compiled.asm["ptx"]
