@@ -11,9 +11,10 @@ writes its figures to FOLDER/<phase>.json as it goes. `step` and `profile` use t
 FOLDER. The last lines are a short table.
 
 A contender is words with + between: base; gelu, gelu-derivative, gelu-derivative8, gelu-recompute; tanh (GELU
-by the GPU's approximate tanh); qkv (gradients of q, k and v not joined); eager (not compiled); nanogpt (the
-GPT of `peer`). All but nanogpt have the Triton LayerNorm. Without a GPU everything runs at toy size, on
-PyTorch's code, and no figure means anything.
+by the GPU's approximate tanh); qkv (gradients of q, k and v not joined); adamw (kernels/adamw.py); scaled
+(PyTorch's fused AdamW scales the gradients); eager (not compiled); nanogpt (the GPT of `peer`). All but
+nanogpt have the Triton LayerNorm. Without a GPU everything runs at toy size, on PyTorch's code, and no figure
+means anything.
 """
 
 import json
@@ -24,21 +25,22 @@ import sys
 
 import torch
 
-from benchmarks import peers
+from benchmarks import fused_checks, peers
 from benchmarks.harness import in_unit, seconds_per_call, take_turns, with_range
 from configurator import configure
-from kernels import gelu_mlp, qkv_linear, triton, usable
+from kernels import adamw, gelu_mlp, qkv_linear, triton, usable
 from kernels.relu_squared import is_hopper
 from model import GPT, GPTConfig, use_fused_gelu, use_qkv_linear, use_triton_layer_norm
 from nanosync.errors import UserError
 from nanosync.files import write_json
 from nanosync.hardware import environment
-from nanosync.optim import build_adamw, clip_gradients
+from nanosync.optim import build_adamw, clip_gradients, parameter_groups
 
 # -----------------------------------------------------------------------------
 out = "out-fused-step"  # folder for the JSON files
 phases = "check,tune,step"  # of check, tune, step, profile
-contenders = "base,gelu,gelu-derivative,gelu-derivative8,gelu-derivative8+tanh,gelu-recompute,qkv"
+contenders = ("base,gelu,gelu-derivative,gelu-derivative8,gelu-derivative8+tanh,gelu-recompute,qkv,adamw,"
+              "scaled")
 peer = ""  # folder of a nanoGPT, for the contender nanogpt
 batch_sizes: list = [64, 12]  # sequences of 1024 tokens
 bias = False
@@ -49,8 +51,9 @@ seed = 1337
 config = configure(globals())
 GELU = {"gelu": "preactivation", "gelu-derivative": "derivative", "gelu-derivative8": "derivative8",
         "gelu-recompute": "nothing"}
-WORDS = ("base", *GELU, "tanh", "qkv", "eager", "nanogpt")
-TILES = {  # candidates of `tune`: BLOCK_M, BLOCK_N, BLOCK_K, PARTS, stages, warps, programs a multiprocessor
+WORDS = ("base", *GELU, "tanh", "qkv", "adamw", "scaled", "eager", "nanogpt")
+TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_stages", "num_warps", "programs")
+TILES = {  # candidates of `tune`
     "forward": [(128, 256, 64, 2, 3, 8, 1), (128, 256, 64, 4, 4, 8, 1), (128, 128, 64, 4, 3, 4, 2),
                 (256, 128, 64, 2, 3, 8, 1)],
     "backward": [(256, 128, 64, 2, 3, 8, 1), (128, 256, 64, 2, 3, 8, 1), (128, 128, 64, 4, 3, 4, 2),
@@ -61,7 +64,7 @@ KINDS = [  # of kernels in a profile: name, pattern; the first that matches coun
     ("attention", r"cudnn|flash|fmha|sdpa"), ("cross-entropy", r"_cross_entropy_kernel"),
     ("separate GELU", r"sigmoid"), ("LayerNorm", r"layer_norm|^_(forward|backward|column_sums)_kernel"),
     ("gradients of q, k, v joined", r"_cat_"), ("embedding", r"embedding"),
-    ("optimizer and clipping", r"multi_tensor_apply|adamw|norm_kernel|lpnorm"),
+    ("optimizer and clipping", r"multi_tensor_apply|_adamw_kernel|_squares_kernel|_norm_kernel|lpnorm"),
     ("casts", r"_to_copy|copy_kernel"),
 ]
 
@@ -69,71 +72,6 @@ KINDS = [  # of kernels in a profile: name, pattern; the first that matches coun
 def write(name: str, figures) -> None:
     path = os.path.join(out, f"{name}.json")
     write_json(path, {"environment": machine, "settings": dict(config), "figures": figures})
-
-
-def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return the largest error as a share of the largest value."""
-    return float((found.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
-
-
-# ---- check
-
-
-def values_and_gradients(function, inputs, grad) -> list[torch.Tensor]:
-    """Return the results of a function and the gradients of its inputs that are not None."""
-    inputs = [z if z is None else z.detach().requires_grad_() for z in inputs]
-    results = function(*inputs)
-    results = results if isinstance(results, tuple) else (results,)
-    torch.autograd.backward(results, grad)
-    return [*(z.detach() for z in results), *(z.grad for z in inputs if z is not None)]
-
-
-def compare(what: str, function, plain, inputs, grad, factor: float, figures: list) -> None:
-    """Compare function and plain, both in 16 bits, with plain in fp64; note the errors."""
-    double = [z if z is None else z.double() for z in inputs]
-    exact = values_and_gradients(plain, double, [g.double() for g in grad])
-    ours, theirs = (values_and_gradients(f, inputs, grad) for f in (function, plain))
-    pairs = [[relative_error(z, e) for z, e in zip(found, exact)] for found in (ours, theirs)]
-    good = all(a <= factor * b + 1e-3 for a, b in zip(*pairs))
-    figures.append({"what": what, "ours": pairs[0], "plain": pairs[1], "good": good})
-    print(f"{'ok   ' if good else 'WRONG'} {what}: largest error, ours / PyTorch's: "
-          + ", ".join(f"{a:.1e} / {b:.1e}" for a, b in zip(*pairs)), flush=True)
-    write("check", figures)
-
-
-def check() -> bool:
-    """Compare all kernels with fp64; return False if one is wrong."""
-    def plain(x, w_in, b_in, w_out, b_out):
-        linear = torch.nn.functional.linear
-        return linear(torch.nn.functional.gelu(linear(x, w_in, b_in), approximate="tanh"), w_out, b_out)
-
-    figures = []
-    for (N, C, H), keep, sigmoid, with_bias in [
-            (size, keep, sigmoid, with_bias) for size in SIZES for keep in gelu_mlp.KEEP
-            for sigmoid, with_bias in (("exponential", True), ("tanh", False))]:
-        gelu_mlp.SIGMOID = sigmoid
-        x, w_in, b_in, w_out, b_out, grad = (z.to(device, dtype) for z in (
-            torch.randn(N, C), torch.randn(H, C) / C**0.5, torch.randn(H), torch.randn(C, H) / H**0.5,
-            torch.randn(C), torch.randn(N, C)))
-        inputs = (x, w_in, b_in if with_bias else None, w_out, b_out if with_bias else None)
-        factor = 2.0 if sigmoid == "tanh" or keep == "derivative8" else 1.3
-        compare(f"gelu {N} x {C} x {H}, {keep}, {sigmoid}, bias={with_bias}",
-                lambda *z, keep=keep: gelu_mlp.gelu_mlp(*z, keep), plain, inputs, [grad], factor, figures)
-    gelu_mlp.SIGMOID = "exponential"
-    for N, C, _ in SIZES:
-        check_qkv(N, C, figures)
-    return all(f["good"] for f in figures)
-
-
-def check_qkv(N: int, C: int, figures: list) -> None:
-    """Compare q, k, v and gradients; the gradients come from three tensors, as attention makes them."""
-    def plain(x, weight, bias):
-        return torch.nn.functional.linear(x, weight, bias).chunk(3, dim=-1)
-
-    x, weight, b = (z.to(device, dtype) for z in (
-        torch.randn(N, C), torch.randn(3 * C, C) / C**0.5, torch.randn(3 * C)))
-    grads = [torch.randn(N, C, device=device, dtype=dtype) for _ in range(3)]
-    compare(f"q, k, v {N} x {C}", qkv_linear.qkv_linear, plain, (x, weight, b), grads, 1.3, figures)
 
 
 # ---- tune
@@ -202,33 +140,34 @@ def tune_qkv(N: int, C: int, figures: dict) -> None:
 
 
 def tune_one(direction: str, keep: int, tensors: tuple, figures: dict) -> None:
+    """Find the fastest tile, and time it with the approximate tanh as well."""
     x, w_in, w_out, grad = tensors
     _, kept = gelu_mlp._empty_results(x, w_in, keep)
     kept.zero_()
-    best = None
-    sigmoids = ("exponential",) if direction == "backward" and keep > 0 else ("exponential", "tanh")
-    for M, W, K, parts, stages, warps, programs in TILES[direction]:
-        gelu_mlp.CONFIGS[direction, keep] = candidate = dict(
-            BLOCK_M=M, BLOCK_N=W, BLOCK_K=K, PARTS=parts, num_stages=stages, num_warps=warps,
-            programs=programs)
-        times = {}
-        for gelu_mlp.SIGMOID in sigmoids:
-            try:
-                times[gelu_mlp.SIGMOID] = milliseconds(
-                    (lambda: gelu_mlp._linear_gelu(x, w_in, None, keep)) if direction == "forward" else
-                    (lambda: gelu_mlp._linear_gelu_backward(grad, w_out, kept, keep, bias)))
-            except Exception as e:  # does not fit
-                print(f"  {candidate}: {type(e).__name__}: {str(e)[:100]}")
-        figures["tiles"].append(
-            {"direction": direction, "keep": gelu_mlp.KEEP[keep], **candidate, "ms": times})
-        print(f"  {direction:8} {gelu_mlp.KEEP[keep]:13} {(M, W, K, parts, stages, warps, programs)!s:32} "
-              + ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items()), flush=True)
-        if times and (best is None or min(times.values()) < best[0]):
-            best = min(times.values()), candidate
-    gelu_mlp.SIGMOID = "exponential"
-    if best is not None:
-        gelu_mlp.CONFIGS[direction, keep] = best[1]
-        figures["fastest"][f"{direction} {keep}"] = best[1]
+    times = {}
+
+    def measure(tile: tuple, sigmoid: str) -> None:
+        config = dict(zip(TILE, tile))
+        gelu_mlp.CONFIGS[direction, keep], gelu_mlp.SIGMOID = config, sigmoid
+        try:
+            times[tile, sigmoid] = ms = milliseconds(
+                (lambda: gelu_mlp._linear_gelu(x, w_in, None, keep)) if direction == "forward" else
+                (lambda: gelu_mlp._linear_gelu_backward(grad, w_out, kept, keep, bias)))
+        except Exception as e:  # does not fit
+            print(f"  {direction} {tile}: {type(e).__name__}: {str(e)[:100]}")
+            return
+        row = {"direction": direction, "keep": gelu_mlp.KEEP[keep], "sigmoid": sigmoid, **config, "ms": ms}
+        figures["tiles"].append(row)
+        print(f"  {direction:8} {gelu_mlp.KEEP[keep]:13} {tile!s:32} {sigmoid} {ms:.3f} ms", flush=True)
+
+    for tile in TILES[direction]:
+        measure(tile, "exponential")
+    if times:
+        (best, _), _ = min(times.items(), key=lambda item: item[1])
+        if direction == "forward" or keep == 0:
+            measure(best, "tanh")
+        measure(best, "exponential")  # leaves it as the tile in use
+        figures["fastest"][f"{direction} {keep}"] = gelu_mlp.CONFIGS[direction, keep]
 
 
 def read_tiles() -> None:
@@ -265,6 +204,9 @@ class Contender:
             if "qkv" in self.words:
                 use_qkv_linear(self.model)
             self.optimizer = build_adamw(self.model, 6e-4, (0.9, 0.95), 0.1)
+            if "adamw" in self.words:
+                groups = parameter_groups(self.model, 0.1)
+                self.optimizer = adamw.ClippingAdamW(groups, lr=6e-4, betas=(0.9, 0.95))
         compiled = "eager" not in self.words and device.type == "cuda"
         self.trained = torch.compile(self.model) if compiled else self.model
         generator = torch.Generator().manual_seed(seed)
@@ -285,9 +227,13 @@ class Contender:
         loss.backward()
         if "nanogpt" in self.words:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        else:
+        elif "scaled" in self.words:  # AdamW divides by grad_scale, and writes the quotient
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(
+                [p.grad for p in self.model.parameters()])))
+            self.optimizer.grad_scale = (norm + 1e-6).clamp(min=1.0)
+        elif "adamw" not in self.words:
             clip_gradients(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        self.optimizer.clip_and_step(1.0) if "adamw" in self.words else self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
@@ -416,7 +362,7 @@ if __name__ == "__main__":
           f"{runs[usable(torch.empty(0, device=device))]}, kernels for Hopper {runs[is_hopper(device)]}",
           flush=True)
     wanted = phases.split(",")
-    if "check" in wanted and not check():
+    if "check" in wanted and not fused_checks.check(device, dtype, SIZES, lambda f: write("check", f)):
         print("a kernel is wrong: nothing is timed")
         sys.exit(1)
     tune() if "tune" in wanted and is_hopper(device) else read_tiles()

@@ -3,14 +3,14 @@
     q, k, v = (x @ weight.T + bias) split into three
 
 The forward pass needs no copy: attention reads q, k and v as strided views of one tensor. Attention's
-backward pass returns three tensors. PyTorch's backward pass of one linear layer needs them side by side, and to join
-them reads and writes three tensors of the size of x. Here the gradient of x is one product over the three
-tensors, by a kernel for Hopper. The gradient of the weight is three products, each of which writes its rows.
-If the kernel cannot run, the gradients are joined.
+backward pass returns three tensors. PyTorch's backward pass of one linear layer needs them side by side,
+and to join them reads and writes three tensors of the size of x. Here the gradient of x is one product over
+the three tensors, by a kernel for Hopper. The gradient of the weight is three products, each of which
+writes its rows. If the kernel cannot run, the gradients are joined.
 
 The kernel is as in relu_squared.py. It addresses the three tensors by one descriptor (TMA), which starts at
-the lowest address. Between rows and channels the descriptor has a dimension whose stride is a common divisor
-of a row and of the distances between the tensors.
+the lowest address. Between rows and channels the descriptor has a dimension whose stride is a common
+divisor of a row and of the distances between the tensors.
 
 Shapes: N = tokens, C = channels of q, of k and of v, W = channels of x.
 """

@@ -14,6 +14,7 @@ from helpers import ROOT
 
 import kernels
 from kernels import (
+    adamw,
     cross_entropy,
     decode,
     exchange,
@@ -230,3 +231,26 @@ def test_qkv_linear_compiles_without_a_gpu():
     compiled = compile(source, target=GPUTarget("cuda", 90, 32),
                        options={name: config[name] for name in ("num_warps", "num_stages")})
     assert compiled.metadata.shared <= 227 * 1024 and "wgmma.mma_async" in compiled.asm["ptx"]
+
+
+@COMPILED
+def test_adamw_compiles_without_a_gpu():
+    """For A100 in fp32: addresses from a table are known to be aligned, so that loads are of 16 bytes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    cases = [
+        (adamw._squares_kernel, "*i64 *i32 *fp32 i32", dict(PIECE=adamw.PIECE)),
+        (adamw._norm_kernel, "*fp32 *fp32 i32 fp32", dict(PIECE=1024)),
+        (adamw._adamw_kernel, "*i64 *i32 *fp32 i32 fp32 fp32",
+         dict(BETA1=0.9, BETA2=0.95, LOG2_BETA1=-0.15, LOG2_BETA2=-0.07, EPS=1e-8, PIECE=adamw.PIECE)),
+    ]
+    for kernel, types, constants in cases:
+        names = kernel.arg_names
+        kinds = dict(zip((n for n in names if n not in constants), types.split()))
+        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in kinds if n.endswith("_ptr")}
+        source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
+                           {(i,): constants[n] for i, n in enumerate(names) if n in constants}, aligned)
+        compiled = compile(source, target=GPUTarget("cuda", 80, 32), options=dict(num_warps=adamw.WARPS))
+        if kernel is not adamw._norm_kernel:
+            assert "ld.global.v4.b32" in compiled.asm["ptx"]
