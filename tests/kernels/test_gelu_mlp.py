@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import kernels as benchmark
 from kernels import INTERPRETED, gelu_mlp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -172,3 +173,13 @@ def test_unknown_keep():
     *found, _ = tensors(8, 8, 8, torch.float32)
     with pytest.raises(ValueError, match="keep='all' is unknown"):
         gelu_mlp.gelu_mlp(*found, keep="all")
+
+
+def test_benchmark_of_the_products():
+    """Every way runs, and its work is counted: three products a matrix."""
+    figures = benchmark.measure_products(16, 16, torch.float16, True, 2, torch.device(DEVICE))
+    ways = {f["name"] for f in figures if f["operation"] == "MLP"}
+    assert ways >= {"eager", *(f"keep {keep}" for keep in gelu_mlp.KEEP)}
+    for f in figures:
+        flops = 6 * 16 * sum(rows * 16 for rows in ((64, 64) if f["operation"] == "MLP" else (48,)))
+        assert abs(f["tflop_per_second"] * f["us"] * 1e6 / flops - 1) < 1e-6
