@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from benchmarks import kernels as benchmark
 from kernels import INTERPRETED, gelu_mlp
+from model import GPT, GPTConfig, use_fused_gelu, use_qkv_linear
+from nanosync.recompute import use_activation_checkpointing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="no kernel runs here")
@@ -183,3 +185,25 @@ def test_benchmark_of_the_products():
     for f in figures:
         flops = 6 * 16 * sum(rows * 16 for rows in ((64, 64) if f["operation"] == "MLP" else (48,)))
         assert abs(f["tflop_per_second"] * f["us"] * 1e6 / flops - 1) < 1e-6
+
+
+@RUNS
+@pytest.mark.parametrize("kind", ["block", "selective"])
+def test_with_activation_checkpointing(kind, monkeypatch):
+    """A model with the kernels for Hopper has the same gradients when it recomputes activations."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)).to(DEVICE)
+    use_fused_gelu(model, "derivative8")
+    use_qkv_linear(model)
+    launched, launch = [], gelu_mlp._launch
+    monkeypatch.setattr(gelu_mlp, "_launch", lambda *args: (launched.append(args[0]), launch(*args)))
+    idx, found = torch.randint(64, (2, 16), device=DEVICE), []
+    for recompute in ("none", kind):
+        use_activation_checkpointing(model, recompute)
+        with torch.autocast(DEVICE, torch.float16):
+            model(idx, idx)[1].backward()
+        found.append([p.grad for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    if launched:  # a Hopper GPU or the interpreter
+        assert (launched.count("forward"), launched.count("backward")) == (6, 4)
