@@ -29,8 +29,9 @@ max_new_tokens tokens less the time for one.
 
 A strategy of `compare` is words with + between: ddp, zero1 or fsdp; tp (tp_processes hold a model); keep
 (fsdp_reshard_after_forward=False), offload (fsdp_cpu_offload), 100M (fsdp_min_num_params=1e8, or another
-number); block or selective (activation_checkpointing); triton; eager (not compiled). In mode train they take
-turns in the same processes; in mode memory each has the GPUs to itself.
+number); block or selective (activation_checkpointing); triton; gelu, also with -derivative, -derivative8 or
+-recompute (kernels/gelu_mlp.py); qkv (kernels/qkv_linear.py); eager (not compiled). In mode train they take
+turns; in mode memory each has the GPUs to itself.
 
 decode and prefill measure latency, each as a CUDA graph, for every width and batch size: of one GPU (TP=1),
 of all GPUs by the schedules of `syncs`, and without any (0 syncs: the cost of communication, not a

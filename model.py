@@ -16,8 +16,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.gelu_mlp import gelu, gelu_mlp
 from kernels.interval_attention import first_visible, interval_attention
 from kernels.layer_norm import add_layer_norm, layer_norm
+from kernels.qkv_linear import qkv_linear
 from nanosync import huggingface, recompute
 from nanosync.errors import UserError
 from nanosync.generation import Decoder
@@ -114,6 +116,8 @@ def attend(q, k, v, first, dropout: float):
 
 
 class CausalSelfAttention(nn.Module):
+    fused_qkv = False  # True: the backward pass does not join the gradients of q, k and v, see use_qkv_linear
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v of all heads
@@ -130,7 +134,7 @@ class CausalSelfAttention(nn.Module):
         """
         B, T, C = x.size()
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-                   for part in self.c_attn(x).split(C, dim=2))
+                   for part in self.qkv(x))
         if cache is not None:
             cache[0, :, :, :T] = k
             cache[1, :, :, :T] = v
@@ -138,15 +142,26 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
+    def qkv(self, x):
+        """Return q, k and v, (B, T, C) each, views of one tensor."""
+        if self.fused_qkv:
+            return qkv_linear(x, self.c_attn.weight, self.c_attn.bias)
+        return self.c_attn(x).split(x.shape[-1], dim=2)
 
-def gelu(x):
-    """Return GELU in GPT-2's tanh form. Compiled code uses the equal x * sigmoid(2u), as tanh is slow."""
-    if torch.compiler.is_compiling():
-        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-    return F.gelu(x, approximate="tanh")
+
+def use_qkv_linear(model: nn.Module) -> None:
+    """Compute the gradients of every c_attn of a dense model from separate gradients of q, k and v.
+
+    The kernel runs only if kernels.relu_squared.fusible is True; otherwise PyTorch's code runs.
+    """
+    for module in model.modules():
+        if isinstance(module, CausalSelfAttention):
+            module.fused_qkv = True
 
 
 class MLP(nn.Module):
+    fused_gelu = ""  # what gelu_mlp keeps for the backward pass; "": a separate GELU, see use_fused_gelu
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -154,7 +169,23 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
+        if self.fused_gelu:
+            c_fc, c_proj = self.c_fc, self.c_proj
+            return self.dropout(gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias,
+                                         self.fused_gelu))
         return self.dropout(self.c_proj(gelu(self.c_fc(x))))
+
+
+def use_fused_gelu(model: nn.Module, keep: str) -> None:
+    """Run GELU inside the matrix products of every MLP of a dense model.
+
+    The kernel runs only if kernels.relu_squared.fusible is True; otherwise PyTorch's code runs.
+
+    keep: see kernels.gelu_mlp.
+    """
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.fused_gelu = keep
 
 
 class Block(nn.Module):

@@ -13,9 +13,10 @@ With the residual addition s = x + out, y = LayerNorm(s), it moves x, out, s and
 of s and y, s and its gradient. Weight, bias and statistics are left out.
 
 The head is timed forward and backward together, because ours computes its gradients in the forward pass: N
-rows of x (N, C), a weight (V, C) in fp32 that is cast to the dtype of x as autocast casts it, three products
-of 2 N C V FLOPs. The capped head has a softcap on its logits and three targets a row; its products are those
-of the head.
+rows of x (N, C), a weight (V, C) in fp32 that is cast to the dtype of x as autocast casts it, three
+products of 2 N C V FLOPs. So are the MLP and the linear layer of q, k and v, on Hopper, with weights in the
+dtype of x. The capped head has a softcap on its logits and three targets a row; its products are those of
+the head.
 """
 
 import functools
@@ -29,9 +30,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Bench, in_unit, take_turns, with_range
+from kernels import gelu_mlp, qkv_linear, usable
 from kernels import layer_norm as ours
-from kernels import usable
 from kernels.cross_entropy import Softcap, linear_cross_entropy
+from kernels.relu_squared import is_hopper
 from nanosync.errors import UserError
 
 OPERATIONS = {"forward": 2, "backward": 3, "add forward": 4, "add backward": 4}  # N x C values moved
@@ -304,6 +306,48 @@ def measure_head(rows: int, C: int, V: int, dtype: torch.dtype, liger, rounds: i
             for name, t in times.items()]
 
 
+def _plain_mlp(x, w_in, b_in, w_out, b_out):
+    return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh"), w_out, b_out)
+
+
+def _plain_qkv(x, weight, bias):
+    return F.linear(x, weight, bias).chunk(3, dim=-1)
+
+
+def _both_passes(function, inputs, grads):
+    """Return a function that computes the result and all gradients."""
+    wanted = [z for z in inputs if z is not None]
+    return lambda: torch.autograd.grad(function(*inputs), wanted, grads)
+
+
+def measure_products(rows: int, C: int, dtype: torch.dtype, bias: bool, rounds: int, device) -> list[dict]:
+    """Measure result and gradients of the MLP, by what GELU keeps, and of the linear layer of q, k and v."""
+    def drawn(*shape):
+        return (torch.randn(*shape, device=device) / C**0.5).to(dtype).requires_grad_()
+
+    x, grad = (torch.randn(rows, C, device=device, dtype=dtype) for _ in range(2))
+    x.requires_grad_()
+    mlp = [x, drawn(4 * C, C), drawn(4 * C) if bias else None, drawn(C, 4 * C), drawn(C) if bias else None]
+    operations = {"MLP": (_plain_mlp, {f"keep {keep}": functools.partial(gelu_mlp.gelu_mlp, keep=keep)
+                                       for keep in gelu_mlp.KEEP}, mlp, [grad], 48),
+                  "q, k, v": (_plain_qkv, {"ours": qkv_linear.qkv_linear},
+                              [x, drawn(3 * C, C), drawn(3 * C) if bias else None], [grad] * 3, 18)}
+    figures = []
+    for operation, (plain, functions, inputs, grads, flops) in operations.items():
+        functions = functions | {"eager": plain}
+        if device.type == "cuda":
+            torch.compiler.reset()
+            functions["inductor"] = torch.compile(plain, fullgraph=True, dynamic=False)
+        with _own_stream(device):
+            timers = {name: _Timer(_both_passes(f, inputs, grads), 1, device, captured=False)
+                      for name, f in functions.items()}
+            times = _rounds(timers, rounds, 1, device)
+        figures += [{"operation": operation, "rows": rows, "width": C, "name": name, **in_unit("us", 1e6, t),
+                     "tflop_per_second": flops * 1e-12 * rows * C * C / statistics.median(t)}
+                    for name, t in times.items()]
+    return figures
+
+
 def plot(figures: list[dict], path: str, title: str) -> None:
     """Draw the share of the copy's bandwidth over the width, a panel an operation, at the highest number of
     rows."""
@@ -364,6 +408,14 @@ def run(bench: Bench) -> None:
             figures.append(f)
             memory = "n/a" if f["peak_bytes"] is None else f"{f['peak_bytes'] / 2**30:.2f} GB"
             _print_row(f, f"{f['tflop_per_second']:6.0f} TFLOP/s  {memory}")
+    if is_hopper(device):
+        print("MLP, and linear layer of q, k and v, result and gradients: us, median (range), TFLOP/s")
+        for N in settings["rows"]:
+            for f in measure_products(N, C, bench.dtype, settings["bias"], rounds, device):
+                figures.append(f)
+                _print_row(f, f"{f['tflop_per_second']:6.0f} TFLOP/s")
+    else:
+        print(f"MLP, and linear layer of q, k and v: their kernels need a Hopper GPU, and this is {device}")
     if settings["plot"]:
         plot(layer_norm_figures, settings["plot"],
              f"LayerNorm, {bench.environment['device']}, {bench.dtype_name}")
@@ -371,5 +423,5 @@ def run(bench: Bench) -> None:
 
 
 def _print_row(f: dict, rest: str) -> None:
-    print(f"{f['operation']:>12} {f['rows']:6} x {f['width']:5} {f['name']:>8}  {with_range(f, 'us', 9, 1)}  "
-          f"{rest}", flush=True)
+    print(f"{f['operation']:>12} {f['rows']:6} x {f['width']:5} {f['name']:>18}  "
+          f"{with_range(f, 'us', 9, 1)}  {rest}", flush=True)

@@ -9,7 +9,8 @@ import torch.nn as nn
 import models
 from benchmarks.harness import Bench
 from kernels import usable
-from model import initial_parameters, use_triton_layer_norm
+from kernels.relu_squared import is_hopper
+from model import initial_parameters, use_fused_gelu, use_qkv_linear, use_triton_layer_norm
 from nanosync.distributed import Processes
 from nanosync.errors import UserError
 from nanosync.parallelism import Parallelism
@@ -30,6 +31,8 @@ class Strategy:
     tp: bool = False  # tp_processes processes hold a model
     recompute: str = "none"  # activation checkpointing
     triton: bool = False  # LayerNorm as a Triton kernel
+    qkv: bool = False  # gradients of q, k and v not joined, see kernels.qkv_linear
+    gelu: str = ""  # GELU in the products of the MLPs, and what it keeps, see kernels.gelu_mlp
     compiled: bool = True
 
     def parallelism(self, processes: Processes, dtype: torch.dtype) -> Parallelism:
@@ -47,6 +50,11 @@ WORDS = {  # word -> fields of Strategy; a word of digits and M is min_num_param
     "block": {"recompute": "block"},
     "selective": {"recompute": "selective"},
     "triton": {"triton": True},
+    "qkv": {"qkv": True},
+    "gelu": {"gelu": "preactivation"},
+    "gelu-derivative": {"gelu": "derivative"},
+    "gelu-derivative8": {"gelu": "derivative8"},
+    "gelu-recompute": {"gelu": "nothing"},
     "eager": {"compiled": False},
 }
 
@@ -71,6 +79,9 @@ def _parse_one(text: str, config: dict) -> Strategy:
     if len({"ddp", "zero1", "fsdp"} & set(words)) > 1 or {"block", "selective"} <= set(words):
         raise UserError(f"compare: {text!r} names two ways to do the same: take one of ddp, zero1 and fsdp, "
                         f"and one of block and selective")
+    fused = [word for word in words if word.startswith(("gelu", "qkv"))]
+    if len({"qkv", *fused}) > 2 or ("tp" in words and fused):
+        raise UserError(f"compare: {text!r}: take one of the words gelu, and neither gelu nor qkv with tp")
     if len(sizes) > 1:
         raise UserError(f"compare: {text!r} has several numbers: give one")
     if ({"keep", "offload"} & set(words) or sizes) and "fsdp" not in words:
@@ -111,6 +122,9 @@ def check_processes(strategies: list[Strategy], processes: Processes) -> None:
             raise UserError(f"compare: {s.name}: offload moves memory off a GPU, and the device is {device}")
         if s.triton and not usable(torch.empty(0, device=device)):
             raise UserError(f"compare: {s.name}: no Triton kernel runs on {device} here")
+        if (s.gelu or s.qkv) and not is_hopper(device):
+            raise UserError(f"compare: {s.name}: gelu and qkv are kernels for a Hopper GPU (H100, H200), and "
+                            f"the device is {device}")
 
 
 def build_model(strategy: Strategy, parallel: Parallelism, bench: Bench, n_layer: int) -> nn.Module:
@@ -129,5 +143,8 @@ def build_model(strategy: Strategy, parallel: Parallelism, bench: Bench, n_layer
     use_activation_checkpointing(model, strategy.recompute)
     if strategy.triton:
         use_triton_layer_norm(model)
+    use_fused_gelu(model, strategy.gelu)
+    if strategy.qkv:
+        use_qkv_linear(model)
     models.fill(model, weights, "bench.py", device, parallel)
     return model

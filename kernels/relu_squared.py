@@ -68,6 +68,12 @@ def relu_squared_mlp(x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor) -
     return F.linear(relu_squared(F.linear(x, w_in)), w_out)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Return True for an H100 or H200 with Triton."""
+    cuda = triton is not None and device.type == "cuda"
+    return cuda and torch.cuda.get_device_properties(device).major == 9
+
+
 def fusible(x: torch.Tensor, w_in: torch.Tensor) -> bool:
     """Return True if the kernel can run: on Hopper or interpreted, in 16 bits, with rows for TMA."""
     if triton is None or x.dtype not in (torch.bfloat16, torch.float16):
@@ -75,7 +81,7 @@ def fusible(x: torch.Tensor, w_in: torch.Tensor) -> bool:
     if any(n == 0 or n % 8 for n in w_in.shape):
         return False
     if x.is_cuda:
-        return torch.cuda.get_device_properties(x.device).major == 9
+        return is_hopper(x.device)
     # the interpreter needs values, and treats bfloat16 as integers in a product
     return INTERPRETED and x.dtype == torch.float16 and not torch.compiler.is_compiling()
 
@@ -175,11 +181,11 @@ def _launch(a: torch.Tensor, b: torch.Tensor, y: torch.Tensor, out: torch.Tensor
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
     with torch.cuda.device_of(a):  # Triton launches on the current device
         _kernel[min(tiles, programs),](
-            _descriptor(a, M, K), _descriptor(b, K, W) if backward else _descriptor(b, W, K),
-            _descriptor(y, M, W // 2), _descriptor(out, M, W // 2), N, H, C, programs, backward, **config)
+            descriptor(a, M, K), descriptor(b, K, W) if backward else descriptor(b, W, K),
+            descriptor(y, M, W // 2), descriptor(out, M, W // 2), N, H, C, programs, backward, **config)
 
 
-def _descriptor(z: torch.Tensor, rows: int, columns: int):
+def descriptor(z: torch.Tensor, rows: int, columns: int):
     """Make a descriptor of blocks of a matrix, or of its copy if its address is no multiple of 16 bytes."""
     z = z.contiguous()
     if z.data_ptr() % 16:

@@ -23,7 +23,7 @@ from helpers import random_hellaswag as random_examples
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt_fast
-from model import GPT, MLP, GPTConfig
+from model import GPT, MLP, GPTConfig, use_fused_gelu, use_qkv_linear
 from nanosync.errors import UserError
 from nanosync.hellaswag_eval import accuracy
 from nanosync.ranks import Ranks
@@ -195,3 +195,15 @@ def test_training_compiled(run_script, tiny_data):
     done = run_script(*args, "--compile=True", "--out_dir=compiled")
     assert done.code == 0, done.err
     assert done.losses == pytest.approx(run_script(*args).losses, abs=1.01e-4)
+
+
+def test_kernels_for_hopper_fall_back_to_the_same_bits():
+    """Without Hopper the switches change nothing, and a model is compiled as one graph with them, too."""
+    torch.manual_seed(0)
+    model, idx = GPT(GPTConfig(**SMALL)), torch.randint(16, (2, 9))
+    expected = model(idx, idx)[1]
+    use_fused_gelu(model, "derivative8")
+    use_qkv_linear(model)
+    assert torch.equal(model(idx, idx)[1], expected)
+    model.compile(fullgraph=True, backend="aot_eager")
+    assert torch.allclose(model(idx, idx)[1], expected, rtol=1e-6)

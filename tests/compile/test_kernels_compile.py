@@ -13,7 +13,17 @@ from helpers import KERNEL_DEVICE as DEVICE
 from helpers import ROOT
 
 import kernels
-from kernels import cross_entropy, decode, exchange, layer_norm, pending_norm, relu_squared
+from kernels import (
+    adamw,
+    cross_entropy,
+    decode,
+    exchange,
+    gelu_mlp,
+    layer_norm,
+    pending_norm,
+    qkv_linear,
+    relu_squared,
+)
 from kernels.layer_norm import add_layer_norm
 
 COMPILED = pytest.mark.skipif(kernels.triton is None or kernels.INTERPRETED, reason="no Triton compiler")
@@ -176,3 +186,80 @@ def test_relu_squared_compiles_without_a_gpu(direction):
     assert compiled.metadata.shared <= 227 * 1024 and "wgmma.mma_async" in compiled.asm["ptx"]
     if direction == "forward":
         assert "max.NaN.f32" in compiled.asm["ptx"] and "max.f32" not in compiled.asm["ptx"]
+
+
+@COMPILED
+@pytest.mark.parametrize("keep, sigmoid, bias", [("preactivation", "exponential", False),
+                                                 ("derivative8", "tanh", True)])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_gelu_mlp_compiles_without_a_gpu(direction, keep, sigmoid, bias):
+    """For H100 in bf16: fits a multiprocessor's shared memory, on tensor cores, without spilled registers."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    config = dict(gelu_mlp.CONFIGS[direction, gelu_mlp.KEEP.index(keep)])
+    programs, parts = config.pop("programs", 1), config["PARTS"]
+    sizes = {name: n for name, n in config.items() if name.startswith("BLOCK")}
+    M, W, K = sizes.values()
+    backward, kept = direction == "backward", "u8" if keep == "derivative8" else "bf16"
+    blocks = dict(a_desc=("bf16", M, K), b_desc=("bf16", K, W) if backward else ("bf16", W, K),
+                  kept_desc=(kept, M, W // parts), out_desc=("bf16", M, W // parts))
+    constants = sizes | dict(H=3072, C=768, PROGRAMS=132 * programs, BACKWARD=backward, BIAS=bias,
+                             KEEP=gelu_mlp.KEEP.index(keep), SIGMOID=gelu_mlp.SIGMOIDS[sigmoid],
+                             CODES=gelu_mlp.CODES, SHIFT=gelu_mlp.SHIFT, PARTS=parts)
+    kinds = dict.fromkeys(constants, "constexpr") | dict(N="i32", bias_ptr="*fp32" if backward else "*bf16")
+    kinds |= {name: f"tensordesc<{dtype}[{rows},{columns}]>"
+              for name, (dtype, rows, columns) in blocks.items()}
+    names = gelu_mlp._kernel.arg_names
+    source = ASTSource(gelu_mlp._kernel, {name: kinds[name] for name in names},
+                       {(names.index(name),): value for name, value in constants.items()})
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32),
+                       options={name: config[name] for name in ("num_warps", "num_stages")})
+    assert compiled.metadata.shared * programs <= 227 * 1024 and "wgmma.mma_async" in compiled.asm["ptx"]
+    function = {"exponential": "ex2.approx.ftz.f32", "tanh": "tanh.approx.f32"}[sigmoid]
+    assert (function in compiled.asm["ptx"]) == (keep == "preactivation" or not backward)
+
+
+@COMPILED
+def test_qkv_linear_compiles_without_a_gpu():
+    """For H100 in bf16: fits a multiprocessor's shared memory, on tensor cores."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    config = qkv_linear.CONFIG
+    sizes = {name: n for name, n in config.items() if name.startswith("BLOCK")}
+    M, W, K = sizes.values()
+    constants = sizes | dict(W=768, C=768, PROGRAMS=132)
+    kinds = dict.fromkeys(constants, "constexpr")
+    kinds |= dict.fromkeys(("N", "q_place", "k_place", "v_place"), "i32")
+    kinds |= dict(grads_desc=f"tensordesc<bf16[{M},1,{K}]>", weight_desc=f"tensordesc<bf16[{K},{W}]>",
+                  out_desc=f"tensordesc<bf16[{M},{W // 2}]>")
+    names = qkv_linear._kernel.arg_names
+    source = ASTSource(qkv_linear._kernel, {name: kinds[name] for name in names},
+                       {(names.index(name),): value for name, value in constants.items()})
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32),
+                       options={name: config[name] for name in ("num_warps", "num_stages")})
+    assert compiled.metadata.shared <= 227 * 1024 and "wgmma.mma_async" in compiled.asm["ptx"]
+
+
+@COMPILED
+def test_adamw_compiles_without_a_gpu():
+    """For A100 in fp32: addresses from a table are known to be aligned, so that loads are of 16 bytes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    cases = [
+        (adamw._squares_kernel, "*i64 *i32 *fp32 i32", dict(PIECE=adamw.PIECE)),
+        (adamw._norm_kernel, "*fp32 *fp32 i32 fp32", dict(PIECE=1024)),
+        (adamw._adamw_kernel, "*i64 *i32 *fp32 i32 fp32 fp32",
+         dict(BETA1=0.9, BETA2=0.95, LOG2_BETA1=-0.15, LOG2_BETA2=-0.07, EPS=1e-8, PIECE=adamw.PIECE)),
+    ]
+    for kernel, types, constants in cases:
+        names = kernel.arg_names
+        kinds = dict(zip((n for n in names if n not in constants), types.split()))
+        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in kinds if n.endswith("_ptr")}
+        source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
+                           {(i,): constants[n] for i, n in enumerate(names) if n in constants}, aligned)
+        compiled = compile(source, target=GPUTarget("cuda", 80, 32), options=dict(num_warps=adamw.WARPS))
+        if kernel is not adamw._norm_kernel:
+            assert "ld.global.v4.b32" in compiled.asm["ptx"]

@@ -242,6 +242,8 @@ BENCH = [
     (["--compare=ddp,ddp"], "compare='ddp,ddp' names a strategy twice"),
     (["--compare=ddp+keep"], "keep, offload and a number are for fsdp, and 'ddp+keep'"),
     (["--compare=fsdp+tp"], "'fsdp+tp' needs --tp_processes"),
+    (["--compare=gelu+gelu-recompute"], "take one of the words gelu"),
+    (["--compare=ddp+gelu"], "compare: ddp+gelu: gelu and qkv are kernels for a Hopper GPU"),
     (["--compare=fsdp"], "compare: fsdp divides a model over processes: start bench.py with torchrun"),
     (["--compare=ddp", "--mode=decode"], "compare is for mode train or memory"),
     (["--mode=memory", "--largest"], "largest fills a GPU's memory, and the device is cpu"),

@@ -1,0 +1,103 @@
+"""The checks of fused_step.py: kernels against fp64, beside PyTorch's error in the same dtype."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+
+from kernels import adamw, gelu_mlp, qkv_linear
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return the largest error as a share of the largest value."""
+    return float((found.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
+
+
+def values_and_gradients(function, inputs, grad) -> list[torch.Tensor]:
+    """Return the results of a function and the gradients of its inputs that are not None."""
+    inputs = [z if z is None else z.detach().requires_grad_() for z in inputs]
+    results = function(*inputs)
+    results = results if isinstance(results, tuple) else (results,)
+    torch.autograd.backward(results, grad)
+    return [*(z.detach() for z in results), *(z.grad for z in inputs if z is not None)]
+
+
+def compare(what: str, function, plain, inputs, grad, factor: float, figures: list) -> None:
+    """Compare function and plain, both in 16 bits, with plain in fp64; note the errors."""
+    double = [z if z is None else z.double() for z in inputs]
+    exact = values_and_gradients(plain, double, [g.double() for g in grad])
+    ours, theirs = (values_and_gradients(f, inputs, grad) for f in (function, plain))
+    pairs = [[relative_error(z, e) for z, e in zip(found, exact)] for found in (ours, theirs)]
+    good = all(a <= factor * b + 1e-3 for a, b in zip(*pairs))
+    figures.append({"what": what, "ours": pairs[0], "plain": pairs[1], "good": good})
+    print(f"{'ok   ' if good else 'WRONG'} {what}: largest error, ours / PyTorch's: "
+          + ", ".join(f"{a:.1e} / {b:.1e}" for a, b in zip(*pairs)), flush=True)
+
+
+def check(device: torch.device, dtype: torch.dtype, sizes: list[tuple], note: Callable) -> bool:
+    """Compare all kernels with fp64; return False if one is wrong.
+
+    sizes: of the products, (N, C, H). note: function that writes the figures so far.
+    """
+    figures = []
+    for size in sizes:
+        check_gelu(*size, device, dtype, figures)
+        check_qkv(*size[:2], device, dtype, figures)
+        note(figures)
+    check_adamw(device, figures)
+    note(figures)
+    return all(f["good"] for f in figures)
+
+
+def check_gelu(N: int, C: int, H: int, device, dtype, figures: list) -> None:
+    """Compare output and gradients of the MLP, for everything that can be kept."""
+    def plain(x, w_in, b_in, w_out, b_out):
+        linear = torch.nn.functional.linear
+        return linear(torch.nn.functional.gelu(linear(x, w_in, b_in), approximate="tanh"), w_out, b_out)
+
+    for keep, (sigmoid, bias) in itertools.product(gelu_mlp.KEEP, (("exponential", True), ("tanh", False))):
+        gelu_mlp.SIGMOID = sigmoid
+        x, w_in, b_in, w_out, b_out, grad = (z.to(device, dtype) for z in (
+            torch.randn(N, C), torch.randn(H, C) / C**0.5, torch.randn(H), torch.randn(C, H) / H**0.5,
+            torch.randn(C), torch.randn(N, C)))
+        inputs = (x, w_in, b_in if bias else None, w_out, b_out if bias else None)
+        factor = 2.0 if sigmoid == "tanh" or keep == "derivative8" else 1.3
+        compare(f"gelu {N} x {C} x {H}, {keep}, {sigmoid}, bias={bias}",
+                lambda *z, keep=keep: gelu_mlp.gelu_mlp(*z, keep), plain, inputs, [grad], factor, figures)
+    gelu_mlp.SIGMOID = "exponential"
+
+
+def check_adamw(device, figures: list) -> None:
+    """Compare parameters after three clipped updates with those of PyTorch's AdamW in fp64."""
+    errors = []
+    for double, kind in ((False, adamw.ClippingAdamW), (False, torch.optim.AdamW), (True, torch.optim.AdamW)):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(shape).to(device, torch.float64 if double else None))
+                      for shape in ((768, 3072), (5,), (50304, 16))]
+        optimizer = kind(parameters, lr=1e-2, betas=(0.9, 0.95), fused=True) if kind is torch.optim.AdamW \
+            else kind([{"params": parameters}], lr=1e-2, betas=(0.9, 0.95))
+        for _ in range(3):
+            for p in parameters:
+                p.grad = torch.randn(p.shape).to(p)
+            if kind is torch.optim.AdamW:
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+            else:
+                optimizer.clip_and_step(1.0)
+        errors.append([p.detach() for p in parameters])
+    ours, theirs = ([relative_error(z, e) for z, e in zip(found, errors[2])] for found in errors[:2])
+    good = all(a <= 2 * b + 1e-6 for a, b in zip(ours, theirs))
+    figures.append({"what": "adamw", "ours": ours, "plain": theirs, "good": good})
+    print(f"{'ok   ' if good else 'WRONG'} adamw: largest error, ours {max(ours):.1e}, PyTorch's "
+          f"{max(theirs):.1e}", flush=True)
+
+
+def check_qkv(N: int, C: int, device, dtype, figures: list) -> None:
+    """Compare q, k, v and gradients; the gradients come from three tensors, as attention makes them."""
+    def plain(x, weight, bias):
+        return torch.nn.functional.linear(x, weight, bias).chunk(3, dim=-1)
+
+    x, weight, b = (z.to(device, dtype) for z in (
+        torch.randn(N, C), torch.randn(3 * C, C) / C**0.5, torch.randn(3 * C)))
+    grads = [torch.randn(N, C, device=device, dtype=dtype) for _ in range(3)]
+    compare(f"q, k, v {N} x {C}", qkv_linear.qkv_linear, plain, (x, weight, b), grads, 1.3, figures)

@@ -1,0 +1,373 @@
+"""Measure a training step with kernels that are off by default, against the step as it is, in one process.
+
+$ python -m benchmarks.fused_step --out=FOLDER
+$ python -m benchmarks.fused_step --out=FOLDER --phases=step,profile --contenders=base,gelu --peer=NANOGPT
+
+`check` compares each kernel with fp64, beside PyTorch's error in the same dtype. If one is wrong, the script
+exits with code 1. `tune` times tiles of the products with GELU and keeps the fastest for what follows. `step`
+lets whole training steps take turns for each batch size (forward, backward, clipping, AdamW; compiled), and
+compares the losses of the first steps. `profile` adds up the time of a step by kind of kernel. Each phase
+writes its figures to FOLDER/<phase>.json as it goes. `step` and `profile` use the tiles of a tune.json in
+FOLDER. The last lines are a short table.
+
+A contender is words with + between: base; gelu, gelu-derivative, gelu-derivative8, gelu-recompute; tanh (GELU
+by the GPU's approximate tanh); qkv (gradients of q, k and v not joined); adamw (kernels/adamw.py); scaled
+(PyTorch's fused AdamW scales the gradients); eager (not compiled); nanogpt (the GPT of `peer`). All but
+nanogpt have the Triton LayerNorm. Without a GPU everything runs at toy size, on PyTorch's code, and no figure
+means anything.
+"""
+
+import json
+import os
+import re
+import statistics
+import sys
+
+import torch
+
+from benchmarks import fused_checks, peers
+from benchmarks.harness import in_unit, seconds_per_call, take_turns, with_range
+from configurator import configure
+from kernels import adamw, gelu_mlp, qkv_linear, triton, usable
+from kernels.relu_squared import is_hopper
+from model import GPT, GPTConfig, use_fused_gelu, use_qkv_linear, use_triton_layer_norm
+from nanosync.errors import UserError
+from nanosync.files import write_json
+from nanosync.hardware import environment
+from nanosync.optim import build_adamw, clip_gradients, parameter_groups
+
+# -----------------------------------------------------------------------------
+out = "out-fused-step"  # folder for the JSON files
+phases = "check,tune,step"  # of check, tune, step, profile
+contenders = ("base,gelu,gelu-derivative,gelu-derivative8,gelu-derivative8+tanh,gelu-recompute,qkv,adamw,"
+              "scaled")
+peer = ""  # folder of a nanoGPT, for the contender nanogpt
+batch_sizes: list = [64, 12]  # sequences of 1024 tokens
+bias = False
+rounds = 7
+steps = 4  # a turn at batch size 64; smaller batches take as many tokens, but at most 20 steps
+seed = 1337
+# -----------------------------------------------------------------------------
+config = configure(globals())
+GELU = {"gelu": "preactivation", "gelu-derivative": "derivative", "gelu-derivative8": "derivative8",
+        "gelu-recompute": "nothing"}
+WORDS = ("base", *GELU, "tanh", "qkv", "adamw", "scaled", "eager", "nanogpt")
+TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_stages", "num_warps", "programs")
+TILES = {  # candidates of `tune`
+    "forward": [(128, 256, 64, 2, 3, 8, 1), (128, 256, 64, 4, 4, 8, 1), (128, 128, 64, 4, 3, 4, 2),
+                (256, 128, 64, 2, 3, 8, 1)],
+    "backward": [(256, 128, 64, 2, 3, 8, 1), (128, 256, 64, 2, 3, 8, 1), (128, 128, 64, 4, 3, 4, 2),
+                 (256, 128, 64, 4, 3, 8, 1)],
+}
+KINDS = [  # of kernels in a profile: name, pattern; the first that matches counts
+    ("products", r"nvjet|gemm|cutlass|splitK|cublas"), ("products with GELU, of q, k, v", r"^_kernel$"),
+    ("attention", r"cudnn|flash|fmha|sdpa"), ("cross-entropy", r"_cross_entropy_kernel"),
+    ("separate GELU", r"sigmoid"), ("LayerNorm", r"layer_norm|^_(forward|backward|column_sums)_kernel"),
+    ("gradients of q, k, v joined", r"_cat_"), ("embedding", r"embedding"),
+    ("optimizer and clipping", r"multi_tensor_apply|_adamw_kernel|_squares_kernel|_norm_kernel|lpnorm"),
+    ("casts", r"_to_copy|copy_kernel"),
+]
+
+
+def write(name: str, figures) -> None:
+    path = os.path.join(out, f"{name}.json")
+    write_json(path, {"environment": machine, "settings": dict(config), "figures": figures})
+
+
+# ---- tune
+
+
+def milliseconds(function, launches: int = 20) -> float:
+    """Return the GPU's time of a call, the best of three series."""
+    if device.type != "cuda":
+        return 1e3 * seconds_per_call(function, device)
+    function()
+    times = []
+    for _ in range(3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(launches):
+            function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / launches)
+    return min(times)
+
+
+def tune() -> None:
+    """Time the tiles of both products for everything that can be kept, and keep the fastest."""
+    N, C, H = SIZES[-1] if device.type != "cuda" else (max(batch_sizes) * 1024, 768, 3072)
+    x, w_in, w_out, grad = (torch.randn(*shape, device=device, dtype=dtype) for shape in (
+        (N, C), (H, C), (C, H), (N, C)))
+    w_in, w_out = w_in / C**0.5, w_out / H**0.5
+    figures = {"sizes": [N, C, H], "cuBLAS forward": milliseconds(lambda: x @ w_in.T),
+               "cuBLAS backward": milliseconds(lambda: grad @ w_out), "tiles": [], "fastest": {}}
+    print(f"tune: products alone {figures['cuBLAS forward']:.3f} and {figures['cuBLAS backward']:.3f} ms")
+    for direction in TILES:
+        for keep in range(len(gelu_mlp.KEEP) if direction == "forward" else 3):
+            tune_one(direction, keep, (x, w_in, w_out, grad), figures)
+            write("tune", figures)
+    tune_qkv(N, C, figures)
+    write("tune", figures)
+
+
+def tune_qkv(N: int, C: int, figures: dict) -> None:
+    """Time the backward pass of q, k and v with joined gradients, and with the kernel's tiles."""
+    x, *grads = (torch.randn(N, C, device=device, dtype=dtype) for _ in range(4))
+    weight = torch.randn(3 * C, C, device=device, dtype=dtype) / C**0.5
+    joined = torch.cat(grads, dim=1)
+    times = figures["q, k, v"] = {
+        "join": milliseconds(lambda: torch.cat(grads, dim=1)),
+        "x joined": milliseconds(lambda: joined @ weight),
+        "weight joined": milliseconds(lambda: joined.T @ x),
+        "weight apart": milliseconds(lambda: qkv_linear._qkv_weight_gradient(*grads, x))}
+    best = None
+    for M, W, K, _, stages, warps, programs in TILES["forward"]:
+        tile = dict(BLOCK_M=M, BLOCK_N=W, BLOCK_K=K, num_stages=stages, num_warps=warps, programs=programs)
+        qkv_linear.CONFIG.update(tile)
+        try:
+            ms = times[f"x apart {tuple(tile.values())}"] = milliseconds(
+                lambda: qkv_linear._qkv_input_gradient(*grads, weight))
+        except Exception as e:  # does not fit
+            print(f"  {tile}: {type(e).__name__}: {str(e)[:100]}")
+            continue
+        best = min(best or (ms, tile), (ms, tile), key=lambda pair: pair[0])
+    if best is not None:
+        qkv_linear.CONFIG.update(best[1])
+        figures["fastest"]["qkv"] = best[1]
+    print("  q, k, v backward, ms: " + ", ".join(f"{name} {ms:.3f}" for name, ms in times.items()),
+          flush=True)
+
+
+def tune_one(direction: str, keep: int, tensors: tuple, figures: dict) -> None:
+    """Find the fastest tile, and time it with the approximate tanh as well."""
+    x, w_in, w_out, grad = tensors
+    _, kept = gelu_mlp._empty_results(x, w_in, keep)
+    kept.zero_()
+    times = {}
+
+    def measure(tile: tuple, sigmoid: str) -> None:
+        config = dict(zip(TILE, tile))
+        gelu_mlp.CONFIGS[direction, keep], gelu_mlp.SIGMOID = config, sigmoid
+        try:
+            times[tile, sigmoid] = ms = milliseconds(
+                (lambda: gelu_mlp._linear_gelu(x, w_in, None, keep)) if direction == "forward" else
+                (lambda: gelu_mlp._linear_gelu_backward(grad, w_out, kept, keep, bias)))
+        except Exception as e:  # does not fit
+            print(f"  {direction} {tile}: {type(e).__name__}: {str(e)[:100]}")
+            return
+        row = {"direction": direction, "keep": gelu_mlp.KEEP[keep], "sigmoid": sigmoid, **config, "ms": ms}
+        figures["tiles"].append(row)
+        print(f"  {direction:8} {gelu_mlp.KEEP[keep]:13} {tile!s:32} {sigmoid} {ms:.3f} ms", flush=True)
+
+    for tile in TILES[direction]:
+        measure(tile, "exponential")
+    if times:
+        (best, _), _ = min(times.items(), key=lambda item: item[1])
+        if direction == "forward" or keep == 0:
+            measure(best, "tanh")
+        measure(best, "exponential")  # leaves it as the tile in use
+        figures["fastest"][f"{direction} {keep}"] = gelu_mlp.CONFIGS[direction, keep]
+
+
+def read_tiles() -> None:
+    """Use the tiles of an earlier call."""
+    path = os.path.join(out, "tune.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            for name, tile in json.load(f)["figures"]["fastest"].items():
+                if name == "qkv":
+                    qkv_linear.CONFIG.update(tile)
+                else:
+                    gelu_mlp.CONFIGS[name.split()[0], int(name.split()[1])] = tile
+
+
+# ---- step
+
+
+class Contender:
+    """A model that trains by the kernels that its name lists."""
+
+    def __init__(self, name: str, batch_size: int):
+        self.name, self.words = name, name.split("+")
+        torch.manual_seed(seed)
+        self.model = GPT(GPTConfig(**ARCHITECTURE))
+        if "nanogpt" in self.words:
+            self.model = peers.build_model(peers.load_module(peer, "train"), self.model, Settings())
+        self.model.to(device)
+        if "nanogpt" in self.words:
+            self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+        else:
+            use_triton_layer_norm(self.model)
+            for word in self.words:
+                use_fused_gelu(self.model, GELU[word]) if word in GELU else None
+            if "qkv" in self.words:
+                use_qkv_linear(self.model)
+            self.optimizer = build_adamw(self.model, 6e-4, (0.9, 0.95), 0.1)
+            if "adamw" in self.words:
+                groups = parameter_groups(self.model, 0.1)
+                self.optimizer = adamw.ClippingAdamW(groups, lr=6e-4, betas=(0.9, 0.95))
+        compiled = "eager" not in self.words and device.type == "cuda"
+        self.trained = torch.compile(self.model) if compiled else self.model
+        generator = torch.Generator().manual_seed(seed)
+        V = min(50257, ARCHITECTURE["vocab_size"])
+        tokens = torch.randint(V, (2, batch_size, T), generator=generator)
+        self.x, self.y = tokens.to(device)
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        self.losses = [float(self.step()) for _ in range(3)]
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            self.peak_gb = (torch.cuda.max_memory_allocated() - before) / 2**30
+
+    def step(self):
+        gelu_mlp.SIGMOID = "tanh" if "tanh" in self.words else "exponential"
+        with autocast:
+            _, loss = self.trained(self.x, self.y)
+        loss.backward()
+        if "nanogpt" in self.words:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        elif "scaled" in self.words:  # AdamW divides by grad_scale, and writes the quotient
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(
+                [p.grad for p in self.model.parameters()])))
+            self.optimizer.grad_scale = (norm + 1e-6).clamp(min=1.0)
+        elif "adamw" not in self.words:
+            clip_gradients(self.model.parameters(), 1.0)
+        self.optimizer.clip_and_step(1.0) if "adamw" in self.words else self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+class Settings:
+    """What peers.build_model reads of a Bench."""
+
+    @property
+    def architecture(self):
+        return ARCHITECTURE | {"dropout": 0.0}
+
+    @property
+    def config(self):
+        return {"peer": peer}
+
+
+def build(batch_size: int, figures: dict) -> dict[str, Contender]:
+    """Build the contenders; one that fails is left out."""
+    made = {}
+    for name in contenders.split(","):
+        try:
+            made[name] = Contender(name, batch_size)
+        except Exception as e:
+            if name == contenders.split(",")[0]:
+                raise
+            print(f"B={batch_size} {name} failed: {type(e).__name__}: {str(e)[:300]}", flush=True)
+            figures[name] = {"failed": f"{type(e).__name__}: {str(e)[:300]}"}
+            continue
+        print(f"B={batch_size} {name}: losses {made[name].losses}", flush=True)
+        figures[name] = {"losses": made[name].losses, "peak_gb": getattr(made[name], "peak_gb", None)}
+        write("step", all_figures)
+    return made
+
+
+all_figures: dict = {}
+
+
+def step() -> None:
+    """Let training steps take turns at each batch size."""
+    for B in batch_sizes:
+        figures = all_figures[f"B={B}"] = {}
+        made = build(B, figures)
+        turn = min(20, steps * max(batch_sizes) // B)
+        times = {name: [] for name in made}
+        turns = {name: lambda c=c, n=turn: seconds_per_call(c.step, device, n) for name, c in made.items()}
+        for _ in range(rounds):
+            for name, found in take_turns(turns, 1, uncounted=0).items():
+                times[name] += found
+                figures[name] |= in_unit("ms", 1e3, times[name])
+            write("step", all_figures)
+        del made, turns
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def table() -> None:
+    """Print a line a contender and batch size."""
+    for title, rows in all_figures.items():
+        timed = {name: row for name, row in rows.items() if "ms" in row}
+        base = next(iter(timed.values()), None)
+        for name, row in timed.items():
+            pairs = zip(base["ms_all"], row["ms_all"])
+            ratio = statistics.median(a / b for a, b in pairs)
+            away = max(abs(a - b) for a, b in zip(base["losses"], row["losses"]))
+            peak = "" if row["peak_gb"] is None else f"  peak {row['peak_gb']:.1f} GB"
+            rival = f"  {timed['nanogpt']['ms'] / row['ms']:.3f}x nanogpt" if "nanogpt" in timed else ""
+            print(f"{title:5} {name:>32} {with_range(row, 'ms', 9, 2)} ms  {ratio:.3f}x base{rival}{peak}  "
+                  f"losses differ by {away:.1e}")
+
+
+# ---- profile
+
+
+def profile() -> None:
+    """Add up the time of the kernels of a step by kind, for each contender at the first batch size."""
+    figures = {}
+    for name, contender in build(batch_sizes[0], {}).items():
+        contender.step()
+        activity = torch.profiler.ProfilerActivity
+        kind = activity.CUDA if device.type == "cuda" else activity.CPU
+        with torch.profiler.profile(activities=[kind]) as p:
+            for _ in range(3):
+                contender.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        events = [(e.key, (e.self_device_time_total or e.self_cpu_time_total) / 3e3, e.count / 3)
+                  for e in p.key_averages()]
+        kinds = dict.fromkeys([k for k, _ in KINDS], 0.0) | {"other": 0.0}
+        for key, ms, _ in events:
+            kinds[next((k for k, pattern in KINDS if re.search(pattern, key)), "other")] += ms
+        figures[name] = {"ms by kind": kinds, "kernels": sorted(events, key=lambda e: -e[1])[:60]}
+        write("profile", figures)
+        print(f"profile {name}, ms a step, {sum(kinds.values()):.1f} in all: "
+              + ", ".join(f"{k} {ms:.2f}" for k, ms in kinds.items()), flush=True)
+
+
+def check_settings() -> None:
+    for text in contenders.split(","):
+        for word in text.split("+"):
+            if word not in WORDS:
+                raise UserError(f"contenders has {word!r}: known are {', '.join(WORDS)}")
+    for phase in phases.split(","):
+        if phase not in ("check", "tune", "step", "profile"):
+            raise UserError(f"phases has {phase!r}: known are check, tune, step, profile")
+    if "nanogpt" in contenders and not peer:
+        raise UserError("the contender nanogpt needs --peer, a folder with nanoGPT's model.py")
+
+
+if __name__ == "__main__":
+    check_settings()
+    os.makedirs(out, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16
+    torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # a compilation a contender
+    autocast = torch.autocast(device.type, dtype)
+    machine = environment(device)
+    real = device.type == "cuda"
+    T = 1024 if real else 16
+    ARCHITECTURE = dict(block_size=T, bias=bias, **(dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304)
+                                                    if real else dict(n_layer=2, n_head=2, n_embd=32,
+                                                                      vocab_size=128)))
+    SIZES = [(4096, 768, 3072), (1000, 768, 3072), (129, 64, 528)] if real else [(40, 16, 32)]
+    runs = {True: "run", False: "do not run here"}
+    print(f"{machine['device']}, torch {machine['torch']}, Triton {triton and triton.__version__}; kernels "
+          f"{runs[usable(torch.empty(0, device=device))]}, kernels for Hopper {runs[is_hopper(device)]}",
+          flush=True)
+    wanted = phases.split(",")
+    if "check" in wanted and not fused_checks.check(device, dtype, SIZES, lambda f: write("check", f)):
+        print("a kernel is wrong: nothing is timed")
+        sys.exit(1)
+    tune() if "tune" in wanted and is_hopper(device) else read_tiles()
+    if "step" in wanted:
+        step()
+    if "profile" in wanted:
+        profile()
+    table()
