@@ -13,7 +13,7 @@ from helpers import KERNEL_DEVICE as DEVICE
 from helpers import ROOT
 
 import kernels
-from kernels import cross_entropy, decode, exchange, layer_norm, pending_norm, relu_squared
+from kernels import cross_entropy, decode, exchange, fp8, layer_norm, pending_norm, relu_squared
 from kernels.layer_norm import add_layer_norm
 
 COMPILED = pytest.mark.skipif(kernels.triton is None or kernels.INTERPRETED, reason="no Triton compiler")
@@ -167,3 +167,19 @@ def test_relu_squared_compiles_without_a_gpu(direction):
     assert compiled.metadata.shared <= 227 * 1024 and "wgmma.mma_async" in compiled.asm["ptx"]
     if direction == "forward":
         assert "max.NaN.f32" in compiled.asm["ptx"] and "max.f32" not in compiled.asm["ptx"]
+
+
+@COMPILED
+def test_weight_casts_compile_without_a_gpu():
+    """For H100: FP8 conversions in hardware, and a maximum that keeps a NaN."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = fp8._cast_weights_kernel.arg_names
+    for write in (False, True):
+        constants = dict(WRITE=write, LARGEST=448.0, TINY=fp8.TINY, TILE=fp8.WeightCasts.TILE)
+        kinds = dict(zip(names, "*i64 *i32 *i32 *fp8e4nv *fp8e4nv *fp32".split()))
+        source = ASTSource(fp8._cast_weights_kernel, {n: kinds.get(n, "constexpr") for n in names},
+                           {(names.index(n),): value for n, value in constants.items()})
+        ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4)).asm["ptx"]
+        assert "max.NaN.f32" in ptx and "cvt.rn.satfinite.e4m3x2.f32" in ptx if write else "atom" in ptx
