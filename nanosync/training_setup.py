@@ -11,6 +11,7 @@ from nanosync.checkpoint import exit_with_listing
 from nanosync.dataloader import evaluate, evaluation_batches
 from nanosync.distributed import finish, start
 from nanosync.errors import UserError, shown
+from nanosync.fp8 import check_fp8, check_fp8_device, describe_fp8, follow_weights
 from nanosync.hardware import check_compile, make_deterministic, pick_dtype
 from nanosync.model_kind import MAX_LAYERS, ModelKind
 from nanosync.muon import build_muon
@@ -36,6 +37,7 @@ def check_training_settings(config: dict) -> None:
     if config["use_triton"] not in (True, False, "auto"):
         raise UserError(f"use_triton={shown(config['use_triton'])} is unknown: use True, False or auto")
     check_seed(config)
+    check_fp8(config)
     check_parallelism(config)
     check_optimizer(config)
     resume_of(config)  # init_from may contradict it
@@ -109,6 +111,7 @@ def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallel
     if config["use_triton"] == "auto":
         config["use_triton"] = usable(torch.empty(0, device=processes.device))
     parallel = parallelism_of(config, processes, pick_dtype(config["dtype"], processes.device))
+    check_fp8_device(config, processes.device, parallel.dtype)
     if config["compile"]:
         check_compile(processes.device)
     if total % processes.dp_size:
@@ -138,6 +141,8 @@ def describe_start(run: Run, model: nn.Module, parallel: Parallelism) -> None:
         kind = processes.device.type
         run.line("using Triton-accelerated LayerNorm" if usable(torch.empty(0, device=processes.device)) else
                  f"use_triton: no Triton kernels on {kind} here, using PyTorch's LayerNorm")
+    if config["fp8"]:
+        run.line(describe_fp8(config, model))
     if data.meta is None and config["init_from"] == "scratch":
         run.line(f"{data.folder} has no meta.json: using GPT-2's vocabulary of 50257 tokens")
 
@@ -151,6 +156,7 @@ def prepare_training(run: Run, model: nn.Module, parallel: Parallelism) -> tuple
     config, processes = run.config, run.processes
     torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
     autocast = torch.autocast(processes.device.type, parallel.dtype, enabled=parallel.dtype != torch.float32)
+    follow_weights(model, run.optimizer)
     real_ranks = config["tp_processes"] > 1
     compiled = config["compile"] and not (real_ranks and model.config.dropout > 0)
     if compiled:

@@ -28,12 +28,12 @@ def test_compiles_without_a_gpu(capability):
 
     flags = dict(BIAS=True, GELU=True, RESIDUAL=True, ALSO=True, ALSO_ADD=True, ALSO_BIAS=True)
     cases = [
-        (cross_entropy._cross_entropy_kernel, "*bf16 *i64 *fp32 i32 i32 i32",
-         dict(WRITE_GRAD=True, LANES=4096, UNROLL=8), dict(num_warps=16)),
+        (cross_entropy._cross_entropy_kernel, "*bf16 *i64 *fp32 *fp8e5 i32 i32 i32",
+         dict(LOW=2.0**15, WRITE_GRAD=True, LANES=4096, UNROLL=8), dict(num_warps=16)),
         (cross_entropy._lse_kernel, "*bf16 *i64 *fp32 *fp32 i32 i32", dict(LANES=4096, UNROLL=8),
          dict(num_warps=16)),
-        (cross_entropy._grad_kernel, "*bf16 *i64 *fp32 i32 i32", dict(LANES=4096, UNROLL=8),
-         dict(num_warps=16)),
+        (cross_entropy._grad_kernel, "*bf16 *i64 *fp32 *fp8e5 i32 i32",
+         dict(LOW=2.0**15, LANES=4096, UNROLL=8), dict(num_warps=16)),
         *((cross_entropy._weighted_cross_entropy_kernel, "*bf16 *i64 *fp32 *fp32 i32 i32 fp32 fp32 fp32",
            dict(K=3, BLOCK_K=4, SOFTCAP=unroll == 2, WRITE_GRAD=True, LANES=4096, UNROLL=unroll),
            dict(num_warps=16)) for unroll in (2, 4)),
