@@ -110,8 +110,9 @@ def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallel
     processes = start(config["device"], config["backend"], config["timeout"], tp_processes, config)
     if config["use_triton"] == "auto":
         config["use_triton"] = usable(torch.empty(0, device=processes.device))
-    parallel = parallelism_of(config, processes, pick_dtype(config["dtype"], processes.device))
-    check_fp8_device(config, processes.device, parallel.dtype)
+    dtype = pick_dtype(config["dtype"], processes.device)
+    parallel = parallelism_of(config, processes, dtype)
+    check_fp8_device(config, processes.device, dtype)
     if config["compile"]:
         check_compile(processes.device)
     if total % processes.dp_size:

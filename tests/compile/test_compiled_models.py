@@ -201,8 +201,8 @@ def test_training_compiled(run_script, tiny_data):
 
 @pytest.mark.parametrize("recompute", ["none", "block", "selective"])
 def test_fp8_compiles_as_one_graph(recompute):
-    """Loss, gradients and updated weights of the eager model, in two updates: the graph reads the casts of the
-    weights, and has none of them as constants."""
+    """Loss, gradients and updated weights of the eager model, in two updates: the graph reads the casts of
+    the weights, and has none of them as constants."""
     eager = build(None, dtype=torch.float32, n_layer=2, n_head=2, n_embd=32, vocab_size=64)
     compiled, found = copy.deepcopy(eager), []
     for model in (eager, compiled):
