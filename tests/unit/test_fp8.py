@@ -61,8 +61,8 @@ def test_devices(monkeypatch, name, capability, dtype, words):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(n_embd=40), "fp8 needs matrices whose sizes are multiples of 16, and on a process transformer.h.0."),
-    (dict(vocab_size=65), "fp8_head needs matrices .* the head has 65 x 32: choose other sizes, or leave fp8"),
+    (dict(n_embd=40), "fp8 needs matrices whose sizes are multiples of 16, and on a process transformer"),
+    (dict(vocab_size=65), "fp8_head needs matrices .* the head has 65 x 32: choose other sizes, or leave"),
 ])
 def test_sizes_that_do_not_fit(changes, words):
     with torch.device("meta"):
@@ -97,7 +97,7 @@ def test_models_train_in_fp8_and_evaluate_as_without(kind):
     expected, found = (gradients(m, m(idx, targets)[1]) for m in (plain, model))
     for name, grad in found.items():
         difference = (grad - expected[name]).norm() / expected[name].norm()
-        assert 1e-4 < difference < 0.2, (name, difference)
+        assert 1e-4 < difference < 0.3, (name, difference)
 
 
 def test_casts_follow_the_optimizer():
@@ -115,7 +115,7 @@ def test_casts_follow_the_optimizer():
 
 
 def test_products_of_ranks():
-    """A layer of one rank, or of ranks that agree, is in FP8; batched products of ranks that differ are not."""
+    """Products of ranks that agree are in FP8; batched products of ranks that differ are not."""
     torch.manual_seed(0)
     layers = [nn.Linear(32, 48), nn.Linear(32, 48)]
     layers[1].load_state_dict(layers[0].state_dict())
