@@ -6,9 +6,10 @@
 
 A tensor is divided by a scale before the cast, so that its largest entry becomes the largest number of the
 format. Each row has a scale of its own, or the whole tensor has one. A scale of rows is found in the pass
-that casts, by any kernel that has a whole row at hand. A product multiplies by the scales when its sums, in
-fp32, are complete. Scales depend on the tensor alone, not on earlier steps, so they are no state of a run.
-(Formats: arXiv 2209.05433.)
+that casts, by any kernel that has a whole row at hand: torch.compile makes LayerNorm, GELU, the gradients of
+both, and the gradient of q, k and v together each one kernel with its cast. A scale of a whole tensor takes
+another pass. A product multiplies by the scales when its sums, in fp32, are complete. Scales depend on the
+tensor alone, not on earlier steps, so they are no state of a run. (Formats: arXiv 2209.05433.)
 
 Relative to the largest entry of a row, entries below 2^-14 (e4m3) and 2^-29 (e5m2) lose bits of the mantissa.
 All others are rounded to a relative error of at most 2^-4 (e4m3) and 2^-3 (e5m2).

@@ -109,7 +109,8 @@ def start_processes(config: dict, kinds: dict[str, ModelKind]) -> tuple[Parallel
     tp_processes, total = config["tp_processes"], config["gradient_accumulation_steps"]
     processes = start(config["device"], config["backend"], config["timeout"], tp_processes, config)
     if config["use_triton"] == "auto":
-        config["use_triton"] = usable(torch.empty(0, device=processes.device))
+        fuses_casts = config["fp8"] and config["compile"]  # into its own LayerNorm, forward and backward
+        config["use_triton"] = usable(torch.empty(0, device=processes.device)) and not fuses_casts
     dtype = pick_dtype(config["dtype"], processes.device)
     parallel = parallelism_of(config, processes, dtype)
     check_fp8_device(config, processes.device, dtype)

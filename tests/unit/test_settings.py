@@ -42,6 +42,10 @@ def test_use_triton(monkeypatch, script, given, kernels_run, used):
     monkeypatch.setattr(training_setup, "start", lambda *args: Processes(0, 1, 0, torch.device("cpu"), None))
     training_setup.start_processes(config, {})
     assert config["use_triton"] is used
+    config |= {"use_triton": given, "fp8": "emulated", "compile": True}
+    monkeypatch.setattr(training_setup, "check_compile", lambda device: None)
+    training_setup.start_processes(config, {})
+    assert config["use_triton"] is (used and given != "auto")  # the compiler fuses casts into its own LayerNorm
 
 
 @pytest.mark.parametrize("least, line", [
