@@ -175,6 +175,7 @@ class WeightCasts:
         device, tiles = self.weights[0].device, []
         for i, (w, (_, _, N, K)) in enumerate(zip(self.weights, self._places)):
             assert w.dtype == torch.float32 and w.is_contiguous(), f"a weight is {w.dtype}, {w.stride()}"
+            assert N % MULTIPLE == K % MULTIPLE == w.data_ptr() % 16 == 0, "the kernel moves 16 bytes at a time"
             rows, columns = torch.arange(0, N, self.TILE), torch.arange(0, K, self.TILE)
             tiles.append(torch.cartesian_prod(torch.tensor([i]), rows, columns))
         matrices = torch.tensor([(address, *place) for address, place in zip(addresses, self._places)])
@@ -197,17 +198,17 @@ if triton is not None:
         tile = tiles_ptr + tl.program_id(0) * 3
         weight = tl.load(tile)
         matrix = matrices_ptr + weight * 5
-        weight_ptr = tl.load(matrix).to(tl.pointer_type(tl.float32))
-        N, K = tl.load(matrix + 3), tl.load(matrix + 4)
-        n = (tl.load(tile + 1) + tl.arange(0, TILE)).to(tl.int64)
-        k = (tl.load(tile + 2) + tl.arange(0, TILE)).to(tl.int64)
+        weight_ptr = tl.multiple_of(tl.load(matrix).to(tl.pointer_type(tl.float32)), 16)
+        N, K = tl.multiple_of(tl.load(matrix + 3), 16), tl.multiple_of(tl.load(matrix + 4), 16)
+        n = (tl.multiple_of(tl.load(tile + 1), 16) + tl.arange(0, TILE)).to(tl.int64)
+        k = (tl.multiple_of(tl.load(tile + 2), 16) + tl.arange(0, TILE)).to(tl.int64)
         inside = (n[:, None] < N) & (k[None, :] < K)
         w = tl.load(weight_ptr + n[:, None] * K + k[None, :], mask=inside, other=0.0)
         if WRITE:
             largest = tl.load(largest_ptr + weight).to(tl.float32, bitcast=True)
             largest = tl.maximum(largest, TINY, propagate_nan=tl.PropagateNan.ALL)
             w = (w * tl.div_rn(LARGEST, largest)).to(values_ptr.dtype.element_ty)
-            first = tl.load(matrix + 1)
+            first = tl.multiple_of(tl.load(matrix + 1), 16)
             tl.store(values_ptr + first + n[:, None] * K + k[None, :], w, mask=inside)
             tl.store(transposed_ptr + first + k[:, None] * N + n[None, :], tl.trans(w), mask=tl.trans(inside))
             scales_ptr += tl.load(matrix + 2)  # programs store the same number

@@ -128,4 +128,5 @@ def describe_fp8(config: dict, model: nn.Module) -> str:
     differ = ranks is not None and ranks.local > 1 and not all(s.sync for s in schedule.sublayers)
     return (f"FP8: {len(layers_of(model))} matrices of the blocks{head} ({how})"
             + ("; not the products of simulated ranks whose streams differ" if differ else "")
-            + ("" if config["compile"] else "; without compile the casts cost more than FP8 saves"))
+            + ("; without compile the casts cost more than FP8 saves"
+               if not config["compile"] and config["fp8"] != "emulated" else ""))

@@ -136,7 +136,9 @@ def test_products_of_ranks():
      "FP8: 8 matrices of the blocks and the head (scales per tensor)"),
     ("spd", dict(ON, compile=False),
      "FP8: 8 matrices of the blocks and the head (emulated, which is slow); not the products of simulated "
-     "ranks whose streams differ; without compile the casts cost more than FP8 saves"),
+     "ranks whose streams differ"),
+    ("dense", dict(fp8=True, fp8_head=False, compile=False),
+     "FP8: 8 matrices of the blocks (scales per row); without compile the casts cost more than FP8 saves"),
 ])
 def test_description(kind, setting, words):
     model = MODELS[kind]()
