@@ -175,7 +175,7 @@ class WeightCasts:
         device, tiles = self.weights[0].device, []
         for i, (w, (_, _, N, K)) in enumerate(zip(self.weights, self._places)):
             assert w.dtype == torch.float32 and w.is_contiguous(), f"a weight is {w.dtype}, {w.stride()}"
-            assert N % MULTIPLE == K % MULTIPLE == w.data_ptr() % 16 == 0, "the kernel moves 16 bytes at a time"
+            assert N % MULTIPLE == K % MULTIPLE == w.data_ptr() % 16 == 0, "the kernel moves 16 bytes"
             rows, columns = torch.arange(0, N, self.TILE), torch.arange(0, K, self.TILE)
             tiles.append(torch.cartesian_prod(torch.tensor([i]), rows, columns))
         matrices = torch.tensor([(address, *place) for address, place in zip(addresses, self._places)])
