@@ -30,8 +30,9 @@ max_new_tokens tokens less the time for one.
 A strategy of `compare` is words with + between: ddp, zero1 or fsdp; tp (tp_processes hold a model); keep
 (fsdp_reshard_after_forward=False), offload (fsdp_cpu_offload), 100M (fsdp_min_num_params=1e8, or another
 number); block or selective (activation_checkpointing); triton; gelu, also with -derivative, -derivative8 or
--recompute (kernels/gelu_mlp.py); qkv (kernels/qkv_linear.py); eager (not compiled). In mode train they take
-turns; in mode memory each has the GPUs to itself.
+-recompute (kernels/gelu_mlp.py); qkv (kernels/qkv_linear.py); eager (not compiled); fp8, fp8_tensorwise or
+fp8_emulated, and fp8_head; torchao or torchao_rowwise (FP8 by that package). In mode train they take turns in
+the same processes, also with a peer; in mode memory each has the GPUs to itself.
 
 decode and prefill measure latency, each as a CUDA graph, for every width and batch size: of one GPU (TP=1),
 of all GPUs by the schedules of `syncs`, and without any (0 syncs: the cost of communication, not a
@@ -54,7 +55,6 @@ from nanosync.errors import UserError
 from nanosync.files import check_output_file
 from nanosync.hardware import check_compile, peak_flops, pick_dtype
 from nanosync.model_kind import check_size
-from nanosync.optim import build_adamw
 from nanosync.parallelism import Parallelism
 from nanosync.rank_decoder import check_all_reduce
 from nanosync.ranks import ranks_on
@@ -165,7 +165,7 @@ def check_processes(config: dict, processes: Processes) -> None:
     if config["tp_processes"] > 1 and not trains_ranks and not compared:
         raise UserError("tp_processes is for training a distributed_gpt, or for compare: decode and prefill "
                         "use all processes")
-    strategies.check_processes(compared, processes)
+    strategies.check_processes(compared, processes, pick_dtype(config["dtype"], device))
     if config["largest"] and device.type != "cuda":
         raise UserError(f"largest fills a GPU's memory, and the device is {device}")
     if peer and (mode in latency.MODES or config["model_type"] != "gpt"):
@@ -244,8 +244,7 @@ class Training:
         if name == "peer":
             self.optimizer = self.model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), device.type)
         else:
-            self.optimizer = build_adamw(self.model, learning_rate, (0.9, 0.95), 0.1,
-                                         self.parallel.optimizer_group)
+            self.optimizer = strategies.build_optimizer(self.model, self.parallel, learning_rate)
         self.trained = self.parallel.prepare(self.model, compile and (strategy is None or strategy.compiled))
         self.batches = self.make_batches(batch_size * (on.world_size // on.dp_size))
         self.first_step_seconds = seconds_per_call(self.step, device)
@@ -379,7 +378,8 @@ if mode == "memory":
 
 # contenders by name; the others are compared with the first
 if compared:
-    contenders = {strategy.name: train_by(strategy) for strategy in compared}
+    contenders = {"peer": Training("peer", alone)} if peer else {}
+    contenders |= {strategy.name: train_by(strategy) for strategy in compared}
 elif mode == "train" and processes.world_size > 1:
     contenders = {name: Training(name, processes if name in schedules else everyone)
                   for name in ["DDP", *schedules]}

@@ -103,7 +103,7 @@ class Residual:
         if sync and self.latest is None and self.total is None and self.ranks.group is None:
             out, bias = projection(y), None  # the same bits as the dense model
         else:
-            out = row_parallel(y, projection.weight, self.ranks.local, together=sync)
+            out = row_parallel(y, projection, self.ranks.local, together=sync)
             bias = None if projection.bias is None else projection.bias.to(out.dtype)
         out, bias = self.dropout(out, bias)
         if sync:
@@ -290,7 +290,7 @@ class DistributedGPT(GPT):
         weight = f_op(self.lm_head.weight, one).squeeze(0)[first:last]
         if targets is not None:
             return None, vocab_parallel_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), first,
-                                                      self.ranks.group)
+                                                      self.ranks.group, fp8=self.head_fp8)
         return self.gather_logits(F.linear(x if all_logits else x[:, -1:], weight)), None
 
     def vocab_range(self) -> tuple[int, int]:

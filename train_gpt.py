@@ -32,6 +32,7 @@ from nanosync.dataloader import DataLoader, evaluate, evaluation_batches, open_d
 from nanosync.diagnose import check_diagnosis, profiled
 from nanosync.distributed import env_rank
 from nanosync.errors import UserError, shown
+from nanosync.fp8 import Float8Linear, check_fp8, check_fp8_device, describe_fp8, follow_weights, use_fp8
 from nanosync.hardware import peak_memory
 from nanosync.model_kind import MAX_LAYERS, ModelKind, check_size, schedule_description
 from nanosync.muon import build_muon
@@ -99,6 +100,8 @@ seed = 1337  # of initialisation and data order
 device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16'
 compile = True  # torch.compile the model
+fp8: bool | str = False  # products of the blocks in FP8, on Hopper and later: True, 'tensorwise', 'emulated'
+fp8_head = False  # with fp8: the head's products as well
 deterministic = False  # compute the same bits in every run on a GPU, too; slower
 timeout = 600.0  # longest time that processes wait for each other, also while one is saving, in seconds
 backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
@@ -187,6 +190,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
+        if torch.is_grad_enabled() and isinstance(self.c_fc, Float8Linear):
+            return self.c_proj(relu_squared(self.c_fc(x)))
         return relu_squared_mlp(x, self.c_fc.weight, self.c_proj.weight)
 
 
@@ -274,7 +279,8 @@ class GPT(SpeedrunModel):
         x = self.hidden(idx, crop, layers)
         if targets is None:
             return self.head(x), None
-        return None, linear_cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
+        return None, linear_cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten(),
+                                          fp8=self.head_fp8)
 
     def flops_per_token(self, crop: int, n_layer: int) -> int:
         """Return the FLOPs of a training step per token, counted as in model.GPT.flops_per_token."""
@@ -327,9 +333,9 @@ class SyncGPT(GPT):
             after_attention, after_mlp = self.schedule.sublayers[2 * i:2 * i + 2]
             block = self.transformer.h[i]
             y = self.heads(block.attn, self.seen(base, pending), cos, sin, crop, layer_cache)
-            base, pending = self.add(base, pending, y, block.attn.c_proj.weight, after_attention.sync)
+            base, pending = self.add(base, pending, y, block.attn.c_proj, after_attention.sync)
             y = relu_squared(column_parallel(self.seen(base, pending), block.mlp.c_fc))
-            base, pending = self.add(base, pending, y, block.mlp.c_proj.weight, after_mlp.sync)
+            base, pending = self.add(base, pending, y, block.mlp.c_proj, after_mlp.sync)
         return rms_norm(base if pending is None else base + g_op(pending, self.ranks))
 
     def seen(self, base, pending):
@@ -343,9 +349,9 @@ class SyncGPT(GPT):
         qkv = column_parallel(x, attn.c_attn, parts=3).view(m * B, T, 3, attn.n_head // m, C // attn.n_head)
         return attend(qkv, cos, sin, crop, cache).view(m, B, T, -1)
 
-    def add(self, base, pending, y, weight, sync: bool):
+    def add(self, base, pending, y, projection: nn.Linear, sync: bool):
         """Add the row-parallel product of y (m, B, T, K / m), and synchronise if `sync`."""
-        out = row_parallel(y, weight, self.ranks.local, together=sync)
+        out = row_parallel(y, projection, self.ranks.local, together=sync)
         if not sync:
             return base, out if pending is None else pending + out
         if pending is not None:  # dtype: under autocast CUDA's sum would return fp32
@@ -402,6 +408,7 @@ def check_settings(config: dict) -> None:
     check_at_most(config, MAX_LAYERS, "n_layer")
     check_seed(config)
     check_diagnosis(config)
+    check_fp8(config)
 
 
 def check_variant(config: Config) -> None:
@@ -419,6 +426,7 @@ if __name__ == "__main__":
     kinds = models.KINDS | {models.SPEEDRUN: SPEEDRUN}
     exit_with_listing(config, kinds)
     processes, compute_dtype = start_processes(config)
+    check_fp8_device(config, processes.device, compute_dtype)
     group, device = processes.group, processes.device
     at_once = device_batch_size * processes.world_size
     if batch_size % at_once:
@@ -442,6 +450,7 @@ if __name__ == "__main__":
     if run.resumed is not None:
         models.load_parameters(model, run.resumed.tensors("model"), run.resumed.path)
     model.to(device)
+    use_fp8(model, config)
     optimizer = build_muon(model, learning_rate, learning_rate * muon_lr_ratio, (beta1, beta2), weight_decay,
                            muon_momentum, group, sum_gradients=True)
     clock = StepClock(run, compute_dtype, schedule.observe)
@@ -456,6 +465,9 @@ if __name__ == "__main__":
     run.line(f"tokens per step: {device_batch_size} sequences x {sequence_length} tokens x {micro_steps} "
              f"accumulation x {processes.world_size} process{'es' * (processes.world_size > 1)} = "
              f"{tokens_per_step:,}")
+    if fp8:
+        follow_weights(model, optimizer)
+        run.line(describe_fp8(config, model))
     if variant == "sync":
         run.line(f"{model.syncs} of {2 * n_layer} synchronization points, {tp_size} simulated ranks")
         run.log.event("schedule", **schedule_description(model))

@@ -1,5 +1,6 @@
 """Strategies of bench.py's setting `compare`: how a step is divided over processes and what it keeps."""
 
+import importlib.util
 import re
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from kernels.relu_squared import is_hopper
 from model import initial_parameters, use_fused_gelu, use_qkv_linear, use_triton_layer_norm
 from nanosync.distributed import Processes
 from nanosync.errors import UserError
+from nanosync.fp8 import check_fp8_device, follow_weights, use_fp8
+from nanosync.optim import build_adamw
 from nanosync.parallelism import Parallelism
 from nanosync.ranks import ranks_on
 from nanosync.recompute import use_activation_checkpointing
@@ -34,6 +37,9 @@ class Strategy:
     qkv: bool = False  # gradients of q, k and v not joined, see kernels.qkv_linear
     gelu: str = ""  # GELU in the products of the MLPs, and what it keeps, see kernels.gelu_mlp
     compiled: bool = True
+    fp8: bool | str = False  # these two: settings of train.py
+    fp8_head: bool = False
+    torchao: str = ""  # recipe of torchao.float8 for the blocks
 
     def parallelism(self, processes: Processes, dtype: torch.dtype) -> Parallelism:
         return Parallelism(processes, dtype, self.zero1, self.fsdp, self.min_num_params,
@@ -56,7 +62,15 @@ WORDS = {  # word -> fields of Strategy; a word of digits and M is min_num_param
     "gelu-derivative8": {"gelu": "derivative8"},
     "gelu-recompute": {"gelu": "nothing"},
     "eager": {"compiled": False},
+    "fp8": {"fp8": True},
+    "fp8_tensorwise": {"fp8": "tensorwise"},
+    "fp8_emulated": {"fp8": "emulated"},
+    "fp8_head": {"fp8_head": True},
+    "torchao": {"torchao": "tensorwise"},
+    "torchao_rowwise": {"torchao": "rowwise"},
 }
+FP8 = {"fp8", "fp8_tensorwise", "fp8_emulated"}
+TORCHAO = {"torchao", "torchao_rowwise"}
 
 
 def parse(config: dict) -> list[Strategy]:
@@ -82,6 +96,11 @@ def _parse_one(text: str, config: dict) -> Strategy:
     fused = [word for word in words if word.startswith(("gelu", "qkv"))]
     if len({"qkv", *fused}) > 2 or ("tp" in words and fused):
         raise UserError(f"compare: {text!r}: take one of the words gelu, and neither gelu nor qkv with tp")
+    if len((FP8 | TORCHAO) & set(words)) > 1 or ("fp8_head" in words and not FP8 & set(words)):
+        raise UserError(f"compare: {text!r}: take one of {', '.join(sorted(FP8 | TORCHAO))}; fp8_head goes "
+                        f"with one of the first three")
+    if TORCHAO & set(words) and importlib.util.find_spec("torchao") is None:
+        raise UserError(f"compare: {text!r} needs the package torchao: pip install torchao")
     if len(sizes) > 1:
         raise UserError(f"compare: {text!r} has several numbers: give one")
     if ({"keep", "offload"} & set(words) or sizes) and "fsdp" not in words:
@@ -100,16 +119,18 @@ def _parse_one(text: str, config: dict) -> Strategy:
 def check_compare(config: dict) -> None:
     """Raise UserError for wrong settings of strategies."""
     mode = config["mode"]
-    others = config["peer"] or config["model_type"] != "gpt" or config["syncs"] or config["loss_steps"]
+    others = config["model_type"] != "gpt" or config["syncs"]
     if config["compare"] and (mode not in ("train", "memory") or others):
-        raise UserError("compare is for mode train or memory, and for nothing else at a time: leave peer, "
-                        "model_type, syncs and loss_steps out")
+        raise UserError("compare is for mode train or memory, and for nothing else at a time: leave "
+                        "model_type and syncs out")
+    if mode == "memory" and (config["peer"] or config["loss_steps"]):
+        raise UserError("mode memory measures strategies only: leave peer and loss_steps out")
     if config["largest"] and mode != "memory":
         raise UserError("largest is for --mode=memory")
     parse(config)
 
 
-def check_processes(strategies: list[Strategy], processes: Processes) -> None:
+def check_processes(strategies: list[Strategy], processes: Processes, dtype: torch.dtype) -> None:
     """Raise UserError for a strategy that these processes and their device cannot run."""
     device, size = processes.device, processes.world_size
     for s in strategies:
@@ -125,6 +146,7 @@ def check_processes(strategies: list[Strategy], processes: Processes) -> None:
         if (s.gelu or s.qkv) and not is_hopper(device):
             raise UserError(f"compare: {s.name}: gelu and qkv are kernels for a Hopper GPU (H100, H200), and "
                             f"the device is {device}")
+        check_fp8_device({"fp8": s.fp8 or bool(s.torchao)}, device, dtype)
 
 
 def build_model(strategy: Strategy, parallel: Parallelism, bench: Bench, n_layer: int) -> nn.Module:
@@ -141,6 +163,9 @@ def build_model(strategy: Strategy, parallel: Parallelism, bench: Bench, n_layer
     if strategy.tp:
         model.place(ranks_on(parallel.processes.tp_group, tp_processes))
     use_activation_checkpointing(model, strategy.recompute)
+    use_fp8(model, {"fp8": strategy.fp8, "fp8_head": strategy.fp8_head})
+    if strategy.torchao:
+        _use_torchao(model, strategy.torchao)
     if strategy.triton:
         use_triton_layer_norm(model)
     use_fused_gelu(model, strategy.gelu)
@@ -148,3 +173,17 @@ def build_model(strategy: Strategy, parallel: Parallelism, bench: Bench, n_layer
         use_qkv_linear(model)
     models.fill(model, weights, "bench.py", device, parallel)
     return model
+
+
+def _use_torchao(model: nn.Module, recipe: str) -> None:
+    """Run the products of a model's blocks in FP8 by torchao, weight gradients as well."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    convert_to_float8_training(model.transformer.h, config=Float8LinearConfig.from_recipe_name(recipe))
+
+
+def build_optimizer(model: nn.Module, parallel: Parallelism, learning_rate: float) -> torch.optim.Optimizer:
+    """Build a contender's AdamW, which also keeps the casts of weights in FP8 up to date."""
+    optimizer = build_adamw(model, learning_rate, (0.9, 0.95), 0.1, parallel.optimizer_group)
+    follow_weights(model, optimizer)
+    return optimizer

@@ -12,6 +12,10 @@ The gradients are those of the *sum* of the losses, so that the logits' gradient
 scaled by `grad_output / n_valid` afterwards. In fp16 a factor of 1/65536 on the logits' gradients would flush
 them to zero.
 
+With a Recipe of kernels.fp8 the logits and the gradient of x are products in FP8. The gradient of the logits
+is between -1 and 1, so its scale is a constant, and the kernel writes it in FP8 beside the usual dtype, which
+the gradient of the weight needs.
+
 The logits can be capped, and a row can have several targets, each with a weight. Both are in a second
 operator: its loss of a row is sum_j w_j * (log-sum-exp - logit of target j), of capped logits.
 
@@ -23,11 +27,13 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import triton, usable
+from kernels import INTERPRETED, triton, usable
 from kernels.collectives import functional_all_gather
+from kernels.fp8 import E4M3, E5M2, Cast, Recipe, WeightCast, cast, cast_weight, product
 
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25, "mps": 1 << 28}  # logits in memory at a time; see records/
 MAX_TARGETS = 8  # of a row
+GRAD_SCALE = 2.0**15  # of the logits' gradient in e5m2, whose largest number is 57344
 
 
 class Softcap(NamedTuple):
@@ -50,8 +56,8 @@ def cap_logits(logits: torch.Tensor, softcap: Softcap) -> torch.Tensor:
 
 
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int = -1,
-                         softcap: Softcap | None = None, target_weights: torch.Tensor | None = None
-                         ) -> torch.Tensor:
+                         softcap: Softcap | None = None, target_weights: torch.Tensor | None = None,
+                         fp8: Recipe | None = None) -> torch.Tensor:
     """Return the mean cross-entropy of the logits `x @ weight.T` over rows with a target != ignore_index.
 
     With target_weights, row i also predicts the targets of the rows after it. Its loss is
@@ -66,13 +72,16 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     targets: (N,) int64 in [0, V), or ignore_index; or (B, T) for B sequences, with B * T = N.
     softcap: (cap, scale, shift), see Softcap; None leaves the logits as they are.
     target_weights: (K,) floating point, on x's device, K <= MAX_TARGETS; constants for autograd. None is [1].
+    fp8: how logits and gradient of x run in FP8, without softcap and target_weights; None: in x's dtype.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     need_grads = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if softcap is None and target_weights is None:
-        loss_sum, _, _ = _loss_and_grads(x, weight, targets.flatten(), ignore_index, need_grads)
+        loss_sum, _, _ = _loss_and_grads(x, weight, targets.flatten(), ignore_index, *_casts(x, weight, fp8),
+                                         need_grads)
     else:
+        assert fp8 is None, "FP8 with softcap or target_weights"
         index, weights = _target_table(targets, target_weights, ignore_index)
         loss_sum, _, _ = _weighted_loss_and_grads(x, weight, index, weights, softcap, need_grads)
     return loss_sum / (targets != ignore_index).sum()
@@ -90,32 +99,88 @@ def _target_table(targets, target_weights, ignore_index):
     return rows.where(valid, 0), target_weights.detach().where(valid, 0)
 
 
+def _casts(x, weight, fp8: Recipe | None) -> tuple:
+    """Return the arguments `casts` and `emulated` of an operator. A compiler fuses the casts made here."""
+    if fp8 is None:
+        return [], False
+    rows, matrix = cast(x.detach(), E4M3, fp8.per_tensor), cast_weight(weight.detach())
+    return [*rows, *matrix], fp8.emulated
+
+
+class _Products:
+    """The head's products for a part of the rows."""
+
+    def __init__(self, x, weight):
+        self.x, self.w = x, weight.to(x.dtype)
+
+    def logits(self, part: slice):
+        return self.x[part] @ self.w.T  # (rows, V)
+
+    def low_grad(self, logits):
+        """Allocate a second tensor for the gradient of the logits, None if the products need none."""
+        return None
+
+    def grad_x_(self, out, grad_logits, low_grad) -> None:
+        """Write the gradient of x, (rows, C), to `out`."""
+        torch.mm(grad_logits, self.w, out=out)
+
+
+class _ProductsInFP8(_Products):
+    def __init__(self, x, casts: list[torch.Tensor], emulated: bool):
+        self.dtype, self.x, self.weight = x.dtype, Cast(*casts[:2]), WeightCast(*casts[2:])
+        self.recipe = Recipe(per_tensor=self.x.scale.numel() == 1, emulated=emulated)
+
+    def logits(self, part):
+        x = Cast(self.x.values[part], self.x.scale if self.recipe.per_tensor else self.x.scale[part])
+        return product(x, self.weight.rows(False, self.recipe), None, self.dtype, self.recipe.emulated)
+
+    def low_grad(self, logits):
+        return torch.empty_like(logits, dtype=E5M2)
+
+    def grad_x_(self, out, grad_logits, low_grad):
+        scale = torch.full((1 if self.recipe.per_tensor else len(low_grad), 1), 1 / GRAD_SCALE,
+                           device=low_grad.device)
+        out.copy_(product(Cast(low_grad, scale), self.weight.rows(True, self.recipe), None, self.dtype,
+                          self.recipe.emulated))
+
+
+def _products(x, weight, casts: list[torch.Tensor], emulated: bool) -> _Products:
+    return _ProductsInFP8(x, casts, emulated) if casts else _Products(x, weight)
+
+
 @torch.library.custom_op("nanosync::linear_cross_entropy", mutates_args=())
 def _loss_and_grads(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int,
-                    need_grads: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                    casts: list[torch.Tensor], emulated: bool, need_grads: bool
+                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the summed loss and its gradients: of x (N, C) in x's dtype, of weight (V, C) in weight's dtype.
 
     The operator is opaque to torch.compile, so that the loop over chunks stays a loop.
+
+    casts: of x and weight for products in FP8, see _casts; [] for products in x's dtype.
     """
-    return _sum_over_chunks(x, weight, need_grads, lambda logits, part: _loss_and_grad_logits_(
-        logits, targets[part], ignore_index, need_grads))
+    return _sum_over_chunks(x, weight, need_grads, _products(x, weight, casts, emulated),
+                            lambda logits, part, low_grad: _loss_and_grad_logits_(
+                                logits, targets[part], ignore_index, need_grads, low_grad))
 
 
-def _sum_over_chunks(x: torch.Tensor, weight: torch.Tensor, need_grads: bool,
+def _sum_over_chunks(x: torch.Tensor, weight: torch.Tensor, need_grads: bool, products: _Products,
                      loss_and_grad_logits_: Callable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the summed loss and its gradients. The function takes a chunk's logits and the slice of rows."""
+    """Return the summed loss and its gradients.
+
+    loss_and_grad_logits_: function of a chunk's logits, the slice of rows, and products.low_grad or None.
+    """
     N, V = x.shape[0], weight.shape[0]
-    w = weight.to(x.dtype)
     losses = x.new_empty(N, dtype=_loss_dtype(x))
     grad_x = torch.empty_like(x) if need_grads else x.new_empty(0)
     grad_w = weight.new_zeros(weight.shape) if need_grads else weight.new_empty(0)
     rows = _chunk_rows(x, V)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
-        logits = x[part] @ w.T  # (rows, V)
-        losses[part], grad_logits = loss_and_grad_logits_(logits, part)
+        logits = products.logits(part)
+        low_grad = products.low_grad(logits) if need_grads else None
+        losses[part], grad_logits = loss_and_grad_logits_(logits, part, low_grad)
         if need_grads:
-            torch.mm(grad_logits, w, out=grad_x[part])
+            products.grad_x_(grad_x[part], grad_logits, low_grad)
             _add_matmul_(grad_w, grad_logits.T, x[part])
     return losses.sum(), grad_x, grad_w
 
@@ -129,12 +194,14 @@ def _empty_results(x, weight, *constants):
 
 def _keep_grads(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
-    ctx.constants = len(inputs) - 2  # all but x and weight
+    # of all but x and weight; a list of tensors has a list of gradients
+    ctx.none = [[None] * len(i) if isinstance(i, list) and not any(type(e) is float for e in i) else None
+                for i in inputs[2:]]
 
 
 def _scale_grads(ctx, grad_loss, _grad_grad_x, _grad_grad_w):
     grad_x, grad_w = ctx.saved_tensors
-    return (grad_x * grad_loss).to(grad_x.dtype), grad_w * grad_loss, *[None] * ctx.constants
+    return (grad_x * grad_loss).to(grad_x.dtype), grad_w * grad_loss, *ctx.none
 
 
 _loss_and_grads.register_fake(_empty_results)
@@ -149,8 +216,9 @@ def _weighted_loss_and_grads(x: torch.Tensor, weight: torch.Tensor, index: torch
     softcap = None if softcap is None else Softcap(*softcap)
     if softcap is not None and min(softcap.cap, softcap.scale) <= 0:
         raise ValueError(f"{softcap} is not a cap. Use a positive cap and a positive scale")
-    return _sum_over_chunks(x, weight, need_grads, lambda logits, part: _weighted_loss_and_grad_logits_(
-        logits, index[part], weights[part], softcap, need_grads))
+    return _sum_over_chunks(x, weight, need_grads, _Products(x, weight),
+                            lambda logits, part, _: _weighted_loss_and_grad_logits_(
+                                logits, index[part], weights[part], softcap, need_grads))
 
 
 _weighted_loss_and_grads.register_fake(_empty_results)
@@ -177,10 +245,23 @@ def _add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += a @ b
 
 
-def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads):
-    """Return losses (rows,) and the gradient of their sum, which overwrites `logits`."""
+def _in_low_precision_(low_grad, grad_logits) -> None:
+    """Write the gradient of logits to low_grad, if that is a tensor."""
+    if low_grad is not None:
+        low_grad.copy_(grad_logits.float() * GRAD_SCALE)
+
+
+def _kernel_writes(low_grad) -> bool:
+    return low_grad is not None and not INTERPRETED  # the interpreter rounds 8-bit numbers wrongly
+
+
+def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads, low_grad=None):
+    """Return losses (rows,) and the gradient of their sum, which overwrites `logits`.
+
+    low_grad: (rows, V) in e5m2, overwritten with GRAD_SCALE times the gradient; or None.
+    """
     if usable(logits):
-        return _triton_loss_and_grad_(logits, targets, ignore_index, need_grads)
+        return _triton_loss_and_grad_(logits, targets, ignore_index, need_grads, low_grad)
     valid = targets != ignore_index
     index = targets.where(valid, 0)[:, None]
     full = logits.to(_loss_dtype(logits))
@@ -190,7 +271,9 @@ def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads):
         return losses, logits
     probs = (full - lse).exp_()
     probs.scatter_add_(1, index, probs.new_full((), -1.0).expand_as(index))
-    return losses, logits.copy_(probs * valid[:, None])
+    grad = probs * valid[:, None]
+    _in_low_precision_(low_grad, grad)
+    return losses, logits.copy_(grad)
 
 
 def _weighted_loss_and_grad_logits_(logits, index, weights, softcap, need_grads):
@@ -213,7 +296,7 @@ def _weighted_loss_and_grad_logits_(logits, index, weights, softcap, need_grads)
 
 
 def vocab_parallel_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, first: int,
-                                 group, ignore_index: int = -1) -> torch.Tensor:
+                                 group, ignore_index: int = -1, fp8: Recipe | None = None) -> torch.Tensor:
     """Return linear_cross_entropy with the rows of the weight divided over the processes of a group.
 
     The mean loss is the same on all processes. The gradient of x is this process's share, which the caller
@@ -223,21 +306,22 @@ def vocab_parallel_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets:
     x: (N, C), the same on all processes.
     weight: (V_p, C), rows `first` to `first + V_p - 1` of the vocabulary.
     targets: (N,) int64 in the whole vocabulary, or ignore_index.
+    fp8: see linear_cross_entropy.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     need_grads = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     loss_sum, _, _ = _vocab_parallel(x, weight, targets, first, group.size(), group.group_name, ignore_index,
-                                     need_grads)
+                                     *_casts(x, weight, fp8), need_grads)
     return loss_sum / (targets != ignore_index).sum()
 
 
 @torch.library.custom_op("nanosync::vocab_parallel_cross_entropy", mutates_args=())
 def _vocab_parallel(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, first: int, processes: int,
-                    group_name: str, ignore_index: int, need_grads: bool
-                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                    group_name: str, ignore_index: int, casts: list[torch.Tensor], emulated: bool,
+                    need_grads: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     N, V = x.shape[0], weight.shape[0]
-    w = weight.to(x.dtype)
+    products = _products(x, weight, casts, emulated)
     losses = x.new_empty(N, dtype=_loss_dtype(x))
     grad_x = torch.empty_like(x) if need_grads else x.new_empty(0)
     grad_w = weight.new_zeros(weight.shape) if need_grads else weight.new_empty(0)
@@ -246,15 +330,16 @@ def _vocab_parallel(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     rows = _chunk_rows(x, max(V, 1))
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
-        logits = x[part] @ w.T  # (rows, V)
+        logits = products.logits(part)
         stats = torch.stack(_lse_and_target_logit(logits, index[part]), dim=1)  # (rows, 2)
         stats = functional_all_gather(stats, processes, group_name)  # (processes, rows, 2)
         lse = stats[:, :, 0].logsumexp(dim=0)
         valid = targets[part] != ignore_index
         losses[part] = (lse - stats[:, :, 1].sum(dim=0)).where(valid, 0)
         if need_grads:
-            grad_logits = _grad_logits_(logits, lse.where(valid, float("inf")), index[part])
-            torch.mm(grad_logits, w, out=grad_x[part])
+            low_grad = products.low_grad(logits)
+            grad_logits = _grad_logits_(logits, lse.where(valid, float("inf")), index[part], low_grad)
+            products.grad_x_(grad_x[part], grad_logits, low_grad)
             _add_matmul_(grad_w, grad_logits.T, x[part])
     return losses.sum(), grad_x, grad_w
 
@@ -275,16 +360,22 @@ def _lse_and_target_logit(logits, index):
     return full.logsumexp(dim=1), target.where(index >= 0, 0)
 
 
-def _grad_logits_(logits, lse, index):
-    """Overwrite logits with softmax - onehot. lse: log-sum-exp over all columns; index: -1 for no onehot."""
+def _grad_logits_(logits, lse, index, low_grad=None):
+    """Overwrite logits with softmax - onehot. lse: log-sum-exp over all columns; index: -1 for no onehot;
+    low_grad: see _loss_and_grad_logits_."""
     if usable(logits):
-        _grad_kernel[(logits.shape[0],)](logits, index, lse, logits.shape[1], logits.stride(0),
-                                         LANES=4096, UNROLL=8, num_warps=16)
+        low = _kernel_writes(low_grad)
+        _grad_kernel[(logits.shape[0],)](logits, index, lse, low_grad if low else logits, logits.shape[1],
+                                         logits.stride(0), LOW=GRAD_SCALE if low else None, LANES=4096,
+                                         UNROLL=8, num_warps=16)
+        if not low:
+            _in_low_precision_(low_grad, logits)
         return logits
     probs = (logits.to(_loss_dtype(logits)) - lse[:, None]).exp_()
     there = (index >= 0) & lse.isfinite()
     if probs.shape[1]:
         probs.scatter_add_(1, index.clamp(min=0)[:, None], -there.to(probs.dtype)[:, None])
+    _in_low_precision_(low_grad, probs)
     return logits.copy_(probs)
 
 
@@ -331,8 +422,11 @@ if triton is not None:
 
     @triton.jit
     def _store_softmax(logits_ptr, lse2, V, LANES: tl.constexpr, UNROLL: tl.constexpr, factor=1.0,
-                       softcap=None):
-        """Overwrite a row with factor * 2^(logit / ln 2 - lse2) * cap's derivative; 0 if lse2 is infinite."""
+                       softcap=None, low_ptr=None, LOW: tl.constexpr = None):
+        """Overwrite a row with factor * 2^(logit / ln 2 - lse2) * cap's derivative; 0 if lse2 is infinite.
+
+        Unless LOW is None, also write LOW times that to low_ptr.
+        """
         offsets = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         for start in range(0, V, LANES * UNROLL):
             mask = start + offsets < V
@@ -340,6 +434,8 @@ if triton is not None:
             z, slope = _log2_logits(z, softcap)
             p = factor * tl.exp2(z - lse2) * slope
             tl.store(logits_ptr + start + offsets, p.to(logits_ptr.dtype.element_ty), mask=mask)
+            if LOW is not None:
+                tl.store(low_ptr + start + offsets, (p * LOW).to(low_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _lse_kernel(
@@ -360,26 +456,31 @@ if triton is not None:
         logits_ptr,  # (rows, V), overwritten
         index_ptr,  # (rows,), -1 for no column
         lse_ptr,  # (rows,) fp32, infinite for ignored rows
-        V, row_stride, LANES: tl.constexpr, UNROLL: tl.constexpr,
+        low_ptr,  # (rows, V), overwritten with LOW times the gradient, unless LOW is None
+        V, row_stride, LOW: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * row_stride
+        low_ptr += row * V
         index = tl.load(index_ptr + row)
         lse2 = tl.load(lse_ptr + row) * 1.4426950408889634
         counts = (index >= 0) & (lse2 != float("inf"))
         target = tl.load(logits_ptr + index, mask=counts, other=0.0).to(tl.float32)
-        _store_softmax(logits_ptr, lse2, V, LANES, UNROLL)
+        _store_softmax(logits_ptr, lse2, V, LANES, UNROLL, 1.0, None, low_ptr, LOW)
         tl.debug_barrier()  # the row must be written before the target's entry is overwritten
         p = tl.exp2(target * 1.4426950408889634 - lse2) - 1.0
         tl.store(logits_ptr + index, p.to(logits_ptr.dtype.element_ty), mask=counts)
+        if LOW is not None:
+            tl.store(low_ptr + index, (p * LOW).to(low_ptr.dtype.element_ty), mask=counts)
 
     @triton.jit
     def _cross_entropy_kernel(
         logits_ptr,  # (rows, V), overwritten by the gradient if WRITE_GRAD
         targets_ptr,  # (rows,)
         losses_ptr,  # (rows,) fp32
+        low_ptr,  # (rows, V), overwritten with LOW times the gradient, unless LOW is None
         V, row_stride, ignore_index,
-        WRITE_GRAD: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+        LOW: tl.constexpr, WRITE_GRAD: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     ):
         """Process one row per program: a running softmax in fp32, then softmax minus one-hot from L2.
 
@@ -396,10 +497,13 @@ if triton is not None:
         tl.store(losses_ptr + row, tl.where(valid, lse2 / LOG2E - target_logit, 0.0))
         if WRITE_GRAD:
             lse2 = tl.where(valid, lse2, float("inf"))  # makes every softmax of an ignored row zero
-            _store_softmax(logits_ptr, lse2, V, LANES, UNROLL)
+            low_ptr += row * V
+            _store_softmax(logits_ptr, lse2, V, LANES, UNROLL, 1.0, None, low_ptr, LOW)
             tl.debug_barrier()  # the row must be written before the target's entry is overwritten
-            p_target = tl.exp2(target_logit * LOG2E - lse2)
-            tl.store(target_ptr, (p_target - 1.0).to(logits_ptr.dtype.element_ty), mask=valid)
+            p = tl.exp2(target_logit * LOG2E - lse2) - 1.0
+            tl.store(target_ptr, p.to(logits_ptr.dtype.element_ty), mask=valid)
+            if LOW is not None:
+                tl.store(low_ptr + target, (p * LOW).to(low_ptr.dtype.element_ty), mask=valid)
 
     @triton.jit
     def _weighted_cross_entropy_kernel(
@@ -431,11 +535,14 @@ if triton is not None:
             tl.store(logits_ptr + index, grad.to(logits_ptr.dtype.element_ty), mask=w != 0)
 
 
-def _triton_loss_and_grad_(logits, targets, ignore_index, need_grads):
+def _triton_loss_and_grad_(logits, targets, ignore_index, need_grads, low_grad=None):
     rows, V = logits.shape
-    losses = logits.new_empty(rows, dtype=torch.float32)
-    _cross_entropy_kernel[(rows,)](logits, targets, losses, V, logits.stride(0), ignore_index,
-                                   WRITE_GRAD=need_grads, LANES=4096, UNROLL=8, num_warps=16)
+    losses, low = logits.new_empty(rows, dtype=torch.float32), _kernel_writes(low_grad)
+    _cross_entropy_kernel[(rows,)](
+        logits, targets, losses, low_grad if low else logits, V, logits.stride(0), ignore_index,
+        LOW=GRAD_SCALE if low else None, WRITE_GRAD=need_grads, LANES=4096, UNROLL=8, num_warps=16)
+    if not low:
+        _in_low_precision_(low_grad, logits)
     return losses, logits
 
 

@@ -19,6 +19,7 @@ from nanosync.checkpoint import Checkpoint, find, find_weights
 from nanosync.distributed import Processes
 from nanosync.errors import UserError
 from nanosync.files import expand_path
+from nanosync.fp8 import use_fp8
 from nanosync.model_kind import check_size, model_config, model_description, schedule_description
 from nanosync.parallelism import Parallelism
 from nanosync.random_states import seed_random_states
@@ -217,6 +218,7 @@ def model_for_training(run: Run, kind: str, parallel: Parallelism, evaluations: 
     if config["tp_processes"] > 1:
         model.place(ranks_on(processes.tp_group, config["tp_size"]))
     use_activation_checkpointing(model, config["activation_checkpointing"])
+    use_fp8(model, config)
     if config["use_triton"]:
         use_triton_layer_norm(model)
     fill(model, weights, source, processes.device, parallel)

@@ -62,7 +62,7 @@ class DelayedResidual:
 
     def add(self, y, projection: nn.Linear, step: Step):
         """Add the row-parallel projection of y (m, B, T, K / m), and send a packet if the step does."""
-        out = row_parallel(y, projection.weight, self.ranks.local, together=not step.apart)
+        out = row_parallel(y, projection, self.ranks.local, together=not step.apart)
         # a copy, because FSDP frees a parameter at the end of its block
         bias = None if projection.bias is None else projection.bias.to(out.dtype, copy=True)
         out, bias = self.dropout(out, bias)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 
 from kernels.collectives import functional_all_reduce
 from nanosync.errors import UserError
+from nanosync.fp8 import product_without_bias
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def column_parallel(x, linear: nn.Linear, parts: int = 1):
     """
     m, B, T, C = x.shape
     if m == 1:
-        return F.linear(x, linear.weight, linear.bias)
+        return linear(x)
     weight = linear.weight.view(parts, m, -1, C).transpose(0, 1).reshape(m, -1, C)  # (m, N / m, C)
     y = torch.bmm(x.reshape(m, B * T, C), weight.transpose(1, 2))
     if linear.bias is not None:
@@ -123,18 +123,18 @@ def column_parallel(x, linear: nn.Linear, parts: int = 1):
     return y.view(m, B, T, -1)
 
 
-def row_parallel(y, weight, local: int, together: bool):
+def row_parallel(y, linear: nn.Linear, local: int, together: bool):
     """Multiply by each rank's columns of a matrix: y (m, B, T, K / m) -> partial sums (local, B, T, C).
 
-    weight: (C, K).
+    linear: layer with the weight (C, K); its bias is left out.
     together: True to return the sum of the partial sums, (1, B, T, C), which is a single product.
     """
     m, B, T, _ = y.shape
     if together or local == 1:
-        return F.linear(y.permute(1, 2, 0, 3).reshape(1, B, T, -1), weight)
+        return product_without_bias(y.permute(1, 2, 0, 3).reshape(1, B, T, -1), linear)
     if m == 1:  # y has the inputs of all local ranks, concatenated
         y = y.view(B * T, local, -1).transpose(0, 1)
-    w = weight.view(weight.shape[0], local, -1).permute(1, 2, 0)  # (local, K / local, C)
+    w = linear.weight.view(linear.weight.shape[0], local, -1).permute(1, 2, 0)  # (local, K / local, C)
     return torch.bmm(y.reshape(local, B * T, -1) if m > 1 else y, w).view(local, B, T, -1)
 
 

@@ -13,7 +13,8 @@ from nanosync.errors import UserError
 ACTIVATION_CHECKPOINTING = ("none", "block", "selective")
 aten = torch.ops.aten
 KEPT = [  # by 'selective': operations whose results are expensive to recompute for their memory
-    aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_cudnn_attention.default,
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default,
+    aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.wait_tensor.default, torch.ops.nanosync.interval_attention.default,

@@ -39,6 +39,7 @@ ELSEWHERE = (
     ("use_triton", "triton use_triton_kernels use_triton_layernorm"),
     ("activation_checkpointing", "gradient_checkpointing use_checkpointing checkpoint_activations"),
     ("tp_size", "tensor_parallel_size tensor_model_parallel_size tp tp_degree"),
+    ("fp8", "float8 use_fp8 fp8_training enable_fp8 fp8_linear"),
     ("dtype", "precision mixed_precision amp fp16 bf16 use_amp"),
     ("compile", "torch_compile use_compile"),
     ("seed", "random_seed manual_seed"),

@@ -11,6 +11,13 @@ import torch.nn as nn
 class Replicated(nn.Module):
     """A model that every process has whole. A model of tensor-parallel ranks overrides these methods."""
 
+    head_recipe = None  # how the head runs in FP8, see nanosync.fp8; None: in the dtype of its input
+
+    @property
+    def head_fp8(self):
+        """How the head's products run now: in FP8 only where gradients are recorded."""
+        return self.head_recipe if torch.is_grad_enabled() else None
+
     def n_parameters(self) -> int:
         """Return the number of parameters of the whole model."""
         return sum(p.numel() for p in self.parameters())

@@ -13,6 +13,7 @@ from nanosync.dataloader import evaluate, evaluation_batches
 from nanosync.diagnose import check_diagnosis, only_diagnose
 from nanosync.distributed import finish, start
 from nanosync.errors import UserError, shown
+from nanosync.fp8 import check_fp8, check_fp8_device, describe_fp8, follow_weights
 from nanosync.hardware import check_compile, make_deterministic, pick_dtype
 from nanosync.log_text import evaluation_line
 from nanosync.model_kind import MAX_LAYERS, ModelKind
@@ -39,6 +40,7 @@ def check_training_settings(config: dict) -> None:
     if config["use_triton"] not in (True, False, "auto"):
         raise UserError(f"use_triton={shown(config['use_triton'])} is unknown: use True, False or auto")
     check_seed(config)
+    check_fp8(config)
     check_parallelism(config)
     check_optimizer(config)
     check_diagnosis(config)
@@ -113,8 +115,11 @@ def start_processes(config: dict, kinds: dict[str, ModelKind]) -> Parallelism:
     processes = start(config["device"], config["backend"], config["timeout"], tp_processes, config)
     only_diagnose(config, processes.device)
     if config["use_triton"] == "auto":
-        config["use_triton"] = usable(torch.empty(0, device=processes.device))
-    parallel = parallelism_of(config, processes, pick_dtype(config["dtype"], processes.device))
+        fuses_casts = config["fp8"] and config["compile"]  # into its own LayerNorm, forward and backward
+        config["use_triton"] = usable(torch.empty(0, device=processes.device)) and not fuses_casts
+    dtype = pick_dtype(config["dtype"], processes.device)
+    parallel = parallelism_of(config, processes, dtype)
+    check_fp8_device(config, processes.device, dtype)
     if config["compile"]:
         check_compile(processes.device)
     if total % processes.dp_size:
@@ -144,6 +149,8 @@ def describe_start(run: Run, model: nn.Module, parallel: Parallelism) -> None:
         kind = processes.device.type
         run.line("using Triton-accelerated LayerNorm" if usable(torch.empty(0, device=processes.device)) else
                  f"use_triton: no Triton kernels on {kind} here, using PyTorch's LayerNorm")
+    if config["fp8"]:
+        run.line(describe_fp8(config, model))
     if data.meta is None and config["init_from"] == "scratch":
         run.line(f"{data.folder} has no meta.json: using GPT-2's vocabulary of 50257 tokens")
 
@@ -157,6 +164,7 @@ def prepare_training(run: Run, model: nn.Module, parallel: Parallelism) -> tuple
     config, processes = run.config, run.processes
     torch.set_float32_matmul_precision("high")  # TF32 where a product is in fp32
     autocast = parallel.autocast()
+    follow_weights(model, run.optimizer)
     real_ranks = config["tp_processes"] > 1
     compiled = config["compile"] and not (real_ranks and model.config.dropout > 0)
     if compiled:

@@ -18,6 +18,7 @@ from kernels import (
     cross_entropy,
     decode,
     exchange,
+    fp8,
     gelu_mlp,
     layer_norm,
     pending_norm,
@@ -40,12 +41,12 @@ def test_compiles_without_a_gpu(capability):
     stream, sums = "*fp32 *fp32 *fp32 *i64 *i32", "fp32 i32 i32 i32 i32"  # see Stream and SplitSums
     ranks = dict(RANK=1, RANKS=4, SETS=4)
     cases = [
-        (cross_entropy._cross_entropy_kernel, "*bf16 *i64 *fp32 i32 i32 i32",
-         dict(WRITE_GRAD=True, LANES=4096, UNROLL=8), dict(num_warps=16)),
+        (cross_entropy._cross_entropy_kernel, "*bf16 *i64 *fp32 *fp8e5 i32 i32 i32",
+         dict(LOW=2.0**15, WRITE_GRAD=True, LANES=4096, UNROLL=8), dict(num_warps=16)),
         (cross_entropy._lse_kernel, "*bf16 *i64 *fp32 *fp32 i32 i32", dict(LANES=4096, UNROLL=8),
          dict(num_warps=16)),
-        (cross_entropy._grad_kernel, "*bf16 *i64 *fp32 i32 i32", dict(LANES=4096, UNROLL=8),
-         dict(num_warps=16)),
+        (cross_entropy._grad_kernel, "*bf16 *i64 *fp32 *fp8e5 i32 i32",
+         dict(LOW=2.0**15, LANES=4096, UNROLL=8), dict(num_warps=16)),
         *((cross_entropy._weighted_cross_entropy_kernel, "*bf16 *i64 *fp32 *fp32 i32 i32 fp32 fp32 fp32",
            dict(K=3, BLOCK_K=4, SOFTCAP=unroll == 2, WRITE_GRAD=True, LANES=4096, UNROLL=unroll),
            dict(num_warps=16)) for unroll in (2, 4)),
@@ -263,3 +264,19 @@ def test_adamw_compiles_without_a_gpu():
         compiled = compile(source, target=GPUTarget("cuda", 80, 32), options=dict(num_warps=adamw.WARPS))
         if kernel is not adamw._norm_kernel:
             assert "ld.global.v4.b32" in compiled.asm["ptx"]
+
+
+@COMPILED
+def test_weight_casts_compile_without_a_gpu():
+    """For H100: FP8 conversions in hardware, and a maximum that keeps a NaN."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = fp8._cast_weights_kernel.arg_names
+    for write in (False, True):
+        constants = dict(WRITE=write, LARGEST=448.0, TINY=fp8.TINY, TILE=fp8.WeightCasts.TILE)
+        kinds = dict(zip(names, "*i64 *i32 *i32 *fp8e4nv *fp8e4nv *fp32".split()))
+        source = ASTSource(fp8._cast_weights_kernel, {n: kinds.get(n, "constexpr") for n in names},
+                           {(names.index(n),): value for n, value in constants.items()})
+        ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4)).asm["ptx"]
+        assert "max.NaN.f32" in ptx and "cvt.rn.satfinite.e4m3x2.f32" in ptx if write else "atom" in ptx

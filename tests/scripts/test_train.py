@@ -302,6 +302,9 @@ def test_bench(run_script, tiny_data, tmp_path):
     assert figures["ours"]["val_loss"] == pytest.approx(figures["peer"]["val_loss"], abs=2e-2)
     assert done.out.count("  peak n/a") == 2 and figures["ours"]["peak_memory_gb"] is None
     assert figures["ours"]["val_loss"] < 3.2 and len(figures["ours"]["ms_all"]) == 2
+    done = run_script("bench.py", *size, "--block_size=16", "--steps=1", "--compare=ddp,fp8_emulated",
+                      "--warmup=1", "--rounds=1")
+    assert done.code == 0 and "fp8_emulated / peer = " in done.out, done.err
     done = run_script("bench.py", *size, "--block_size=64", "--mode=generate", "--max_new_tokens=8")
     assert done.code == 0 and "ours / peer = " in done.out and "ms/step" in done.out, done.err
 

@@ -111,7 +111,7 @@ def test_loss_operator_is_registered_correctly():
     from kernels.cross_entropy import _loss_and_grads
 
     x, w = torch.randn(6, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
-    torch.library.opcheck(_loss_and_grads, (x, w, torch.tensor([0, 1, 2, 4, -1, 3]), -1, True),
+    torch.library.opcheck(_loss_and_grads, (x, w, torch.tensor([0, 1, 2, 4, -1, 3]), -1, [], False, True),
                           test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 

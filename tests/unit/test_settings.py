@@ -42,6 +42,11 @@ def test_use_triton(monkeypatch, script, given, kernels_run, used):
     monkeypatch.setattr(training_setup, "start", lambda *args: Processes(0, 1, 0, torch.device("cpu"), None))
     training_setup.start_processes(config, {})
     assert config["use_triton"] is used
+    config |= {"use_triton": given, "fp8": "emulated", "compile": True}
+    monkeypatch.setattr(training_setup, "check_compile", lambda device: None)
+    training_setup.start_processes(config, {})
+    # with FP8 the compiler fuses casts into its own LayerNorm
+    assert config["use_triton"] is (used and given != "auto")
 
 
 @pytest.mark.parametrize("least, line", [

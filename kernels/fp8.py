@@ -1,0 +1,220 @@
+"""Linear layers whose forward product and input gradient run in FP8, with the weight's gradient as usual.
+
+    y  = x @ w.T + bias          x and w in e4m3, 3 bits of mantissa, up to 448
+    dx = dy @ w                  dy in e5m2, 2 bits of mantissa, up to 57344
+    dw = dy.T @ x                in the dtype of x
+
+A tensor is divided by a scale before the cast, so that its largest entry becomes the largest number of the
+format. Each row has a scale of its own, or the whole tensor has one. A scale of rows is found in the pass
+that casts, by any kernel that has a whole row at hand: torch.compile makes LayerNorm, GELU, the gradients of
+both, and the gradient of q, k and v together each one kernel with its cast. A scale of a whole tensor takes
+another pass. A product multiplies by the scales when its sums, in fp32, are complete. Scales depend on the
+tensor alone, not on earlier steps, so they are no state of a run. (Formats: arXiv 2209.05433.)
+
+Relative to the largest entry of a row, entries below 2^-14 (e4m3) and 2^-29 (e5m2) lose bits of the mantissa.
+All others are rounded to a relative error of at most 2^-4 (e4m3) and 2^-3 (e5m2).
+
+FP8's matrix units take both factors with contiguous rows of the dimension that is summed. So a weight has two
+copies, w for y and w.T for dx. `WeightCasts` makes them for a list of weights at once, after each update. Its
+time is the bytes of the weights twice: two kernels, whatever the number of weights.
+
+Shapes: M = rows of x, K = inputs, N = outputs of a layer.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from kernels import INTERPRETED, triton, usable
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+TINY = 1e-30  # smallest largest entry: a row of zeros needs a scale, too
+MULTIPLE = 16  # the sizes of a weight must be multiples of it
+
+
+class Recipe(NamedTuple):
+    """How the products of a layer run."""
+
+    per_tensor: bool = False  # one scale for a whole activation or gradient; False: one for each of its rows
+    emulated: bool = False  # compute the products of the cast numbers in fp32, on any device; slow
+
+
+class Cast(NamedTuple):
+    """A matrix (M, K) in FP8. It stands for values * scale."""
+
+    values: torch.Tensor  # (M, K), contiguous
+    scale: torch.Tensor  # (M, 1) or (1, 1), fp32
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype, per_tensor: bool = False) -> Cast:
+    """Cast a matrix (M, K). A row with an entry that is not finite becomes NaN."""
+    largest = x.abs().amax(dim=(0, 1) if per_tensor else 1, keepdim=True).float().clamp(min=TINY)
+    values = (x.float() * (LARGEST[dtype] / largest)).to(dtype)
+    return Cast(values.contiguous(), largest / LARGEST[dtype])
+
+
+class WeightCast(NamedTuple):
+    """A weight (N, K) in e4m3, in both layouts, with one scale."""
+
+    values: torch.Tensor  # (N, K)
+    transposed: torch.Tensor  # (K, N)
+    scale: torch.Tensor  # (max(N, K), 1) fp32, all equal
+
+    def rows(self, transposed: bool, recipe: Recipe) -> Cast:
+        """Return the weight, or its transpose, as a factor of a product."""
+        values = self.transposed if transposed else self.values
+        return Cast(values, self.scale[:1 if recipe.per_tensor else values.shape[0]])
+
+
+def cast_weight(weight: torch.Tensor) -> WeightCast:
+    """Cast a weight (N, K)."""
+    values, scale = cast(weight, E4M3, per_tensor=True)
+    return WeightCast(values, values.t().contiguous(), scale.expand(max(weight.shape), 1).contiguous())
+
+
+def product(a: Cast, b: Cast, bias: torch.Tensor | None, dtype: torch.dtype, emulated: bool) -> torch.Tensor:
+    """Return a @ b.T + bias, (M, N), in `dtype`. a: (M, K); b: (N, K); bias: (N,) or None."""
+    if emulated:
+        with torch.autocast(a.values.device.type, enabled=False):
+            y = (a.values.float() @ b.values.float().t()) * a.scale * b.scale.t()
+        return (y if bias is None else y + bias.float()).to(dtype)
+    return torch._scaled_mm(a.values, b.values.t(), scale_a=a.scale, scale_b=b.scale.t(), out_dtype=dtype,
+                            bias=None if bias is None else bias.to(dtype), use_fast_accum=True)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, recipe: Recipe,
+           casts: WeightCast | None = None) -> torch.Tensor:
+    """Return x @ weight.T + bias, (..., N), in x's dtype, computed in FP8. Differentiable once.
+
+    x: (..., K), cast to autocast's dtype under autocast. Without `emulated` it must then be bfloat16.
+    weight: (N, K), N and K multiples of MULTIPLE. bias: (N,) or None.
+    casts: of the weight; None makes them here, and again in the backward pass.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, *(casts or (None, None, None)), *recipe)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` for a matrix x. The cast of x is not kept, because the weight's gradient needs x itself."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, values, transposed, scale, per_tensor, emulated):
+        recipe = Recipe(per_tensor, emulated)
+        casts = cast_weight(weight) if values is None else WeightCast(values, transposed, scale)
+        ctx.recipe, ctx.has_bias = recipe, bias is not None
+        ctx.save_for_backward(x, weight, bias, transposed, scale)
+        return product(cast(x, E4M3, per_tensor), casts.rows(False, recipe), bias, x.dtype, emulated)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, bias, transposed, scale = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_weight = grad_bias = None
+        if of_x:
+            casts = cast_weight(weight) if scale is None else WeightCast(None, transposed, scale)
+            grad_x = product(cast(grad, E5M2, ctx.recipe.per_tensor), casts.rows(True, ctx.recipe), None,
+                             x.dtype, ctx.recipe.emulated)
+        if of_weight:
+            grad_weight = (grad.t() @ x).to(weight.dtype)
+        if of_bias:
+            grad_bias = grad.sum(0, dtype=torch.float32).to(bias.dtype)
+        return grad_x, grad_weight, grad_bias, *[None] * 5
+
+
+class WeightCasts:
+    """The casts of a list of weights, which `update` makes anew. Their memory stays the same."""
+
+    TILE = 64  # rows and columns of a weight that a program casts
+    dtype = E4M3  # of the casts; tests of the kernel's addresses take another, see update
+
+    def __init__(self, weights: list[torch.Tensor]):
+        """Allocate memory for the casts. weights: fp32 matrices with contiguous rows, on one device."""
+        self.weights = weights
+        sizes = [(w.numel(), *w.shape) for w in weights]
+        device, lengths = weights[0].device, [-(-max(w.shape) // 32) * 32 for w in weights]
+        self._values = torch.empty(sum(n for n, _, _ in sizes), dtype=self.dtype, device=device)
+        self._transposed = torch.empty_like(self._values)
+        self._scales = torch.empty(sum(lengths), device=device)  # each weight's at a multiple of 128 bytes
+        self._largest = torch.empty(len(weights), dtype=torch.int32, device=device)
+        self.casts, first, first_scale, self._places = [], 0, 0, []
+        for (n, N, K), length in zip(sizes, lengths):
+            self._places.append((first, first_scale, N, K))
+            values, transposed = (t[first:first + n] for t in (self._values, self._transposed))
+            scale = self._scales[first_scale:first_scale + max(N, K), None]
+            self.casts.append(WeightCast(values.view(N, K), transposed.view(K, N), scale))
+            first, first_scale = first + n, first_scale + length
+        self._addresses, self._tables = None, None
+        self.update()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Cast the weights as they are now."""
+        rounds = not (INTERPRETED and self.dtype == E4M3)  # Triton's interpreter rounds 127.9 to 64
+        if not (usable(self.weights[0]) and rounds):
+            for weight, casts in zip(self.weights, self.casts):
+                for place, new in zip(casts, cast_weight(weight)):
+                    place.copy_(new)
+            return
+        addresses = [w.data_ptr() for w in self.weights]
+        if addresses != self._addresses:
+            self._addresses, self._tables = addresses, self._make_tables(addresses)
+        matrices, tiles = self._tables
+        self._largest.zero_()
+        for write in (False, True):
+            _cast_weights_kernel[(len(tiles),)](
+                matrices, tiles, self._largest, self._values, self._transposed, self._scales, WRITE=write,
+                LARGEST=LARGEST[E4M3], TINY=TINY, TILE=self.TILE, num_warps=4)
+
+    def _make_tables(self, addresses: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the kernel's tables of weights and of tiles."""
+        device, tiles = self.weights[0].device, []
+        for i, (w, (_, _, N, K)) in enumerate(zip(self.weights, self._places)):
+            assert w.dtype == torch.float32 and w.is_contiguous(), f"a weight is {w.dtype}, {w.stride()}"
+            assert N % MULTIPLE == K % MULTIPLE == w.data_ptr() % 16 == 0, "the kernel moves 16 bytes"
+            rows, columns = torch.arange(0, N, self.TILE), torch.arange(0, K, self.TILE)
+            tiles.append(torch.cartesian_prod(torch.tensor([i]), rows, columns))
+        matrices = torch.tensor([(address, *place) for address, place in zip(addresses, self._places)])
+        return matrices.to(device), torch.cat(tiles).to(device, torch.int32)
+
+
+if triton is not None:
+    import triton.language as tl
+
+    @triton.jit
+    def _cast_weights_kernel(
+        matrices_ptr,  # (weights, 5) int64: address, first entry of its casts, of its scales, N, K
+        tiles_ptr,  # (programs, 3) int32: weight, first row, first column
+        largest_ptr,  # (weights,): largest entry, zero at first, as the bits of an fp32 number
+        values_ptr, transposed_ptr,  # casts of all weights, e4m3
+        scales_ptr,  # fp32
+        WRITE: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, TILE: tl.constexpr,
+    ):
+        """Process one tile per program: find the largest entry of its weight or, with WRITE, cast."""
+        tile = tiles_ptr + tl.program_id(0) * 3
+        weight = tl.load(tile)
+        matrix = matrices_ptr + weight * 5
+        weight_ptr = tl.multiple_of(tl.load(matrix).to(tl.pointer_type(tl.float32)), 16)
+        N, K = tl.multiple_of(tl.load(matrix + 3), 16), tl.multiple_of(tl.load(matrix + 4), 16)
+        n = (tl.multiple_of(tl.load(tile + 1), 16) + tl.arange(0, TILE)).to(tl.int64)
+        k = (tl.multiple_of(tl.load(tile + 2), 16) + tl.arange(0, TILE)).to(tl.int64)
+        inside = (n[:, None] < N) & (k[None, :] < K)
+        w = tl.load(weight_ptr + n[:, None] * K + k[None, :], mask=inside, other=0.0)
+        if WRITE:
+            largest = tl.load(largest_ptr + weight).to(tl.float32, bitcast=True)
+            largest = tl.maximum(largest, TINY, propagate_nan=tl.PropagateNan.ALL)
+            w = (w * tl.div_rn(LARGEST, largest)).to(values_ptr.dtype.element_ty)
+            first = tl.multiple_of(tl.load(matrix + 1), 16)
+            tl.store(values_ptr + first + n[:, None] * K + k[None, :], w, mask=inside)
+            tl.store(transposed_ptr + first + k[:, None] * N + n[None, :], tl.trans(w), mask=tl.trans(inside))
+            scales_ptr += tl.load(matrix + 2)  # programs store the same number
+            scale = tl.zeros((TILE,), tl.float32) + tl.div_rn(largest, LARGEST)
+            tl.store(scales_ptr + n, scale, mask=n < N)
+            tl.store(scales_ptr + k, scale, mask=k < K)
+        else:  # numbers that are not negative have the order of their bits; a NaN is the largest
+            bits = tl.abs(w).to(tl.int32, bitcast=True)
+            tl.atomic_max(largest_ptr + weight, tl.max(tl.max(bits, axis=1), axis=0))

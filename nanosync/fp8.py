@@ -1,0 +1,132 @@
+"""The setting --fp8: matrix products of the blocks, and with --fp8_head of the head, in FP8 while training.
+
+The linear layers of the blocks become Float8Linear. Parameters, their names, gradients and checkpoints stay
+as they are. Without gradients (evaluations, samples) the model runs in the usual dtype, as it does later from
+its weights.
+Scales depend on the tensors alone (see kernels/fp8.py), so FP8 adds no state to a checkpoint.
+
+Each process casts its weights once per update: a hook of the optimizer does it after each step. FSDP gathers
+a unit's weights for each pass, so there a weight is cast in each pass.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import fp8
+from kernels.fp8 import MULTIPLE, Recipe, WeightCast, WeightCasts
+from nanosync.errors import UserError, shown
+from nanosync.sharding import is_sharded
+
+RECIPES = {  # value of the setting -> Recipe
+    False: None, True: Recipe(), "tensorwise": Recipe(per_tensor=True), "emulated": Recipe(emulated=True),
+}
+
+
+class Float8Linear(nn.Linear):
+    """A linear layer whose forward product and input gradient are in FP8 where gradients are recorded."""
+
+    recipe: Recipe = Recipe()
+    casts: WeightCast | None = None  # of the weight as it is now; None: cast in each pass
+
+    def forward(self, x):
+        return self.product(x, self.bias)
+
+    def product(self, x, bias=None):
+        """Return x @ weight.T + bias, (..., N), for x (..., K)."""
+        if torch.is_grad_enabled():
+            return fp8.linear(x, self.weight, bias, self.recipe, self.casts)
+        return F.linear(x, self.weight, bias)
+
+
+def product_without_bias(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    """Return x @ weight.T, in FP8 if the layer is in FP8."""
+    return linear.product(x) if isinstance(linear, Float8Linear) else F.linear(x, linear.weight)
+
+
+def check_fp8(config: dict) -> None:
+    """Raise UserError for wrong values of fp8 and fp8_head."""
+    setting = config["fp8"]
+    if type(setting) not in (bool, str) or setting not in RECIPES:
+        raise UserError(f"fp8={shown(setting)} is unknown: use True, False, tensorwise or emulated")
+    if config["fp8_head"] and not setting:
+        raise UserError("fp8_head adds the head to the products in FP8: add --fp8, or leave fp8_head out")
+
+
+def check_fp8_device(config: dict, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError if FP8 cannot run on the device or beside the dtype of other products."""
+    recipe = RECIPES[config["fp8"]]
+    if recipe is None:
+        return
+    if dtype == torch.float16:
+        raise UserError("fp8 does not go with float16, which scales losses: use --dtype=bfloat16, or leave "
+                        "fp8 out")
+    if recipe.emulated:
+        return
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+        raise UserError(f"fp8 needs an NVIDIA GPU since Hopper (H100), and the device is {name}: leave fp8 "
+                        f"out, or use --fp8=emulated, which has the same rounding and is slow")
+    if dtype != torch.bfloat16:
+        raise UserError(f"fp8 needs dtype='bfloat16' for all other products, and it is "
+                        f"{str(dtype).removeprefix('torch.')!r}: use --dtype=bfloat16")
+
+
+def use_fp8(model: nn.Module, config: dict) -> None:
+    """Run the products of a model's blocks in FP8, and the head's with fp8_head. Call follow_weights when the
+    model has its weights. Raises UserError for a model whose sizes do not fit.
+
+    model: a model of any kind, with or without values, whole or on real TP ranks.
+    """
+    recipe = RECIPES[config["fp8"]]
+    if recipe is None:
+        return
+    for name, module in model.transformer.h.named_modules():
+        if isinstance(module, nn.Linear):
+            _check_size(f"transformer.h.{name}.weight", *module.weight.shape)
+            module.__class__, module.recipe = Float8Linear, recipe
+    if config["fp8_head"]:
+        V, C = model.transformer.wte.weight.shape
+        ranks = getattr(model, "ranks", None)
+        processes = 1 if ranks is None else ranks.processes
+        for rows in (V, -(-V // processes)):
+            _check_size("the head", rows, C, "fp8_head")
+        model.head_recipe = recipe
+
+
+def _check_size(matrix: str, rows: int, columns: int, setting: str = "fp8") -> None:
+    if rows % MULTIPLE or columns % MULTIPLE:
+        raise UserError(f"{setting} needs matrices whose sizes are multiples of {MULTIPLE}, and on a process "
+                        f"{matrix} has {rows} x {columns}: choose other sizes, or leave {setting} out")
+
+
+def layers_of(model: nn.Module) -> list[Float8Linear]:
+    """Return the layers of a model that use_fp8 changed."""
+    return [module for module in model.modules() if isinstance(module, Float8Linear)]
+
+
+def follow_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Cast a model's weights now and after each step of its optimizer.
+
+    The model must have its weights, on their final device. Weights that FSDP shards are cast in each pass.
+    """
+    layers = [layer for layer in layers_of(model) if not is_sharded(layer.weight)]
+    if not layers:
+        return
+    kept = WeightCasts([layer.weight.detach() for layer in layers])
+    for layer, casts in zip(layers, kept.casts):
+        layer.casts = casts
+    optimizer.register_step_post_hook(lambda *_: kept.update())
+
+
+def describe_fp8(config: dict, model: nn.Module) -> str:
+    """Return the line that a run prints about FP8."""
+    scales = "per tensor" if config["fp8"] == "tensorwise" else "per row"
+    how = "emulated, which is slow" if config["fp8"] == "emulated" else f"scales {scales}"
+    head = " and the head" if config["fp8_head"] else ""
+    ranks, schedule = getattr(model, "ranks", None), getattr(model, "schedule", None)
+    differ = ranks is not None and ranks.local > 1 and not all(s.sync for s in schedule.sublayers)
+    return (f"FP8: {len(layers_of(model))} matrices of the blocks{head} ({how})"
+            + ("; not the products of simulated ranks whose streams differ" if differ else "")
+            + ("; without compile the casts cost more than FP8 saves"
+               if not config["compile"] and config["fp8"] != "emulated" else ""))

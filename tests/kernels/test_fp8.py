@@ -1,0 +1,144 @@
+"""Linear layers in FP8 against fp64: values, gradients, error bounds, casts of weights; seconds.
+
+    python -m pytest tests/kernels/test_fp8.py
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_fp8.py  # the kernel, too
+"""
+
+import pytest
+import torch
+from helpers import KERNEL_DEVICE as DEVICE
+from helpers import runs_kernels
+
+from kernels import cross_entropy, fp8
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.fp8 import E4M3, E5M2, LARGEST, Recipe, WeightCasts, cast, cast_weight, linear
+
+ROUNDING = {E4M3: 2**-4, E5M2: 2**-3}  # largest relative error of a normal number
+NORMAL = {E4M3: 2**-6 / 448, E5M2: 2**-14 / 57344}  # smallest normal number over the largest number
+HOPPER = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
+RECIPES = [Recipe(emulated=True)] + HOPPER * [Recipe(), Recipe(per_tensor=True)]
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_cast_has_the_format_s_error(dtype, per_tensor):
+    """Rows of very different sizes, and a row of zeros."""
+    torch.manual_seed(0)
+    x = (torch.randn(9, 64) * 2.0**torch.arange(-4, 5)[:, None]).to(DEVICE)
+    x[3] = 0
+    values, scale = cast(x, dtype, per_tensor)
+    assert values.dtype == dtype and scale.shape == ((1, 1) if per_tensor else (9, 1))
+    assert values.float().abs().amax() == LARGEST[dtype]
+    error = (values.double() * scale.double() - x.double()).abs()
+    largest = x.abs().amax() if per_tensor else x.abs().amax(1, keepdim=True)
+    bound = torch.maximum(x.double().abs(), NORMAL[dtype] * largest.double()) * ROUNDING[dtype]
+    assert (error <= bound * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_cast_of_a_value_that_is_not_finite_is_nan(bad):
+    x = torch.ones(4, 16, device=DEVICE)
+    x[1, 2] = bad
+    values = cast(x, E4M3).values.float()
+    assert values[1, 2].isnan() and values[0].isfinite().all()
+
+
+def sample(dtype=torch.bfloat16):
+    """x, weight, bias, and the gradient of the output."""
+    torch.manual_seed(0)
+    tensors = torch.randn(2, 19, 64), torch.randn(48, 64) / 8, torch.randn(48) / 8, torch.randn(2, 19, 48)
+    x, weight, bias, grad = (t.to(DEVICE) for t in tensors)
+    return [x.to(dtype).requires_grad_(), weight.requires_grad_(), bias.requires_grad_()], grad.to(dtype)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kept", [False, True])
+def test_linear_and_gradients(recipe, kept):
+    """Against fp64 products of the numbers that the casts stand for: bf16 rounds a result by 2^-9. The casts
+    themselves move a sum of independent terms by about the rounding error of one, over the square root of 3
+    and of 2 as both factors have it."""
+    (x, weight, bias), grad = sample()
+    casts = WeightCasts([weight]).casts[0] if kept else None
+    y = linear(x, weight, bias, recipe, casts)
+    y.backward(grad)
+    assert y.dtype == x.grad.dtype == torch.bfloat16 and weight.grad.dtype == bias.grad.dtype == torch.float32
+
+    def stands_for(t, dtype, per_tensor=recipe.per_tensor):
+        values, scale = cast(t.detach().flatten(0, -2), dtype, per_tensor)
+        return (values.double() * scale.double()).view(t.shape)
+
+    x8, grad8, weight8 = stands_for(x, E4M3), stands_for(grad, E5M2), stands_for(weight, E4M3, True)
+    flat = grad.double().flatten(0, 1), x.detach().double().flatten(0, 1)
+    expected = x8 @ weight8.T + bias.double(), grad8 @ weight8, flat[0].T @ flat[1], flat[0].sum(0)
+    exact = x.double() @ weight.double().T + bias.double(), grad.double() @ weight.double(), *expected[2:]
+    for found, same, true, error in zip((y, x.grad, weight.grad, bias.grad), expected, exact,
+                                        (2**-4, 2**-3, 2**-8, 2**-8)):
+        assert (found.double() - same).abs().max() <= 2**-8 * same.abs().max()
+        assert (found.double() - true).norm() <= error / 1.5 * true.norm()
+
+
+def test_gradients_that_nothing_needs_are_not_computed(monkeypatch):
+    (x, weight, _), grad = sample()
+    monkeypatch.setattr(fp8, "product", lambda a, b, *args, product=fp8.product: (
+        dtypes.append(a.values.dtype), product(a, b, *args))[1])
+    dtypes = []
+    linear(x.detach(), weight, None, RECIPES[0]).backward(grad)
+    assert dtypes == [E4M3] and weight.grad is not None
+
+
+def test_casts_follow_the_weights():
+    """After an update they are those of the new weights, at the old addresses, in both layouts."""
+    torch.manual_seed(0)
+    weights = [torch.randn(shape, device=DEVICE) for shape in ((48, 80), (144, 64), (16, 16))]
+    kept = WeightCasts(weights)
+    places = [t.data_ptr() for casts in kept.casts for t in casts]
+    assert all(place % 16 == 0 for place in places)  # cuBLAS refuses other addresses of scales
+    for weight in weights:
+        weight.mul_(3)
+    kept.update()
+    assert places == [t.data_ptr() for casts in kept.casts for t in casts]
+    for weight, casts in zip(weights, kept.casts):
+        for found, expected in zip(casts, cast_weight(weight)):
+            assert found.is_contiguous() and torch.equal(found.float(), expected.float())
+
+
+@runs_kernels
+def test_kernel_writes_both_layouts(monkeypatch):
+    """In fp32, which the interpreter need not round: sizes that tiles do not divide, a NaN, zeros."""
+    monkeypatch.setattr(WeightCasts, "dtype", torch.float32)
+    torch.manual_seed(0)
+    weights = [torch.randn(shape, device=DEVICE) for shape in ((48, 80), (144, 64), (16, 16), (16, 32))]
+    weights[2].zero_()
+    weights[3][5, 7] = float("nan")
+    kept = WeightCasts(weights)
+    assert kept._tables is not None
+    for weight, (values, transposed, scale) in zip(weights, kept.casts):
+        largest = weight.abs().max().clamp(min=fp8.TINY)
+        torch.testing.assert_close(values, weight * (448 / largest), equal_nan=True)
+        torch.testing.assert_close(transposed, values.T, equal_nan=True, rtol=0, atol=0)
+        torch.testing.assert_close(scale, (largest / 448).expand_as(scale), equal_nan=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_head(recipe, compiled, monkeypatch):
+    """Loss and gradients of three chunks against fp64, with a row that the loss ignores. The gradient of the
+    logits has an entry near -1 a row, which the rounding of e5m2 to 2^-3 moves by at most 2^-3."""
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, DEVICE, 1)  # the least: 128 rows
+    torch.manual_seed(0)
+    x, weight = (t.to(DEVICE) for t in (torch.randn(300, 64).bfloat16(), torch.randn(176, 64) / 8))
+    targets = torch.randint(176, (300,), device=DEVICE)
+    targets[130] = -1
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"  # traces as the default does, without C++
+    function = torch.compile(linear_cross_entropy, fullgraph=True, backend=backend) if compiled else \
+        linear_cross_entropy
+    results = []
+    for dtype, options in ((torch.float64, {}), (torch.bfloat16, dict(fp8=recipe))):
+        a = x.to(dtype).requires_grad_()
+        w = weight.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+        loss = (linear_cross_entropy if dtype == torch.float64 else function)(a, w, targets, **options)
+        loss.backward()
+        results.append((loss.detach(), a.grad, w.grad))
+    for found, true, error in zip(results[1], results[0], (1e-3, 2**-4, 2**-4)):
+        assert (found.double() - true).norm() <= error * true.norm()
+    assert results[1][1][130].abs().max() == 0

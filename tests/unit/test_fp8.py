@@ -1,0 +1,146 @@
+"""The setting --fp8: its errors, the layers and models that it changes, and what it leaves as it is. CPU.
+
+    python -m pytest tests/unit/test_fp8.py
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from helpers import build, gradients, random_speedrun_model, tokens
+
+from nanosync.errors import UserError
+from nanosync.fp8 import (
+    RECIPES,
+    Float8Linear,
+    check_fp8,
+    check_fp8_device,
+    describe_fp8,
+    follow_weights,
+    layers_of,
+    use_fp8,
+)
+from nanosync.ranks import column_parallel, row_parallel
+
+SIZES = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64)
+ON = dict(fp8="emulated", fp8_head=True)
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("config, words", [
+    (dict(fp8="rowwise", fp8_head=False), "fp8='rowwise' is unknown: use True, False, tensorwise or"),
+    (dict(fp8=1, fp8_head=False), "fp8=1 is unknown"),
+    (dict(fp8=False, fp8_head=True), "fp8_head adds the head to the products in FP8: add --fp8"),
+])
+def test_wrong_settings(config, words):
+    with pytest.raises(UserError, match=words):
+        check_fp8(config)
+
+
+@pytest.mark.parametrize("name, capability, dtype, words", [
+    ("NVIDIA A100-SXM4-80GB", (8, 0), "bfloat16", "since Hopper .H100., and the device is NVIDIA A100-SXM4"),
+    ("NVIDIA L4", (8, 9), "bfloat16", "since Hopper .H100., and the device is NVIDIA L4"),
+    ("NVIDIA H100 80GB HBM3", (9, 0), "float32", "fp8 needs dtype='bfloat16' for all other products"),
+    ("NVIDIA H100 80GB HBM3", (9, 0), "float16", "does not go with float16"),
+    ("NVIDIA H100 80GB HBM3", (9, 0), "bfloat16", None),
+    ("NVIDIA B200", (10, 0), "bfloat16", None),
+])
+def test_devices(monkeypatch, name, capability, dtype, words):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for setting in (True, "tensorwise"):
+        if words is None:
+            check_fp8_device(dict(fp8=setting), CUDA, getattr(torch, dtype))
+            continue
+        with pytest.raises(UserError, match=words):
+            check_fp8_device(dict(fp8=setting), CUDA, getattr(torch, dtype))
+    check_fp8_device(dict(fp8=False), CUDA, getattr(torch, dtype))
+    if dtype != "float16":
+        check_fp8_device(dict(fp8="emulated"), CUDA, getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(n_embd=40), "fp8 needs matrices whose sizes are multiples of 16, and on a process transformer"),
+    (dict(vocab_size=65), "fp8_head needs matrices .* the head has 65 x 32: choose other sizes, or leave"),
+])
+def test_sizes_that_do_not_fit(changes, words):
+    with torch.device("meta"):
+        model = build(None, dtype=torch.float32, **SIZES | changes)
+    with pytest.raises(UserError, match=words):
+        use_fp8(model, ON)
+
+
+MODELS = {
+    "dense": lambda: build(None, dtype=torch.float32, **SIZES),
+    "spd": lambda: build(dict(block_types=["spd"] * 2), 2, torch.float32, **SIZES),
+    "speedrun": lambda: random_speedrun_model(dtype=torch.float32, **SIZES),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_train_in_fp8_and_evaluate_as_without(kind):
+    """Names of parameters stay; gradients differ from those in fp32, but by no more than FP8 rounds; without
+    gradients there is no bit's difference, and off means off."""
+    model, idx, targets = MODELS[kind](), tokens(2, 16, vocab_size=64), tokens(2, 16, 5, vocab_size=64)
+    plain, names = copy.deepcopy(model), list(model.state_dict())
+    use_fp8(model, dict(fp8=False, fp8_head=False))
+    assert layers_of(model) == [] and model.head_fp8 is None
+    use_fp8(model, ON)
+    follow_weights(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert len(layers_of(model)) == 8 and list(model.state_dict()) == names
+    assert model.head_fp8 == RECIPES["emulated"]
+    with torch.no_grad():
+        assert model.head_fp8 is None
+        assert torch.equal(model(idx, targets)[1], plain(idx, targets)[1])
+        assert torch.equal(model(idx)[0], plain(idx)[0])
+    expected, found = (gradients(m, m(idx, targets)[1]) for m in (plain, model))
+    for name, grad in found.items():
+        difference = (grad - expected[name]).norm() / expected[name].norm()
+        assert 1e-4 < difference < 0.3, (name, difference)
+
+
+def test_casts_follow_the_optimizer():
+    model = MODELS["dense"]()
+    use_fp8(model, ON)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    follow_weights(model, optimizer)
+    layer = layers_of(model)[0]
+    before = layer.casts.values.float().clone()
+    model(tokens(2, 16, vocab_size=64), tokens(2, 16, 5, vocab_size=64))[1].backward()
+    optimizer.step()
+    after = layer.casts.values.float() * layer.casts.scale[0]
+    assert not torch.equal(layer.casts.values.float(), before)
+    assert (after - layer.weight).abs().max() <= 2**-4 * layer.weight.abs().max()
+
+
+def test_products_of_ranks():
+    """Products of ranks that agree are in FP8; batched products of ranks that differ are not."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(32, 48), nn.Linear(32, 48)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    layers[1].__class__, layers[1].recipe = Float8Linear, RECIPES["emulated"]
+    for m in (1, 2):
+        x, y = torch.randn(m, 2, 3, 32), torch.randn(m, 2, 3, 32 // m)
+        for results in ([column_parallel(x, layer, parts=3) for layer in layers],
+                        [row_parallel(y, layer, m, together=False) for layer in layers]):
+            assert torch.equal(*results) == (m == 2)
+    joined = [row_parallel(torch.randn(2, 2, 3, 16, generator=torch.Generator().manual_seed(1)), layer, 2,
+                           together=True) for layer in layers]
+    assert not torch.equal(*joined) and torch.allclose(*joined, atol=0.2)
+
+
+@pytest.mark.parametrize("kind, setting, words", [
+    ("dense", dict(fp8=True, fp8_head=False, compile=True), "FP8: 8 matrices of the blocks (scales per row)"),
+    ("dense", dict(fp8="tensorwise", fp8_head=True, compile=True),
+     "FP8: 8 matrices of the blocks and the head (scales per tensor)"),
+    ("spd", dict(ON, compile=False),
+     "FP8: 8 matrices of the blocks and the head (emulated, which is slow); not the products of simulated "
+     "ranks whose streams differ"),
+    ("dense", dict(fp8=True, fp8_head=False, compile=False),
+     "FP8: 8 matrices of the blocks (scales per row); without compile the casts cost more than FP8 saves"),
+])
+def test_description(kind, setting, words):
+    model = MODELS[kind]()
+    use_fp8(model, setting)
+    assert describe_fp8(setting, model) == words
