@@ -108,3 +108,9 @@ def test_training_scripts_share_settings_and_the_training_step_only():
             blocks = difflib.SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks()
             longest = max(blocks, key=lambda block: block.size)
             assert longest.size <= 8, (a, b, one[longest.a:longest.a + longest.size])
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports them by their names, and refuses a second one of a name."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)

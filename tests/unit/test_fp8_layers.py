@@ -1,6 +1,6 @@
 """The setting --fp8: its errors, the layers and models that it changes, and what it leaves as it is. CPU.
 
-    python -m pytest tests/unit/test_fp8.py
+    python -m pytest tests/unit/test_fp8_layers.py
 """
 
 import copy

@@ -1,7 +1,7 @@
 """The two halves of the sums of a decoding step: their order, and the protocol of their slots in every
 interleaving of the ranks. CPU; seconds.
 
-    python -m pytest tests/unit/test_split_sums.py
+    python -m pytest tests/unit/test_split_sums_protocol.py
 """
 
 import pytest
