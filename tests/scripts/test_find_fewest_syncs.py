@@ -220,6 +220,26 @@ def test_greedy_placement(tmp_path, tiny_data, run_script, launcher):
     assert "was begun with placements" in find(tmp_path, launcher, "--within=2%", code=2)
 
 
+def test_wrong_inputs_of_drop_syncs(tmp_path, tiny_data, run_script):
+    """Each is an error before the first evaluation, and nothing is written."""
+    for name, *settings in (("dense",), ("late", "--sync_strategy=ladder")):
+        done = run_script("train_reduced_sync.py", *TINY, *settings, f"--dataset={tiny_data}",
+                          "--max_iters=1", f"--out_dir={name}")
+        assert done.code == 0, done.err
+    files = sorted(tmp_path.rglob("*"))
+    for words, *args in (("init_from is empty", "--init_from="),
+                         ("was trained with 3 syncs", "--init_from=late"),
+                         ("has checkpoints of a training run", "--init_from=dense", "--out_dir=dense"),
+                         ("tp_size=1 must be at least 2", "--init_from=dense", "--tp_size=1"),
+                         ("max_iters=4 syncs cannot be dropped", "--init_from=dense", "--max_iters=4"),
+                         ("no data set", "--init_from=dense", "--dataset=none")):
+        done = run_script("experiments/drop_syncs.py", "--device=cpu", *args)
+        assert done.code == 2 and words in done.err, done.err
+        assert sorted(tmp_path.rglob("*")) == files, args
+    done = run_script("experiments/drop_syncs.py", "--device=cpu", "--init_from=dense", "--eval_iters=1")
+    assert done.code == 0 and (tmp_path / "out-drop-syncs" / "order.json").exists(), done.err
+
+
 def test_a_trained_model_is_judged(tmp_path, tiny_data, run_script):
     """train_reduced_sync.py counts its updates as max_iters, and its log has no clock."""
     out = tmp_path / "out"
