@@ -5,8 +5,9 @@
 
 The model is not trained again (zero-shot), and its TP ranks are simulated. Start from all syncs. At n syncs
 each but the last is left out in turn, which takes n - 1 evaluations: 276 from 24 syncs down to 1. All
-evaluations use the same val windows. The sync after the last sublayer stays, because a forward pass ends with
-one. `--sync_strategy=custom --sync_points=[...]` of train_reduced_sync.py trains the sublayers that are left.
+evaluations use the same val windows, and the document_mask of the training. The sync after the last sublayer
+stays, because a forward pass ends with one. `--sync_strategy=custom --sync_points=[...]` of
+train_reduced_sync.py trains the sublayers that are left.
 
 Writes into out_dir: order.json, and the log and status.json of a run, in which a step is a dropped sync.
 
@@ -27,6 +28,7 @@ import torch
 
 import models
 from configurator import check_at_least, configure
+from nanosync import tokenizers
 from nanosync.checkpoint import find_weights, steps_in
 from nanosync.dataloader import evaluate, evaluation_batches, open_dataset
 from nanosync.errors import UserError
@@ -76,6 +78,8 @@ device = pick_device(device)
 compute_dtype = pick_dtype(dtype, device)
 variant = {"tp_size": tp_size, "sync_strategy": "standard"}
 model = models.load_weights(init_from, "reduced_sync_gpt", variant, dropout=0.0).to(device).eval()
+if found.state["config"].get("document_mask") is True:
+    model.end_of_text = tokenizers.end_of_text(data.meta)
 torch.set_float32_matmul_precision("high")
 autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
 batches = list(evaluation_batches(data.val, eval_iters * batch_size, batch_size, device))
