@@ -5,8 +5,9 @@
 
 The model is not trained again (zero-shot), and its TP ranks are simulated. Start from all syncs. At n syncs
 each but the last is left out in turn, which takes n - 1 evaluations: 276 from 24 syncs down to 1. All
-evaluations use the same val windows. The sync after the last sublayer stays, because a forward pass ends with
-one. `--sync_strategy=custom --sync_points=[...]` of train_reduced_sync.py trains the sublayers that are left.
+evaluations use the same val windows, and the document_mask of the training. The sync after the last sublayer
+stays, because a forward pass ends with one. `--sync_strategy=custom --sync_points=[...]` of
+train_reduced_sync.py trains the sublayers that are left.
 
 Writes into out_dir: order.json, and the log and status.json of a run, in which a step is a dropped sync.
 
@@ -27,7 +28,8 @@ import torch
 
 import models
 from configurator import check_at_least, configure
-from nanosync.checkpoint import find_weights
+from nanosync import tokenizers
+from nanosync.checkpoint import find_weights, steps_in
 from nanosync.dataloader import evaluate, evaluation_batches, open_dataset
 from nanosync.errors import UserError
 from nanosync.files import check_can_write, write_json
@@ -39,7 +41,7 @@ from nanosync.training_logger import TrainingLogger
 init_from = ""  # out_dir or checkpoint of a model that was trained with all syncs
 out_dir = "out-drop-syncs"  # folder for order.json and logs
 dataset = ""  # a folder in data/, or a path; '' for the data of the training
-tp_size = 2  # TP ranks
+tp_size = 2  # TP ranks, at least 2
 max_iters = 1  # syncs to drop, at most 2 n_layer - 1
 batch_size = 32  # sequences of a batch
 eval_iters = 4  # batches of an evaluation
@@ -48,24 +50,36 @@ device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', '
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16'
 # -----------------------------------------------------------------------------
 config = configure(globals(), takes="init_from")
-check_at_least(config, 1, "tp_size", "max_iters", "batch_size", "eval_iters")
+check_at_least(config, 1, "max_iters", "batch_size", "eval_iters")
+check_at_least(config, 2, "tp_size")  # one rank has nothing to synchronise
 if not init_from:
     raise UserError("init_from is empty: name the out_dir of a model that was trained with all syncs")
 found = find_weights(init_from, kinds=models.KINDS)
 if found is None:
     raise UserError(f"init_from={init_from!r} has no checkpoint: name the out_dir of a run that saved one")
-trained = found.state["model"]["config"]
+trained, schedule = found.state["model"]["config"], found.state.get("schedule")
+if not models.is_dense(schedule, trained.get("tp_size", 1)):
+    raise UserError(f"{found.path} was trained with {schedule['syncs']} syncs, some of them dropped, late or "
+                    f"weighted: name a model that was trained with all syncs, --sync_strategy=standard")
+if steps_in(out_dir):
+    raise UserError(f"out_dir={out_dir!r} has checkpoints of a training run, whose log and status.json would "
+                    f"change: name another folder")
 L = trained["n_layer"]
 if max_iters >= 2 * L:
     raise UserError(f"max_iters={max_iters} syncs cannot be dropped: a model of {L} layers has {2 * L}, and "
                     f"one stays. Use at most {2 * L - 1}")
-data = open_dataset(dataset or found.state["config"].get("dataset", ""), trained["block_size"])
+dataset = dataset or found.state["config"].get("dataset") or ""
+if not dataset:
+    raise UserError(f"{found.path} does not say on which data it was trained: add --dataset=...")
+data = open_dataset(dataset, trained["block_size"])
 data.check_tokens(trained["vocab_size"])
 check_can_write(out_dir, "out_dir")
 device = pick_device(device)
 compute_dtype = pick_dtype(dtype, device)
 variant = {"tp_size": tp_size, "sync_strategy": "standard"}
 model = models.load_weights(init_from, "reduced_sync_gpt", variant, dropout=0.0).to(device).eval()
+if found.state["config"].get("document_mask") is True:
+    model.end_of_text = tokenizers.end_of_text(data.meta)
 torch.set_float32_matmul_precision("high")
 autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
 batches = list(evaluation_batches(data.val, eval_iters * batch_size, batch_size, device))
@@ -86,6 +100,9 @@ def loss_of(points: list[int]) -> float:
 
 points, dropped, sensitivities = list(range(2 * L)), [], []
 losses = [loss_of(points)]
+if losses[0] == math.inf:
+    raise UserError(f"{found.path}: the val loss with all syncs is not finite. Name other weights with "
+                    f"--init_from")
 log.line(f"{found.path}: val loss {losses[0]:.4f} with {2 * L} syncs on {tp_size} TP ranks, on "
          f"{len(batches)} batches of {batch_size} x {trained['block_size']} tokens")
 log.event("eval", step=0, train_loss=None, val_loss=losses[0], lr=None)

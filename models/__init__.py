@@ -6,6 +6,7 @@ from models.weights import (
     as_kind,
     fill,
     find_for_inference,
+    is_dense,
     load,
     load_for_inference,
     load_model,
@@ -20,7 +21,7 @@ from models.weights import (
 
 __all__ = [
     "ARCHITECTURE", "FAST", "INFERENCE_KINDS", "KINDS", "SCRIPTS_OWN", "SPEEDRUN", "as_kind", "build_model",
-    "fill", "find_for_inference", "load", "load_for_inference", "load_model", "load_parameters",
+    "fill", "find_for_inference", "is_dense", "load", "load_for_inference", "load_model", "load_parameters",
     "load_weights", "meta_of", "model_for_training", "note_other_schedule", "run_evaluations", "unsharded",
     "with_ranks",
 ]

@@ -313,21 +313,28 @@ def load_for_inference(config: dict, found: Checkpoint | None, processes: Proces
     return model
 
 
+def is_dense(schedule: dict | None, tp_size: int) -> bool:
+    """Return True if a model computes the dense GPT's function: with all syncs, or with one rank.
+
+    schedule: `schedule` entry of state.json. tp_size: number of TP ranks.
+    """
+    if schedule is None or (tp_size == 1 and "channels" not in schedule):
+        return True
+    return "channels" not in schedule and all(s["sync"] for s in schedule["sublayers"])
+
+
 def note_other_schedule(source: Checkpoint, model: nn.Module, say) -> None:
     """Print a line if a model's schedule differs from the schedule that a checkpoint was trained with.
 
     Schedules that synchronise everywhere are the same function. say: function that prints a line.
     """
 
-    def function(schedule: dict | None, tp_size: int) -> tuple:
-        if schedule is None or (tp_size == 1 and "channels" not in schedule):
-            return ()
-        dense = "channels" not in schedule and all(s["sync"] for s in schedule["sublayers"])
-        return () if dense else (tp_size, str(schedule))
-
     def words(schedule: dict | None, tp_size: int) -> str:
-        return "the dense function" if not function(schedule, tp_size) else \
+        return "the dense function" if is_dense(schedule, tp_size) else \
             f"{schedule['syncs']} syncs on {tp_size} ranks"
+
+    def function(schedule: dict | None, tp_size: int) -> tuple:
+        return () if is_dense(schedule, tp_size) else (tp_size, str(schedule))
 
     then = source.state.get("schedule"), source.state["model"]["config"].get("tp_size", 1)
     now = schedule_description(model), getattr(model.config, "tp_size", 1)

@@ -64,11 +64,15 @@ class Sums:
 
 
 class DelayedSublayers:
-    """The sublayers of a schedule, with a decoder's weights and caches. See DelayedResidual for the rules."""
+    """The sublayers of a schedule, with a decoder's weights and caches. See DelayedResidual for the rules.
+
+    It keeps no reference to the decoder, which keeps one to it. So the memory of an unused decoder, which
+    other GPUs can access, is freed at once, not by the garbage collector during the capture of a graph.
+    """
 
     def __init__(self, decoder, schedule, kind: str, all_values):
         """Allocate the buffers. kind, all_values: see SplitSums; all processes must call this together."""
-        self.decoder, self.steps = decoder, schedule.steps()
+        self.steps = schedule.steps()
         B, C = decoder.base.shape
         local, self.W = decoder.model.ranks.local, width(schedule.channels, C)
         self.numbers = Sums.of(self.steps)
@@ -83,9 +87,10 @@ class DelayedSublayers:
         self.puts = self.sums.in_kernels and local == 1 and self.W == C and decode.runs_kernel(weight, B)
         self.takes = self.puts and (B > decode.VECTOR_ROWS or C <= FUSED_WIDTH)
 
-    def run(self):
+    def run(self, decoder):
         """Run all sublayers of one token; return the base after the last.
 
+        decoder: as in __init__.
         flight: (number of the sum, or None if it lands at the end; what the ranks sent) of each packet that
         has not landed, in the order of sending. pending: what the ranks have not sent, (local, B, C).
         """
@@ -95,7 +100,7 @@ class DelayedSublayers:
             flight = [packet for packet in flight if packet[0] is None or packet[0] not in takes]
             unsent = [sums for sums in (*(sums for _, sums in flight), pending) if sums is not None]
             residual = pending if j < last or not unsent else total(unsent)  # the last sends all
-            base = self._sublayer(j, base, unsent if step.sees != 0 else [], residual)
+            base = self._sublayer(decoder, j, base, unsent if step.sees != 0 else [], residual)
             pending = self.outs[j]
             if step.sync and j < last:
                 packet, pending = self._divided(pending)
@@ -110,12 +115,12 @@ class DelayedSublayers:
             return pending, None
         return F.pad(pending[..., :W], (0, C - W)), F.pad(pending[..., W:], (W, 0))
 
-    def _sublayer(self, j: int, base, own: list, residual):
+    def _sublayer(self, decoder, j: int, base, own: list, residual):
         """Let sums land, and run an attention or MLP; return the base after it.
 
         own: what the ranks see beside the base, (local, B, C) each. residual: what is sent with its output.
         """
-        decoder, takes, put = self.decoder, self.numbers.taken[j], self.numbers.put[j]
+        takes, put = self.numbers.taken[j], self.numbers.put[j]
         own = own if len(own) <= decode.OWN else [total(own)]
         fused = self.takes and len(takes) == 1
         for number in () if fused else takes:

@@ -107,7 +107,7 @@ class RankDecoder(Decoder):
         if self.delayed is None:
             self._plain_sublayers(self.model.sublayers)
         else:
-            base = self.delayed.run()
+            base = self.delayed.run(self)
         decode.linear(base, self.head, None, self.part, norm=transformer.ln_f)
         self.position += 1
         self._draw()

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, ROOT, TINY
+from helpers import PATIENCE, ROOT, TINY, write_documents
 
 from experiments import campaign_folder
 from experiments.fewest_syncs import decide
@@ -218,6 +218,31 @@ def test_greedy_placement(tmp_path, tiny_data, run_script, launcher):
     find(tmp_path, launcher, "--within=2%", "--placement=greedy")
     assert results_of(folder) == rows
     assert "was begun with placements" in find(tmp_path, launcher, "--within=2%", code=2)
+
+
+def test_drop_syncs_alone(tmp_path, run_script):
+    """Each wrong input is an error before the first evaluation, and nothing is written. The loss with all
+    syncs is that of the training, of documents too."""
+    data = f"--dataset={write_documents(tmp_path / 'documents')}"
+    for name, setting in (("dense", "--document_mask"), ("late", "--sync_strategy=ladder")):
+        done = run_script("train_reduced_sync.py", *TINY, setting, data, "--max_iters=1", f"--out_dir={name}")
+        assert done.code == 0, done.err
+    files = sorted(tmp_path.rglob("*"))
+    for words, *args in (("init_from is empty", "--init_from="),
+                         ("was trained with 3 syncs", "--init_from=late"),
+                         ("has checkpoints of a training run", "--init_from=dense", "--out_dir=dense"),
+                         ("tp_size=1 must be at least 2", "--init_from=dense", "--tp_size=1"),
+                         ("max_iters=4 syncs cannot be dropped", "--init_from=dense", "--max_iters=4"),
+                         ("no data set", "--init_from=dense", "--dataset=none")):
+        done = run_script("experiments/drop_syncs.py", "--device=cpu", *args)
+        assert done.code == 2 and words in done.err, done.err
+        assert sorted(tmp_path.rglob("*")) == files, args
+    done = run_script("experiments/drop_syncs.py", "--device=cpu", "--init_from=dense", "--batch_size=4",
+                      "--eval_iters=2")
+    assert done.code == 0, done.err
+    order = json.loads((tmp_path / "out-drop-syncs" / "order.json").read_text())
+    (state,) = (tmp_path / "dense" / "ckpt").glob("*/state.json")
+    assert order["losses"][0] == pytest.approx(json.loads(state.read_text())["val_loss"], abs=1e-5)
 
 
 def test_a_trained_model_is_judged(tmp_path, tiny_data, run_script):

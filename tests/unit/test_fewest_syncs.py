@@ -554,6 +554,10 @@ def test_latency_tables(tmp_path):
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match="times by syncs"):
             read_latencies(str(path), 768)
+    rows = [("24 syncs", "oneshot", 9.0), ("24 syncs", "fused", 8.0), ("24 syncs, delay 1", "fused", 7.0),
+            ("6 syncs", "oneshot", 6.0)]
+    path.write_text(json.dumps({"rows": [dict(zip(("name", "tp_allreduce", "us"), row)) for row in rows]}))
+    assert read_latencies(str(path), 768) == {"even_24": 9.0, "even_6": 6.0}  # of the first kind of sum
 
 
 def test_frontier_files(tmp_path):

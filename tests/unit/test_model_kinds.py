@@ -39,3 +39,11 @@ def test_a_schedule_is_described_as_json_reads_it(strategy):
     assert json.loads(json.dumps(described)) == described
     assert str(json.loads(json.dumps(described))) == str(described)
     assert ("channels" in described) == (strategy != "spd")
+
+
+@pytest.mark.parametrize("strategy, tp_size, dense", [
+    ("standard", 2, True), ("spd", 2, False), ("spd", 1, True), ("ladder", 2, False), ("ladder", 1, False),
+    ("caat:0.5", 2, False)])
+def test_the_dense_function_is_known_by_its_schedule(strategy, tp_size, dense):
+    described = model_kind.schedule_description(build(dict(sync_strategy=strategy), tp_size))
+    assert weights.is_dense(described, tp_size) is dense and weights.is_dense(None, 1)

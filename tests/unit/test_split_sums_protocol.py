@@ -4,6 +4,9 @@ interleaving of the ranks. CPU; seconds.
     python -m pytest tests/unit/test_split_sums_protocol.py
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from helpers import FAMILY, build, compare_decoder, random_schedule, tokens
@@ -154,6 +157,22 @@ def test_schedules_that_only_drop_syncs_in_halves(schedule):
     decoder = model.decoder(2, tp_allreduce="fused")
     assert decoder.delayed is not None and decoder.sum_kind == "none"
     assert compare_decoder(model, decoder, tokens(2, 5), 14) < 1e-12
+
+
+@pytest.mark.parametrize("schedule, options", [
+    (None, {}), (dict(sync_strategy="spd"), {}), (dict(sync_strategy="ladder"), {}),
+    (dict(sync_strategy="spd"), dict(tp_allreduce="fused"))], ids=str)
+def test_the_memory_of_a_decoder_is_freed_at_once(schedule, options):
+    """Not at some later time by the garbage collector, at which other processes do not free theirs."""
+    decoder = build(schedule, 2).eval().decoder(2, **options)
+    decoder.generate(tokens(2, 5), 3)
+    gone = weakref.ref(decoder)
+    gc.disable()
+    try:
+        del decoder
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_sums_without_a_group_are_the_values():
