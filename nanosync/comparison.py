@@ -177,8 +177,8 @@ def hellaswag_difference(right: np.ndarray, others: np.ndarray) -> dict:
 
 def hellaswag_difference_lines(difference: dict) -> list[str]:
     """Return the lines that evaluate.py prints of a hellaswag_difference."""
-    return [f"HellaSwag, difference in {_number(of['n'], 'pair')} of examples: {name} {_interval(of)}; right only "
-            f"here {of['only_here']}, only there {of['only_there']}, McNemar's p {of['p']:.2g}"
+    return [f"HellaSwag, difference in {_number(of['n'], 'pair')} of examples: {name} {_interval(of)}; "
+            f"right only here {of['only_here']}, only there {of['only_there']}, McNemar's p {of['p']:.2g}"
             for name, of in difference.items()]
 
 
