@@ -127,7 +127,8 @@ def _report(run, profiler: profile, plain: float, measured: float) -> None:
         found = profile_of(read_trace(path))
     peak = peak_flops(device, pick_dtype(config["dtype"], device))
     of = "kernels of the GPU" if found.on_device else "operators of the main thread, by their own time"
-    run.line(f"where a step's time goes: {found.steps} steps after {WARM_UP} of warm-up on "
+    steps = f"{found.steps} step{'s' * (found.steps != 1)}"
+    run.line(f"where a step's time goes: {steps} after {WARM_UP} of warm-up on "
              f"{run.environment['device']}, {of}\n" + "\n".join(table(found, config, peak)))
     run.line(f"a step takes {1e3 * plain:.2f} ms without the profiler, {1e3 * measured:.2f} ms with it; "
              f"trace: {path} (open it in ui.perfetto.dev)")
