@@ -112,7 +112,8 @@ other_config = {**config, "init_from": against, "checkpoint_step": against_step,
 sources = [(settings, models.find_for_inference(settings, group))
            for settings in (config, other_config)[:1 + bool(against)]]
 names = [settings["init_from"] if found is None else found.path for settings, found in sources]
-metas = [None if found is None else found.state["meta"] for _, found in sources]
+metas = [models.meta_of(name) if found is None else found.state["meta"]
+         for name, (_, found) in zip(names, sources)]
 if val_windows != 0:
     trained_on = {"config": {}, "data": {}} if sources[0][1] is None else sources[0][1].state
     dataset = dataset or trained_on["config"].get("dataset")
