@@ -21,6 +21,7 @@ from nanosync.bits_per_byte import bits_per_byte
 from nanosync.errors import UserError, shown
 
 CONFIDENCE = 0.95
+UNKNOWN = "unknown"  # tokenizer of converted weights that came without one
 GROUPS = 30  # units of an error of losses; the interval of 30 is 4% longer than that of infinitely many
 
 
@@ -38,6 +39,10 @@ def check_same_tokens(meta: dict | None, where: str, other: dict | None, other_w
     symbols = [name for name in ("chars", "tokenizer_json") if all(m.get(name) is not None for m in metas)]
     for name in ("tokenizer", "vocab_size", *symbols):
         value, other_value = (m.get(name) for m in metas)
+        if name == "tokenizer" and value != other_value and UNKNOWN in (value, other_value):
+            raise UserError(f"the tokenizer of {where if value == UNKNOWN else other_where} is unknown: if it "
+                            f"is that of the data set, convert the model with python convert.py INPUT "
+                            f"OUT_DIR --dataset=FOLDER, and give OUT_DIR")
         if value != other_value:
             raise UserError(f"{where} has tokens with {name}={shown(value, 40)} and {other_where} with "
                             f"{shown(other_value, 40)}: their losses are of different tokens; use the same "

@@ -290,6 +290,13 @@ def test_other_tokens_are_an_error(meta, other, words):
         comparison.check_same_tokens(meta, "run", other, "other")
 
 
+def test_an_unknown_tokenizer_is_an_error_that_says_how_to_name_it():
+    unknown = {"tokenizer": "unknown", "vocab_size": 3}
+    with pytest.raises(UserError, match=r"the tokenizer of run is unknown: .*convert\.py INPUT OUT_DIR"):
+        comparison.check_same_tokens(unknown, "run", CHAR, "data")
+    comparison.check_same_tokens(unknown, "run", unknown, "data")
+
+
 @pytest.mark.parametrize("args, words", [
     (["--batch_size=0"], "batch_size=0 must be at least 1"),
     (["--val_windows=-1"], "val_windows=-1 must be at least 0"),
