@@ -40,8 +40,8 @@ def check_same_tokens(meta: dict | None, where: str, other: dict | None, other_w
     for name in ("tokenizer", "vocab_size", *symbols):
         value, other_value = (m.get(name) for m in metas)
         if name == "tokenizer" and value != other_value and UNKNOWN in (value, other_value):
-            raise UserError(f"the tokenizer of {where if value == UNKNOWN else other_where} is unknown: if it "
-                            f"is that of the data set, convert the model with python convert.py INPUT "
+            raise UserError(f"the tokenizer of {where if value == UNKNOWN else other_where} is unknown: if "
+                            f"it is that of the data set, convert the model with python convert.py INPUT "
                             f"OUT_DIR --dataset=FOLDER, and give OUT_DIR")
         if value != other_value:
             raise UserError(f"{where} has tokens with {name}={shown(value, 40)} and {other_where} with "
