@@ -310,7 +310,9 @@ def test_an_unknown_tokenizer_is_an_error_that_says_how_to_name_it():
     (["--lm_eval_fewshot=0"], "lm_eval_fewshot is for --lm_eval=...: add that setting"),
     (["--lm_eval_path=tasks"], "lm_eval_path is for --lm_eval=...: add that setting"),
     (["--lm_eval_path=none", "--lm_eval=a"], "lm_eval_path=none is not a folder"),
-    (["--json=missing/x.json"], "json"),
+    (["--lm_eval=a", "--val_windows=0", "--against=x"], "against compares val losses and HellaSwag"),
+    (["--json=missing/x.json"], "json='missing/x.json' is not the path of a file in an existing folder"),
+    (["--json=."], "json='.' is a folder: give the path of a file"),
     (["--window=3"], "unknown key 'window'"),
 ])
 def test_wrong_settings(args, words):
