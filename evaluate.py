@@ -80,8 +80,8 @@ def check_settings(config: dict) -> None:
         raise UserError("val_windows=0 without --hellaswag and --lm_eval=... leaves nothing to evaluate: add "
                         "one of them, or leave val_windows out")
     if config["against"] and config["val_windows"] == 0 and not config["hellaswag"]:
-        raise UserError("against compares val losses and HellaSwag, and lm_eval is for the model alone: leave "
-                        "val_windows=0 or against out, or add --hellaswag")
+        raise UserError("against compares val losses and HellaSwag, and lm_eval is for the model alone: "
+                        "leave val_windows=0 or against out, or add --hellaswag")
     for switch, need, names in (("hellaswag", "--hellaswag", ("hellaswag_input", "n_examples")),
                                 ("lm_eval", "--lm_eval=...", ("lm_eval_path", "lm_eval_fewshot",
                                                               "lm_eval_limit")),
