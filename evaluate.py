@@ -79,6 +79,9 @@ def check_settings(config: dict) -> None:
     if config["val_windows"] == 0 and not config["hellaswag"] and not config["lm_eval"]:
         raise UserError("val_windows=0 without --hellaswag and --lm_eval=... leaves nothing to evaluate: add "
                         "one of them, or leave val_windows out")
+    if config["against"] and config["val_windows"] == 0 and not config["hellaswag"]:
+        raise UserError("against compares val losses and HellaSwag, and lm_eval is for the model alone: "
+                        "leave val_windows=0 or against out, or add --hellaswag")
     for switch, need, names in (("hellaswag", "--hellaswag", ("hellaswag_input", "n_examples")),
                                 ("lm_eval", "--lm_eval=...", ("lm_eval_path", "lm_eval_fewshot",
                                                               "lm_eval_limit")),
@@ -112,7 +115,8 @@ other_config = {**config, "init_from": against, "checkpoint_step": against_step,
 sources = [(settings, models.find_for_inference(settings, group))
            for settings in (config, other_config)[:1 + bool(against)]]
 names = [settings["init_from"] if found is None else found.path for settings, found in sources]
-metas = [None if found is None else found.state["meta"] for _, found in sources]
+metas = [models.meta_of(name) if found is None else found.state["meta"]
+         for name, (_, found) in zip(names, sources)]
 if val_windows != 0:
     trained_on = {"config": {}, "data": {}} if sources[0][1] is None else sources[0][1].state
     dataset = dataset or trained_on["config"].get("dataset")

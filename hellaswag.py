@@ -64,7 +64,7 @@ if found is not None:
 examples = on_main(lambda: hellaswag_eval.load(input, n_examples), group)
 model = models.load_for_inference(config, found, processes, say)
 if found is None:
-    hellaswag_eval.check_vocabulary(model.config.used_vocab_size, None, init_from)
+    hellaswag_eval.check_vocabulary(model.config.used_vocab_size, models.meta_of(init_from), init_from)
 hellaswag_eval.check_lengths(examples, model.config.block_size)
 model.to(device)
 if found is not None:

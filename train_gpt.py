@@ -525,7 +525,7 @@ if __name__ == "__main__":
         save_due = step > 0 and ((last and save_checkpoint) or
                                      (run.is_due(checkpoint_interval) and step % checkpoint_interval == 0))
         clock.begin_step(settle=save_due or run.is_due(val_loss_every))
-        if run.due(val_loss_every) or last:
+        if run.due(val_loss_every) or (last and not diagnose):
             if step == run.first_step:  # nothing is on the screen yet that moves
                 run.line(f"evaluating on {val_windows * sequence_length:,} tokens")
             clock.evaluated(run_evaluation(), lr)

@@ -65,7 +65,7 @@ class Converted:
             name = {"dataset": options.dataset or dataset}
             self.state |= {"data": data.fingerprint, "config": self.state.get("config", {}) | name}
         else:
-            meta, name = _tokenizer_meta(config["vocab_size"], tokenizer_file)
+            meta, name = tokenizer_meta(config["vocab_size"], tokenizer_file)
             known = f"data set unknown, so a resumed run takes any (name it with --dataset=...); " \
                 f"tokenizer {name}"
             self.state["data"] = dict(UNKNOWN_DATA)
@@ -74,7 +74,7 @@ class Converted:
         self.notes.append(known)
 
 
-def _tokenizer_meta(vocab_size: int, file: str) -> tuple[dict | None, str]:
+def tokenizer_meta(vocab_size: int, file: str) -> tuple[dict | None, str]:
     """Return the meta.json of the tokenizer of a model, None for GPT-2's, and a text about it.
 
     Raises UserError. vocab_size: of the model. file: path of a tokenizer.json, which need not exist.

@@ -4,6 +4,7 @@ A model that computes the dense GPT is a GPT2LMHeadModel. Every other one has it
 folder, modeling_nanosync.py. nanosync.json has what the checkpoint knows besides.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from model import GPT, GPTConfig
-from models.converted import Converted, Options
+from models.converted import GPT2_VOCABULARIES, Converted, Options, tokenizer_meta
 from models.registry import INFERENCE_KINDS, SCRIPTS_OWN
 from nanosync import exported_tokenizers, huggingface, model_card, nanogpt_files, tokenizers
 from nanosync.bits_per_byte import measured_bytes_per_token, stated_bytes_per_token
@@ -124,13 +125,21 @@ def find_huggingface(path: str) -> bool:
 
 
 def meta_of(path: str) -> dict | None:
-    """Return the meta.json of the tokenizer of weights that are no checkpoint: that of a folder which
-    write_huggingface wrote; else None, for GPT-2's. Raises UserError.
+    """Return the meta.json of the tokenizer of weights that are no checkpoint, None for GPT-2's. Raises
+    UserError.
+
+    It is that of a folder which write_huggingface wrote. Other folders have a tokenizer.json, or GPT-2's
+    tokens, or an unknown tokenizer.
 
     path: folder, or name on the hub.
     """
     record = model_card.read_record(path)
-    return None if record is None else record["meta"]
+    if record is not None or not os.path.isdir(path):
+        return None if record is None else record["meta"]
+    vocab_size = huggingface.read_config(path)["vocab_size"]
+    if vocab_size in GPT2_VOCABULARIES and importlib.util.find_spec("tokenizers") is None:
+        return None
+    return tokenizer_meta(vocab_size, os.path.join(path, "tokenizer.json"))[0]
 
 
 def read_huggingface(path: str, options: Options) -> Converted:

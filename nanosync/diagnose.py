@@ -127,7 +127,8 @@ def _report(run, profiler: profile, plain: float, measured: float) -> None:
         found = profile_of(read_trace(path))
     peak = peak_flops(device, pick_dtype(config["dtype"], device))
     of = "kernels of the GPU" if found.on_device else "operators of the main thread, by their own time"
-    run.line(f"where a step's time goes: {found.steps} steps after {WARM_UP} of warm-up on "
+    steps = f"{found.steps} step{'s' * (found.steps != 1)}"
+    run.line(f"where a step's time goes: {steps} after {WARM_UP} of warm-up on "
              f"{run.environment['device']}, {of}\n" + "\n".join(table(found, config, peak)))
     run.line(f"a step takes {1e3 * plain:.2f} ms without the profiler, {1e3 * measured:.2f} ms with it; "
              f"trace: {path} (open it in ui.perfetto.dev)")
@@ -163,8 +164,8 @@ def _line(name: str, seconds: float, share: float | None, of_peak: float | None,
 def switch_of(row: str, config: dict, on_device: bool) -> str:
     """Return the setting that changes a row most, '' if no setting of the script does."""
     batch = "device_batch_size" if "device_batch_size" in config else "batch_size"
-    accumulation = "gradient_accumulation_steps" if "gradient_accumulation_steps" in config else \
-        "batch_sizes" if "batch_sizes" in config else "batch_size"
+    per_update = "more --gradient_accumulation_steps" if "gradient_accumulation_steps" in config else \
+        "larger --batch_sizes" if "batch_sizes" in config else "a larger --batch_size"
     length = "block_size" if "block_size" in config else "sequence_length"
     low = "--dtype=bfloat16" if on_device and config["dtype"] == "float32" else ""
     compiled = "" if config["compile"] else "--compile=True"
@@ -181,7 +182,7 @@ def switch_of(row: str, config: dict, on_device: bool) -> str:
     if row == OPTIMIZER:
         sharded = config.get("use_zero1", True) or config.get("use_fsdp", True)
         return "with several processes --use_zero1" if not sharded and config["optimizer"] == "adamw" else \
-            f"more --{accumulation}: fewer updates for the same tokens"
+            f"{per_update}: fewer updates for the same tokens"
     if row == ELEMENTWISE:
         return compiled or ("--dropout=0.0" if config.get("dropout") else "")
     if row == COPIES:
@@ -192,7 +193,7 @@ def switch_of(row: str, config: dict, on_device: bool) -> str:
                 "--block_types with fewer syncs"
         if config.get("use_fsdp") and config["fsdp_reshard_after_forward"]:
             return "--fsdp_reshard_after_forward=False"
-        return f"more --{accumulation}: fewer updates for the same tokens"
+        return f"{per_update}: fewer updates for the same tokens"
     if row == GAPS:
         return compiled or larger
     return "a --dataset on a faster disk" if row == WAITING else ""

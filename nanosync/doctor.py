@@ -13,7 +13,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import time
 from dataclasses import dataclass
 
 from configurator import Parser
@@ -38,7 +40,14 @@ dist.barrier()
 sys.stdout.flush()
 os._exit(0)
 """
-COMPILERS = ("c++", "g++", "clang++", "gcc", "cc")
+COMPILER = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # of torch.compile
+# what torch.compile's C++ needs: name, code, flags, command that mends it
+COMPILED = (("C++", "#include <cmath>\nextern \"C\" double f(double x) { return std::sqrt(x); }", [],
+             "apt install g++"),
+            ("Python's headers", "#include <Python.h>", [f"-I{sysconfig.get_path('include')}"],
+             "apt install python3-dev"),
+            ("OpenMP", "#include <omp.h>", ["-fopenmp"],
+             "apt install g++, or libomp-dev for clang++"))
 
 
 @dataclass(frozen=True)
@@ -58,9 +67,11 @@ def run(command: list[str], **options) -> tuple[bool, str]:
         return False, f"no answer after {SECONDS} s"
     except OSError as e:
         return False, e.strerror
+    if done.returncode == 0:
+        return True, done.stdout.strip()
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return done.returncode == 0, done.stdout.strip() if done.returncode == 0 else \
-        (lines[-1] if lines else f"exit code {done.returncode}")
+    errors = [line for line in lines if "error: " in line]  # of a compiler, whose last line says less
+    return False, (*errors[:1], *lines[-1:], f"exit code {done.returncode}")[0]
 
 
 def python() -> Finding:
@@ -163,17 +174,22 @@ def triton() -> Finding:
 
 
 def compiler() -> Finding:
-    """Check that a C++ compiler makes a library, as torch.compile needs it."""
-    found = next(filter(None, map(shutil.which, [os.environ.get("CXX") or "c++", *COMPILERS])), None)
-    mend = "apt install g++; until then --compile=False"
+    """Check that the C++ compiler of torch.compile makes libraries, with what its code includes."""
+    found, last = shutil.which(COMPILER), "; until then --compile=False"
     if found is None:
-        return Finding(FAIL, "none found", mend)
+        return Finding(FAIL, f"{COMPILER} was not found, and torch.compile uses no other",
+                       "apt install g++, or export CXX=COMPILER" + last)
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "a.cpp")
-        with open(source, "w") as f:
-            f.write("#include <cmath>\nextern \"C\" double f(double x) { return std::sqrt(x); }\n")
-        done, text = run([found, "-shared", "-fPIC", source, "-o", os.path.join(folder, "a.so")])
-    return Finding(OK, found) if done else Finding(FAIL, f"{found} does not compile: {text}", mend)
+        for name, code, flags, mend in COMPILED:
+            if name == "OpenMP" and sys.platform == "darwin":
+                continue  # torch.compile works without
+            with open(source, "w") as f:
+                f.write(code + "\n")
+            done, text = run([found, "-shared", "-fPIC", *flags, source, "-o", os.path.join(folder, "a.so")])
+            if not done:
+                return Finding(FAIL, f"{found} does not compile {name}: {text}", mend + last)
+    return Finding(OK, found)
 
 
 def loop_back() -> Finding:
@@ -182,30 +198,44 @@ def loop_back() -> Finding:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    processes = []
+    processes, errors = [], [tempfile.TemporaryFile() for _ in range(size)]
     for rank in range(size):
         env = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                             "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
         processes.append(subprocess.Popen([sys.executable, "-c", LOOP_BACK, backend], env=env,
-                                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-    problem = ""
-    try:
-        for process in processes:
-            errors = process.communicate(timeout=SECONDS)[1]
-            if process.returncode and not problem:
-                problem = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-    except subprocess.TimeoutExpired:
-        problem = f"no answer after {SECONDS} s"
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+                                          stdout=None if "NCCL_DEBUG" in os.environ else subprocess.DEVNULL,
+                                          stderr=errors[rank]))
+    problem = first_problem(processes, errors)
+    for process in processes:
+        process.kill()
+        process.wait()
     what = f"{backend}, {size} process{'es' * (size > 1)}"
     if not problem:
         return Finding(OK, what)
     mend = "NCCL_DEBUG=INFO make doctor; NCCL_P2P_DISABLE=1 if GPUs cannot reach each other" \
         if backend == "nccl" else "GLOO_SOCKET_IFNAME=lo make doctor"
     return Finding(FAIL, f"{what}: {problem}", mend)
+
+
+def first_problem(processes: list[subprocess.Popen], errors: list) -> str:
+    """Wait until all processes have succeeded or one has failed; return the problem, '' if there is none.
+
+    The other processes wait for a failed one, so the first that fails has the cause.
+
+    errors: binary files with the stderr of each process.
+    """
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        codes = [process.poll() for process in processes]
+        for code, file in zip(codes, errors):
+            if code:
+                file.seek(0)
+                text = file.read().decode(errors="replace").strip()
+                return (text.splitlines() or [f"exit code {code}"])[-1]
+        if None not in codes:
+            return ""
+        time.sleep(0.05)
+    return f"no answer after {SECONDS} s"
 
 
 def tokenizer() -> Finding:

@@ -292,7 +292,9 @@ def check_can_write(path: str, setting: str) -> None:
 def check_output_file(path: str, setting: str) -> None:
     """Raise UserError, naming the setting, if a file cannot be written. Its folder must exist."""
     folder = os.path.dirname(path) or os.curdir
-    if os.path.isdir(path) or not os.path.isdir(folder):
+    if os.path.isdir(path):
+        raise UserError(f"{setting}={path!r} is a folder: give the path of a file")
+    if not os.path.isdir(folder):
         raise UserError(f"{setting}={path!r} is not the path of a file in an existing folder: make the "
                         f"folder first")
     check_can_write(folder, setting)

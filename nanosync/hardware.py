@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 
 import torch
 
@@ -117,9 +118,12 @@ def check_compile(device: torch.device) -> None:
     """Raise UserError if torch.compile cannot work here."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("compile=True needs Triton on a GPU and it is not installed: use --compile=False")
-    if not any(map(shutil.which, [os.environ.get("CXX") or "c++", "g++", "clang++", "gcc", "cc"])):
-        raise UserError("compile=True needs a C++ compiler and none was found: install g++, or use "
-                        "--compile=False")
+    compilers = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+    if device.type == "cuda":  # Triton's, which takes others, too
+        compilers += ["c++", "clang++", "gcc", "clang", "cc"]
+    if not any(map(shutil.which, compilers)):
+        raise UserError(f"compile=True needs the C++ compiler {compilers[0]}, which was not found: install "
+                        f"g++, set the environment variable CXX to another compiler, or use --compile=False")
 
 
 def make_deterministic() -> None:

@@ -67,6 +67,7 @@ def test_a_diagnosis_leaves_a_run_as_it_is(run_script, tiny_data, tmp_path, scri
         f"--{steps}=14 or more, not 2\n")
     done = run_script(*command, "--resume=latest", "--diagnose=2", f"--{steps}=14")
     assert done.code == 0 and "where a step's time goes: 2 steps" in done.out, done.err
+    assert "val_loss:" not in done.out  # the last step is no reason for an evaluation
     after = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     trace, = set(after) - set(before)
     assert trace.name.startswith("trace_") and after == before | {trace: after[trace]}

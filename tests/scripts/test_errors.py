@@ -259,7 +259,7 @@ BENCH = [
     (["--rounds=0"], "rounds=0 must be at least 1"),
     (["--seed=99999999999999999999"], "does not fit into 64 bits"),
     (["--json=nodir/x.json"], "json='nodir/x.json' is not the path of a file in an existing folder"),
-    (["--json=peers"], "json='peers' is not the path of a file"),
+    (["--json=peers"], "json='peers' is a folder: give the path of a file"),
     (["--n_embd=100000000", "--n_head=1"], "GB of memory: choose a smaller model"),
     (["--mode=generate", "--temperature=0", "--peer=hf"], "temperature=0 (always the most likely token) is"),
     (["--mode=generate", "--temperature=0", "--peer=peers/no_gpt"], "temperature=0 (always the most likely"),

@@ -163,6 +163,16 @@ def test_the_tokenizer_of_an_exported_folder(tmp_path):
     assert models.meta_of(str(tmp_path / "hf")) == META and models.meta_of("gpt2") is None
 
 
+def test_the_tokenizer_of_a_foreign_folder_without_conversion(tmp_path):
+    bpe, folder = TOKENIZERS["bpe"](), tmp_path / "hf"
+    gpt2_folder(folder, vocab_size=300)
+    assert models.meta_of(str(folder)) == {"tokenizer": "unknown", "vocab_size": 300}
+    (folder / "tokenizer.json").write_text(bpe.content)
+    assert models.meta_of(str(folder)) == bpe.meta()
+    gpt2_folder(tmp_path / "gpt2", vocab_size=50257)
+    assert models.meta_of(str(tmp_path / "gpt2")) is None
+
+
 def test_an_exported_folder_with_code_is_no_weights(tmp_path):
     convert(save(tmp_path / "out", speedrun_model(dtype=torch.float32)), str(tmp_path / "hf"), None,
             Options("latest"))

@@ -324,7 +324,7 @@ def test_the_table_names_the_peak_and_what_changes_a_row():
     (EXPOSED, dict(tp_processes=2, sync_strategy="spd"), "a --sync_strategy with fewer syncs"),
     (EXPOSED, dict(tp_processes=2, block_types=None), "--block_types with fewer syncs"),
     (EXPOSED, dict(use_fsdp=True, fsdp_reshard_after_forward=True), "--fsdp_reshard_after_forward=False"),
-    (EXPOSED, dict(batch_sizes=[1]), "more --batch_sizes: fewer updates for the same tokens"),
+    (EXPOSED, dict(batch_sizes=[1]), "larger --batch_sizes: fewer updates for the same tokens"),
     (ELEMENTWISE, dict(dropout=0.1), "--dropout=0.0"), (ELEMENTWISE, dict(compile=False), "--compile=True"),
     (ATTENTION, dict(long_windows=[1]), "shorter --short_windows, --long_windows"),
     (WAITING, dict(), "a --dataset on a faster disk"), (OTHER, dict(), "")])

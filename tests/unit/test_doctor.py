@@ -5,6 +5,7 @@
 
 import collections
 import importlib.metadata
+import shutil
 import sys
 
 import pytest
@@ -77,6 +78,15 @@ def test_a_compiler_that_is_missing_or_broken(monkeypatch):
     assert doctor.compiler().status == FAIL and "/bin/false does not compile" in doctor.compiler().text
 
 
+@pytest.mark.skipif(shutil.which(doctor.COMPILER) is None, reason="no C++ compiler")
+def test_a_compiler_without_a_header_is_named_with_its_package(monkeypatch):
+    monkeypatch.setattr(doctor, "COMPILED", (*doctor.COMPILED[:1], ("Python's headers",
+                                             "#include <no_python.h>", [], "apt install python3-dev")))
+    found = doctor.compiler()
+    assert found.status == FAIL and found.mend.startswith("apt install python3-dev")
+    assert "does not compile Python's headers" in found.text and "no_python.h" in found.text
+
+
 def test_tokenizer_files_that_are_not_here(monkeypatch):
     for message, mend in (("ModuleNotFoundError: No module named 'tiktoken'", "make .venv"),
                           ("nanosync.errors.UserError: GPT-2's tokenizer files", "TIKTOKEN_CACHE_DIR")):
@@ -87,6 +97,12 @@ def test_tokenizer_files_that_are_not_here(monkeypatch):
 def test_a_loop_back_that_fails(monkeypatch):
     monkeypatch.setattr(doctor, "LOOP_BACK", "import sys; sys.exit('the network is down')")
     assert doctor.loop_back().status == FAIL and doctor.loop_back().text.endswith("the network is down")
+
+
+def test_the_process_of_a_loop_back_that_failed_is_named_though_others_wait(monkeypatch):
+    monkeypatch.setattr(doctor, "LOOP_BACK", "import os, sys, time\n"
+                        "sys.exit('rank 1 is lost') if os.environ['RANK'] == '1' else time.sleep(600)")
+    assert doctor.loop_back().text.endswith("rank 1 is lost")
 
 
 def test_a_command_that_fails_or_does_not_answer(monkeypatch):
