@@ -79,6 +79,8 @@ class TextFile:
             cut = int(self.size * (1 - val_share))
             while cut > 0 and _read_at(f, cut, 1)[:1] and 0x80 <= _read_at(f, cut, 1)[0] < 0xC0:
                 cut -= 1  # inside a character
+            if cut > 0 and _read_at(f, cut - 1, 2) == b"\r\n":
+                cut -= 1  # inside a line end
             for split, start, end in (("train", 0, cut), ("val", cut, self.size)):
                 for job in self.parts(f, start, end, b""):
                     yield replace(job, split=split, place=None)

@@ -179,8 +179,17 @@ def test_one_text_is_split_at_its_end(prepare, tmp_path, small_jobs):
             assert meta["chars"] == "".join(sorted(set(text))) and "end_of_text" not in meta
 
 
+@pytest.mark.parametrize("val_share", [0.1, 0.2, 0.201, 0.3])
+def test_windows_line_ends_of_a_long_text_stay_single(prepare, tmp_path, small_jobs, val_share):
+    text = "\n".join(TEXTS) + "\n"
+    (tmp_path / "book.txt").write_bytes(text.replace("\n", "\r\n").encode())
+    folder = prepare("--input=book.txt", f"--val_share={val_share}")
+    assert "".join(documents_of(folder, "train") + documents_of(folder, "val")) == text
+
+
 @pytest.mark.parametrize("text", ["x" * 5000, "é" * 3000, "word " * 900, "a\n\n\n  b\n" * 500, "\n" * 4000,
-                                  "日本語。\n" * 400])
+                                  "日本語。\n" * 400, "word of\r\n" * 700, "\r\n" * 4001, "\r" * 3000,
+                                  "x" * 700 + "\r\n" + "x" * 3000])
 def test_cuts_of_a_long_text_lose_nothing(text, monkeypatch):
     content, at, parts = text.encode(), 0, []
     while at < len(content):
@@ -188,6 +197,7 @@ def test_cuts_of_a_long_text_lose_nothing(text, monkeypatch):
         parts.append(content[at:at + size].decode())
         at += size
     assert "".join(parts) == text and max(map(len, parts)) <= 701
+    assert not any(a.endswith("\r") and b.startswith("\n") for a, b in itertools.pairwise(parts))
     monkeypatch.setattr(corpus_documents, "PIECE", 700)
     assert "".join(corpus_documents.pieces(text)) == text
 
