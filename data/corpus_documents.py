@@ -56,9 +56,9 @@ def _read_files(paths: tuple[str, ...]) -> Iterator[Document]:
             yield Document(None)
 
 
-def _read_texts(texts: tuple[str, ...]) -> Iterator[Document]:
+def _read_texts(texts: tuple[str | None, ...]) -> Iterator[Document]:
     for text in texts:
-        yield Document(_valid(text))
+        yield Document(None if text is None else _valid(text))
 
 
 def _read_lines(path: str, start: int, end: int | None, field: str, lines: bytes | None

@@ -18,6 +18,7 @@ from helpers import needs_gpt2_tokenizer
 
 import data.prepare
 from data import corpus, corpus_documents, corpus_inputs, leakage, ngrams
+from data.folder_files import files_of
 from nanosync import tokenizers
 from nanosync.dataloader import open_dataset
 from nanosync.errors import UserError
@@ -503,3 +504,34 @@ def test_parts_of_a_folder(prepare, tmp_path, capsys):
     assert "some.jsonl are left out; for them alone, add --files='*.jsonl'" in capsys.readouterr().out
     folder = prepare("--input=code", "--files=*.jsonl", "--val_share=0.5", out="lines")
     assert all_documents(folder) == sorted(TEXTS[:3])
+
+
+def test_links_of_a_folder_give_each_file_once(prepare, tmp_path):
+    (tmp_path / "texts" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for n, text in enumerate(TEXTS):
+        (tmp_path / ("elsewhere" if n % 3 == 0 else "texts/sub") / f"{n}.txt").write_text(text)
+    for place, target in (("texts/sub/up", ".."), ("texts/again", "sub"), ("texts/other", "../elsewhere"),
+                          ("texts/1.txt", "sub/1.txt"), ("texts/broken", "nowhere")):
+        os.symlink(target, tmp_path / place)
+    assert all_documents(prepare("--input=texts")) == sorted(TEXTS)
+
+
+def test_patterns_of_files(tmp_path):
+    for path in ("a.py", "src/b.py", "src/deep/er/c.py", "src/b.md", ".git/d.py", "src/.e.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("x")
+    for pattern, names in {"*": "a.py b.md b.py c.py", "*.py": "a.py b.py c.py", "src/*.py": "b.py",
+                           "src/**/*.py": "b.py c.py", "src/**": "b.md b.py c.py", ".*.py": ".e.py",
+                           ".git/*": "d.py", "../*": "", "/*": ""}.items():
+        assert sorted(map(os.path.basename, files_of(str(tmp_path), pattern))) == names.split(), pattern
+
+
+def test_long_files_that_are_not_utf8_are_left_out(prepare, tmp_path, small_jobs):
+    (tmp_path / "texts").mkdir()
+    for n, text in enumerate(TEXTS):
+        (tmp_path / "texts" / f"{n}.txt").write_text(text)
+    (tmp_path / "texts" / "late.log").write_bytes(b"hello world\n" * 900 + b"\xff\n")
+    (tmp_path / "texts" / "cut.log").write_bytes(b"hello world\n" * 900 + "é".encode()[:1])
+    folder = prepare("--input=texts")
+    assert all_documents(folder) == sorted(TEXTS) and report_of(folder)["files_not_utf8"] == 2
