@@ -32,6 +32,8 @@ SAVE_SECONDS = 2.0  # between two savings of the state
 TOKENS_PER_BYTE = {"char": 1.0, "byte": 1.0}  # for the estimate, of others OTHER
 OTHER = 0.35
 VERSION = 1  # of the tokens that a plan gives
+FILES = {name + end for name in ("state.json", "tokenizer.json", "documents", "ngrams", "ngram_counts",
+                                 "ngrams.npy") for end in ("", ".tmp")} | {"LOCK"}  # of .prepare
 
 
 @dataclass
@@ -209,8 +211,12 @@ def _working_in(plan: Plan, work: str):
     """Lock the folder. After an error delete its contents; after Ctrl-C the next run needs them."""
     try:
         os.makedirs(work, exist_ok=True)
+        foreign = set(os.listdir(work)) - FILES
     except OSError as e:
         raise UserError(f"cannot write to {plan.out}: {e.strerror}") from None
+    if foreign:
+        raise UserError(f"{os.path.join(work, min(foreign))} is not of this script, which deletes the folder "
+                        f"at its end: move it, or choose another folder with --out")
     lock = lock_folder(work, "out")
     try:
         yield
@@ -229,7 +235,7 @@ def discard_leftovers(plan: Plan, work: str) -> None:
         if name != "LOCK":
             os.remove(os.path.join(work, name))
     for split in ("train", "val"):
-        for name in (f"{split}.bin.tmp", f"{split}.idx.tmp", f"{plan.name}_{split}_??????.bin.tmp"):
+        for name in (f"{split}.bin.tmp", f"{split}.idx.tmp", f"*_{split}_??????.bin.tmp"):
             for path in glob.glob(glob.escape(plan.out + os.sep) + name):
                 os.remove(path)
 

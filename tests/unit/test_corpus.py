@@ -485,6 +485,10 @@ def test_a_folder_that_is_in_use_or_holds_another_data_set(prepare, tmp_path):
     with pytest.raises(UserError, match="is in use by process"):
         prepare("--input=a.jsonl")
     os.close(lock)
+    (tmp_path / "out" / ".prepare" / "mine").mkdir()
+    with pytest.raises(UserError, match="mine is not of this script"):
+        prepare("--input=a.jsonl")
+    (tmp_path / "out" / ".prepare" / "mine").rmdir()
     before = contents(prepare("--input=a.jsonl"))
     with pytest.raises(UserError, match="holds another data set, out in byte tokens"):
         prepare("--input=a.jsonl", tokenizer="char")
