@@ -105,7 +105,8 @@ def facts_of(state: dict, step: int, architecture: str, syncs: str, per_token: f
         "val loss, bits per byte": "unknown" if loss is None or per_token is None
         else f"{bits_per_byte(loss, per_token):.4f}",
         "tokenizer": meta.get("tokenizer", "gpt2"),
-        "data": ", ".join(filter(None, [os.path.basename(dataset.rstrip(os.sep)), meta.get("name"), *tokens]))
+        "data": ", ".join(dict.fromkeys(filter(None, [os.path.basename(dataset.rstrip(os.sep)), meta.get("name"),
+                                                      *tokens])))
         or "unknown",
         "SHA-256 of the data": ", ".join(fingerprint) or "unknown",
         "commit of nanoSync": (state.get("environment") or {}).get("git_commit") or "unknown",
