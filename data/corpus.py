@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from data import leakage
-from data.corpus_encoding import CONTINUED, DOCUMENT, VAL, encode_job, in_order, make_tokenizer
+from data.corpus_encoding import CONTINUED, REPEATED, VAL, encode_job, in_order, make_tokenizer
 from data.corpus_inputs import Job, TextFile, fingerprint, merged_jobs, weighted_jobs
 from data.token_writer import TokenWriter, check_space, is_published, publish_dataset
 from nanosync.errors import UserError
@@ -187,8 +187,8 @@ def prepare_corpus(plan: Plan) -> None:
         return
     width = DTYPES[dtype_for(plan.vocab_size)].itemsize
     tokens = plan.size * TOKENS_PER_BYTE.get(plan.tokenizer, OTHER)
-    print(f"{plan.size / 1e6:,.1f} MB of text: about {tokens / 1e6:,.1f}M tokens, up to "
-          f"{width * tokens / 1e6:,.1f} MB to write to {plan.out}", flush=True)
+    print(f"{millions(plan.size)} MB of text: about {millions(tokens)}M tokens, up to "
+          f"{millions(width * tokens)} MB to write to {plan.out}", flush=True)
     check_space(plan.out, width * tokens)
     failing = os_error_as_user_error(f"cannot write to {plan.out}")
     with made_folder(plan.out), _working_in(plan, work), failing:
@@ -267,10 +267,14 @@ def _encode(plan: Plan, progress: Progress, settings: dict) -> None:
 def _check_splits(plan: Plan, progress: Progress) -> None:
     empty = [split for split, writer in progress.writers.items() if not writer.total]
     if empty:
-        n = progress.files["documents"].size // DOCUMENT.itemsize
-        advice = "give more text" if plan.val_inputs or plan.one_document else "set --val_share, or give more"
-        raise UserError(f"the {n:,} documents of {plan.source['inputs'][0]} leave nothing for {empty[0]}: "
-                        f"{advice}")
+        n = sum(int((entries["flags"] & (CONTINUED | REPEATED) == 0).sum())
+                for entries in leakage.read_documents(progress.files["documents"].path))
+        first, *others = plan.source["inputs"] + plan.source.get("val_inputs", [])
+        and_others = f" and of {len(others)} more" if others else ""
+        advice = "give more text" if plan.val_inputs or plan.one_document else \
+            "set --val_share, give more documents, or name those of val with --val_input"
+        raise UserError(f"the {n:,} document{'s' * (n != 1)} of {first}{and_others} leave nothing for "
+                        f"{empty[0]}: {advice}")
 
 
 def _report(plan: Plan, progress: Progress, settings: dict) -> dict:
@@ -347,12 +351,17 @@ def _write_starts(path: str, documents: str, val: bool, separated: bool) -> str:
     return digest.hexdigest()
 
 
+def millions(n: float) -> str:
+    """Return a number in millions, as text; of a small number two digits."""
+    return f"{n / 1e6:,.1f}" if n >= 1e6 else f"{n / 1e6:.2g}"
+
+
 def print_report(report: dict) -> None:
     """Print the report, a few lines."""
     for split in ("train", "val"):
         counts = report[split]
         plural = "" if counts["documents"] == 1 else "s"
-        print(f"{split}: {counts['documents']:,} document{plural}, {counts['bytes'] / 1e6:,.1f} MB of text, "
+        print(f"{split}: {counts['documents']:,} document{plural}, {millions(counts['bytes'])} MB of text, "
               f"{counts['tokens_per_byte']:.4f} tokens a byte")
     if report["empty_documents"] or report["files_not_utf8"]:
         print(f"left out: {report['empty_documents']:,} empty documents, {report['files_not_utf8']:,} files "

@@ -539,3 +539,14 @@ def test_long_files_that_are_not_utf8_are_left_out(prepare, tmp_path, small_jobs
     (tmp_path / "texts" / "cut.log").write_bytes(b"hello world\n" * 900 + "é".encode()[:1])
     folder = prepare("--input=texts")
     assert all_documents(folder) == sorted(TEXTS) and report_of(folder)["files_not_utf8"] == 2
+
+
+@pytest.mark.parametrize("args, words", [
+    ("--input=a.txt --input=b.txt", "the 2 documents of a.txt and of 1 more leave nothing for val"),
+    ("--input=a.txt --weights=3", "the 1 document of a.txt leave nothing for val"),
+    ("--input=a.txt --input=b.txt", "or name those of val with --val_input")])
+def test_too_few_documents_are_counted(prepare, tmp_path, small_jobs, args, words):
+    (tmp_path / "a.txt").write_text(text_of(1, 900))  # of several jobs
+    (tmp_path / "b.txt").write_text(text_of(2))
+    with pytest.raises(UserError, match=words):
+        prepare(*args.split(), "--val_share=1e-9")
