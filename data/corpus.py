@@ -269,12 +269,12 @@ def _check_splits(plan: Plan, progress: Progress) -> None:
     if empty:
         n = sum(int((entries["flags"] & (CONTINUED | REPEATED) == 0).sum())
                 for entries in leakage.read_documents(progress.files["documents"].path))
-        first, *others = plan.source["inputs"] + plan.source.get("val_inputs", [])
-        and_others = f" and of {len(others)} more" if others else ""
+        inputs = plan.source["inputs"] + plan.source.get("val_inputs", [])
+        names = " and ".join(inputs) if len(inputs) < 3 else f"the {len(inputs)} inputs"
         advice = "give more text" if plan.val_inputs or plan.one_document else \
             "set --val_share, give more documents, or name those of val with --val_input"
-        raise UserError(f"the {n:,} document{'s' * (n != 1)} of {first}{and_others} leave nothing for "
-                        f"{empty[0]}: {advice}")
+        raise UserError(f"{empty[0]} would be empty, with {n:,} document{'s' * (n != 1)} in all in {names}: "
+                        f"{advice}")
 
 
 def _report(plan: Plan, progress: Progress, settings: dict) -> dict:

@@ -430,8 +430,8 @@ def planted(tmp_path):
     ("--input=a.txt --name=x_val --format=shards", "cannot be the name of shards"),
     ("--input=.", "is inside --input=., whose files are all read"),
     ("--input=/dev/zero", "it is not a regular file"), ("--input=late.jsonl --val_share=1e-9", "no JSON"),
-    ("--input=few.jsonl --val_share=1e-9", "80 documents of few.jsonl leave nothing for val: set "
-                                           "--val_share"),
+    ("--input=few.jsonl --val_share=1e-9", "val would be empty, with 80 documents in all in "
+                                           "few.jsonl: set --val_share"),
 ], ids=lambda value: value)
 def test_wrong_inputs(prepare, tmp_path, args, words):
     planted(tmp_path)
@@ -542,8 +542,8 @@ def test_long_files_that_are_not_utf8_are_left_out(prepare, tmp_path, small_jobs
 
 
 @pytest.mark.parametrize("args, words", [
-    ("--input=a.txt --input=b.txt", "the 2 documents of a.txt and of 1 more leave nothing for val"),
-    ("--input=a.txt --weights=3", "the 1 document of a.txt leave nothing for val"),
+    ("--input=a.txt --input=b.txt", "val would be empty, with 2 documents in all in a.txt and b.txt: set"),
+    ("--input=a.txt --weights=3", "with 1 document in all in a.txt: set --val_share"),
     ("--input=a.txt --input=b.txt", "or name those of val with --val_input")])
 def test_too_few_documents_are_counted(prepare, tmp_path, small_jobs, args, words):
     (tmp_path / "a.txt").write_text(text_of(1, 900))  # of several jobs
