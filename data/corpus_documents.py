@@ -38,7 +38,7 @@ def _read_range(path: str, start: int, end: int, separator: bytes, begins: bool)
         f.seek(start)
         content = f.read(end - start)
     text = _decode(content, path, start)
-    parts = text.split(separator.decode()) if separator else [text]
+    parts = text.split(separator.decode().replace("\r\n", "\n")) if separator else [text]
     for n, part in enumerate(parts[:-1]):  # line ends beside a separator belong to the separator
         yield Document(part.strip("\n") if n or begins else part.rstrip("\n"), begins or n > 0)
     if parts[-1].strip("\n") or len(parts) == 1:

@@ -44,10 +44,13 @@ class TextFile:
     """A text in UTF-8. A separator ends each document but the last; an empty one does not occur."""
 
     def __init__(self, path: str, separator: str):
-        self.path, self.separator = path, separator.encode()
+        self.path, separator = path, separator.replace("\r\n", "\n")
         self.size, self.identity = _look_at(path)
         with _reading(path), open_regular(path) as f:
-            decode_text(f.read(4096)[:-4] or b"-", path)  # UTF-16, or a byte that is not UTF-8
+            start = f.read(1 << 16)
+        decode_text(start[:4096][:-4] or b"-", path)  # UTF-16, or a byte that is not UTF-8
+        windows = b"\r\n" in start  # line ends, also those of the separator
+        self.separator = (separator.replace("\n", "\r\n") if windows else separator).encode()
 
     def check(self) -> None:
         """Raise UserError unless the whole file is UTF-8."""
@@ -114,9 +117,9 @@ class TextFile:
         """Yield ranges of one document, all of which share its place."""
         place, begins = None, True
         while start < end:
-            size = min(JOB_BYTES, end - start)
-            if start + size < end:
-                size = safe_cut(_read_at(f, start, size))
+            size = end - start
+            if size > JOB_BYTES + len(separator):  # no cut inside the separator, which is at the end
+                size = safe_cut(_read_at(f, start, JOB_BYTES))
             job = self._range(start, start + size, separator, begins)
             if begins:
                 place = key_of(next(job_texts(job), ""))

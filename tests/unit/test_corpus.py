@@ -550,3 +550,19 @@ def test_too_few_documents_are_counted(prepare, tmp_path, small_jobs, args, word
     (tmp_path / "b.txt").write_text(text_of(2))
     with pytest.raises(UserError, match=words):
         prepare(*args.split(), "--val_share=1e-9")
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n", "\n---\n"])
+def test_separators_of_lines_in_both_line_ends(prepare, tmp_path, small_jobs, separator):
+    texts = [text.replace("\n", " ") for text in TEXTS]
+    text = separator.replace("\r\n", "\n").join(texts)
+    for name, line_end in (("unix", "\n"), ("windows", "\r\n")):
+        (tmp_path / name).write_bytes(text.replace("\n", line_end).encode())
+        assert all_documents(prepare(f"--input={name}", f"--separator={separator}", out=f"{name}-out")) \
+            == sorted(texts)
+
+
+def test_separators_where_a_job_ends(prepare, tmp_path, small_jobs):
+    texts = [chr(65 + n) * (680 + n) for n in range(40)]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
+    assert all_documents(prepare("--input=a.txt", "--val_share=0.5")) == sorted(texts)
