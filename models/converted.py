@@ -42,8 +42,8 @@ class Converted:
         """Raise UserError unless entries of state.json that the model's script adds have their types."""
         for name, kind in INFERENCE_KINDS[self.description["kind"]].state.items():
             if not isinstance(self.state.get(name), kind):
-                raise UserError(f"{self.where}: the entry {name} is {shown(self.state.get(name))}: export the "
-                                f"model again")
+                raise UserError(f"{self.where}: the entry {name} is {shown(self.state.get(name))}: export "
+                                f"the model again")
 
     def take_data(self, options: "Options", dataset: str | None = None, tokenizer_file: str = "") -> None:
         """Set the data's fingerprint and tokenizer, as far as they are known. Raises UserError.
