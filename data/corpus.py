@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from data import leakage
-from data.corpus_encoding import CONTINUED, DOCUMENT, VAL, encode_job, in_order, make_tokenizer
+from data.corpus_encoding import CONTINUED, REPEATED, VAL, encode_job, in_order, make_tokenizer
 from data.corpus_inputs import Job, TextFile, fingerprint, merged_jobs, weighted_jobs
 from data.token_writer import TokenWriter, check_space, is_published, publish_dataset
 from nanosync.errors import UserError
@@ -32,6 +32,8 @@ SAVE_SECONDS = 2.0  # between two savings of the state
 TOKENS_PER_BYTE = {"char": 1.0, "byte": 1.0}  # for the estimate, of others OTHER
 OTHER = 0.35
 VERSION = 1  # of the tokens that a plan gives
+FILES = {name + end for name in ("state.json", "tokenizer.json", "documents", "ngrams", "ngram_counts",
+                                 "ngrams.npy") for end in ("", ".tmp")} | {"LOCK"}  # of .prepare
 
 
 @dataclass
@@ -185,8 +187,8 @@ def prepare_corpus(plan: Plan) -> None:
         return
     width = DTYPES[dtype_for(plan.vocab_size)].itemsize
     tokens = plan.size * TOKENS_PER_BYTE.get(plan.tokenizer, OTHER)
-    print(f"{plan.size / 1e6:,.1f} MB of text: about {tokens / 1e6:,.1f}M tokens, up to "
-          f"{width * tokens / 1e6:,.1f} MB to write to {plan.out}", flush=True)
+    print(f"{millions(plan.size)} MB of text: about {millions(tokens)}M tokens, up to "
+          f"{millions(width * tokens)} MB to write to {plan.out}", flush=True)
     check_space(plan.out, width * tokens)
     failing = os_error_as_user_error(f"cannot write to {plan.out}")
     with made_folder(plan.out), _working_in(plan, work), failing:
@@ -209,8 +211,12 @@ def _working_in(plan: Plan, work: str):
     """Lock the folder. After an error delete its contents; after Ctrl-C the next run needs them."""
     try:
         os.makedirs(work, exist_ok=True)
+        foreign = set(os.listdir(work)) - FILES
     except OSError as e:
         raise UserError(f"cannot write to {plan.out}: {e.strerror}") from None
+    if foreign:
+        raise UserError(f"{os.path.join(work, min(foreign))} is not of this script, which deletes the folder "
+                        f"at its end: move it, or choose another folder with --out")
     lock = lock_folder(work, "out")
     try:
         yield
@@ -229,7 +235,7 @@ def discard_leftovers(plan: Plan, work: str) -> None:
         if name != "LOCK":
             os.remove(os.path.join(work, name))
     for split in ("train", "val"):
-        for name in (f"{split}.bin.tmp", f"{split}.idx.tmp", f"{plan.name}_{split}_??????.bin.tmp"):
+        for name in (f"{split}.bin.tmp", f"{split}.idx.tmp", f"*_{split}_??????.bin.tmp"):
             for path in glob.glob(glob.escape(plan.out + os.sep) + name):
                 os.remove(path)
 
@@ -261,9 +267,13 @@ def _encode(plan: Plan, progress: Progress, settings: dict) -> None:
 def _check_splits(plan: Plan, progress: Progress) -> None:
     empty = [split for split, writer in progress.writers.items() if not writer.total]
     if empty:
-        n = progress.files["documents"].size // DOCUMENT.itemsize
-        advice = "give more text" if plan.val_inputs or plan.one_document else "set --val_share, or give more"
-        raise UserError(f"the {n:,} documents of {plan.source['inputs'][0]} leave nothing for {empty[0]}: "
+        n = sum(int((entries["flags"] & (CONTINUED | REPEATED) == 0).sum())
+                for entries in leakage.read_documents(progress.files["documents"].path))
+        inputs = plan.source["inputs"] + plan.source.get("val_inputs", [])
+        names = " and ".join(inputs) if len(inputs) < 3 else f"the {len(inputs)} inputs"
+        advice = "give more text" if plan.val_inputs or plan.one_document else \
+            "set --val_share, give more documents, or name those of val with --val_input"
+        raise UserError(f"{empty[0]} would be empty, with {n:,} document{'s' * (n != 1)} in all in {names}: "
                         f"{advice}")
 
 
@@ -341,12 +351,17 @@ def _write_starts(path: str, documents: str, val: bool, separated: bool) -> str:
     return digest.hexdigest()
 
 
+def millions(n: float) -> str:
+    """Return a number in millions, as text; of a small number two digits."""
+    return f"{n / 1e6:,.1f}" if n >= 1e6 else f"{n / 1e6:.2g}"
+
+
 def print_report(report: dict) -> None:
     """Print the report, a few lines."""
     for split in ("train", "val"):
         counts = report[split]
         plural = "" if counts["documents"] == 1 else "s"
-        print(f"{split}: {counts['documents']:,} document{plural}, {counts['bytes'] / 1e6:,.1f} MB of text, "
+        print(f"{split}: {counts['documents']:,} document{plural}, {millions(counts['bytes'])} MB of text, "
               f"{counts['tokens_per_byte']:.4f} tokens a byte")
     if report["empty_documents"] or report["files_not_utf8"]:
         print(f"left out: {report['empty_documents']:,} empty documents, {report['files_not_utf8']:,} files "

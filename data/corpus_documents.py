@@ -38,7 +38,7 @@ def _read_range(path: str, start: int, end: int, separator: bytes, begins: bool)
         f.seek(start)
         content = f.read(end - start)
     text = _decode(content, path, start)
-    parts = text.split(separator.decode()) if separator else [text]
+    parts = text.split(separator.decode().replace("\r\n", "\n")) if separator else [text]
     for n, part in enumerate(parts[:-1]):  # line ends beside a separator belong to the separator
         yield Document(part.strip("\n") if n or begins else part.rstrip("\n"), begins or n > 0)
     if parts[-1].strip("\n") or len(parts) == 1:
@@ -56,9 +56,9 @@ def _read_files(paths: tuple[str, ...]) -> Iterator[Document]:
             yield Document(None)
 
 
-def _read_texts(texts: tuple[str, ...]) -> Iterator[Document]:
+def _read_texts(texts: tuple[str | None, ...]) -> Iterator[Document]:
     for text in texts:
-        yield Document(_valid(text))
+        yield Document(None if text is None else _valid(text))
 
 
 def _read_lines(path: str, start: int, end: int | None, field: str, lines: bytes | None
@@ -139,26 +139,29 @@ def is_taken(job, key: int, split: str) -> bool:
 
 
 def safe_cut(content: bytes) -> int:
-    """Return where to cut a text that continues: before the last newline that follows no white space.
+    """Return where to cut a text that continues: before the last line end that follows no white space.
 
-    GPT-2's tokenizer never joins what is on the two sides of such a place. Without such a newline the cut is
-    at any other, else at the end of a character.
+    GPT-2's tokenizer never joins what is on the two sides of such a place. Without such a line end the cut is
+    at any other, else at the end of a character. Never between the two characters of a Windows line end,
+    which would become two lines.
     """
-    end, newline = len(content), -1
+    end, line_end = len(content), -1
     for _ in range(TRIES):
         end = content.rfind(b"\n", 1, end)
         if end < 0:
             break
-        newline = max(newline, end)
+        end -= content[end - 1:end] == b"\r"
+        line_end = max(line_end, end)
         before = content[max(0, end - 4):end].decode(errors="ignore")
         if before and not before[-1].isspace():
             return end
-    if newline > 0:
-        return newline
+    if line_end > 0:
+        return line_end
     end = len(content)
     while end > max(1, len(content) - 4) and 0x80 <= content[end - 1] < 0xC0:
         end -= 1
-    return end - 1 if end > 1 and content[end - 1] >= 0xC0 else len(content)
+    inside = content[end - 1] >= 0xC0 or (end == len(content) and content[end - 1:] == b"\r")
+    return end - 1 if end > 1 and inside else len(content)
 
 
 def pieces(text: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ done. Only one job is in memory at a time.
 A job holds arguments of a reader, see corpus_documents.READERS.
 """
 
-import glob
+import codecs
 import hashlib
 import heapq
 import itertools
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from data.compressed_files import open_decompressed
 from data.corpus_documents import JOB_BYTES, key_of, read_job, safe_cut
+from data.folder_files import files_of
 from nanosync.errors import UserError, shown
 from nanosync.files import decode_text, first_line, is_utf8, open_regular, os_error_as_user_error
 
@@ -43,10 +44,25 @@ class TextFile:
     """A text in UTF-8. A separator ends each document but the last; an empty one does not occur."""
 
     def __init__(self, path: str, separator: str):
-        self.path, self.separator = path, separator.encode()
+        self.path, separator = path, separator.replace("\r\n", "\n")
         self.size, self.identity = _look_at(path)
         with _reading(path), open_regular(path) as f:
-            decode_text(f.read(4096)[:-4] or b"-", path)  # UTF-16, or a byte that is not UTF-8
+            start = f.read(1 << 16)
+        decode_text(start[:4096][:-4] or b"-", path)  # UTF-16, or a byte that is not UTF-8
+        windows = b"\r\n" in start  # line ends, also those of the separator
+        self.separator = (separator.replace("\n", "\r\n") if windows else separator).encode()
+
+    def check(self) -> None:
+        """Raise UserError unless the whole file is UTF-8."""
+        decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
+        with _reading(self.path), open_regular(self.path) as f:
+            try:
+                while window := f.read(JOB_BYTES):
+                    decoder.decode(window)
+                    at += len(window)
+                decoder.decode(b"", final=True)
+            except UnicodeDecodeError:
+                raise UserError(f"cannot read {self.path}: a byte after byte {at} is not UTF-8") from None
 
     def has_separator(self) -> bool:
         """Return True if the text is more than one document."""
@@ -79,6 +95,8 @@ class TextFile:
             cut = int(self.size * (1 - val_share))
             while cut > 0 and _read_at(f, cut, 1)[:1] and 0x80 <= _read_at(f, cut, 1)[0] < 0xC0:
                 cut -= 1  # inside a character
+            if cut > 0 and _read_at(f, cut - 1, 2) == b"\r\n":
+                cut -= 1  # inside a line end
             for split, start, end in (("train", 0, cut), ("val", cut, self.size)):
                 for job in self.parts(f, start, end, b""):
                     yield replace(job, split=split, place=None)
@@ -99,9 +117,9 @@ class TextFile:
         """Yield ranges of one document, all of which share its place."""
         place, begins = None, True
         while start < end:
-            size = min(JOB_BYTES, end - start)
-            if start + size < end:
-                size = safe_cut(_read_at(f, start, size))
+            size = end - start
+            if size > JOB_BYTES + len(separator):  # no cut inside the separator, which is at the end
+                size = safe_cut(_read_at(f, start, JOB_BYTES))
             job = self._range(start, start + size, separator, begins)
             if begins:
                 place = key_of(next(job_texts(job), ""))
@@ -253,10 +271,12 @@ def _jobs_of_long_file(path: str) -> Iterator[Job]:
     """Yield ranges of a file of a folder, which is one document; none of a file that is no text."""
     try:
         text = TextFile(path, "")
-        with _reading(path), open_regular(path) as f:
-            yield from text.parts(f, 0, text.size, b"")
+        text.check()
     except UserError:
-        yield Job("files", (), 0.0)
+        yield Job("texts", (None,), 1.0)  # counted as left out, and not read into memory
+        return
+    with _reading(path), open_regular(path) as f:
+        yield from text.parts(f, 0, text.size, b"")
 
 
 def open_input(spec: str, field: str, separator: str, pattern: str | None) -> list:
@@ -290,8 +310,7 @@ def _open_file(path: str, field: str, separator: str):
 
 
 def _open_folder(folder: str, field: str, pattern: str | None) -> list:
-    found = glob.glob(os.path.join(glob.escape(folder), "**", pattern or "*"), recursive=True)
-    paths = sorted(path for path in found if os.path.isfile(path))
+    paths = files_of(folder, pattern or "*")
     structured = [path for path in paths if path.endswith(STRUCTURED)]
     if not paths:
         like = f" like {pattern}" if pattern else ""

@@ -165,6 +165,12 @@ def check_out(folder: str, name: str, tokenizer: str, kind: str) -> None:
         if found != (name, tokenizer, kind):
             raise UserError(f"{folder} holds another data set, {found[0]} in {found[1]} tokens (format "
                             f"{found[2]}): {advice}")
+    elif not {"meta.json", ".prepare"} & set(os.listdir(parent) if parent == os.path.abspath(folder) else ()):
+        written = ["train.idx", "val.idx", "report.json"] + ["train.bin", "val.bin"] * (kind == "bin")
+        for path in (os.path.join(folder, file) for file in written):
+            if os.path.lexists(path):  # of nanoGPT, or of the user
+                raise UserError(f"{path} would be overwritten, and no meta.json says that a prepare.py wrote "
+                                f"it: {advice}")
     if kind == "shards":  # the reader takes all shards of a folder, and prefers a flat file to them
         for split in ("train", "val"):
             others = glob.glob(os.path.join(glob.escape(folder), f"*_{split}_*.bin"))

@@ -37,13 +37,13 @@ class Converted:
         load_parameters(model, self.weights, self.where)
         INFERENCE_KINDS[self.description["kind"]].finish(model, self.state)
         return model.eval()
+
     def check_state(self) -> None:
         """Raise UserError unless entries of state.json that the model's script adds have their types."""
         for name, kind in INFERENCE_KINDS[self.description["kind"]].state.items():
             if not isinstance(self.state.get(name), kind):
                 raise UserError(f"{self.where}: the entry {name} is {shown(self.state.get(name))}: export "
-                                f"the "
-                                f"model again")
+                                f"the model again")
 
     def take_data(self, options: "Options", dataset: str | None = None, tokenizer_file: str = "") -> None:
         """Set the data's fingerprint and tokenizer, as far as they are known. Raises UserError.

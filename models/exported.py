@@ -86,7 +86,7 @@ def _described(model: nn.Module, kind: str, dense: bool) -> tuple[str, str]:
     """Return texts about architecture and schedule for the model card."""
     c, schedule = model.config, getattr(model, "schedule", None)
     n = sum(p.numel() for p in model.parameters())
-    architecture = f"{kind}, {n / 1e6:.1f}M parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} " \
+    architecture = f"{kind}, {n:,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} " \
         f"channels, context of {c.block_size} tokens"
     if dense or schedule is None:
         return architecture, "none: a dense model" if schedule is None else "all: the dense function"

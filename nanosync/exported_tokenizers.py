@@ -90,8 +90,7 @@ def tokenizer_of(meta: dict | None, vocab_size: int):
         return None
     if known.vocab_size > vocab_size:
         raise UserError(f"the tokenizer has {known.vocab_size} tokens and the model {vocab_size}: the "
-                        f"checkpoint "
-                        f"names the meta.json of another data set")
+                        f"checkpoint names the meta.json of another data set")
     return make(meta)
 
 

@@ -194,3 +194,7 @@ def save(model: nn.Module, folder: str, end_of_text: int | None = None) -> None:
             "tie_word_embeddings": True, "dtype": "float32", "attn_pdrop": c.dropout, "embd_pdrop": c.dropout,
             "resid_pdrop": c.dropout, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
         }, f, indent=1)
+    # without it, transformers' pipeline generates 256 tokens, which fails behind the last position
+    with open(os.path.join(folder, "generation_config.json"), "w") as f:
+        json.dump({"max_length": c.block_size, "bos_token_id": end_of_text, "eos_token_id": end_of_text}, f,
+                  indent=1)

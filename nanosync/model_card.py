@@ -99,14 +99,14 @@ def facts_of(state: dict, step: int, architecture: str, syncs: str, per_token: f
     fingerprint = [f"{file}: `{digest}`" for file, digest in digests.items()]
     tokens = [f"{data[f'{split}_tokens']:,} {split} tokens" for split in ("train", "val")
               if type(data.get(f"{split}_tokens")) is int]
+    names = [os.path.basename(dataset.rstrip(os.sep)), meta.get("name")]
     return {
         "architecture": architecture, "sync schedule": syncs, "updates": f"{step:,}",
         "val loss, nats a token": "not measured at this step" if loss is None else f"{loss:.4f}",
         "val loss, bits per byte": "unknown" if loss is None or per_token is None
         else f"{bits_per_byte(loss, per_token):.4f}",
         "tokenizer": meta.get("tokenizer", "gpt2"),
-        "data": ", ".join(filter(None, [os.path.basename(dataset.rstrip(os.sep)), meta.get("name"), *tokens]))
-        or "unknown",
+        "data": ", ".join(dict.fromkeys(filter(None, names + tokens))) or "unknown",
         "SHA-256 of the data": ", ".join(fingerprint) or "unknown",
         "commit of nanoSync": (state.get("environment") or {}).get("git_commit") or "unknown",
     }

@@ -23,7 +23,8 @@ ARGUMENTS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", 
 SETTINGS = ("eval_interval", "log_interval", "eval_iters", "always_save_checkpoint",
             "gradient_accumulation_steps", "batch_size", "dropout", "learning_rate", "max_iters",
             "weight_decay", "beta1", "beta2", "grad_clip", "decay_lr", "warmup_iters",
-            "lr_decay_iters", "min_lr", "dtype")  # of nanoGPT's train.py with the same meaning here, which no
+            "lr_decay_iters", "min_lr", "dtype", "compile", "wandb_log", "wandb_project",
+            "wandb_run_name")  # of nanoGPT's train.py with the same meaning here, which no
 # checkpoint decides
 PREFIXES = ("module.", "_orig_mod.")  # of DDP and torch.compile
 MAX_META = 2**24  # bytes of a meta.pkl
@@ -128,6 +129,8 @@ def _loss(value, path: str) -> float | None:
 def settings_text(config: dict) -> str:
     """Return a config file for train.py with the settings of a converted run. Values are literals only."""
     named = [name for name in ("dataset", *SETTINGS) if type(config.get(name)) in (int, float, bool, str)]
+    if "cuda" not in str(config.get("device", "cuda")):
+        named = [name for name in named if name != "dtype"]  # nanoGPT ignores dtype there: float32
     return "# settings of the converted run\n" + "".join(f"{name} = {config[name]!r}\n" for name in named)
 
 

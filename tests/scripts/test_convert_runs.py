@@ -37,6 +37,8 @@ for folder in sys.argv[3:]:
     generate = pipeline("text-generation", model=folder, trust_remote_code=True)
     result, = generate(sys.argv[1], max_new_tokens=int(sys.argv[2]), do_sample=False)
     texts[folder] = result["generated_text"]
+    if type(generate.model).__name__ == "GPT2LMHeadModel":
+        generate(sys.argv[1])  # by default up to 256 tokens, and the model has 24 positions
 print(json.dumps(texts))
 """
 

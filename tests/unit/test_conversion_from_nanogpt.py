@@ -24,7 +24,7 @@ from helpers import ROOT, tokens
 import models
 from convert import convert_vocabulary
 from models.conversion import Options, convert
-from nanosync import checkpoint
+from nanosync import checkpoint, nanogpt_files
 from nanosync.errors import UserError
 from nanosync.foreign_weights import UNKNOWN_DATA
 from nanosync.nanogpt_files import read_vocabulary
@@ -90,6 +90,15 @@ def test_settings_are_a_config_file(tmp_path):
     exec((tmp_path / "out" / "settings.py").read_text(), names)
     assert names["learning_rate"] == 1e-3 and names["dataset"] == code
     assert not {"out_dir", "init_from", "device"} & set(names) and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", None), ("mps", None), ("cuda:1", "float16"),
+                                           (None, "float16")])
+def test_settings_that_nanogpt_ignores_or_both_have(device, dtype):
+    config = {"dtype": "float16", "compile": False, "wandb_project": "mine"}
+    names = {}
+    exec(nanogpt_files.settings_text(config | ({"device": device} if device else {})), names)
+    assert names.get("dtype") == dtype and not names["compile"] and names["wandb_project"] == "mine"
 
 
 @pytest.mark.parametrize("vocab_size, used, tokenizer", [(61, 61, "unknown"), (50304, 50257, "gpt2")])

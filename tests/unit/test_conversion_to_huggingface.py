@@ -87,8 +87,8 @@ def test_files_of_the_folder(tmp_path):
     for fact in ("| 2.0000 |", "| 2.3083 |", "3,000 train tokens", "c0ffee", "ab" * 32, "| updates | 1 |"):
         assert fact in card, fact  # 2 nats / (ln 2 * 1.25 bytes) = 2.3083
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {
-        "README.md", "config.json", "model.safetensors", "nanosync.json", "tokenizer.json",
-        "tokenizer_config.json"}
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "nanosync.json",
+        "tokenizer.json", "tokenizer_config.json"}
     assert (tmp_path / "hf").stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o777
     assert not list(tmp_path.glob(".tmp*"))
 

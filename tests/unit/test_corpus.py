@@ -18,6 +18,7 @@ from helpers import needs_gpt2_tokenizer
 
 import data.prepare
 from data import corpus, corpus_documents, corpus_inputs, leakage, ngrams
+from data.folder_files import files_of
 from nanosync import tokenizers
 from nanosync.dataloader import open_dataset
 from nanosync.errors import UserError
@@ -179,8 +180,17 @@ def test_one_text_is_split_at_its_end(prepare, tmp_path, small_jobs):
             assert meta["chars"] == "".join(sorted(set(text))) and "end_of_text" not in meta
 
 
+@pytest.mark.parametrize("val_share", [0.1, 0.2, 0.201, 0.3])
+def test_windows_line_ends_of_a_long_text_stay_single(prepare, tmp_path, small_jobs, val_share):
+    text = "\n".join(TEXTS) + "\n"
+    (tmp_path / "book.txt").write_bytes(text.replace("\n", "\r\n").encode())
+    folder = prepare("--input=book.txt", f"--val_share={val_share}")
+    assert "".join(documents_of(folder, "train") + documents_of(folder, "val")) == text
+
+
 @pytest.mark.parametrize("text", ["x" * 5000, "é" * 3000, "word " * 900, "a\n\n\n  b\n" * 500, "\n" * 4000,
-                                  "日本語。\n" * 400])
+                                  "日本語。\n" * 400, "word of\r\n" * 700, "\r\n" * 4001, "\r" * 3000,
+                                  "x" * 700 + "\r\n" + "x" * 3000])
 def test_cuts_of_a_long_text_lose_nothing(text, monkeypatch):
     content, at, parts = text.encode(), 0, []
     while at < len(content):
@@ -188,6 +198,7 @@ def test_cuts_of_a_long_text_lose_nothing(text, monkeypatch):
         parts.append(content[at:at + size].decode())
         at += size
     assert "".join(parts) == text and max(map(len, parts)) <= 701
+    assert not any(a.endswith("\r") and b.startswith("\n") for a, b in itertools.pairwise(parts))
     monkeypatch.setattr(corpus_documents, "PIECE", 700)
     assert "".join(corpus_documents.pieces(text)) == text
 
@@ -419,8 +430,8 @@ def planted(tmp_path):
     ("--input=a.txt --name=x_val --format=shards", "cannot be the name of shards"),
     ("--input=.", "is inside --input=., whose files are all read"),
     ("--input=/dev/zero", "it is not a regular file"), ("--input=late.jsonl --val_share=1e-9", "no JSON"),
-    ("--input=few.jsonl --val_share=1e-9", "80 documents of few.jsonl leave nothing for val: set "
-                                           "--val_share"),
+    ("--input=few.jsonl --val_share=1e-9", "val would be empty, with 80 documents in all in "
+                                           "few.jsonl: set --val_share"),
 ], ids=lambda value: value)
 def test_wrong_inputs(prepare, tmp_path, args, words):
     planted(tmp_path)
@@ -474,6 +485,10 @@ def test_a_folder_that_is_in_use_or_holds_another_data_set(prepare, tmp_path):
     with pytest.raises(UserError, match="is in use by process"):
         prepare("--input=a.jsonl")
     os.close(lock)
+    (tmp_path / "out" / ".prepare" / "mine").mkdir()
+    with pytest.raises(UserError, match="mine is not of this script"):
+        prepare("--input=a.jsonl")
+    (tmp_path / "out" / ".prepare" / "mine").rmdir()
     before = contents(prepare("--input=a.jsonl"))
     with pytest.raises(UserError, match="holds another data set, out in byte tokens"):
         prepare("--input=a.jsonl", tokenizer="char")
@@ -493,3 +508,61 @@ def test_parts_of_a_folder(prepare, tmp_path, capsys):
     assert "some.jsonl are left out; for them alone, add --files='*.jsonl'" in capsys.readouterr().out
     folder = prepare("--input=code", "--files=*.jsonl", "--val_share=0.5", out="lines")
     assert all_documents(folder) == sorted(TEXTS[:3])
+
+
+def test_links_of_a_folder_give_each_file_once(prepare, tmp_path):
+    (tmp_path / "texts" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for n, text in enumerate(TEXTS):
+        (tmp_path / ("elsewhere" if n % 3 == 0 else "texts/sub") / f"{n}.txt").write_text(text)
+    for place, target in (("texts/sub/up", ".."), ("texts/again", "sub"), ("texts/other", "../elsewhere"),
+                          ("texts/1.txt", "sub/1.txt"), ("texts/broken", "nowhere")):
+        os.symlink(target, tmp_path / place)
+    assert all_documents(prepare("--input=texts")) == sorted(TEXTS)
+
+
+def test_patterns_of_files(tmp_path):
+    for path in ("a.py", "src/b.py", "src/deep/er/c.py", "src/b.md", ".git/d.py", "src/.e.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("x")
+    for pattern, names in {"*": "a.py b.md b.py c.py", "*.py": "a.py b.py c.py", "src/*.py": "b.py",
+                           "src/**/*.py": "b.py c.py", "src/**": "b.md b.py c.py", ".*.py": ".e.py",
+                           ".git/*": "d.py", "../*": "", "/*": ""}.items():
+        assert sorted(map(os.path.basename, files_of(str(tmp_path), pattern))) == names.split(), pattern
+
+
+def test_long_files_that_are_not_utf8_are_left_out(prepare, tmp_path, small_jobs):
+    (tmp_path / "texts").mkdir()
+    for n, text in enumerate(TEXTS):
+        (tmp_path / "texts" / f"{n}.txt").write_text(text)
+    (tmp_path / "texts" / "late.log").write_bytes(b"hello world\n" * 900 + b"\xff\n")
+    (tmp_path / "texts" / "cut.log").write_bytes(b"hello world\n" * 900 + "é".encode()[:1])
+    folder = prepare("--input=texts")
+    assert all_documents(folder) == sorted(TEXTS) and report_of(folder)["files_not_utf8"] == 2
+
+
+@pytest.mark.parametrize("args, words", [
+    ("--input=a.txt --input=b.txt", "val would be empty, with 2 documents in all in a.txt and b.txt: set"),
+    ("--input=a.txt --weights=3", "with 1 document in all in a.txt: set --val_share"),
+    ("--input=a.txt --input=b.txt", "or name those of val with --val_input")])
+def test_too_few_documents_are_counted(prepare, tmp_path, small_jobs, args, words):
+    (tmp_path / "a.txt").write_text(text_of(1, 900))  # of several jobs
+    (tmp_path / "b.txt").write_text(text_of(2))
+    with pytest.raises(UserError, match=words):
+        prepare(*args.split(), "--val_share=1e-9")
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n", "\n---\n"])
+def test_separators_of_lines_in_both_line_ends(prepare, tmp_path, small_jobs, separator):
+    texts = [text.replace("\n", " ") for text in TEXTS]
+    text = separator.replace("\r\n", "\n").join(texts)
+    for name, line_end in (("unix", "\n"), ("windows", "\r\n")):
+        (tmp_path / name).write_bytes(text.replace("\n", line_end).encode())
+        assert all_documents(prepare(f"--input={name}", f"--separator={separator}", out=f"{name}-out")) \
+            == sorted(texts)
+
+
+def test_separators_where_a_job_ends(prepare, tmp_path, small_jobs):
+    texts = [chr(65 + n) * (680 + n) for n in range(40)]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
+    assert all_documents(prepare("--input=a.txt", "--val_share=0.5")) == sorted(texts)

@@ -411,7 +411,20 @@ def test_out_must_not_hold_another_data_set(tmp_path):
     (tmp_path / "val.bin").write_bytes(b"ab")
     with pytest.raises(UserError, match=r"val.bin would be read with the new shards or in their place"):
         check_out(out, "x", "none", "shards")
+    with pytest.raises(UserError, match=r"val.bin would be overwritten, and no meta.json says"):
+        check_out(out, "x", "none", "bin")
+    (tmp_path / "meta.json").write_text("{")  # damaged: the folder was prepared, and is prepared again
     check_out(out, "x", "none", "bin")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.idx", "report.json"])
+def test_files_that_no_script_wrote_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} would be overwritten"):
+        check_out(str(tmp_path), "x", "char", "bin")
+    if name != "train.bin":
+        with pytest.raises(UserError, match=f"{name} would be overwritten"):
+            check_out(str(tmp_path), "x", "char", "shards")
 
 
 def test_fineweb_downloads_what_is_missing_or_broken(tmp_path, monkeypatch, capsys):
