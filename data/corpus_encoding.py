@@ -168,10 +168,7 @@ def tokenizer_path(name: str) -> str | None:
 def load_tokenizer(name: str):
     """Return the tokenizer of --tokenizer=gpt2, byte or the path of a tokenizer.json. Raises UserError."""
     if name == "gpt2":
-        try:
-            return GPT2Tokenizer()
-        except ModuleNotFoundError:
-            raise UserError("--tokenizer=gpt2 needs the package tiktoken: pip install tiktoken") from None
+        return GPT2Tokenizer()
     if name == "byte":
         return ByteTokenizer()
     path = tokenizer_path(name)

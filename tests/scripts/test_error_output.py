@@ -128,6 +128,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ("experiments/run_stages.py --plan=experiments/configs/plan.json --dry_run", "scipy"),
     ("experiments/draw_schedules.py", "matplotlib"),
     ("data/shakespeare/prepare.py --input=README.md", "tiktoken"),
+    ("data/prepare.py --input=README.md --out=new", "tiktoken"),
     ("data/openwebtext/prepare.py", "tiktoken"),
     ("data/cached_fineweb10B.py 1", "huggingface_hub"),
     ("train.py --init_from=gpt2 --block_size=16 --dataset=letters", "huggingface_hub"),

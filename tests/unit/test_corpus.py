@@ -445,7 +445,7 @@ def test_wrong_inputs(prepare, tmp_path, args, words):
 @pytest.mark.parametrize("package, path, tokenizer", [
     ("pyarrow", "a.parquet", "byte"), ("pyarrow", "a.jsonl.zst", "byte"),
     ("tokenizers", "a.jsonl", "bpe:300"),
-    ("tokenizers", "a.jsonl", "none.json"), ("datasets", "hf:x", "byte"), ("tiktoken", "a.jsonl", "gpt2")])
+    ("tokenizers", "a.jsonl", "none.json"), ("datasets", "hf:x", "byte")])
 def test_a_package_that_is_not_installed(prepare, tmp_path, monkeypatch, package, path, tokenizer):
     planted(tmp_path)
     for name in ("a.jsonl", "a.jsonl.zst"):
