@@ -27,7 +27,7 @@ ifneq ($(and $(TORCH),$(LOCKED)),)
 $(error TORCH=$(TORCH) is another build than that of requirements.lock: leave out TORCH or LOCKED)
 endif
 
-.PHONY: demo test test-processes test-rest test-kernels lint doctor lock clean .venv
+.PHONY: demo test test-processes test-compile test-rest test-kernels lint doctor lock clean .venv
 
 demo: $(CORE)
 	$(BIN)/python data/python_source/prepare.py
@@ -75,16 +75,19 @@ ifndef LOCKED
 endif
 	@touch .venv/all $@
 
-# Side by side, as most tests keep one core busy: those of several processes, and all others; last, whichever is done
-# first, the kernels in Triton's interpreter.
+# Two at a time, as most tests keep one core busy: on the other core those of several processes, then those that compile
+# models, then the kernels in Triton's interpreter.
 test: $(ALL)
-	@$(MAKE) --no-print-directory -j2 test-processes test-rest test-kernels
+	@$(MAKE) --no-print-directory -j2 test-rest test-processes test-compile test-kernels
 
 test-processes:
 	$(BIN)/python -m pytest -q --durations=10 tests/processes
 
+test-compile:
+	$(BIN)/python -m pytest -q --durations=10 tests/compile
+
 test-rest:
-	$(BIN)/python -m pytest -q --durations=10 --ignore=tests/processes tests
+	$(BIN)/python -m pytest -q --durations=10 --ignore=tests/processes --ignore=tests/compile tests
 
 test-kernels:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
