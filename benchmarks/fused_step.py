@@ -239,7 +239,7 @@ class Contender:
 
 
 class Settings:
-    """What peers.build_model reads of a Bench."""
+    """The fields of a Bench that peers.build_model reads."""
 
     @property
     def architecture(self):

@@ -38,7 +38,7 @@ FILES = {name + end for name in ("state.json", "tokenizer.json", "documents", "n
 
 @dataclass
 class Plan:
-    """What decides the bytes of a data set, and how it is made."""
+    """Settings of a data set: those that decide its bytes, and how it is made."""
 
     name: str
     out: str  # folder
@@ -108,7 +108,7 @@ class Appended:
 
 
 class Progress:
-    """What a run has written so far, in memory and in .prepare/state.json."""
+    """Progress of a run: the files written so far, in memory and in .prepare/state.json."""
 
     def __init__(self, plan: Plan, work: str):
         """Continue the state in the folder `work` if it is that of this plan, else begin anew."""

@@ -93,7 +93,7 @@ def tokenizer_meta(vocab_size: int, file: str) -> tuple[dict | None, str]:
 
 @dataclass
 class Options:
-    """What the command line says besides input and output."""
+    """Settings of the command line besides input and output."""
 
     step: str = "best"  # of the checkpoints in an out_dir
     dataset: str | None = None  # folder or name of the data set of the training

@@ -18,7 +18,7 @@ import time
 from nanosync.dataloader import DataLoader
 _batch = DataLoader._batch
 def _slow(self, start):
-    time.sleep(0.1)
+    time.sleep(0.2)
     return _batch(self, start)
 DataLoader._batch = _slow
 """
@@ -27,7 +27,7 @@ import time
 from nanosync.parallelism import Parallelism
 _clip = Parallelism.clip
 def _slow(self, *arguments):
-    time.sleep(0.1)
+    time.sleep(0.2)
     return _clip(self, *arguments)
 Parallelism.clip = _slow
 """
@@ -48,7 +48,7 @@ def test_a_sleep_lands_in_its_row(run_script, tiny_data, tmp_path, slow, row):
     assert found.steps == 3 and sum(found.seconds.values()) == pytest.approx(found.step)
     measured = float(done.out.split(" ms with it; trace: ")[0].split()[-1]) / 1e3
     assert found.step == pytest.approx(measured, rel=0.05)
-    assert found.seconds[row] == max(found.seconds.values()) and found.seconds[row] > 0.5 * found.step
+    assert found.seconds[row] >= 0.2  # the sleep, which is never shorter, also on a busy machine
     assert all(f"  {name} " in done.out for name in (*ROWS, "step"))
 
 

@@ -64,7 +64,7 @@ def test_nothing_fits():
 
 
 class ToyRun:
-    """What settle_batch_size needs of a Run."""
+    """The parts of a Run that settle_batch_size uses."""
 
     def __init__(self, device="cpu", resumed=None, dp_size=1, **settings):
         values = dict(batch_size="auto", gradient_accumulation_steps=40, eval_iters=200, block_size=1024,

@@ -97,7 +97,7 @@ def test_a_card_says_what_is_unknown(tmp_path):
     model = random_model(torch.float32)
     meta = {"tokenizer": "own", "vocab_size": 61}
     notes = convert(save(tmp_path / "out", model, meta=meta, data={}, val_loss=None, environment=None,
-                         config={"dataset": "/home/secret/a|b <img>"}),
+                         config={"dataset": "/data/secret/a|b <img>"}),
                     str(tmp_path / "hf"), None, Options("latest"))[1]
     assert "no tokenizer files" in notes[-1] and not (tmp_path / "hf" / "tokenizer.json").exists()
     card = (tmp_path / "hf" / "README.md").read_text()

@@ -243,7 +243,7 @@ def test_longest_kernels_of_the_row_other_are_named():
 
 
 class ToyRun:
-    """What `profiled` needs of a Run."""
+    """The parts of a Run that `profiled` uses."""
 
     def __init__(self, out_dir, steps, main=True, first=0):
         self.config = dict(diagnose=steps, out_dir=str(out_dir), dtype="float32", compile=False, batch_size=4)
@@ -281,12 +281,11 @@ def profile_in(folder):
 def test_sleeps_land_in_their_rows(tmp_path, first):
     """The rows are within 5% of the time that the loop itself measures, and sleeps are where they were."""
     run = ToyRun(tmp_path, 4, first=first)
-    assert train(run, data=0.03, host=0.06) == WARM_UP + 4 and "diagnosis is done" in run.stopped
+    assert train(run, data=0.1, host=0.2) == WARM_UP + 4 and "diagnosis is done" in run.stopped
     found = profile_in(tmp_path)
     measured = float(run.lines[1].split(" ms with it")[0].split()[-1]) / 1e3
     assert found.steps == 4 and sum(found.seconds.values()) == pytest.approx(measured, rel=0.05)
-    assert 0.03 <= found.seconds[WAITING] and 0.06 <= found.seconds[GAPS]
-    assert found.seconds[WAITING] + found.seconds[GAPS] > 0.5 * found.step
+    assert 0.1 <= found.seconds[WAITING] and 0.2 <= found.seconds[GAPS]  # a sleep is never shorter
     assert found.flops[PRODUCTS] == 2 * 100**3 and "host gaps" in run.lines[0]
 
 
