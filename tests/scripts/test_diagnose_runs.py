@@ -38,8 +38,9 @@ def profile_in(out_dir):
     return profile_of(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"])
 
 
-@pytest.mark.parametrize("slow, row", [(SLOW_DATA, WAITING), (SLOW_HOST, GAPS)])
-def test_a_sleep_lands_in_its_row(run_script, tiny_data, tmp_path, slow, row):
+@pytest.mark.parametrize("slow, row, least", [(SLOW_DATA, WAITING, 0.1), (SLOW_HOST, GAPS, 0.2)])
+def test_a_sleep_lands_in_its_row(run_script, tiny_data, tmp_path, slow, row, least):
+    """A sleep is never shorter than 0.2 s; the loader's goes on during the work of the step before (7 ms)."""
     (tmp_path / "slow.py").write_text(slow)
     done = run_script("train.py", "slow.py", *TRAIN, f"--dataset={tiny_data}", "--out_dir=out",
                       "--diagnose=3")
@@ -48,7 +49,7 @@ def test_a_sleep_lands_in_its_row(run_script, tiny_data, tmp_path, slow, row):
     assert found.steps == 3 and sum(found.seconds.values()) == pytest.approx(found.step)
     measured = float(done.out.split(" ms with it; trace: ")[0].split()[-1]) / 1e3
     assert found.step == pytest.approx(measured, rel=0.05)
-    assert found.seconds[row] >= 0.2  # the sleep, which is never shorter, also on a busy machine
+    assert found.seconds[row] >= least
     assert all(f"  {name} " in done.out for name in (*ROWS, "step"))
 
 
