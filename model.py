@@ -291,7 +291,7 @@ class GPT(Replicated):
         x = self.hidden(idx)
         if targets is not None:
             return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                              fp8=self.head_fp8)
+                                              fp8=self.head_fp8, fp8_casts=self.head_casts)
         return self.lm_head(x if all_logits else x[:, -1:]), None
 
     def generate(self, idx, max_new_tokens: int, stop_token: int | None = None, **sampling):

@@ -280,7 +280,7 @@ class GPT(SpeedrunModel):
         if targets is None:
             return self.head(x), None
         return None, linear_cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten(),
-                                          fp8=self.head_fp8)
+                                          fp8=self.head_fp8, fp8_casts=self.head_casts)
 
     def flops_per_token(self, crop: int, n_layer: int) -> int:
         """Return the FLOPs of a training step per token, counted as in model.GPT.flops_per_token."""

@@ -14,7 +14,7 @@ them to zero.
 
 With a Recipe of kernels.fp8 the logits and the gradient of x are products in FP8. The gradient of the logits
 is between -1 and 1, so its scale is a constant, and the kernel writes it in FP8 beside the usual dtype, which
-the gradient of the weight needs.
+the gradient of the weight needs. A chunk has fewer rows then, for the same memory.
 
 The logits can be capped, and a row can have several targets, each with a weight. Both are in a second
 operator: its loss of a row is sum_j w_j * (log-sum-exp - logit of target j), of capped logits.
@@ -57,7 +57,7 @@ def cap_logits(logits: torch.Tensor, softcap: Softcap) -> torch.Tensor:
 
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int = -1,
                          softcap: Softcap | None = None, target_weights: torch.Tensor | None = None,
-                         fp8: Recipe | None = None) -> torch.Tensor:
+                         fp8: Recipe | None = None, fp8_casts: WeightCast | None = None) -> torch.Tensor:
     """Return the mean cross-entropy of the logits `x @ weight.T` over rows with a target != ignore_index.
 
     With target_weights, row i also predicts the targets of the rows after it. Its loss is
@@ -73,13 +73,14 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     softcap: (cap, scale, shift), see Softcap; None leaves the logits as they are.
     target_weights: (K,) floating point, on x's device, K <= MAX_TARGETS; constants for autograd. None is [1].
     fp8: how logits and gradient of x run in FP8, without softcap and target_weights; None: in x's dtype.
+    fp8_casts: of the weight, for fp8; None makes them here.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     need_grads = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if softcap is None and target_weights is None:
-        loss_sum, _, _ = _loss_and_grads(x, weight, targets.flatten(), ignore_index, *_casts(x, weight, fp8),
-                                         need_grads)
+        casts = _casts(x, weight, fp8, fp8_casts)
+        loss_sum, _, _ = _loss_and_grads(x, weight, targets.flatten(), ignore_index, *casts, need_grads)
     else:
         assert fp8 is None, "FP8 with softcap or target_weights"
         index, weights = _target_table(targets, target_weights, ignore_index)
@@ -99,16 +100,21 @@ def _target_table(targets, target_weights, ignore_index):
     return rows.where(valid, 0), target_weights.detach().where(valid, 0)
 
 
-def _casts(x, weight, fp8: Recipe | None) -> tuple:
-    """Return the arguments `casts` and `emulated` of an operator. A compiler fuses the casts made here."""
+def _casts(x, weight, fp8: Recipe | None, casts: WeightCast | None = None) -> tuple:
+    """Return the arguments `casts` and `emulated` of an operator. A compiler fuses the casts made here.
+
+    casts: of the weight, None to make them.
+    """
     if fp8 is None:
         return [], False
-    rows, matrix = cast(x.detach(), E4M3, fp8.per_tensor), cast_weight(weight.detach())
-    return [*rows, *matrix], fp8.emulated
+    casts = cast_weight(weight.detach()) if casts is None else casts
+    return [*cast(x.detach(), E4M3, fp8.per_tensor), *casts], fp8.emulated
 
 
 class _Products:
     """The head's products for a part of the rows."""
+
+    chunk_bytes = 0  # of an entry of the logits, beside its own
 
     def __init__(self, x, weight):
         self.x, self.w = x, weight.to(x.dtype)
@@ -126,22 +132,23 @@ class _Products:
 
 
 class _ProductsInFP8(_Products):
+    chunk_bytes = 1
+
     def __init__(self, x, casts: list[torch.Tensor], emulated: bool):
         self.dtype, self.x, self.weight = x.dtype, Cast(*casts[:2]), WeightCast(*casts[2:])
-        self.recipe = Recipe(per_tensor=self.x.scale.numel() == 1, emulated=emulated)
+        self.per_tensor, self.emulated = self.x.scale.numel() == 1, emulated
 
     def logits(self, part):
-        x = Cast(self.x.values[part], self.x.scale if self.recipe.per_tensor else self.x.scale[part])
-        return product(x, self.weight.rows(False, self.recipe), None, self.dtype, self.recipe.emulated)
+        x = Cast(self.x.values[part], self.x.scale if self.per_tensor else self.x.scale[part])
+        return product(x, self.weight.rows(False, self.per_tensor), None, self.dtype, self.emulated)
 
     def low_grad(self, logits):
         return torch.empty_like(logits, dtype=E5M2)
 
     def grad_x_(self, out, grad_logits, low_grad):
-        scale = torch.full((1 if self.recipe.per_tensor else len(low_grad), 1), 1 / GRAD_SCALE,
-                           device=low_grad.device)
-        out.copy_(product(Cast(low_grad, scale), self.weight.rows(True, self.recipe), None, self.dtype,
-                          self.recipe.emulated))
+        scale = torch.full((1, 1), 1 / GRAD_SCALE, device=low_grad.device)
+        product(Cast(low_grad, scale), self.weight.rows(True, per_tensor=True), None, self.dtype,
+                self.emulated, out)
 
 
 def _products(x, weight, casts: list[torch.Tensor], emulated: bool) -> _Products:
@@ -173,7 +180,7 @@ def _sum_over_chunks(x: torch.Tensor, weight: torch.Tensor, need_grads: bool, pr
     losses = x.new_empty(N, dtype=_loss_dtype(x))
     grad_x = torch.empty_like(x) if need_grads else x.new_empty(0)
     grad_w = weight.new_zeros(weight.shape) if need_grads else weight.new_empty(0)
-    rows = _chunk_rows(x, V)
+    rows = _chunk_rows(x, V, products)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         logits = products.logits(part)
@@ -229,9 +236,9 @@ def _loss_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _chunk_rows(x: torch.Tensor, V: int) -> int:
+def _chunk_rows(x: torch.Tensor, V: int, products: _Products) -> int:
     """Return the number of rows whose logits fit CHUNK_BYTES, a multiple of 128 for the matrix units."""
-    rows = CHUNK_BYTES.get(x.device.type, 1 << 28) // (V * x.element_size())
+    rows = CHUNK_BYTES.get(x.device.type, 1 << 28) // (V * (x.element_size() + products.chunk_bytes))
     return max(128, rows // 128 * 128)
 
 
@@ -327,7 +334,7 @@ def _vocab_parallel(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     grad_w = weight.new_zeros(weight.shape) if need_grads else weight.new_empty(0)
     mine = (targets >= first) & (targets < first + V)
     index = (targets - first).where(mine, -1)
-    rows = _chunk_rows(x, max(V, 1))
+    rows = _chunk_rows(x, max(V, 1), products)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         logits = products.logits(part)

@@ -6,10 +6,15 @@
 
 A tensor is divided by a scale before the cast, so that its largest entry becomes the largest number of the
 format. Each row has a scale of its own, or the whole tensor has one. A scale of rows is found in the pass
-that casts, by any kernel that has a whole row at hand: torch.compile makes LayerNorm, GELU, the gradients of
-both, and the gradient of q, k and v together each one kernel with its cast. A scale of a whole tensor takes
-another pass. A product multiplies by the scales when its sums, in fp32, are complete. Scales depend on the
-tensor alone, not on earlier steps, so they are no state of a run. (Formats: arXiv 2209.05433.)
+that casts, by any kernel that has a whole row at hand. torch.compile makes LayerNorm, GELU, the gradient of
+GELU, and the joined gradient of q, k and v each one kernel with its cast. The gradient of LayerNorm is one
+kernel with its cast, or with the sums for its weight, but not with both. A scale of a whole tensor takes
+another pass. Scales depend on the tensor alone, not on earlier steps, so they are no state of a run.
+(Formats: arXiv 2209.05433.)
+
+A product multiplies by the scales when its sums, in fp32, are complete. cuBLAS has faster kernels for a
+single scale than for a scale a row. So the scales of rows can also be applied late: the kernel after the
+product multiplies by them. That is free if the kernel reads the result anyway, and rounds once more.
 
 Relative to the largest entry of a row, entries below 2^-14 (e4m3) and 2^-29 (e5m2) lose bits of the mantissa.
 All others are rounded to a relative error of at most 2^-4 (e4m3) and 2^-3 (e5m2).
@@ -18,7 +23,7 @@ FP8's matrix units take both factors with contiguous rows of the dimension that 
 copies, w for y and w.T for dx. `WeightCasts` makes them for a list of weights at once, after each update. Its
 time is the bytes of the weights twice: two kernels, whatever the number of weights.
 
-Shapes: M = rows of x, K = inputs, N = outputs of a layer.
+Shapes: M = rows of x, K = inputs, N = outputs of a layer. R = simulated ranks, which multiply in a batch.
 """
 
 from typing import NamedTuple
@@ -39,49 +44,99 @@ class Recipe(NamedTuple):
 
     per_tensor: bool = False  # one scale for a whole activation or gradient; False: one for each of its rows
     emulated: bool = False  # compute the products of the cast numbers in fp32, on any device; slow
+    late: bool = False  # the kernel after the forward product multiplies by the scales of rows
+    late_grad: bool = False  # so does the kernel after the product that makes the gradient of x
 
 
 class Cast(NamedTuple):
-    """A matrix (M, K) in FP8. It stands for values * scale."""
+    """A matrix (M, K) or a batch (R, M, K) in FP8. It stands for values * scale."""
 
-    values: torch.Tensor  # (M, K), contiguous
-    scale: torch.Tensor  # (M, 1) or (1, 1), fp32
+    values: torch.Tensor  # contiguous in the last dimension
+    scale: torch.Tensor  # (M, 1) or (R, M, 1), or one number in as many dimensions; fp32
 
 
 def cast(x: torch.Tensor, dtype: torch.dtype, per_tensor: bool = False) -> Cast:
-    """Cast a matrix (M, K). A row with an entry that is not finite becomes NaN."""
-    largest = x.abs().amax(dim=(0, 1) if per_tensor else 1, keepdim=True).float().clamp(min=TINY)
+    """Cast (..., M, K) to a contiguous Cast. A row with an entry that is not finite becomes NaN."""
+    dims = tuple(range(x.dim())) if per_tensor else -1
+    largest = x.abs().amax(dim=dims, keepdim=True).float().clamp(min=TINY)
     values = (x.float() * (LARGEST[dtype] / largest)).to(dtype)
     return Cast(values.contiguous(), largest / LARGEST[dtype])
 
 
 class WeightCast(NamedTuple):
-    """A weight (N, K) in e4m3, in both layouts, with one scale."""
+    """A weight (N, K), or a batch (R, N, K), in e4m3, in both layouts, with one scale."""
 
-    values: torch.Tensor  # (N, K)
-    transposed: torch.Tensor  # (K, N)
-    scale: torch.Tensor  # (max(N, K), 1) fp32, all equal
+    values: torch.Tensor  # (..., N, K), contiguous in the last dimension
+    transposed: torch.Tensor  # (..., K, N), contiguous in the last dimension
+    scale: torch.Tensor  # (max(N, K), 1) fp32, all equal, or more of them
 
-    def rows(self, transposed: bool, recipe: Recipe) -> Cast:
-        """Return the weight, or its transpose, as a factor of a product."""
+    def rows(self, transposed: bool, per_tensor: bool) -> Cast:
+        """Return the weight, or its transpose, as a factor of a product, with a scale a row or one scale."""
         values = self.transposed if transposed else self.values
-        return Cast(values, self.scale[:1 if recipe.per_tensor else values.shape[0]])
+        return Cast(values, self.scale[:1 if per_tensor else values.shape[-2]])
 
 
 def cast_weight(weight: torch.Tensor) -> WeightCast:
-    """Cast a weight (N, K)."""
+    """Cast a weight (N, K), or a batch (R, N, K), with one scale."""
     values, scale = cast(weight, E4M3, per_tensor=True)
-    return WeightCast(values, values.t().contiguous(), scale.expand(max(weight.shape), 1).contiguous())
+    scale = scale.reshape(1, 1).expand(max(weight.shape[-2:]), 1).contiguous()
+    return WeightCast(values, values.mT.contiguous(), scale)
 
 
-def product(a: Cast, b: Cast, bias: torch.Tensor | None, dtype: torch.dtype, emulated: bool) -> torch.Tensor:
-    """Return a @ b.T + bias, (M, N), in `dtype`. a: (M, K); b: (N, K); bias: (N,) or None."""
+def product(a: Cast, b: Cast, bias: torch.Tensor | None, dtype: torch.dtype, emulated: bool,
+            out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a @ b.T + bias, (M, N), in `dtype`.
+
+    a: (M, K); b: (N, K); bias: (N,) or None. Both have a scale a row, or both have one scale.
+    out: tensor for the result.
+    """
+    bias = None if bias is None else bias.to(dtype)
     if emulated:
         with torch.autocast(a.values.device.type, enabled=False):
             y = (a.values.float() @ b.values.float().t()) * a.scale * b.scale.t()
-        return (y if bias is None else y + bias.float()).to(dtype)
-    return torch._scaled_mm(a.values, b.values.t(), scale_a=a.scale, scale_b=b.scale.t(), out_dtype=dtype,
-                            bias=None if bias is None else bias.to(dtype), use_fast_accum=True)
+        y = (y if bias is None else y + bias.float()).to(dtype)
+        return y if out is None else out.copy_(y)
+    options = dict(scale_a=a.scale, scale_b=b.scale.t(), out_dtype=dtype, bias=bias, use_fast_accum=True)
+    if out is None:
+        return torch._scaled_mm(a.values, b.values.t(), **options)
+    return torch._scaled_mm(a.values, b.values.t(), **options, out=out)
+
+
+def product_with_weight(a: Cast, weight: WeightCast, transposed: bool, bias: torch.Tensor | None,
+                        dtype: torch.dtype, recipe: Recipe, late: bool) -> torch.Tensor:
+    """Return a @ weight.T + bias, or a @ weight if `transposed`; a is a matrix, or a batch without bias.
+
+    late: apply the scales of a's rows after the product, if it is no batch.
+    """
+    if a.values.dim() == 3:
+        b = weight.rows(transposed, recipe.per_tensor)
+        return _batched_product(*a, *b, dtype, recipe.emulated)
+    if not late or recipe.per_tensor or recipe.emulated:
+        return product(a, weight.rows(transposed, recipe.per_tensor), bias, dtype, recipe.emulated)
+    one = torch.ones((1, 1), device=a.scale.device)
+    y = product(Cast(a.values, one), weight.rows(transposed, True), None, dtype, False) * a.scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+# An opaque operator: a compiler would copy the products to join them.
+@torch.library.custom_op("nanosync::fp8_batched_product", mutates_args=())
+def _batched_product(a_values: torch.Tensor, a_scale: torch.Tensor, b_values: torch.Tensor,
+                     b_scale: torch.Tensor, dtype: torch.dtype, emulated: bool) -> torch.Tensor:
+    """Return a[r] @ b[r].T, (R, M, N), for a (R, M, K) and b (R, N, K). b_scale: of a b[r], (N or 1, 1)."""
+    y = _empty_products(a_values, a_scale, b_values, b_scale, dtype, emulated)
+    for r, out in enumerate(y):
+        scale = a_scale[min(r, a_scale.shape[0] - 1)]
+        if scale.data_ptr() % 16:  # cuBLAS refuses the address
+            scale = scale.clone()
+        product(Cast(a_values[r], scale), Cast(b_values[r], b_scale), None, dtype, emulated, out)
+    return y
+
+
+def _empty_products(a_values, a_scale, b_values, b_scale, dtype, emulated):
+    return a_values.new_empty(*a_values.shape[:2], b_values.shape[1], dtype=dtype)
+
+
+_batched_product.register_fake(_empty_products)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, recipe: Recipe,
@@ -92,38 +147,48 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rec
     weight: (N, K), N and K multiples of MULTIPLE. bias: (N,) or None.
     casts: of the weight; None makes them here, and again in the backward pass.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = _in_autocast_dtype(x)
     y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, *(casts or (None, None, None)), *recipe)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def batched_linear(x: torch.Tensor, weight: torch.Tensor, recipe: Recipe, casts: WeightCast | None = None
+                   ) -> torch.Tensor:
+    """Return x[r] @ weight[r].T for each r, (R, M, N): `linear` for a batch (R, M, K) and (R, N, K)."""
+    return _Linear.apply(_in_autocast_dtype(x), weight, None, *(casts or (None, None, None)), *recipe)
+
+
+def _in_autocast_dtype(x):
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
 class _Linear(torch.autograd.Function):
-    """`linear` for a matrix x. The cast of x is not kept, because the weight's gradient needs x itself."""
+    """`linear` for a matrix x, or `batched_linear`. The cast of x is not kept, because the weight's gradient
+    needs x itself."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, values, transposed, scale, per_tensor, emulated):
-        recipe = Recipe(per_tensor, emulated)
+    def forward(ctx, x, weight, bias, values, transposed, scale, *recipe):
         casts = cast_weight(weight) if values is None else WeightCast(values, transposed, scale)
-        ctx.recipe, ctx.has_bias = recipe, bias is not None
+        ctx.recipe = recipe = Recipe(*recipe)
         ctx.save_for_backward(x, weight, bias, transposed, scale)
-        return product(cast(x, E4M3, per_tensor), casts.rows(False, recipe), bias, x.dtype, emulated)
+        return product_with_weight(cast(x, E4M3, recipe.per_tensor), casts, False, bias, x.dtype, recipe,
+                                   recipe.late)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, bias, transposed, scale = ctx.saved_tensors
+        (x, weight, bias, transposed, scale), recipe = ctx.saved_tensors, ctx.recipe
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
         if of_x:
             casts = cast_weight(weight) if scale is None else WeightCast(None, transposed, scale)
-            grad_x = product(cast(grad, E5M2, ctx.recipe.per_tensor), casts.rows(True, ctx.recipe), None,
-                             x.dtype, ctx.recipe.emulated)
+            grad_x = product_with_weight(cast(grad, E5M2, recipe.per_tensor), casts, True, None, x.dtype,
+                                         recipe, recipe.late_grad)
         if of_weight:
-            grad_weight = (grad.t() @ x).to(weight.dtype)
+            grad_weight = (grad.mT @ x).to(weight.dtype)
         if of_bias:
             grad_bias = grad.sum(0, dtype=torch.float32).to(bias.dtype)
-        return grad_x, grad_weight, grad_bias, *[None] * 5
+        return grad_x, grad_weight, grad_bias, *[None] * (3 + len(recipe))
 
 
 class WeightCasts:
@@ -165,10 +230,11 @@ class WeightCasts:
             self._addresses, self._tables = addresses, self._make_tables(addresses)
         matrices, tiles = self._tables
         self._largest.zero_()
-        for write in (False, True):
-            _cast_weights_kernel[(len(tiles),)](
-                matrices, tiles, self._largest, self._values, self._transposed, self._scales, WRITE=write,
-                LARGEST=LARGEST[E4M3], TINY=TINY, TILE=self.TILE, num_warps=4)
+        with torch.cuda.device_of(matrices):  # Triton launches on the current device
+            for write in (False, True):
+                _cast_weights_kernel[(len(tiles),)](
+                    matrices, tiles, self._largest, self._values, self._transposed, self._scales, WRITE=write,
+                    LARGEST=LARGEST[E4M3], TINY=TINY, TILE=self.TILE, num_warps=4)
 
     def _make_tables(self, addresses: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the kernel's tables of weights and of tiles."""

@@ -6,8 +6,11 @@ its weights.
 Scales depend on the tensors alone (see kernels/fp8.py), so FP8 adds no state to a checkpoint.
 
 Each process casts its weights once per update: a hook of the optimizer does it after each step. FSDP gathers
-a unit's weights for each pass, so there a weight is cast in each pass.
+a unit's weights for each pass, so there a weight is cast in each pass. So is the head's on real TP ranks,
+because its replicas drift apart and are made equal outside of updates.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -19,8 +22,11 @@ from nanosync.errors import UserError, shown
 from nanosync.sharding import is_sharded
 
 RECIPES = {  # value of the setting -> Recipe
-    False: None, True: Recipe(), "tensorwise": Recipe(per_tensor=True), "emulated": Recipe(emulated=True),
+    False: None, True: Recipe(), "late": Recipe(late=True, late_grad=True),
+    "tensorwise": Recipe(per_tensor=True), "emulated": Recipe(emulated=True),
 }
+# products whose result attention reads, so that no kernel could apply the scales of rows late
+ATTENTION_READS = {"attn.c_attn": "late", "attn.c_proj": "late_grad"}
 
 
 class Float8Linear(nn.Linear):
@@ -38,17 +44,36 @@ class Float8Linear(nn.Linear):
             return fp8.linear(x, self.weight, bias, self.recipe, self.casts)
         return F.linear(x, self.weight, bias)
 
+    def split_casts(self, split: Callable) -> WeightCast | None:
+        """Return the casts of split(weight), None if the weight is cast in each pass."""
+        if self.casts is None:
+            return None
+        values, transposed = split(self.casts.values), split(self.casts.transposed.t()).mT
+        return WeightCast(*(t if t.stride(-1) == 1 else t.contiguous() for t in (values, transposed)),
+                          self.casts.scale)
+
 
 def product_without_bias(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
     """Return x @ weight.T, in FP8 if the layer is in FP8."""
     return linear.product(x) if isinstance(linear, Float8Linear) else F.linear(x, linear.weight)
 
 
+def batched_product(x: torch.Tensor, linear: nn.Linear, split: Callable) -> torch.Tensor:
+    """Return x[r] @ split(weight)[r].T for each r, in FP8 if the layer is in FP8.
+
+    x: (R, M, K). split: function of a matrix like the weight that returns R matrices, (R, N, K).
+    """
+    weight = split(linear.weight)
+    if isinstance(linear, Float8Linear) and torch.is_grad_enabled():
+        return fp8.batched_linear(x, weight, linear.recipe, linear.split_casts(split))
+    return torch.bmm(x, weight.transpose(1, 2))
+
+
 def check_fp8(config: dict) -> None:
     """Raise UserError for wrong values of fp8 and fp8_head."""
     setting = config["fp8"]
     if type(setting) not in (bool, str) or setting not in RECIPES:
-        raise UserError(f"fp8={shown(setting)} is unknown: use True, False, tensorwise or emulated")
+        raise UserError(f"fp8={shown(setting)} is unknown: use True, False, late, tensorwise or emulated")
     if config["fp8_head"] and not setting:
         raise UserError("fp8_head adds the head to the products in FP8: add --fp8, or leave fp8_head out")
 
@@ -81,23 +106,35 @@ def use_fp8(model: nn.Module, config: dict) -> None:
     recipe = RECIPES[config["fp8"]]
     if recipe is None:
         return
+    parts = model.ranks.local if _streams_differ(model) else 1
     for name, module in model.transformer.h.named_modules():
         if isinstance(module, nn.Linear):
-            _check_size(f"transformer.h.{name}.weight", *module.weight.shape)
+            (rows, columns), kind = module.weight.shape, name.partition(".")[2]
+            split = (rows, columns // parts) if kind.endswith("c_proj") else (rows // parts, columns)
+            _check_size(f"transformer.h.{name}.weight", *split, " for a simulated rank" * (parts > 1))
             module.__class__, module.recipe = Float8Linear, recipe
+            if kind in ATTENTION_READS:
+                module.recipe = recipe._replace(**{ATTENTION_READS[kind]: False})
     if config["fp8_head"]:
         V, C = model.transformer.wte.weight.shape
         ranks = getattr(model, "ranks", None)
         processes = 1 if ranks is None else ranks.processes
         for rows in (V, -(-V // processes)):
-            _check_size("the head", rows, C, "fp8_head")
+            _check_size("the head", rows, C, setting="fp8_head")
         model.head_recipe = recipe
 
 
-def _check_size(matrix: str, rows: int, columns: int, setting: str = "fp8") -> None:
+def _streams_differ(model: nn.Module) -> bool:
+    """Return True for a model with simulated ranks whose streams differ somewhere, so that they multiply in a
+    batch."""
+    ranks, schedule = getattr(model, "ranks", None), getattr(model, "schedule", None)
+    return ranks is not None and ranks.local > 1 and not schedule.is_dense
+
+
+def _check_size(matrix: str, rows: int, columns: int, of: str = "", setting: str = "fp8") -> None:
     if rows % MULTIPLE or columns % MULTIPLE:
         raise UserError(f"{setting} needs matrices whose sizes are multiples of {MULTIPLE}, and on a process "
-                        f"{matrix} has {rows} x {columns}: choose other sizes, or leave {setting} out")
+                        f"{matrix} has {rows} x {columns}{of}: choose other sizes, or leave {setting} out")
 
 
 def layers_of(model: nn.Module) -> list[Float8Linear]:
@@ -113,20 +150,22 @@ def follow_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     layers = [layer for layer in layers_of(model) if not is_sharded(layer.weight)]
     if not layers:
         return
-    kept = WeightCasts([layer.weight.detach() for layer in layers])
+    weights, head = [layer.weight.detach() for layer in layers], model.transformer.wte.weight
+    ranks = getattr(model, "ranks", None)
+    keeps_head = model.head_recipe is not None and not is_sharded(head) and (
+        ranks is None or ranks.group is None)
+    kept = WeightCasts(weights + [head.detach()] * keeps_head)
     for layer, casts in zip(layers, kept.casts):
         layer.casts = casts
+    model.head_casts = kept.casts[-1] if keeps_head else None
     optimizer.register_step_post_hook(lambda *_: kept.update())
 
 
 def describe_fp8(config: dict, model: nn.Module) -> str:
     """Return the line that a run prints about FP8."""
-    scales = "per tensor" if config["fp8"] == "tensorwise" else "per row"
-    how = "emulated, which is slow" if config["fp8"] == "emulated" else f"scales {scales}"
+    how = {True: "scales per row", "late": "scales per row, applied after the products",
+           "tensorwise": "scales per tensor", "emulated": "emulated, which is slow"}[config["fp8"]]
     head = " and the head" if config["fp8_head"] else ""
-    ranks, schedule = getattr(model, "ranks", None), getattr(model, "schedule", None)
-    differ = ranks is not None and ranks.local > 1 and not all(s.sync for s in schedule.sublayers)
     return (f"FP8: {len(layers_of(model))} matrices of the blocks{head} ({how})"
-            + ("; not the products of simulated ranks whose streams differ" if differ else "")
             + ("; without compile the casts cost more than FP8 saves"
                if not config["compile"] and config["fp8"] != "emulated" else ""))

@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from kernels.collectives import functional_all_reduce
 from nanosync.errors import UserError
-from nanosync.fp8 import product_without_bias
+from nanosync.fp8 import batched_product, product_without_bias
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,13 @@ def column_parallel(x, linear: nn.Linear, parts: int = 1):
 
     parts: number of stacked matrices that are each divided among the ranks, 3 for q, k and v.
     """
+    def split(w):  # (N, C) -> (m, N / m, C)
+        return w.view(parts, m, -1, C).transpose(0, 1).reshape(m, -1, C)
+
     m, B, T, C = x.shape
     if m == 1:
         return linear(x)
-    weight = linear.weight.view(parts, m, -1, C).transpose(0, 1).reshape(m, -1, C)  # (m, N / m, C)
-    y = torch.bmm(x.reshape(m, B * T, C), weight.transpose(1, 2))
+    y = batched_product(x.reshape(m, B * T, C), linear, split)
     if linear.bias is not None:
         y = y + linear.bias.view(parts, m, -1).transpose(0, 1).reshape(m, 1, -1).to(y.dtype)
     return y.view(m, B, T, -1)
@@ -129,13 +131,15 @@ def row_parallel(y, linear: nn.Linear, local: int, together: bool):
     linear: layer with the weight (C, K); its bias is left out.
     together: True to return the sum of the partial sums, (1, B, T, C), which is a single product.
     """
+    def split(w):  # (C, K) -> (local, C, K / local)
+        return w.view(w.shape[0], local, -1).transpose(0, 1)
+
     m, B, T, _ = y.shape
     if together or local == 1:
         return product_without_bias(y.permute(1, 2, 0, 3).reshape(1, B, T, -1), linear)
     if m == 1:  # y has the inputs of all local ranks, concatenated
         y = y.view(B * T, local, -1).transpose(0, 1)
-    w = linear.weight.view(linear.weight.shape[0], local, -1).permute(1, 2, 0)  # (local, K / local, C)
-    return torch.bmm(y.reshape(local, B * T, -1) if m > 1 else y, w).view(local, B, T, -1)
+    return batched_product(y.reshape(local, B * T, -1) if m > 1 else y, linear, split).view(local, B, T, -1)
 
 
 def split_dimension(name: str) -> int | None:

@@ -7,13 +7,15 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-import kernels.interval_attention  # noqa: F401  registers its operator
+import kernels.fp8
+import kernels.interval_attention  # noqa: F401  both register an operator
 from nanosync.errors import UserError
 
 ACTIVATION_CHECKPOINTING = ("none", "block", "selective")
 aten = torch.ops.aten
 KEPT = [  # by 'selective': operations whose results are expensive to recompute for their memory
     aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default,
+    torch.ops.nanosync.fp8_batched_product.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops._c10d_functional.all_reduce.default,

@@ -12,6 +12,7 @@ class Replicated(nn.Module):
     """A model that every process has whole. A model of tensor-parallel ranks overrides these methods."""
 
     head_recipe = None  # how the head runs in FP8, see nanosync.fp8; None: in the dtype of its input
+    head_casts = None  # casts of the head's weight as it is now; None: cast in each pass
 
     @property
     def head_fp8(self):

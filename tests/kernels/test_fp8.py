@@ -11,12 +11,24 @@ from helpers import runs_kernels
 
 from kernels import cross_entropy, fp8
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.fp8 import E4M3, E5M2, LARGEST, Recipe, WeightCasts, cast, cast_weight, linear
+from kernels.fp8 import (
+    E4M3,
+    E5M2,
+    LARGEST,
+    Recipe,
+    WeightCast,
+    WeightCasts,
+    batched_linear,
+    cast,
+    cast_weight,
+    linear,
+)
 
 ROUNDING = {E4M3: 2**-4, E5M2: 2**-3}  # largest relative error of a normal number
 NORMAL = {E4M3: 2**-6 / 448, E5M2: 2**-14 / 57344}  # smallest normal number over the largest number
 HOPPER = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
-RECIPES = [Recipe(emulated=True)] + HOPPER * [Recipe(), Recipe(per_tensor=True)]
+RECIPES = [Recipe(emulated=True)] + HOPPER * [Recipe(), Recipe(late=True, late_grad=True),
+                                              Recipe(per_tensor=True)]
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
@@ -54,9 +66,9 @@ def sample(dtype=torch.bfloat16):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kept", [False, True])
 def test_linear_and_gradients(recipe, kept):
-    """Against fp64 products of the numbers that the casts stand for: bf16 rounds a result by 2^-9. The casts
-    themselves move a sum of independent terms by about the rounding error of one, over the square root of 3
-    and of 2 as both factors have it."""
+    """Against fp64 products of the numbers that the casts stand for: bf16 rounds a result by 2^-8, with late
+    scales twice. The casts themselves move a sum of independent terms by about the rounding error of one,
+    over the square root of 3 and of 2 as both factors have it."""
     (x, weight, bias), grad = sample()
     casts = WeightCasts([weight]).casts[0] if kept else None
     y = linear(x, weight, bias, recipe, casts)
@@ -73,8 +85,48 @@ def test_linear_and_gradients(recipe, kept):
     exact = x.double() @ weight.double().T + bias.double(), grad.double() @ weight.double(), *expected[2:]
     for found, same, true, error in zip((y, x.grad, weight.grad, bias.grad), expected, exact,
                                         (2**-4, 2**-3, 2**-8, 2**-8)):
-        assert (found.double() - same).abs().max() <= 2**-8 * same.abs().max()
+        assert (found.double() - same).abs().max() <= 2**-8 * (1 + recipe.late) * same.abs().max()
         assert (found.double() - true).norm() <= error / 1.5 * true.norm()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_late_scales_round_once_more(recipe):
+    (x, weight, _), grad = sample()
+    results = []
+    for late in (False, True):
+        x.grad = None
+        y = linear(x, weight, None, recipe._replace(late=late, late_grad=late))
+        y.backward(grad)
+        results.append((y.detach(), x.grad))
+    for early, late in zip(*results):
+        assert ((early - late).abs() <= 3.1 * 2**-8 * early.abs()).all()  # three roundings by 2^-8
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_batch_of_products(recipe):
+    """Each product, with strided casts, has the bits of the product alone; the address of the scales of the
+    second rank, for 5 rows each, is no multiple of 16."""
+    torch.manual_seed(0)
+    x, weight, grad = (t.to(DEVICE) for t in (torch.randn(3, 5, 32).bfloat16(), torch.randn(48, 96) / 8,
+                                              torch.randn(3, 5, 48).bfloat16()))
+    whole = cast_weight(weight)
+    values, transposed = (w.view(48, 3, 32).transpose(0, 1) for w in (whole.values, whole.transposed.t()))
+    casts = WeightCast(values, transposed.mT, whole.scale)
+    weight = weight.view(48, 3, 32).transpose(0, 1)
+    recipe = recipe._replace(late=False, late_grad=False)
+    x.requires_grad_(), weight.requires_grad_()
+    y = batched_linear(x, weight, recipe, casts)
+    found = y, *torch.autograd.grad(y, (x, weight), grad)
+    for r in range(3) if not recipe.per_tensor else ():
+        alone = linear(x[r], weight[r], None, recipe, WeightCast(*(t[r] for t in casts[:2]), whole.scale))
+        expected = alone, *(g[r] for g in torch.autograd.grad(alone, (x, weight), grad[r]))
+        for a, b in zip(found, expected):
+            assert torch.equal(a[r], b)
+    exact = x.double() @ weight.double().mT, grad.double() @ weight.double(), grad.double().mT @ x.double()
+    again = batched_linear(x, weight, recipe)  # makes casts of the same values, with the same scale
+    assert torch.equal(again, y)
+    for a, b, error in zip(found, exact, (2**-4, 2**-3, 2**-8)):
+        assert (a.double() - b).norm() <= error / 1.5 * b.norm()
 
 
 def test_gradients_that_nothing_needs_are_not_computed(monkeypatch):
@@ -120,8 +172,8 @@ def test_kernel_writes_both_layouts(monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_head(recipe, compiled, monkeypatch):
+@pytest.mark.parametrize("compiled, kept", [(False, False), (True, False), (False, True)])
+def test_head(recipe, compiled, kept, monkeypatch):
     """Loss and gradients of three chunks against fp64, with a row that the loss ignores. The gradient of the
     logits has an entry near -1 a row, which the rounding of e5m2 to 2^-3 moves by at most 2^-3."""
     monkeypatch.setitem(cross_entropy.CHUNK_BYTES, DEVICE, 1)  # the least: 128 rows
@@ -133,7 +185,8 @@ def test_head(recipe, compiled, monkeypatch):
     function = torch.compile(linear_cross_entropy, fullgraph=True, backend=backend) if compiled else \
         linear_cross_entropy
     results = []
-    for dtype, options in ((torch.float64, {}), (torch.bfloat16, dict(fp8=recipe))):
+    casts = WeightCasts([weight]).casts[0] if kept else None
+    for dtype, options in ((torch.float64, {}), (torch.bfloat16, dict(fp8=recipe, fp8_casts=casts))):
         a = x.to(dtype).requires_grad_()
         w = weight.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
         loss = (linear_cross_entropy if dtype == torch.float64 else function)(a, w, targets, **options)

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from helpers import build, gradients, random_speedrun_model, tokens
 
+from kernels.fp8 import WeightCasts
 from nanosync.errors import UserError
 from nanosync.fp8 import (
     RECIPES,
@@ -29,7 +30,7 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("config, words", [
-    (dict(fp8="rowwise", fp8_head=False), "fp8='rowwise' is unknown: use True, False, tensorwise or"),
+    (dict(fp8="rowwise", fp8_head=False), "fp8='rowwise' is unknown: use True, False, late, tensorwise or"),
     (dict(fp8=1, fp8_head=False), "fp8=1 is unknown"),
     (dict(fp8=False, fp8_head=True), "fp8_head adds the head to the products in FP8: add --fp8"),
 ])
@@ -114,20 +115,57 @@ def test_casts_follow_the_optimizer():
     assert (after - layer.weight).abs().max() <= 2**-4 * layer.weight.abs().max()
 
 
-def test_products_of_ranks():
-    """Products of ranks that agree are in FP8; batched products of ranks that differ are not."""
+@pytest.mark.parametrize("kept", [False, True])
+def test_products_of_ranks(kept):
+    """All products of ranks are in FP8, also batched ones. They have the bits of the products of whole
+    matrices: of the same rows, or of a row whose largest entry is in each rank's part."""
     torch.manual_seed(0)
-    layers = [nn.Linear(32, 48), nn.Linear(32, 48)]
-    layers[1].load_state_dict(layers[0].state_dict())
-    layers[1].__class__, layers[1].recipe = Float8Linear, RECIPES["emulated"]
-    for m in (1, 2):
-        x, y = torch.randn(m, 2, 3, 32), torch.randn(m, 2, 3, 32 // m)
-        for results in ([column_parallel(x, layer, parts=3) for layer in layers],
-                        [row_parallel(y, layer, m, together=False) for layer in layers]):
-            assert torch.equal(*results) == (m == 2)
-    joined = [row_parallel(torch.randn(2, 2, 3, 16, generator=torch.Generator().manual_seed(1)), layer, 2,
-                           together=True) for layer in layers]
-    assert not torch.equal(*joined) and torch.allclose(*joined, atol=0.2)
+    layer = nn.Linear(32, 96)
+    layer.__class__, layer.recipe = Float8Linear, RECIPES["emulated"]
+    layer.casts = WeightCasts([layer.weight.detach()]).casts[0] if kept else None
+    x = torch.randn(2, 3, 32)
+    joined = layer(x) - layer.bias
+    for parts in (1, 3):
+        apart = column_parallel(x.expand(2, 2, 2, 3, 32)[0], layer, parts)  # (m, B, T, N / m)
+        expected = layer(x).view(2, 3, parts, 2, -1).permute(3, 0, 1, 2, 4).reshape(2, 2, 3, -1)
+        assert torch.equal(apart, expected)
+    y = torch.randn(1, 2, 3, 32)
+    y[..., ::16] = 9.0
+    joined = row_parallel(y, layer, 2, together=True)
+    for local in (row_parallel(y, layer, 2, together=False),
+                  row_parallel(y.view(1, 2, 3, 2, 16).transpose(0, 3)[..., 0, :], layer, 2, together=False)):
+        assert local.shape == (2, 2, 3, 96) and torch.allclose(local.sum(0), joined[0], atol=1e-5)
+    assert not torch.allclose(joined, y @ layer.weight.T, atol=1e-3)
+
+
+def test_simulated_ranks_train_with_the_casts_of_whole_weights():
+    """A batched product takes its part of the casts, and gradients reach all of the weight."""
+    model, idx, targets = MODELS["spd"](), tokens(2, 16, vocab_size=64), tokens(2, 16, 5, vocab_size=64)
+    use_fp8(model, ON)
+    grads = []
+    for kept in (False, True):
+        if kept:
+            follow_weights(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            assert model.head_casts is not None
+        grads.append(gradients(model, model(idx, targets)[1]))
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
+def test_late_scales_leave_out_the_products_that_attention_reads():
+    model = MODELS["dense"]()
+    use_fp8(model, dict(fp8="late", fp8_head=False))
+    late = {name: (m.recipe.late, m.recipe.late_grad) for name, m in model.transformer.h[1].named_modules()
+            if isinstance(m, Float8Linear)}
+    assert late == {"attn.c_attn": (False, True), "attn.c_proj": (True, False), "mlp.c_fc": (True, True),
+                    "mlp.c_proj": (True, True)}
+
+
+def test_parts_of_simulated_ranks_that_do_not_fit():
+    model = build(dict(block_types=["spd"] * 2), 4, torch.float32, n_layer=2, n_head=4, n_embd=32,
+                  vocab_size=64)
+    with pytest.raises(UserError, match=r"c_attn\.weight has 24 x 32 for a simulated rank"):
+        use_fp8(model, ON)
 
 
 @pytest.mark.parametrize("kind, setting, words", [
@@ -135,8 +173,9 @@ def test_products_of_ranks():
     ("dense", dict(fp8="tensorwise", fp8_head=True, compile=True),
      "FP8: 8 matrices of the blocks and the head (scales per tensor)"),
     ("spd", dict(ON, compile=False),
-     "FP8: 8 matrices of the blocks and the head (emulated, which is slow); not the products of simulated "
-     "ranks whose streams differ"),
+     "FP8: 8 matrices of the blocks and the head (emulated, which is slow)"),
+    ("spd", dict(fp8="late", fp8_head=False, compile=True),
+     "FP8: 8 matrices of the blocks (scales per row, applied after the products)"),
     ("dense", dict(fp8=True, fp8_head=False, compile=False),
      "FP8: 8 matrices of the blocks (scales per row); without compile the casts cost more than FP8 saves"),
 ])
