@@ -25,14 +25,14 @@ $ python bench.py --mode=kernels --peer=FOLDER --rows="[16384,65536]" --widths="
 All contenders do the same work on the same tokens. Each is warmed up; then they take turns, `steps` steps a
 turn, for `rounds` rounds. A figure is the median over the rounds, with the range. A training step is forward,
 backward, clipping and AdamW. A step of generation is the time that one more token takes a batch: the time for
-max_new_tokens tokens less the time for one.
+max_new_tokens tokens less the time for one. On one process a contender may fail: the others continue.
 
 A strategy of `compare` is words with + between: ddp, zero1 or fsdp; tp (tp_processes hold a model); keep
 (fsdp_reshard_after_forward=False), offload (fsdp_cpu_offload), 100M (fsdp_min_num_params=1e8, or another
 number); block or selective (activation_checkpointing); triton; gelu, also with -derivative, -derivative8 or
--recompute (kernels/gelu_mlp.py); qkv (kernels/qkv_linear.py); eager (not compiled); fp8, fp8_tensorwise or
-fp8_emulated, and fp8_head; torchao or torchao_rowwise (FP8 by that package). In mode train they take turns in
-the same processes, also with a peer; in mode memory each has the GPUs to itself.
+-recompute (kernels/gelu_mlp.py); qkv (kernels/qkv_linear.py); eager (not compiled); fp8, fp8_late,
+fp8_tensorwise or fp8_emulated, and fp8_head; torchao or torchao_rowwise (FP8 by that package). In mode train
+they take turns in the same processes, also with a peer; in mode memory each has the GPUs to itself.
 
 decode and prefill measure latency, each as a CUDA graph, for every width and batch size: of one GPU (TP=1),
 of all GPUs by the schedules of `syncs`, and without any (0 syncs: the cost of communication, not a
@@ -45,7 +45,7 @@ import statistics
 import torch
 
 from benchmarks import kernels, latency, memory, peers, strategies
-from benchmarks.harness import Bench, in_unit, seconds_per_call, take_turns, with_range
+from benchmarks.harness import Attempts, Bench, in_unit, seconds_per_call, take_turns, with_range
 from benchmarks.strategies import Strategy
 from configurator import check_at_least, check_seed, configure
 from model import GPT, GPTConfig
@@ -89,6 +89,7 @@ plot = ""  # kernels: draw the shares of the copy bandwidth into this file
 steps = 10  # training steps a turn
 warmup = 5  # training steps before the first turn, after the one that compiles
 rounds = 7
+seconds = 0  # begin no further contender or round so long after the start, 0 for no limit; one process
 dataset = ""  # tokens for training from this data set; '' takes random ones
 loss_steps = 0  # first train each this many steps from the same weights and compare losses (needs dataset)
 learning_rate = 6e-4
@@ -112,7 +113,7 @@ def check_settings(config: dict) -> None:
     mode, block_size = config["mode"], config["block_size"]
     check_at_least(config, 1, "batch_size", "steps", "rounds", "warmup", "prompt_tokens")
     check_at_least(config, 2, "max_new_tokens")
-    check_at_least(config, 0, "loss_steps", "grad_clip")
+    check_at_least(config, 0, "loss_steps", "grad_clip", "seconds")
     check_seed(config)
     for kind in config["tp_allreduce"].split(","):
         check_all_reduce(kind)
@@ -141,10 +142,9 @@ def check_settings(config: dict) -> None:
         peers.check_peer(config)
     if config["loss_steps"] and not config["dataset"]:
         raise UserError("loss_steps needs real text: name a data set with --dataset=...")
-    tokens = config["prompt_tokens"], config["max_new_tokens"]
-    if mode == "generate" and sum(tokens) > block_size:
-        raise UserError("prompt_tokens={} and max_new_tokens={} together exceed block_size={}".format(
-            *tokens, block_size))
+    prompt, new = config["prompt_tokens"], config["max_new_tokens"]
+    if mode == "generate" and prompt + new > block_size:
+        raise UserError(f"prompt_tokens={prompt} and max_new_tokens={new} together exceed {block_size=}")
     for name in ("json", "plot"):
         if config[name]:
             check_output_file(config[name], name)
@@ -193,6 +193,8 @@ if mode == "kernels":
 # data, sizes and schedules
 if compile and mode in ("train", "memory"):
     check_compile(device)
+    import torch._dynamo
+    torch._dynamo.config.recompile_limit = 64  # models of all contenders share the code of `forward`
 data = open_dataset(dataset, block_size) if dataset else None
 if (model_type == "distributed_gpt" or block_types is not None) and not (schedules or compared):
     ranks = processes.world_size if mode in latency.MODES else tp_size
@@ -215,7 +217,6 @@ def random_tokens(*shape: int) -> torch.Tensor:
 
 
 def make_model(name: str):
-    """Build a contender's model on the device. All have the same initial weights."""
     torch.manual_seed(seed)
     if name in schedules:
         model = DistributedGPT(DistributedGPTConfig(**bench.architecture, tp_size=tp_size))
@@ -233,8 +234,8 @@ class Training:
     """A contender that trains: `step()` is one update on its next batch, `turn()` the seconds of a step."""
 
     def __init__(self, name: str, on: Processes, strategy: Strategy | None = None, layers: int = 0):
-        """on: the processes that train. A model that several of them hold gets the batches of them all.
-        layers: of the model by a strategy, 0 for n_layer."""
+        """on: the processes that train. A model on several gets the batches of them all. layers: of the model
+        by a strategy, 0 for n_layer."""
         self.name, before = name, memory.allocated(device)
         if strategy is None:
             self.parallel, self.model = Parallelism(on, compute_dtype), make_model(name)
@@ -378,39 +379,59 @@ if mode == "memory":
 
 # contenders by name; the others are compared with the first
 if compared:
-    contenders = {"peer": Training("peer", alone)} if peer else {}
-    contenders |= {strategy.name: train_by(strategy) for strategy in compared}
+    makers = {"peer": lambda: Training("peer", alone)} if peer else {}
+    makers |= {strategy.name: lambda s=strategy: train_by(s) for strategy in compared}
 elif mode == "train" and processes.world_size > 1:
-    contenders = {name: Training(name, processes if name in schedules else everyone)
-                  for name in ["DDP", *schedules]}
+    makers = {name: lambda n=name: Training(n, processes if n in schedules else everyone)
+              for name in ["DDP", *schedules]}
     if not schedules:
-        contenders["each alone"] = contenders["one GPU"] = Training("ours", alone)
+        makers |= {"each alone": lambda: Training("ours", alone), "one GPU": lambda: contenders["each alone"]}
 elif mode == "train":
-    contenders = {name: Training(name, alone) for name in ["ours", *["peer"] * bool(peer), *schedules]}
+    makers = {n: lambda n=n: Training(n, alone) for n in ["ours", *["peer"] * bool(peer), *schedules]}
 else:
     rivals = ["hf-dynamic", "hf-static"] if peer == "hf" else ["peer"] * bool(peer)
-    contenders = {name: Generation(name) for name in ["ours", *rivals, *schedules]}
+    makers = {name: lambda n=name: Generation(n) for name in ["ours", *rivals, *schedules]}
+attempts, contenders = Attempts(seconds) if processes.world_size == 1 else None, {}
+for name, make in makers.items():
+    contender = make() if attempts is None else attempts.run(name, make, share=0.75)
+    if contender is not None:
+        contenders[name] = contender
+if not contenders:
+    raise UserError(f"no contender runs: {attempts.failures}")
 turns = {name: contender.turn for name, contender in contenders.items()}
 if "each alone" in turns:  # all GPUs at a time without communication, of which the slowest counts
     turns["each alone"] = lambda: max(all_values(contenders["each alone"].turn(), processes.group))
     turns["one GPU"] = contenders["one GPU"].turn if processes.main else None  # the others are idle meanwhile
 
-if processes.main:
-    training = mode == "train"
-    tokens = block_size if training else f"{prompt_tokens}+{max_new_tokens}"
-    print(f"{mode}: {bench.machine}, compile={compile if training else 'n/a'}, B={batch_size}, T={tokens}, "
-          f"L={n_layer} H={n_head} C={n_embd} V={vocab_size}, {processes.world_size} processes; "
-          f"median of {rounds} rounds (range)")
-times = take_turns(turns, rounds, processes.group)
-if processes.main:
-    rows = {name: contender.figures(times[name]) for name, contender in contenders.items()}
+
+def rows_of(times: dict[str, list[float]]) -> dict[str, dict]:
+    rows = {name: contenders[name].figures(t) for name, t in times.items() if t}
     if "each alone" in rows:
         rows["each alone"]["tokens_per_second"] *= processes.world_size
+    return rows
+
+
+def write(rows: dict[str, dict]) -> None:
+    failed = {name: {"failed": reason} for name, reason in attempts.failures.items()} if attempts else {}
+    bench.write_json(world_size=processes.world_size, contenders=failed | rows)
+
+
+if processes.main:
+    tokens = block_size if mode == "train" else f"{prompt_tokens}+{max_new_tokens}"
+    print(f"{mode}: {bench.machine}, compile={compile if mode == 'train' else 'n/a'}, B={batch_size}, "
+          f"T={tokens}, L={n_layer} H={n_head} C={n_embd} V={vocab_size}, {processes.world_size} processes; "
+          f"median of {rounds} rounds (range)", flush=True)
+times = take_turns(turns, rounds, processes.group, attempts=attempts,
+                   after_round=lambda figures: write(rows_of(figures)) if processes.main else None)
+if processes.main:
+    rows = rows_of(times)
     width = max(map(len, [*rows, " " * 10]))
     for name, row in rows.items():
         print(f"{name:>{width}}  {with_range(row, 'ms', 9, 3, ' ms/step')}  "
               f"{row['tokens_per_second']:12,.0f} tok/s  {contenders[name].in_words(row)}")
-    first = next(iter(rows))
+    for name, reason in attempts.failures.items() if attempts else ():
+        print(f"{name:>{width}}  {reason}")
+    first = next(iter(rows), None)
     for name, row in list(rows.items())[1:]:
         ratio = rows[first]["tokens_per_second"] / row["tokens_per_second"]
         if name == "one GPU":
@@ -423,7 +444,7 @@ if processes.main:
             line = f"{name} / {first} = {ratio:.3f}x in tokens/s"
         else:
             line = f"ours / {name} = {ratio:.3f}x in tokens/s"
-        print(line)
         row["ratio"] = ratio
-    bench.write_json(world_size=processes.world_size, contenders=rows)
+        print(line)
+    write(rows)
 finish(processes)

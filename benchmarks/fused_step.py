@@ -3,18 +3,20 @@
 $ python -m benchmarks.fused_step --out=FOLDER
 $ python -m benchmarks.fused_step --out=FOLDER --phases=step,profile --contenders=base,gelu --peer=NANOGPT
 
-`check` compares each kernel with fp64, beside PyTorch's error in the same dtype. If one is wrong, the script
-exits with code 1. `tune` times tiles of the products with GELU and keeps the fastest for what follows. `step`
-lets whole training steps take turns for each batch size (forward, backward, clipping, AdamW; compiled), and
-compares the losses of the first steps. `profile` adds up the time of a step by kind of kernel. Each phase
-writes its figures to FOLDER/<phase>.json as it goes. `step` and `profile` use the tiles of a tune.json in
-FOLDER. The last lines are a short table.
+`check` compares each kernel with fp64, beside PyTorch's error in the same dtype. Contenders with a wrong
+kernel are left out of what follows, and the script exits with code 1. `tune` times tiles of the products with
+GELU and keeps the fastest for what follows. `step` lets whole training steps take turns for each batch size
+(forward, backward, clipping, AdamW; compiled), and compares the losses of the first steps. `profile` adds up
+the time of a step by kind of kernel. Each phase writes its figures to files in FOLDER as it goes. `step` and
+`profile` use the tiles of a tune.json in FOLDER. A contender that fails has a row that says so, and the
+others continue. The last lines are a short table.
 
 A contender is words with + between: base; gelu, gelu-derivative, gelu-derivative8, gelu-recompute; tanh (GELU
 by the GPU's approximate tanh); qkv (gradients of q, k and v not joined); adamw (kernels/adamw.py); scaled
-(PyTorch's fused AdamW scales the gradients); eager (not compiled); nanogpt (the GPT of `peer`). All but
-nanogpt have the Triton LayerNorm. Without a GPU everything runs at toy size, on PyTorch's code, and no figure
-means anything.
+(PyTorch's fused AdamW scales the gradients); fp8, fp8_late or fp8_tensorwise, and fp8_head (settings of
+train.py); eager (not compiled); nanogpt (the GPT of `peer`). All but nanogpt and FP8 have the Triton
+LayerNorm; FP8 has it with the word triton. Without a GPU everything runs at toy size, on PyTorch's code, and
+no figure means anything.
 """
 
 import json
@@ -22,17 +24,19 @@ import os
 import re
 import statistics
 import sys
+from collections.abc import Callable
 
 import torch
 
 from benchmarks import fused_checks, peers
-from benchmarks.harness import in_unit, seconds_per_call, take_turns, with_range
+from benchmarks.harness import Attempts, in_unit, seconds_per_call, take_turns, with_range
 from configurator import configure
 from kernels import adamw, gelu_mlp, qkv_linear, triton, usable
 from kernels.relu_squared import is_hopper
 from model import GPT, GPTConfig, use_fused_gelu, use_qkv_linear, use_triton_layer_norm
 from nanosync.errors import UserError
 from nanosync.files import write_json
+from nanosync.fp8 import follow_weights, use_fp8
 from nanosync.hardware import environment
 from nanosync.optim import build_adamw, clip_gradients, parameter_groups
 
@@ -46,12 +50,13 @@ batch_sizes: list = [64, 12]  # sequences of 1024 tokens
 bias = False
 rounds = 7
 steps = 4  # a turn at batch size 64; smaller batches take as many tokens, but at most 20 steps
+seconds = 540  # begin no further contender or round so long after the start, 0 for no limit
 seed = 1337
 # -----------------------------------------------------------------------------
 config = configure(globals())
-GELU = {"gelu": "preactivation", "gelu-derivative": "derivative", "gelu-derivative8": "derivative8",
-        "gelu-recompute": "nothing"}
-WORDS = ("base", *GELU, "tanh", "qkv", "adamw", "scaled", "eager", "nanogpt")
+GELU = fused_checks.GELU
+FP8 = {"fp8": True, "fp8_late": "late", "fp8_tensorwise": "tensorwise", "fp8_emulated": "emulated"}
+WORDS = ("base", *GELU, "tanh", "qkv", "adamw", "scaled", *FP8, "fp8_head", "triton", "eager", "nanogpt")
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_stages", "num_warps", "programs")
 TILES = {  # candidates of `tune`
     "forward": [(128, 256, 64, 2, 3, 8, 1), (128, 256, 64, 4, 4, 8, 1), (128, 128, 64, 4, 3, 4, 2),
@@ -63,7 +68,8 @@ KINDS = [  # of kernels in a profile: name, pattern; the first that matches coun
     ("products", r"nvjet|gemm|cutlass|splitK|cublas"), ("products with GELU, of q, k, v", r"^_kernel$"),
     ("attention", r"cudnn|flash|fmha|sdpa"), ("cross-entropy", r"_cross_entropy_kernel"),
     ("separate GELU", r"sigmoid"), ("LayerNorm", r"layer_norm|^_(forward|backward|column_sums)_kernel"),
-    ("gradients of q, k, v joined", r"_cat_"), ("embedding", r"embedding"),
+    ("gradients of q, k, v joined", r"_cat_"), ("FP8 casts of weights", r"_cast_weights_kernel"),
+    ("FP8 casts alone", r"_abs_amax"), ("embedding", r"embedding"),
     ("optimizer and clipping", r"multi_tensor_apply|_adamw_kernel|_squares_kernel|_norm_kernel|lpnorm"),
     ("casts", r"_to_copy|copy_kernel"),
 ]
@@ -105,6 +111,9 @@ def tune() -> None:
     print(f"tune: products alone {figures['cuBLAS forward']:.3f} and {figures['cuBLAS backward']:.3f} ms")
     for direction in TILES:
         for keep in range(len(gelu_mlp.KEEP) if direction == "forward" else 3):
+            if attempts.late(0.9):
+                print("  no time for further tiles")
+                break
             tune_one(direction, keep, (x, w_in, w_out, grad), figures)
             write("tune", figures)
     tune_qkv(N, C, figures)
@@ -198,7 +207,10 @@ class Contender:
         if "nanogpt" in self.words:
             self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
         else:
-            use_triton_layer_norm(self.model)
+            fp8 = [FP8[word] for word in self.words if word in FP8]
+            use_fp8(self.model, {"fp8": fp8[0] if fp8 else False, "fp8_head": "fp8_head" in self.words})
+            if "triton" in self.words or not fp8:
+                use_triton_layer_norm(self.model)
             for word in self.words:
                 use_fused_gelu(self.model, GELU[word]) if word in GELU else None
             if "qkv" in self.words:
@@ -207,6 +219,7 @@ class Contender:
             if "adamw" in self.words:
                 groups = parameter_groups(self.model, 0.1)
                 self.optimizer = adamw.ClippingAdamW(groups, lr=6e-4, betas=(0.9, 0.95))
+            follow_weights(self.model, self.optimizer)
         compiled = "eager" not in self.words and device.type == "cuda"
         self.trained = torch.compile(self.model) if compiled else self.model
         generator = torch.Generator().manual_seed(seed)
@@ -250,21 +263,24 @@ class Settings:
         return {"peer": peer}
 
 
-def build(batch_size: int, figures: dict) -> dict[str, Contender]:
-    """Build the contenders; one that fails is left out."""
+def build(batch_size: int, figures: dict, title: str, share: float, note: Callable) -> dict[str, Contender]:
+    """Build the contenders; one that fails is left out, with the reason in figures.
+
+    share: of the time after which no further one is built. note: function that writes the figures.
+    """
     made = {}
     for name in contenders.split(","):
-        try:
-            made[name] = Contender(name, batch_size)
-        except Exception as e:
-            if name == contenders.split(",")[0]:
-                raise
-            print(f"B={batch_size} {name} failed: {type(e).__name__}: {str(e)[:300]}", flush=True)
-            figures[name] = {"failed": f"{type(e).__name__}: {str(e)[:300]}"}
-            continue
-        print(f"B={batch_size} {name}: losses {made[name].losses}", flush=True)
-        figures[name] = {"losses": made[name].losses, "peak_gb": getattr(made[name], "peak_gb", None)}
-        write("step", all_figures)
+        bad, label = wrong & set(name.split("+")), f"{title} {name}"
+        if bad:
+            attempts.fail(label, f"the check found a wrong kernel: {', '.join(sorted(bad))}")
+        contender = None if bad else attempts.run(label, lambda n=name: Contender(n, batch_size), share)
+        if contender is None:
+            figures[name] = {"failed": attempts.failures[label]}
+        else:
+            made[name] = contender
+            print(f"{label}: losses {contender.losses}", flush=True)
+            figures[name] = {"losses": contender.losses, "peak_gb": getattr(contender, "peak_gb", None)}
+        note()
     return made
 
 
@@ -273,17 +289,25 @@ all_figures: dict = {}
 
 def step() -> None:
     """Let training steps take turns at each batch size."""
-    for B in batch_sizes:
-        figures = all_figures[f"B={B}"] = {}
-        made = build(B, figures)
+    for number, B in enumerate(batch_sizes):
+        title, figures = f"B={B}", {}
+        all_figures[title] = figures
+        part = (number + 1) / len(batch_sizes)  # of the time, at whose end this batch size is done
+
+        def note(times=None, title=title, figures=figures):
+            for name, row in figures.items() if times else ():
+                label = f"{title} {name}"
+                if times.get(label):
+                    row |= in_unit("ms", 1e3, times[label])
+                if label in attempts.failures:
+                    row["failed"] = attempts.failures[label]
+            write(f"step {title}{' with biases' * bias}", figures)
+
+        made = build(B, figures, title, part - 0.3 / len(batch_sizes), note)
         turn = min(20, steps * max(batch_sizes) // B)
-        times = {name: [] for name in made}
-        turns = {name: lambda c=c, n=turn: seconds_per_call(c.step, device, n) for name, c in made.items()}
-        for _ in range(rounds):
-            for name, found in take_turns(turns, 1, uncounted=0).items():
-                times[name] += found
-                figures[name] |= in_unit("ms", 1e3, times[name])
-            write("step", all_figures)
+        turns = {f"{title} {name}": lambda c=c, n=turn: seconds_per_call(c.step, device, n)
+                 for name, c in made.items()}
+        take_turns(turns, rounds, uncounted=0, attempts=attempts, after_round=note)
         del made, turns
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -293,6 +317,9 @@ def table() -> None:
     """Print a line a contender and batch size."""
     for title, rows in all_figures.items():
         timed = {name: row for name, row in rows.items() if "ms" in row}
+        for name, row in rows.items():
+            if "failed" in row:
+                print(f"{title:5} {name:>32} {row['failed']}")
         base = next(iter(timed.values()), None)
         for name, row in timed.items():
             pairs = zip(base["ms_all"], row["ms_all"])
@@ -310,7 +337,7 @@ def table() -> None:
 def profile() -> None:
     """Add up the time of the kernels of a step by kind, for each contender at the first batch size."""
     figures = {}
-    for name, contender in build(batch_sizes[0], {}).items():
+    for name, contender in build(batch_sizes[0], {}, "profile", 0.9, lambda: None).items():
         contender.step()
         activity = torch.profiler.ProfilerActivity
         kind = activity.CUDA if device.type == "cuda" else activity.CPU
@@ -332,13 +359,16 @@ def profile() -> None:
 
 def check_settings() -> None:
     for text in contenders.split(","):
-        for word in text.split("+"):
+        words = text.split("+")
+        for word in words:
             if word not in WORDS:
                 raise UserError(f"contenders has {word!r}: known are {', '.join(WORDS)}")
+        if set(FP8) & set(words) and {"qkv", "adamw", *GELU} & set(words):
+            raise UserError(f"contenders has {text!r}: FP8 goes with none of qkv, adamw, {', '.join(GELU)}")
     for phase in phases.split(","):
         if phase not in ("check", "tune", "step", "profile"):
             raise UserError(f"phases has {phase!r}: known are check, tune, step, profile")
-    if "nanogpt" in contenders and not peer:
+    if "nanogpt" in contenders and not os.path.isfile(os.path.join(peer, "model.py")):
         raise UserError("the contender nanogpt needs --peer, a folder with nanoGPT's model.py")
 
 
@@ -361,13 +391,15 @@ if __name__ == "__main__":
     print(f"{machine['device']}, torch {machine['torch']}, Triton {triton and triton.__version__}; kernels "
           f"{runs[usable(torch.empty(0, device=device))]}, kernels for Hopper {runs[is_hopper(device)]}",
           flush=True)
-    wanted = phases.split(",")
-    if "check" in wanted and not fused_checks.check(device, dtype, SIZES, lambda f: write("check", f)):
-        print("a kernel is wrong: nothing is timed")
-        sys.exit(1)
+    wanted, attempts, wrong = phases.split(","), Attempts(seconds), set()
+    if "check" in wanted:
+        wrong = fused_checks.check(device, dtype, SIZES, lambda f: write("check", f))
     tune() if "tune" in wanted and is_hopper(device) else read_tiles()
     if "step" in wanted:
         step()
     if "profile" in wanted:
         profile()
     table()
+    if wrong:
+        print(f"the check found wrong kernels: {', '.join(sorted(wrong))}")
+        sys.exit(1)

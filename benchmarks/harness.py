@@ -8,13 +8,15 @@ import functools
 import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from nanosync.distributed import Processes, barrier
-from nanosync.files import write_json
+from nanosync.errors import UserError
+from nanosync.files import first_line, write_json
 from nanosync.hardware import environment
 
 
@@ -59,25 +61,68 @@ class Bench:
             write_json(path, {"config": settings, "environment": self.environment, **figures})
 
 
-def take_turns(turns: dict[str, Callable | None], rounds: int, group=None, uncounted: int = 1
+def take_turns(turns: dict[str, Callable | None], rounds: int, group=None, uncounted: int = 1,
+               attempts: "Attempts | None" = None, after_round: Callable | None = None
                ) -> dict[str, list[float]]:
     """Let contenders take turns; return what each one's turns returned, in the order of the rounds.
 
     turns: name -> function that measures once, None where this process waits while other processes measure;
     the names and their order are the same on all processes of the group. uncounted: rounds before those that
-    count.
+    count. attempts: takes a contender whose turn fails out of the turns, and ends the rounds when the time is
+    over; None: an error is an error. after_round: function of the figures so far.
     """
-    figures = {name: [] for name in turns}
+    turns, figures = dict(turns), {name: [] for name in turns}
     for round_ in range(-uncounted, rounds):
-        for name, turn in turns.items():
+        if attempts is not None and round_ > 0 and attempts.late():
+            break
+        for name, turn in list(turns.items()):
             barrier(group)
             if turn is None:
                 continue
-            figure = turn()
-            if round_ >= 0:
+            figure = turn() if attempts is None else attempts.run(name, turn)
+            if figure is None:
+                del turns[name]
+            elif round_ >= 0:
                 figures[name].append(figure)
+        if after_round is not None and round_ >= 0:
+            after_round(figures)
     barrier(group)
     return figures
+
+
+class Attempts:
+    """Runs what may fail, and watches the time. A contender that fails, or for which no time is left, gets a
+    reason in `failures`, and the others continue. That needs one process: several would wait for each
+    other."""
+
+    def __init__(self, seconds: float = 0.0):
+        """seconds: time after which nothing new begins, 0 for no limit."""
+        self.seconds, self.started, self.failures = seconds, time.perf_counter(), {}
+
+    def late(self, share: float = 1.0) -> bool:
+        """Return True if a share of the time is over."""
+        return 0 < share * self.seconds < time.perf_counter() - self.started
+
+    def run(self, name: str, function: Callable, share: float | None = None):
+        """Return the result of a function, None if it fails.
+
+        share: of the time after which the function is not called, None to call it in any case.
+        """
+        if share is not None and self.late(share):
+            self.fail(name, f"left out, {self.seconds:.0f} s are nearly over")
+            return None
+        try:
+            return function()
+        except UserError:
+            raise
+        except Exception as e:  # of a kernel, a compiler, or memory
+            traceback.print_exc()
+            self.fail(name, f"{type(e).__name__}: {first_line(e)[:300]}")
+            return None
+
+    def fail(self, name: str, reason: str) -> None:
+        self.failures[name] = reason
+        print(f"{name}: {reason}", flush=True)
 
 
 def synchronize(device: torch.device) -> None:

@@ -29,7 +29,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Bench, in_unit, take_turns, with_range
+from benchmarks import fp8_products
+from benchmarks.harness import Attempts, Bench, in_unit, take_turns, with_range
 from kernels import gelu_mlp, qkv_linear, usable
 from kernels import layer_norm as ours
 from kernels.cross_entropy import Softcap, linear_cross_entropy
@@ -348,6 +349,15 @@ def measure_products(rows: int, C: int, dtype: torch.dtype, bias: bool, rounds: 
     return figures
 
 
+def _timed(functions: dict, rounds: int, device) -> dict[str, list[float]]:
+    """Return the seconds of each function in each round. A function that fails is reported and left out."""
+    attempts = Attempts()
+    with _own_stream(device):
+        timers = {name: attempts.run(name, lambda f=f: _Timer(f, 1, device, captured=False))
+                  for name, f in functions.items()}
+        return _rounds({name: timer for name, timer in timers.items() if timer}, rounds, 1, device)
+
+
 def plot(figures: list[dict], path: str, title: str) -> None:
     """Draw the share of the copy's bandwidth over the width, a panel an operation, at the highest number of
     rows."""
@@ -414,6 +424,10 @@ def run(bench: Bench) -> None:
             for f in measure_products(N, C, bench.dtype, settings["bias"], rounds, device):
                 figures.append(f)
                 _print_row(f, f"{f['tflop_per_second']:6.0f} TFLOP/s")
+        for f in fp8_products.measure(max(settings["rows"]), C, V, bench.dtype, device,
+                                      lambda functions: _timed(functions, rounds, device)):
+            figures.append(f)
+            _print_row(f, f"{f['tflop_per_second']:6.0f} TFLOP/s" if f["tflop_per_second"] else "")
     else:
         print(f"MLP, and linear layer of q, k and v: their kernels need a Hopper GPU, and this is {device}")
     if settings["plot"]:
@@ -423,5 +437,5 @@ def run(bench: Bench) -> None:
 
 
 def _print_row(f: dict, rest: str) -> None:
-    print(f"{f['operation']:>12} {f['rows']:6} x {f['width']:5} {f['name']:>18}  "
+    print(f"{f['operation']:>17} {f['rows']:6} x {f['width']:5} {f['name']:>18}  "
           f"{with_range(f, 'us', 9, 1)}  {rest}", flush=True)

@@ -63,13 +63,14 @@ WORDS = {  # word -> fields of Strategy; a word of digits and M is min_num_param
     "gelu-recompute": {"gelu": "nothing"},
     "eager": {"compiled": False},
     "fp8": {"fp8": True},
+    "fp8_late": {"fp8": "late"},
     "fp8_tensorwise": {"fp8": "tensorwise"},
     "fp8_emulated": {"fp8": "emulated"},
     "fp8_head": {"fp8_head": True},
     "torchao": {"torchao": "tensorwise"},
     "torchao_rowwise": {"torchao": "rowwise"},
 }
-FP8 = {"fp8", "fp8_tensorwise", "fp8_emulated"}
+FP8 = {"fp8", "fp8_late", "fp8_tensorwise", "fp8_emulated"}
 TORCHAO = {"torchao", "torchao_rowwise"}
 
 
@@ -96,9 +97,12 @@ def _parse_one(text: str, config: dict) -> Strategy:
     fused = [word for word in words if word.startswith(("gelu", "qkv"))]
     if len({"qkv", *fused}) > 2 or ("tp" in words and fused):
         raise UserError(f"compare: {text!r}: take one of the words gelu, and neither gelu nor qkv with tp")
+    if fused and (FP8 | TORCHAO) & set(words):
+        raise UserError(f"compare: {text!r}: gelu and qkv have products in bfloat16, and FP8 replaces these: "
+                        f"take one or the other")
     if len((FP8 | TORCHAO) & set(words)) > 1 or ("fp8_head" in words and not FP8 & set(words)):
         raise UserError(f"compare: {text!r}: take one of {', '.join(sorted(FP8 | TORCHAO))}; fp8_head goes "
-                        f"with one of the first three")
+                        f"with one of the first four")
     if TORCHAO & set(words) and importlib.util.find_spec("torchao") is None:
         raise UserError(f"compare: {text!r} needs the package torchao: pip install torchao")
     if len(sizes) > 1:

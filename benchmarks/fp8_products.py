@@ -1,0 +1,72 @@
+"""The rows of bench.py's mode kernels about FP8: products, and casts with and without the kernel before them.
+
+Each product of a block and the head's has the contenders bf16 (mm), rows (a scale a row), one scale, and rows
+of e5m2, as gradients have. Casts are compiled, with a scale a row: alone, and after LayerNorm and GELU. The
+difference to LayerNorm or GELU alone is what a fused cast costs.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness import in_unit
+from kernels.fp8 import E4M3, E5M2, Cast, Recipe, cast, cast_weight, product
+from kernels.gelu_mlp import gelu
+
+
+def measure(rows: int, C: int, V: int, dtype: torch.dtype, device: torch.device, timed: Callable,
+            emulated: bool = False) -> list[dict]:
+    """Return a row of figures for each operation and contender.
+
+    timed: function that maps {name: function to time} to {name: seconds of each round}; a contender that
+    fails is left out.
+    """
+    figures = []
+    for name, N, K in (("q, k, v", 3 * C, C), ("attention out", C, C), ("MLP in", 4 * C, C),
+                       ("MLP out", C, 4 * C), ("head", V, C)):
+        M = min(rows, 16384) if name == "head" else rows
+        for contender, times in timed(_products(M, N, K, dtype, device, emulated)).items():
+            figures.append({"operation": f"FP8 {name}", "rows": M, "width": K, "columns": N,
+                            "name": contender, **in_unit("us", 1e6, times),
+                            "tflop_per_second": 2e-12 * M * N * K / sorted(times)[len(times) // 2]})
+    for contender, times in timed(_casts(rows, C, dtype, device)).items():
+        width = 4 * C if "GELU" in contender else C
+        figures.append({"operation": "FP8 cast", "rows": rows, "width": width, "name": contender,
+                        **in_unit("us", 1e6, times), "tflop_per_second": None})
+    return figures
+
+
+def _products(M: int, N: int, K: int, dtype: torch.dtype, device, emulated: bool) -> dict[str, Callable]:
+    x, weight = torch.randn(M, K, device=device, dtype=dtype), torch.randn(N, K, device=device)
+    w = weight.to(dtype)
+    functions, casts = {"bf16": lambda: x @ w.T}, cast_weight(weight)
+    for name, kind, recipe in (("rows", E4M3, Recipe()), ("one scale", E4M3, Recipe(per_tensor=True)),
+                               ("rows of e5m2", E5M2, Recipe())):
+        a: Cast = cast(x, kind, recipe.per_tensor)
+        b = casts.rows(False, recipe.per_tensor)
+        functions[name] = lambda a=a, b=b: product(a, b, None, dtype, emulated)
+    return functions
+
+
+def _casts(rows: int, C: int, dtype: torch.dtype, device) -> dict[str, Callable]:
+    x, h = (torch.randn(rows, width, device=device, dtype=dtype) for width in (C, 4 * C))
+    weight = torch.randn(C, device=device, dtype=dtype)
+
+    def layer_norm(z):
+        return F.layer_norm(z, weight.shape, weight)
+
+    def with_cast(function):
+        def both(z):
+            y = function(z)
+            return y, *cast(y, E4M3)
+        return both
+
+    functions = {"cast": (lambda z: cast(z, E4M3), x), "LayerNorm": (layer_norm, x),
+                 "LayerNorm, cast": (with_cast(layer_norm), x), "GELU": (gelu, h),
+                 "GELU, cast": (with_cast(gelu), h)}
+    if device.type == "cuda":
+        torch.compiler.reset()
+        functions = {name: (torch.compile(f, fullgraph=True, dynamic=False), z)
+                     for name, (f, z) in functions.items()}
+    return {name: lambda f=f, z=z: f(z) for name, (f, z) in functions.items()}

@@ -1,0 +1,74 @@
+"""What bench.py and fused_step.py do with a contender that fails, and when the time is over. CPU; a second.
+
+    python -m pytest tests/unit/test_benchmarks.py
+"""
+
+import pytest
+import torch
+
+from benchmarks import fp8_products, fused_checks
+from benchmarks.harness import Attempts, take_turns
+from benchmarks.kernels import _timed
+from benchmarks.strategies import parse
+from nanosync.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def test_a_contender_that_fails_leaves_the_turns(capsys):
+    def fails():
+        if len(rounds) == 1:
+            raise RuntimeError("out of memory\nand much more")
+        return 2.0
+
+    rounds, attempts = [], Attempts()
+    figures = take_turns({"a": lambda: 1.0, "b": fails}, 3, uncounted=0, attempts=attempts,
+                         after_round=lambda figures: rounds.append({n: len(t) for n, t in figures.items()}))
+    assert figures == {"a": [1.0] * 3, "b": [2.0]}
+    assert rounds == [{"a": 1, "b": 1}, {"a": 2, "b": 1}, {"a": 3, "b": 1}]
+    assert attempts.failures == {"b": "RuntimeError: out of memory"}
+    assert "b: RuntimeError: out of memory\n" in capsys.readouterr().out
+
+
+def test_a_user_error_is_no_failure():
+    def wrong():
+        raise UserError("sizes do not fit")
+
+    with pytest.raises(UserError, match="sizes do not fit"):
+        Attempts().run("a", wrong)
+
+
+def test_nothing_new_begins_when_the_time_is_over():
+    attempts = Attempts(1000)
+    attempts.started -= 800
+    assert not attempts.late() and attempts.late(0.75)
+    assert attempts.run("a", lambda: 1, share=0.75) is None and attempts.run("b", lambda: 1) == 1
+    assert attempts.failures == {"a": "left out, 1000 s are nearly over"}
+    attempts.started -= 800
+    assert take_turns({"a": lambda: 1.0}, 3, uncounted=0, attempts=attempts) == {"a": [1.0]}
+    assert not Attempts(0).late()
+
+
+def test_checks_go_on_after_a_kernel_that_fails(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("does not compile")
+
+    monkeypatch.setattr(fused_checks.qkv_linear, "qkv_linear", fails)
+    monkeypatch.setattr(fused_checks, "check_adamw", fails)
+    noted = []
+    assert fused_checks.check(CPU, torch.bfloat16, [(8, 16, 32)], noted.append) == {"qkv", "adamw"}
+    assert [f["good"] for f in noted[-1]] == [True] * 8 + [False] * 2
+
+
+def test_rows_about_fp8():
+    rows = fp8_products.measure(32, 16, 64, torch.bfloat16, CPU, lambda fs: _timed(fs, 1, CPU), emulated=True)
+    assert len(rows) == 5 * 4 + 5 and all(row["us"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("compare, words", [
+    ("fp8+gelu", "gelu and qkv have products in bfloat16, and FP8 replaces these"),
+    ("fp8+fp8_late", "take one of fp8, fp8_emulated, fp8_late"),
+])
+def test_strategies_that_contradict_themselves(compare, words):
+    with pytest.raises(UserError, match=words):
+        parse(dict(compare=compare, mode="train", tp_processes=1, dropout=0.0))
