@@ -210,11 +210,12 @@ def test_kernels_for_hopper_fall_back_to_the_same_bits():
     assert torch.allclose(model(idx, idx)[1], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
-def test_fp8_compiles_as_one_graph(recompute):
+@pytest.mark.parametrize("recompute, schedule", [("none", None), ("block", TWO_LAYERS),
+                                                 ("selective", TWO_LAYERS)])
+def test_fp8_compiles_as_one_graph(recompute, schedule):
     """Loss, gradients and updated weights of the eager model, in two updates: the graph reads the casts of
-    the weights, and has none of them as constants."""
-    eager = build(None, dtype=torch.float32, n_layer=2, n_head=2, n_embd=32, vocab_size=64)
+    the weights, and has none of them as constants. Simulated ranks have batched products."""
+    eager = build(schedule, 2, torch.float32, n_layer=2, n_head=2, n_embd=32, vocab_size=64)
     compiled, found = copy.deepcopy(eager), []
     for model in (eager, compiled):
         use_fp8(model, dict(fp8="emulated", fp8_head=True))

@@ -313,9 +313,8 @@ def check_document_mask(rank: int, world: int) -> None:
 
 
 def check_fp8(rank: int, world: int) -> None:
-    """With the head, beside one process: rounding in fp32 moves a cast to the next number
-    now and then, and real ranks have products in FP8 that simulated ranks have not. Recomputation, ZeRO-1 and
-    resuming change no bit."""
+    """With the head, beside one process: rounding in fp32 moves a cast to the next number now and then, and
+    real ranks have a scale for each part of a weight. Recomputation, ZeRO-1 and resuming change no bit."""
     options = dict(fp8="emulated", vocab_size=64)
     mine, alone = processes_of_divisions(rank), Run(Division(1), ALONE, **options)
     expected = [alone.step(it) for it in range(4)]
