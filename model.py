@@ -22,6 +22,7 @@ from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.qkv_linear import qkv_linear
 from nanosync import huggingface, recompute
 from nanosync.errors import UserError
+from nanosync.fp8 import fused_mlp, runs_fused_mlp
 from nanosync.generation import Decoder
 from nanosync.model_kind import check_size
 from nanosync.sharding import Replicated
@@ -161,6 +162,7 @@ def use_qkv_linear(model: nn.Module) -> None:
 
 class MLP(nn.Module):
     fused_gelu = ""  # what gelu_mlp keeps for the backward pass; "": a separate GELU, see use_fused_gelu
+    fp8_gelu = True  # in FP8 the kernels of GELU also make the casts; False: the compiler's do
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -173,6 +175,8 @@ class MLP(nn.Module):
             c_fc, c_proj = self.c_fc, self.c_proj
             return self.dropout(gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias,
                                          self.fused_gelu))
+        if self.fp8_gelu and runs_fused_mlp(self.c_fc):
+            return self.dropout(fused_mlp(x, self.c_fc, self.c_proj))
         return self.dropout(self.c_proj(gelu(self.c_fc(x))))
 
 

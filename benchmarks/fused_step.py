@@ -13,10 +13,10 @@ others continue. The last lines are a short table.
 
 A contender is words with + between: base; gelu, gelu-derivative, gelu-derivative8, gelu-recompute; tanh (GELU
 by the GPU's approximate tanh); qkv (gradients of q, k and v not joined); adamw (kernels/adamw.py); scaled
-(PyTorch's fused AdamW scales the gradients); fp8, fp8_late or fp8_tensorwise, and fp8_head (settings of
-train.py); eager (not compiled); nanogpt (the GPT of `peer`). All but nanogpt and FP8 have the Triton
-LayerNorm; FP8 has it with the word triton. Without a GPU everything runs at toy size, on PyTorch's code, and
-no figure means anything.
+(PyTorch's fused AdamW scales the gradients); fp8, fp8_late or fp8_tensorwise, fp8_head (settings of train.py)
+and gelu_apart (without kernels/gelu_cast.py); eager (not compiled); nanogpt (the GPT of `peer`). All but
+nanogpt and FP8 have the Triton LayerNorm; FP8 has it with the word triton. Without a GPU everything runs at
+toy size, on PyTorch's code, and no figure means anything.
 """
 
 import json
@@ -56,7 +56,8 @@ seed = 1337
 config = configure(globals())
 GELU = fused_checks.GELU
 FP8 = {"fp8": True, "fp8_late": "late", "fp8_tensorwise": "tensorwise", "fp8_emulated": "emulated"}
-WORDS = ("base", *GELU, "tanh", "qkv", "adamw", "scaled", *FP8, "fp8_head", "triton", "eager", "nanogpt")
+WORDS = ("base", *GELU, "tanh", "qkv", "adamw", "scaled", *FP8, "fp8_head", "gelu_apart", "triton", "eager",
+         "nanogpt")
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_stages", "num_warps", "programs")
 TILES = {  # candidates of `tune`
     "forward": [(128, 256, 64, 2, 3, 8, 1), (128, 256, 64, 4, 4, 8, 1), (128, 128, 64, 4, 3, 4, 2),
@@ -67,7 +68,8 @@ TILES = {  # candidates of `tune`
 KINDS = [  # of kernels in a profile: name, pattern; the first that matches counts
     ("products", r"nvjet|gemm|cutlass|splitK|cublas"), ("products with GELU, of q, k, v", r"^_kernel$"),
     ("attention", r"cudnn|flash|fmha|sdpa"), ("cross-entropy", r"_cross_entropy_kernel"),
-    ("separate GELU", r"sigmoid"), ("LayerNorm", r"layer_norm|^_(forward|backward|column_sums)_kernel"),
+    ("separate GELU", r"sigmoid|_gelu_cast"),
+    ("LayerNorm", r"layer_norm|^_(forward|backward|column_sums)_kernel"),
     ("gradients of q, k, v joined", r"_cat_"), ("FP8 casts of weights", r"_cast_weights_kernel"),
     ("FP8 casts alone", r"_abs_amax"), ("embedding", r"embedding"),
     ("optimizer and clipping", r"multi_tensor_apply|_adamw_kernel|_squares_kernel|_norm_kernel|lpnorm"),
@@ -209,6 +211,8 @@ class Contender:
         else:
             fp8 = [FP8[word] for word in self.words if word in FP8]
             use_fp8(self.model, {"fp8": fp8[0] if fp8 else False, "fp8_head": "fp8_head" in self.words})
+            for block in self.model.transformer.h:
+                block.mlp.fp8_gelu = "gelu_apart" not in self.words
             if "triton" in self.words or not fp8:
                 use_triton_layer_norm(self.model)
             for word in self.words:

@@ -39,6 +39,7 @@ class Strategy:
     compiled: bool = True
     fp8: bool | str = False  # these two: settings of train.py
     fp8_head: bool = False
+    fp8_gelu: bool = True  # casts around GELU in its kernels, see kernels.gelu_cast
     torchao: str = ""  # recipe of torchao.float8 for the blocks
 
     def parallelism(self, processes: Processes, dtype: torch.dtype) -> Parallelism:
@@ -67,6 +68,7 @@ WORDS = {  # word -> fields of Strategy; a word of digits and M is min_num_param
     "fp8_tensorwise": {"fp8": "tensorwise"},
     "fp8_emulated": {"fp8": "emulated"},
     "fp8_head": {"fp8_head": True},
+    "gelu_apart": {"fp8_gelu": False},
     "torchao": {"torchao": "tensorwise"},
     "torchao_rowwise": {"torchao": "rowwise"},
 }
@@ -94,7 +96,7 @@ def _parse_one(text: str, config: dict) -> Strategy:
     if len({"ddp", "zero1", "fsdp"} & set(words)) > 1 or {"block", "selective"} <= set(words):
         raise UserError(f"compare: {text!r} names two ways to do the same: take one of ddp, zero1 and fsdp, "
                         f"and one of block and selective")
-    fused = [word for word in words if word.startswith(("gelu", "qkv"))]
+    fused = [word for word in words if word.startswith(("gelu", "qkv")) and word != "gelu_apart"]
     if len({"qkv", *fused}) > 2 or ("tp" in words and fused):
         raise UserError(f"compare: {text!r}: take one of the words gelu, and neither gelu nor qkv with tp")
     if fused and (FP8 | TORCHAO) & set(words):
@@ -168,6 +170,8 @@ def build_model(strategy: Strategy, parallel: Parallelism, bench: Bench, n_layer
         model.place(ranks_on(parallel.processes.tp_group, tp_processes))
     use_activation_checkpointing(model, strategy.recompute)
     use_fp8(model, {"fp8": strategy.fp8, "fp8_head": strategy.fp8_head})
+    for block in model.transformer.h:
+        block.mlp.fp8_gelu = strategy.fp8_gelu
     if strategy.torchao:
         _use_torchao(model, strategy.torchao)
     if strategy.triton:

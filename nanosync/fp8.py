@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from kernels import fp8
 from kernels.fp8 import MULTIPLE, Recipe, WeightCast, WeightCasts
+from kernels.gelu_cast import fp8_gelu_mlp
 from nanosync.errors import UserError, shown
 from nanosync.sharding import is_sharded
 
@@ -56,6 +57,17 @@ class Float8Linear(nn.Linear):
 def product_without_bias(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
     """Return x @ weight.T, in FP8 if the layer is in FP8."""
     return linear.product(x) if isinstance(linear, Float8Linear) else F.linear(x, linear.weight)
+
+
+def runs_fused_mlp(c_fc: nn.Linear) -> bool:
+    """Return True if `fused_mlp` can run now: the layer is in FP8 with scales of rows."""
+    return isinstance(c_fc, Float8Linear) and not c_fc.recipe.per_tensor and torch.is_grad_enabled()
+
+
+def fused_mlp(x: torch.Tensor, c_fc: Float8Linear, c_proj: Float8Linear) -> torch.Tensor:
+    """Return c_proj(gelu(c_fc(x))), with the casts around GELU in its kernels."""
+    return fp8_gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias, c_fc.recipe, c_fc.casts,
+                        c_proj.casts)
 
 
 def batched_product(x: torch.Tensor, linear: nn.Linear, split: Callable) -> torch.Tensor:

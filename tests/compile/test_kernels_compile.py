@@ -19,6 +19,7 @@ from kernels import (
     decode,
     exchange,
     fp8,
+    gelu_cast,
     gelu_mlp,
     layer_norm,
     pending_norm,
@@ -280,3 +281,26 @@ def test_weight_casts_compile_without_a_gpu():
                            {(names.index(n),): value for n, value in constants.items()})
         ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4)).asm["ptx"]
         assert "max.NaN.f32" in ptx and "cvt.rn.satfinite.e4m3x2.f32" in ptx if write else "atom" in ptx
+
+
+@COMPILED
+@pytest.mark.parametrize("backward", [False, True])
+def test_gelu_with_cast_compiles_without_a_gpu(backward):
+    """For H100 in bf16 at GPT-2's width: loads and stores of 16 bytes, FP8 conversions in hardware, and no
+    values in local memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernel, names = gelu_cast._gelu_cast_kernel, gelu_cast._gelu_cast_kernel.arg_names
+    constants = dict(H=3072, BACKWARD=backward, SCALED=True, GRAD_SCALED=backward, SIGMOID=1, LARGEST=448.0,
+                     TINY=fp8.TINY, BLOCK=gelu_cast.BLOCK)
+    kinds = dict(zip(names, ["*bf16", "*bf16", "*fp32", "*fp32", "*bf16", "*fp8e5" if backward else
+                             "*fp8e4nv", "*fp32"]))
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in kinds}
+    source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
+                       {(names.index(n),): value for n, value in constants.items()}, aligned)
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=gelu_cast.WARPS))
+    ptx = compiled.asm["ptx"]
+    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx and "max.NaN.f32" in ptx
+    assert ("cvt.rn.satfinite.e5m2x2.f32" if backward else "cvt.rn.satfinite.e4m3x2.f32") in ptx
+    assert ".local" not in ptx

@@ -1,0 +1,203 @@
+"""GELU that also casts its result to FP8, its gradient that does the same, and the MLP of these in FP8.
+
+    h = x @ w_in.T + b_in,   y = gelu(h),   out = y @ w_out.T + b_out
+
+GELU is GPT-2's tanh form, see gelu_mlp.py. A kernel processes a row: it computes each value once, writes it
+in the usual dtype, which the gradient of a weight needs, and finds the row's largest entry. Then it reads the
+row back from the cache and writes the cast. So a cast costs the bytes that it writes. torch.compile computes
+the gradient of GELU three times for the same: for the largest entry, for the cast, and for the usual dtype.
+
+Each of h and the gradient of y can come with scales of its rows, if the product before left these to its
+reader (see Recipe.late in fp8.py).
+
+Shapes: M = rows of x, C = channels, H = hidden units.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from kernels import INTERPRETED, triton, triton_op, usable, wrap_triton
+from kernels.fp8 import (
+    E4M3,
+    E5M2,
+    LARGEST,
+    TINY,
+    Cast,
+    Recipe,
+    WeightCast,
+    cast,
+    cast_weight,
+    product,
+    product_with_weight,
+)
+from kernels.gelu_mlp import SIGMOIDS, gelu
+
+BLOCK, WARPS = 1024, 4  # entries of a row at a time
+
+
+def gelu_cast(h: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype = E4M3
+              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return y = gelu(h * scale), (M, H), in h's dtype, and the values and scale of its cast by rows.
+
+    scale: (M, 1) fp32, None for 1. dtype: of the cast's values; tests of the kernel take another.
+    """
+    if _runs(h, dtype):
+        return _gelu_cast(h, scale, dtype)
+    h32 = h.float() if scale is None else h.float() * scale
+    y = gelu(h32).to(h.dtype)
+    return y, *cast(y, dtype)
+
+
+def gelu_backward_cast(grad: torch.Tensor, grad_scale: torch.Tensor | None, h: torch.Tensor,
+                       scale: torch.Tensor | None, dtype: torch.dtype = E5M2
+                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradient of h * scale, (M, H), in h's dtype, and the values and scale of its cast by rows.
+
+    grad: gradient of y, without its scales. grad_scale, scale: (M, 1) fp32, None for 1. dtype: see gelu_cast.
+    """
+    if _runs(h, dtype):
+        return _gelu_backward_cast(grad, grad_scale, h, scale, dtype)
+    h32, grad32 = (t.float() if s is None else t.float() * s for t, s in ((h, scale), (grad, grad_scale)))
+    s = torch.sigmoid(1.5957691216057308 * (h32 + 0.044715 * h32**3))
+    slope = s + h32 * s * (1 - s) * (1.5957691216057308 + 0.2140644488178008 * h32 * h32)
+    grad_h = (grad32 * slope).to(h.dtype)
+    return grad_h, *cast(grad_h, dtype)
+
+
+def _runs(h: torch.Tensor, dtype: torch.dtype) -> bool:
+    if INTERPRETED and (dtype in LARGEST or torch.compiler.is_compiling()):
+        return False  # Triton's interpreter rounds 8-bit numbers wrongly, and needs values
+    return usable(h) and h.is_contiguous()
+
+
+if triton is not None:
+    import triton.language as tl
+
+    from kernels.gelu_mlp import _derivative, _sigmoid
+
+    @triton.jit
+    def _gelu_cast_kernel(
+        h_ptr, grad_ptr,  # (M, H); grad only if BACKWARD
+        h_scale_ptr, grad_scale_ptr,  # (M,) fp32, only if SCALED, GRAD_SCALED
+        result_ptr,  # (M, H): y, or gradient of h
+        values_ptr,  # (M, H): the result's cast
+        scale_ptr,  # (M,) fp32: its scales
+        H: tl.constexpr, BACKWARD: tl.constexpr, SCALED: tl.constexpr, GRAD_SCALED: tl.constexpr,
+        SIGMOID: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        """Process a row per program, in pieces of BLOCK entries."""
+        row = tl.program_id(0).to(tl.int64)
+        h_scale = tl.load(h_scale_ptr + row) if SCALED else 1.0
+        grad_scale = tl.load(grad_scale_ptr + row) if GRAD_SCALED else 1.0
+        largest = tl.zeros((BLOCK,), tl.int32)  # as the bits of fp32 numbers, of which a NaN is the largest
+        for start in range(0, H, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            h = tl.load(h_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32) * h_scale
+            square = h * h
+            s = _sigmoid(h, square, SIGMOID)
+            y = h * s
+            if BACKWARD:
+                grad = tl.load(grad_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32) * grad_scale
+                y = grad * _derivative(square, s, y)
+            y = y.to(result_ptr.dtype.element_ty)
+            tl.store(result_ptr + row * H + c, y, mask=c < H)
+            largest = tl.maximum(largest, tl.abs(y.to(tl.float32)).to(tl.int32, bitcast=True))
+        size = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
+        size = tl.maximum(size, TINY, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(scale_ptr + row, tl.div_rn(size, LARGEST))
+        factor = tl.div_rn(LARGEST, size)
+        tl.debug_barrier()  # the row must be written before it is read back
+        for start in range(0, H, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            y = tl.load(result_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32) * factor
+            tl.store(values_ptr + row * H + c, y.to(values_ptr.dtype.element_ty), mask=c < H)
+
+
+@triton_op("nanosync::gelu_cast", mutates_args=())
+def _gelu_cast(h: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _launch(None, None, h, scale, dtype)
+
+
+@triton_op("nanosync::gelu_backward_cast", mutates_args=())
+def _gelu_backward_cast(grad: torch.Tensor, grad_scale: torch.Tensor | None, h: torch.Tensor,
+                        scale: torch.Tensor | None, dtype: torch.dtype
+                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _launch(grad.contiguous(), grad_scale, h, scale, dtype)
+
+
+def _launch(grad, grad_scale, h, scale, dtype: torch.dtype
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (M, H), largest = h.shape, LARGEST.get(dtype, LARGEST[E4M3])
+    result, values = torch.empty_like(h), torch.empty_like(h, dtype=dtype)
+    new_scale = torch.empty((M, 1), dtype=torch.float32, device=h.device)
+    if M:
+        wrap_triton(_gelu_cast_kernel)[(M,)](
+            h, h if grad is None else grad, h if scale is None else scale,
+            h if grad_scale is None else grad_scale, result, values, new_scale, H=H,
+            BACKWARD=grad is not None, SCALED=scale is not None, GRAD_SCALED=grad_scale is not None,
+            SIGMOID=0 if INTERPRETED else SIGMOIDS["exponential"], LARGEST=largest, TINY=TINY, BLOCK=BLOCK,
+            num_warps=WARPS)
+    return result, values, new_scale
+
+
+def fp8_gelu_mlp(x: torch.Tensor, w_in: torch.Tensor, b_in: torch.Tensor | None, w_out: torch.Tensor,
+                 b_out: torch.Tensor | None, recipe: Recipe, casts_in: WeightCast | None,
+                 casts_out: WeightCast | None) -> torch.Tensor:
+    """Return gelu(x @ w_in.T + b_in) @ w_out.T + b_out, (..., C), in x's dtype, by products in FP8.
+
+    Differentiable once. It computes what two `fp8.linear` with GELU between them do, but for fewer roundings
+    of h if recipe.late. Arguments as of fp8.linear; recipe: not per tensor.
+    """
+    assert not recipe.per_tensor, "a kernel has one row at a time"
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    y = _MLP.apply(x.reshape(-1, x.shape[-1]), w_in, b_in, w_out, b_out, *(casts_in or (None, None, None)),
+                   *(casts_out or (None, None, None)), *recipe)
+    return y.view(x.shape)
+
+
+def _product(a: Cast, weight: WeightCast, transposed: bool, bias, dtype, recipe: Recipe, late: bool
+             ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a product and the scales of rows that are still to be applied, None if there are none."""
+    if not late or recipe.emulated or bias is not None:
+        return product_with_weight(a, weight, transposed, bias, dtype, recipe, False), None
+    one = torch.ones((1, 1), device=a.scale.device)
+    return product(Cast(a.values, one), weight.rows(transposed, True), None, dtype, False), a.scale
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w_in, b_in, w_out, b_out, *casts_and_recipe):
+        casts, recipe = casts_and_recipe[:6], Recipe(*casts_and_recipe[6:])
+        casts_in = cast_weight(w_in) if casts[0] is None else WeightCast(*casts[:3])
+        casts_out = cast_weight(w_out) if casts[3] is None else WeightCast(*casts[3:])
+        h, scale = _product(cast(x, E4M3), casts_in, False, b_in, x.dtype, recipe, recipe.late)
+        y, *cast_y = gelu_cast(h, scale)
+        ctx.recipe = recipe
+        ctx.save_for_backward(x, w_in, b_in, w_out, b_out, h, scale, y, *casts[1:3], *casts[4:])
+        return product_with_weight(Cast(*cast_y), casts_out, False, b_out, x.dtype, recipe, recipe.late)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, w_in, b_in, w_out, b_out, h, scale, y, *casts = ctx.saved_tensors
+        recipe, (of_x, of_w_in, of_b_in, of_w_out, of_b_out) = ctx.recipe, ctx.needs_input_grad[:5]
+        casts_in = cast_weight(w_in) if casts[0] is None else WeightCast(None, *casts[:2])
+        casts_out = cast_weight(w_out) if casts[2] is None else WeightCast(None, *casts[2:])
+        grad_x = grad_w_in = grad_b_in = grad_w_out = grad_b_out = None
+        if of_x or of_w_in or of_b_in:
+            grad_y = _product(cast(grad, E5M2), casts_out, True, None, x.dtype, recipe, recipe.late_grad)
+            grad_h, *cast_h = gelu_backward_cast(*grad_y, h, scale)
+        if of_x:
+            grad_x = product_with_weight(Cast(*cast_h), casts_in, True, None, x.dtype, recipe,
+                                         recipe.late_grad)
+        if of_w_in:
+            grad_w_in = (grad_h.t() @ x).to(w_in.dtype)
+        if of_b_in:
+            grad_b_in = grad_h.sum(0, dtype=torch.float32).to(b_in.dtype)
+        if of_w_out:
+            grad_w_out = (grad.t() @ y).to(w_out.dtype)
+        if of_b_out:
+            grad_b_out = grad.sum(0, dtype=torch.float32).to(b_out.dtype)
+        return grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out, *[None] * (6 + len(recipe))
