@@ -4,12 +4,12 @@ $ python -m benchmarks.fused_step --out=FOLDER
 $ python -m benchmarks.fused_step --out=FOLDER --phases=step,profile --contenders=base,gelu --peer=NANOGPT
 
 `check` compares each kernel with fp64, beside PyTorch's error in the same dtype. Contenders with a wrong
-kernel are left out of what follows, and the script exits with code 1. `tune` times tiles of the products with
-GELU and keeps the fastest for what follows. `step` lets whole training steps take turns for each batch size
-(forward, backward, clipping, AdamW; compiled), and compares the losses of the first steps. `profile` adds up
-the time of a step by kind of kernel. Each phase writes its figures to files in FOLDER as it goes. `step` and
-`profile` use the tiles of a tune.json in FOLDER. A contender that fails has a row that says so, and the
-others continue. The last lines are a short table.
+kernel are left out of what follows, and the script exits with code 1. `tune` times tiles of the contenders'
+products with GELU, and keeps the fastest for what follows. `step` lets whole training steps take turns for
+each batch size (forward, backward, clipping, AdamW; compiled), and compares the losses of the first steps.
+`profile` adds up the time of a step by kind of kernel. Each phase writes its figures to files in FOLDER as it
+goes. `step` and `profile` use the tiles of a tune.json in FOLDER. A contender that fails has a row that says
+so, and the others continue. The last lines are a short table.
 
 A contender is words with + between: base; gelu, gelu-derivative, gelu-derivative8, gelu-recompute; tanh (GELU
 by the GPU's approximate tanh); qkv (gradients of q, k and v not joined); adamw (kernels/adamw.py); scaled
@@ -103,7 +103,7 @@ def milliseconds(function, launches: int = 20) -> float:
 
 
 def tune() -> None:
-    """Time the tiles of both products for everything that can be kept, and keep the fastest."""
+    """Time the tiles of both products for what the contenders keep, and keep the fastest."""
     N, C, H = SIZES[-1] if device.type != "cuda" else (max(batch_sizes) * 1024, 768, 3072)
     x, w_in, w_out, grad = (torch.randn(*shape, device=device, dtype=dtype) for shape in (
         (N, C), (H, C), (C, H), (N, C)))
@@ -111,14 +111,18 @@ def tune() -> None:
     figures = {"sizes": [N, C, H], "cuBLAS forward": milliseconds(lambda: x @ w_in.T),
                "cuBLAS backward": milliseconds(lambda: grad @ w_out), "tiles": [], "fastest": {}}
     print(f"tune: products alone {figures['cuBLAS forward']:.3f} and {figures['cuBLAS backward']:.3f} ms")
+    words = {word for name in contenders.split(",") for word in name.split("+")}
     for direction in TILES:
-        for keep in range(len(gelu_mlp.KEEP) if direction == "forward" else 3):
+        for keep in [gelu_mlp.KEEP.index(kept) for word, kept in GELU.items() if word in words]:
+            if direction == "backward" and gelu_mlp.KEEP[keep] == "nothing":
+                keep = 0  # it recomputes the preactivation
             if attempts.late(0.9):
                 print("  no time for further tiles")
                 break
             tune_one(direction, keep, (x, w_in, w_out, grad), figures)
             write("tune", figures)
-    tune_qkv(N, C, figures)
+    if "qkv" in words:
+        tune_qkv(N, C, figures)
     write("tune", figures)
 
 
