@@ -1,8 +1,9 @@
 """The rows of bench.py's mode kernels about FP8: products, and casts with and without the kernel before them.
 
 Each product of a block and the head's has the contenders bf16 (mm), rows (a scale a row), one scale, and rows
-of e5m2, as gradients have. Casts are compiled, with a scale a row: alone, and after LayerNorm and GELU. The
-difference to LayerNorm or GELU alone is what a fused cast costs.
+of e5m2, as gradients have. Casts are compiled, with a scale a row: alone, and after LayerNorm, GELU and the
+gradient of GELU. The difference to LayerNorm or GELU alone is what a fused cast costs. `ours` is the kernel
+of kernels/gelu_cast.py with so many entries at a time and so many warps.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import in_unit
+from kernels import gelu_cast
 from kernels.fp8 import E4M3, E5M2, Cast, Recipe, cast, cast_weight, product
 from kernels.gelu_mlp import gelu
 
@@ -64,9 +66,25 @@ def _casts(rows: int, C: int, dtype: torch.dtype, device) -> dict[str, Callable]
 
     functions = {"cast": (lambda z: cast(z, E4M3), x), "LayerNorm": (layer_norm, x),
                  "LayerNorm, cast": (with_cast(layer_norm), x), "GELU": (gelu, h),
-                 "GELU, cast": (with_cast(gelu), h)}
+                 "GELU, cast": (with_cast(gelu), h),
+                 "GELU backward, cast": (lambda z: gelu_cast.plain_gelu_backward_cast(z, None, z, None), h)}
     if device.type == "cuda":
         torch.compiler.reset()
         functions = {name: (torch.compile(f, fullgraph=True, dynamic=False), z)
                      for name, (f, z) in functions.items()}
-    return {name: lambda f=f, z=z: f(z) for name, (f, z) in functions.items()}
+    timed = {name: lambda f=f, z=z: f(z) for name, (f, z) in functions.items()}
+
+    def ours(function, config):
+        used = gelu_cast.BLOCK, gelu_cast.WARPS
+        gelu_cast.BLOCK, gelu_cast.WARPS = config
+        try:
+            return function()
+        finally:
+            gelu_cast.BLOCK, gelu_cast.WARPS = used
+
+    for config in ((1024, 4), (1024, 8), (512, 2), (512, 4), (2048, 8)):
+        name = f"ours {config[0]}/{config[1]}"
+        timed[f"GELU, {name}"] = lambda c=config: ours(lambda: gelu_cast.gelu_cast(h, None), c)
+        timed[f"GELU backward, {name}"] = lambda c=config: ours(
+            lambda: gelu_cast.gelu_backward_cast(h, None, h, None), c)
+    return timed

@@ -437,5 +437,5 @@ def run(bench: Bench) -> None:
 
 
 def _print_row(f: dict, rest: str) -> None:
-    print(f"{f['operation']:>17} {f['rows']:6} x {f['width']:5} {f['name']:>18}  "
+    print(f"{f['operation']:>17} {f['rows']:6} x {f['width']:5} {f['name']:>27}  "
           f"{with_range(f, 'us', 9, 1)}  {rest}", flush=True)

@@ -41,8 +41,11 @@ def gelu_cast(h: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype = 
 
     scale: (M, 1) fp32, None for 1. dtype: of the cast's values; tests of the kernel take another.
     """
-    if _runs(h, dtype):
-        return _gelu_cast(h, scale, dtype)
+    return (_gelu_cast if _runs(h, dtype) else plain_gelu_cast)(h, scale, dtype)
+
+
+def plain_gelu_cast(h, scale, dtype=E4M3):
+    """Compute gelu_cast by PyTorch."""
     h32 = h.float() if scale is None else h.float() * scale
     y = gelu(h32).to(h.dtype)
     return y, *cast(y, dtype)
@@ -55,8 +58,12 @@ def gelu_backward_cast(grad: torch.Tensor, grad_scale: torch.Tensor | None, h: t
 
     grad: gradient of y, without its scales. grad_scale, scale: (M, 1) fp32, None for 1. dtype: see gelu_cast.
     """
-    if _runs(h, dtype):
-        return _gelu_backward_cast(grad, grad_scale, h, scale, dtype)
+    function = _gelu_backward_cast if _runs(h, dtype) else plain_gelu_backward_cast
+    return function(grad, grad_scale, h, scale, dtype)
+
+
+def plain_gelu_backward_cast(grad, grad_scale, h, scale, dtype=E5M2):
+    """Compute gelu_backward_cast by PyTorch."""
     h32, grad32 = (t.float() if s is None else t.float() * s for t, s in ((h, scale), (grad, grad_scale)))
     s = torch.sigmoid(1.5957691216057308 * (h32 + 0.044715 * h32**3))
     slope = s + h32 * s * (1 - s) * (1.5957691216057308 + 0.2140644488178008 * h32 * h32)
