@@ -92,7 +92,7 @@ def test_nan_stays_nan():
 @pytest.mark.parametrize("softcap, weights", [(RECORD, None), (None, WEIGHTS), (RECORD, WEIGHTS)])
 def test_through_the_operator(softcap, weights, monkeypatch):
     """With chunks that end in the middle of a sequence: value and every gradient."""
-    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda x, V: 11)
+    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda x, V, products: 11)
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 16, generator=generator).to(DEVICE) for n in (3 * 10, 1000))
     targets = torch.randint(1000, (3, 10), generator=generator).to(DEVICE)

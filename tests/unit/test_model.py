@@ -78,7 +78,7 @@ def test_from_pretrained_errors(tmp_path, change, words):
 @pytest.mark.parametrize("bias", [True, False])
 def test_loss_and_every_gradient(bias, chunk_rows, monkeypatch):
     """Against cross-entropy of whole logits, in fp64, with targets left out and with more than one chunk."""
-    monkeypatch.setattr("kernels.cross_entropy._chunk_rows", lambda x, V: chunk_rows)
+    monkeypatch.setattr("kernels.cross_entropy._chunk_rows", lambda x, V, products: chunk_rows)
     model = random_model(bias=bias)
     idx, targets = tokens(12, 16), tokens(12, 16, seed=2)
     targets[0, :5] = targets[3] = -1

@@ -38,7 +38,7 @@ def compare(x, weight, targets, softcap, weights):
 @pytest.mark.parametrize("softcap", [None, RECORD, tanh_softcap(30.0)])
 @pytest.mark.parametrize("weights", [None, [1.0], [1.0, 0.5, 0.25], [1.0, 0.0, 0.25], [0.0] * 7 + [1.0]])
 def test_loss_and_every_gradient(weights, softcap, rows, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda x, V: rows)
+    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda x, V, products: rows)
     compare(*inputs(), softcap, weights)
 
 
