@@ -98,14 +98,15 @@ def test_late_scales_round_once_more(recipe):
         y = linear(x, weight, None, recipe._replace(late=late, late_grad=late))
         y.backward(grad)
         results.append((y.detach(), x.grad))
-    for early, late in zip(*results):
-        assert ((early - late).abs() <= 3.1 * 2**-8 * early.abs()).all()  # three roundings by 2^-8
+    for early, late in zip(*results):  # three roundings by 2^-8; a GPU's sums have other orders and 14 bits
+        bound = 3.1 * 2**-8 * early.abs() + (DEVICE == "cuda") * 2**-9 * early.abs().max()
+        assert ((early - late).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_batch_of_products(recipe):
-    """Each product, with strided casts, has the bits of the product alone; the address of the scales of the
-    second rank, for 5 rows each, is no multiple of 16."""
+    """Each product, with strided casts, has the bits of the product alone, on a GPU the value; the address of
+    the scales of the second rank, for 5 rows each, is no multiple of 16."""
     torch.manual_seed(0)
     x, weight, grad = (t.to(DEVICE) for t in (torch.randn(3, 5, 32).bfloat16(), torch.randn(48, 96) / 8,
                                               torch.randn(3, 5, 48).bfloat16()))
@@ -117,14 +118,15 @@ def test_batch_of_products(recipe):
     x.requires_grad_(), weight.requires_grad_()
     y = batched_linear(x, weight, recipe, casts)
     found = y, *torch.autograd.grad(y, (x, weight), grad)
+    tolerance = 2**-6 if DEVICE == "cuda" else 0
     for r in range(3) if not recipe.per_tensor else ():
         alone = linear(x[r], weight[r], None, recipe, WeightCast(*(t[r] for t in casts[:2]), whole.scale))
         expected = alone, *(g[r] for g in torch.autograd.grad(alone, (x, weight), grad[r]))
         for a, b in zip(found, expected):
-            assert torch.equal(a[r], b)
+            torch.testing.assert_close(a[r], b, rtol=tolerance, atol=tolerance)
     exact = x.double() @ weight.double().mT, grad.double() @ weight.double(), grad.double().mT @ x.double()
     again = batched_linear(x, weight, recipe)  # makes casts of the same values, with the same scale
-    assert torch.equal(again, y)
+    torch.testing.assert_close(again, y, rtol=tolerance, atol=tolerance)
     for a, b, error in zip(found, exact, (2**-4, 2**-3, 2**-8)):
         assert (a.double() - b).norm() <= error / 1.5 * b.norm()
 
