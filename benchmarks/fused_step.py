@@ -371,8 +371,8 @@ def check_settings() -> None:
         for word in words:
             if word not in WORDS:
                 raise UserError(f"contenders has {word!r}: known are {', '.join(WORDS)}")
-        if set(FP8) & set(words) and {"qkv", "adamw", *GELU} & set(words):
-            raise UserError(f"contenders has {text!r}: FP8 goes with none of qkv, adamw, {', '.join(GELU)}")
+        if set(FP8) & set(words) and {"qkv", *GELU} & set(words):
+            raise UserError(f"contenders has {text!r}: FP8 goes with none of qkv, {', '.join(GELU)}")
     for phase in phases.split(","):
         if phase not in ("check", "tune", "step", "profile"):
             raise UserError(f"phases has {phase!r}: known are check, tune, step, profile")

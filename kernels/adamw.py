@@ -25,7 +25,7 @@ WARPS = 8
 class ClippingAdamW(torch.optim.AdamW):
     """AdamW whose `clip_and_step` scales the gradient to a norm of at most max_norm and makes the update.
 
-    State and `step` are those of torch.optim.AdamW.
+    State, `step` and the hooks after a step are those of torch.optim.AdamW.
     """
 
     def __init__(self, groups: list[dict], **options):
@@ -54,6 +54,8 @@ class ClippingAdamW(torch.optim.AdamW):
         norm_and_scale = self._norm_and_scale(grads, max_norm)
         for number, group in enumerate(self.param_groups):
             self._update(number, group, norm_and_scale)
+        for hook in list(self._optimizer_step_post_hooks.values()):  # as step() does
+            hook(self, (), {})
         return norm_and_scale[0]
 
     def _norm_and_scale(self, grads: list[torch.Tensor], max_norm: float) -> torch.Tensor:

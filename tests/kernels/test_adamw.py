@@ -96,3 +96,13 @@ def test_state_is_that_of_adamw():
     for p, q in zip(parameters(ours), parameters(theirs)):
         assert set(theirs.state[q]) == set(ours.state[p])
         assert torch.equal(theirs.state[q]["exp_avg"], ours.state[p]["exp_avg"])
+
+
+def test_hooks_after_a_step_run_once():
+    """Casts of weights to FP8 are made in one."""
+    weight = torch.nn.Parameter(torch.ones(5, 7, device=DEVICE))
+    optimizer, seen = adamw.ClippingAdamW([{"params": [weight]}], lr=0.1), []
+    optimizer.register_step_post_hook(lambda *_: seen.append(weight.detach().clone()))
+    weight.grad = torch.ones_like(weight)
+    optimizer.clip_and_step(1.0)
+    assert len(seen) == 1 and torch.equal(seen[0], weight) and (weight < 1).all()
