@@ -80,7 +80,19 @@ def cast_weight(weight: torch.Tensor) -> WeightCast:
     """Cast a weight (N, K), or a batch (R, N, K), with one scale."""
     values, scale = cast(weight, E4M3, per_tensor=True)
     scale = scale.reshape(1, 1).expand(max(weight.shape[-2:]), 1).contiguous()
-    return WeightCast(values, values.mT.contiguous(), scale)
+    return WeightCast(values, _transposed(values), scale)
+
+
+# An opaque operator: where one kernel writes a cast in two layouts, ptxas 12.8 can take a wrong register.
+@torch.library.custom_op("nanosync::fp8_transposed", mutates_args=())
+def _transposed(values: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy of values.mT."""
+    return values.mT.clone(memory_format=torch.contiguous_format)
+
+
+@_transposed.register_fake
+def _(values):
+    return values.new_empty(values.mT.shape)
 
 
 def product(a: Cast, b: Cast, bias: torch.Tensor | None, dtype: torch.dtype, emulated: bool,
