@@ -4,9 +4,11 @@ Losses are compared as log ratios against the baseline. The spread between seeds
 intervals are Student's at 95%. An arm with fewer than PRELIMINARY finished runs is preliminary, as is every
 arm while the baseline is.
 
-Times are those of `bench.py --mode=decode`: of the arm's row with as many processes as the arm has ranks,
-smallest batch. A dense model does not depend on the ranks, so it has a time for each number of processes. A
-number of syncs between two measured ones, and a dense model of fewer layers by its share, are estimated.
+Times are those of `bench.py --mode=decode`: of the row that has the name of the arm's strategy, or "6 syncs",
+with as many processes as the arm has ranks, smallest batch. The loss of some arms does not depend on the
+ranks, so they have a time for each number of processes. A dense model of 8 layers has the time of
+`--n_layer=8`. Without it its share of the time of all layers is an estimate, as is the time of syncs between
+two numbers.
 """
 
 import io
@@ -30,7 +32,9 @@ from nanosync.files import json_text
 PRELIMINARY = 3  # finished runs from which on an arm is not preliminary
 EXCHANGES = {"oneshot": "one-shot exchange", "nccl": "NCCL", "fused": "fused exchange"}  # in tables -> titles
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c564b"]
-DROPPING = "standard", "spd", "selective", "grouped", "custom"  # strategies whose time depends on the syncs
+DROPPING = "standard", "spd", "selective", "grouped", "custom"  # strategies that drop syncs and do no more
+PLAIN = *DROPPING, "palm", "mean"  # whose time is that of a dropping one with as many syncs
+ANY_RANKS = "standard", "palm", "ladder"  # whose loss does not depend on the TP ranks
 MARKERS = {2: "o", 4: "s", 8: "^"}  # by TP ranks
 GREY = "#808080"
 
@@ -51,7 +55,7 @@ class Tables:
         if row["shallow"]:
             dense = times.get(f"{2 * row['all_layers']} syncs")
             return None if dense is None else (dense * row["layers"] / row["all_layers"], True)
-        if row["latency_row"] is None or row["latency_row"] != f"{row['syncs']} syncs":
+        if not row["plain"] or row["syncs"] is None:
             return None
         counts = sorted((int(name.split()[0]), us) for name, us in times.items() if is_count(name))
         if not counts or not counts[0][0] <= row["syncs"] <= counts[-1][0]:
@@ -66,13 +70,18 @@ def is_count(name: str) -> bool:
 
 
 def read_tables(paths: list[str], protocol: Protocol, width: int | None) -> Tables:
-    """Read latency tables. width: n_embd of their rows; None: the model's, else the smallest that they have.
-    Raises UserError."""
-    rows, devices = [], []
+    """Read latency tables. Of a table for other layers only the dense model counts. width: n_embd of their
+    rows; None: the model's, else the smallest that they have. Raises UserError."""
+    rows, devices, of_base = [], [], protocol.settings[protocol.baseline]
     for path in paths:
         content = read_json(path)
         found = content.get("rows") if isinstance(content, dict) else None
         found = [row for row in found if is_row(row)] if isinstance(found, list) else []
+        config = content.get("config") if found else None
+        layers = config.get("n_layer") if isinstance(config, dict) else None
+        if layers is not None and layers != of_base.get("n_layer"):
+            found = [row | {"name": f"{layers} layers"} for row in found
+                     if row["name"] == f"{2 * layers} syncs"]
         if not found:
             raise UserError(f"{path} has no times of exchanges: use the JSON of bench.py --mode=decode with "
                             f"--tp_allreduce=oneshot, fused or nccl")
@@ -80,7 +89,7 @@ def read_tables(paths: list[str], protocol: Protocol, width: int | None) -> Tabl
         environment = content.get("environment")
         devices.append(str(environment.get("device") if isinstance(environment, dict) else "unknown"))
     widths = {row["n_embd"] for row in rows}
-    own = protocol.settings[protocol.baseline].get("n_embd")
+    own = of_base.get("n_embd")
     chosen = width or (own if own in widths else min(widths, default=None))
     if rows and chosen not in widths:
         raise UserError(f"--width={width}: the latency tables have {', '.join(map(str, sorted(widths)))}")
@@ -131,12 +140,16 @@ def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict]) -> list[dict]
             half = float(stats.t.ppf((1 + CONFIDENCE) / 2, pooled[1])) * pooled[0] * math.sqrt(
                 1 / len(sample) + 1 / len(base))
             interval = [ratio - half, ratio + half]
-        dropping = syncs is not None and settings.get("sync_strategy", DROPPING[0]) in DROPPING
-        default = f"{layers} layers" if shallow else f"{syncs} syncs" if dropping else None
+        strategy = settings.get("sync_strategy", DROPPING[0])
+        dropping = syncs is not None and strategy in DROPPING
+        default = f"{layers} layers" if shallow else f"{syncs} syncs" if dropping else strategy
+        named = protocol.values["latency_rows"].get(arm)
+        kind = strategy.partition(":")[0]
         rows.append({
             "arm": arm, "runs": len(sample), "diverged": len(of_arm) - len(sample), "syncs": syncs,
             "ranks": settings.get("tp_size"), "layers": layers, "all_layers": all_layers, "dense": dense,
-            "shallow": shallow, "latency_row": protocol.values["latency_rows"].get(arm, default),
+            "shallow": shallow, "any_ranks": dense or kind in ANY_RANKS, "latency_row": named or default,
+            "plain": kind in PLAIN and named is None,
             "loss": math.exp(math.fsum(sample) / len(sample)) if sample else None, "ratio": ratio,
             "interval": interval, "preliminary": min(len(sample), len(base)) < PRELIMINARY})
     return rows
@@ -147,7 +160,7 @@ def add_times(rows: list[dict], tables: Tables) -> None:
     for row in rows:
         row["times"] = []
         for exchange, processes in sorted(tables.us):
-            if row["dense"] or row["ranks"] == processes:
+            if row["any_ranks"] or row["ranks"] == processes:
                 found = tables.of(exchange, processes, row)
                 if found is not None:
                     row["times"].append({"exchange": exchange, "processes": processes, "us": found[0],
@@ -182,7 +195,7 @@ def rows_table(rows: list[dict], tables: Tables) -> str:
                  for t in row["times"]}
         interval = row["interval"]
         cells.append([
-            row["arm"], shown_number(row["syncs"]), "any" if row["dense"] else shown_number(row["ranks"]),
+            row["arm"], shown_number(row["syncs"]), "any" if row["any_ranks"] else shown_number(row["ranks"]),
             shown_number(row["layers"]), str(row["runs"]),
             "-" if row["loss"] is None else f"{row['loss']:.4f}",
             "-" if row["ratio"] is None else f"{percent(row['ratio']):+.2f}%",
