@@ -11,10 +11,8 @@ ranks, so they have a time for each number of processes. A dense model of 8 laye
 two numbers.
 """
 
-import io
 import math
 import os
-import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +20,7 @@ from scipy import stats
 
 from experiments.experiment_config import in_range, read_json
 from experiments.experiment_statistics import CONFIDENCE, differ, pooled_std
+from experiments.frontier_picture import EXCHANGES, PRELIMINARY, draw, percent
 from experiments.frontier_protocol import Protocol
 from experiments.frontier_runs import FINISHED
 from experiments.report import table, without_nan, write
@@ -29,14 +28,9 @@ from experiments.search_plan import SCHEDULE
 from nanosync.errors import UserError
 from nanosync.files import json_text
 
-PRELIMINARY = 3  # finished runs from which on an arm is not preliminary
-EXCHANGES = {"oneshot": "one-shot exchange", "nccl": "NCCL", "fused": "fused exchange"}  # in tables -> titles
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c564b"]
 DROPPING = "standard", "spd", "selective", "grouped", "custom"  # strategies that drop syncs and do no more
 PLAIN = *DROPPING, "palm", "mean"  # whose time is that of a dropping one with as many syncs
 ANY_RANKS = "standard", "palm", "ladder"  # whose loss does not depend on the TP ranks
-MARKERS = {2: "o", 4: "s", 8: "^"}  # by TP ranks
-GREY = "#808080"
 
 
 @dataclass
@@ -136,10 +130,8 @@ def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict]) -> list[dict]
         shallow = dense and layers != all_layers
         ratio = math.fsum(sample) / len(sample) - math.fsum(base) / len(base) if sample and base else None
         interval = None
-        if ratio is not None and pooled is not None and not is_base:
-            half = float(stats.t.ppf((1 + CONFIDENCE) / 2, pooled[1])) * pooled[0] * math.sqrt(
-                1 / len(sample) + 1 / len(base))
-            interval = [ratio - half, ratio + half]
+        if ratio is not None and not is_base:
+            interval = interval_of(ratio, pooled, 1 / len(sample) + 1 / len(base))
         strategy = settings.get("sync_strategy", DROPPING[0])
         dropping = syncs is not None and strategy in DROPPING
         default = f"{layers} layers" if shallow else f"{syncs} syncs" if dropping else strategy
@@ -167,8 +159,41 @@ def add_times(rows: list[dict], tables: Tables) -> None:
                                          "estimated": found[1]})
 
 
-def percent(log_ratio: float) -> float:
-    return 100 * math.expm1(log_ratio)
+def against_shallow(rows: list[dict], pooled: tuple[float, int] | None) -> list[dict]:
+    """Compare each arm with the dense model of the same time of a token, for each exchange and number of
+    processes: [{"arm", "exchange", "processes", "us", "ratio", "interval"}].
+
+    The log loss of this dense model is interpolated between the two dense models whose times are next to the
+    arm's. A slower arm compares with the slowest of them, a faster one with none. pooled: see spread_of.
+    """
+    found = []
+    for key in sorted({(t["exchange"], t["processes"]) for row in rows for t in row["times"]}):
+        at = {row["arm"]: t["us"] for row in rows if row["loss"] is not None for t in row["times"]
+              if (t["exchange"], t["processes"]) == key}
+        dense = sorted(((at[row["arm"]], row) for row in rows if row["dense"] and row["arm"] in at),
+                       key=lambda pair: pair[0])
+        for row in rows:
+            if row["dense"] or row["arm"] not in at or len(dense) < 2 or at[row["arm"]] < dense[0][0]:
+                continue
+            us = min(at[row["arm"]], dense[-1][0])
+            i = next(i for i in range(len(dense) - 1) if us <= dense[i + 1][0])
+            (left, a), (right, b) = dense[i:i + 2]
+            share = (us - left) / (right - left)
+            ratio = math.log(row["loss"]) - (1 - share) * math.log(a["loss"]) - share * math.log(b["loss"])
+            parts = 1 / row["runs"] + (1 - share)**2 / a["runs"] + share**2 / b["runs"]
+            found.append({"arm": row["arm"], "exchange": key[0], "processes": key[1], "us": at[row["arm"]],
+                          "ratio": ratio, "interval": interval_of(ratio, pooled, parts),
+                          "preliminary": min(row["runs"], a["runs"], b["runs"]) < PRELIMINARY})
+    return found
+
+
+def interval_of(ratio: float, pooled: tuple[float, int] | None, parts: float) -> list[float] | None:
+    """Return Student's interval of a difference of log losses; None without a spread. parts: its variance, in
+    units of that of a run."""
+    if pooled is None:
+        return None
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, pooled[1])) * pooled[0] * math.sqrt(parts)
+    return [ratio - half, ratio + half]
 
 
 def verdict(row: dict) -> str:
@@ -193,15 +218,31 @@ def rows_table(rows: list[dict], tables: Tables) -> str:
     for row in rows:
         times = {(t["exchange"], t["processes"]): f"{t['us']:.0f}" + " (estimated)" * t["estimated"]
                  for t in row["times"]}
-        interval = row["interval"]
         cells.append([
             row["arm"], shown_number(row["syncs"]), "any" if row["any_ranks"] else shown_number(row["ranks"]),
             shown_number(row["layers"]), str(row["runs"]),
             "-" if row["loss"] is None else f"{row['loss']:.4f}",
             "-" if row["ratio"] is None else f"{percent(row['ratio']):+.2f}%",
-            "-" if interval is None else "{:+.2f} to {:+.2f}%".format(*map(percent, interval)),
+            shown_interval(row["interval"]),
             *(times.get(column, "-") for column in columns), verdict(row)])
     return table(header, cells)
+
+
+def shallow_table(controls: list[dict]) -> str:
+    """Return the comparisons of against_shallow as a Markdown table."""
+    cells = []
+    for one in controls:
+        interval = one["interval"]
+        exchange = f"{EXCHANGES[one['exchange']]}, {one['processes']} GPUs"
+        text = "unknown" if interval is None else "better" if interval[1] < 0 else "worse" \
+            if interval[0] > 0 else "not told apart"
+        cells.append([one["arm"], exchange, f"{one['us']:.0f}", f"{percent(one['ratio']):+.2f}%",
+                      shown_interval(interval), text + ", preliminary" * one["preliminary"]])
+    return table(["arm", "exchange", "µs", "against dense", "95% CI", "decided"], cells)
+
+
+def shown_interval(interval: list[float] | None) -> str:
+    return "-" if interval is None else "{:+.2f} to {:+.2f}%".format(*map(percent, interval))
 
 
 def shown_number(value: int | None) -> str:
@@ -223,86 +264,20 @@ def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) ->
            f"{rows_table(rows, tables)}"
     if spread is not None:
         text += f"\nThe loss varies by {spread[0]:.2%} between seeds ({spread[1]} degrees of freedom).\n"
+    controls = against_shallow(rows, spread)
+    if controls:
+        text += f"\n## Against a dense model of the same time\n\n{shallow_table(controls)}"
     if timed:
         text += f"\nµs a token: width {tables.width}, smallest batch, {', '.join(tables.devices)}.\n"
+    untimed = [row["arm"] for row in rows if not row["times"]]
+    if timed and untimed:
+        text += f"\nWithout a time, so not in the picture: {', '.join(untimed)}.\n"
     if missing:
         text += f"\nWithout a run: {', '.join(missing)}.\n"
     write(stem + ".json", json_text(without_nan({"protocol": protocol.digest, "runs": len(runs),
                                                  "planned": len(protocol.runs),
-                                                 "spread": spread and spread[0], "arms": rows})))
-    draw(rows, tables, stem + ".png")
+                                                 "spread": spread and spread[0], "arms": rows,
+                                                 "against_shallow": controls})))
+    draw(rows, list(tables.us), f"width {tables.width}, {', '.join(tables.devices)}", stem + ".png")
     write(stem + ".md", text + f"\n![Frontier]({os.path.basename(stem)}.png)\n")
     return f"written: {stem}.md, {stem}.json, {stem}.png; {len(runs)} of {len(protocol.runs)} runs"
-
-
-def draw(rows: list[dict], tables: Tables, path: str) -> None:
-    """Draw a panel for each exchange; without latency tables one panel, over the syncs. Raises UserError."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [name for name in EXCHANGES if any(exchange == name for exchange, _ in tables.us)] or [None]
-    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 6 * len(panels), 6), layout="constrained",
-                                sharey=True, squeeze=False)
-    families = dict.fromkeys(family(row) for row in rows if not row["shallow"])
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(families)}
-    for ax, exchange in zip(axes[0], panels):
-        draw_panel(ax, exchange, rows, colors)
-        ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-        ax.spines[["top", "right"]].set_visible(False)
-        if exchange is None:
-            ax.set_xlabel("all-reduces of a forward pass")
-        else:
-            ax.set_title(EXCHANGES[exchange], fontsize=10)
-            ax.set_xlabel(f"µs a token (width {tables.width}, {', '.join(tables.devices)})")
-    axes[0, 0].set_ylabel("val loss against the dense model, %")
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=color, label=name)
-               for name, color in colors.items()]
-    handles += [plt.Line2D([], [], color=GREY, marker=".", label="dense, fewer layers")]
-    ranks = sorted({row["ranks"] for row in rows if not row["dense"] and row["ranks"]})
-    handles += [plt.Line2D([], [], marker=MARKERS.get(n, "D"), linestyle="", color="0.3",
-                           markerfacecolor="none", label=f"{n} TP ranks") for n in ranks]
-    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=6,
-                  title=f"size: syncs; open: preliminary, fewer than {PRELIMINARY} runs", title_fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130, facecolor="white")
-    plt.close(figure)
-    write(path, picture.getvalue())
-
-
-def family(row: dict) -> str:
-    """Return the mechanism of an arm, by its name: drop_6_r2 -> drop."""
-    return row["arm"].split("_")[0]
-
-
-def variant(row: dict) -> str:
-    """Return the rest of an arm's name, without its ranks, which its marker shows: drop_6_r2 -> 6."""
-    return re.sub(r"_r\d+$", "", row["arm"]).partition("_")[2] or row["arm"]
-
-
-def draw_panel(ax, exchange: str | None, rows: list[dict], colors: dict[str, str]) -> None:
-    """Draw the arms over the times of an exchange; None: over the syncs."""
-    curves = {}  # processes -> points of the dense models
-    for row in rows:
-        if row["ratio"] is None:
-            continue
-        places = [(row["ranks"], row["syncs"])] if exchange is None else [
-            (t["processes"], t["us"]) for t in row["times"] if t["exchange"] == exchange]
-        for processes, x in places:
-            if x is None:
-                continue
-            y, color = percent(row["ratio"]), GREY if row["shallow"] else colors[family(row)]
-            if row["dense"]:
-                curves.setdefault(processes, []).append((x, y))
-            if row["interval"] is not None:
-                ends = [percent(end) for end in row["interval"]]
-                ax.plot([x, x], ends, color=color, linewidth=1, alpha=0.7)
-            ax.scatter([x], [y], s=22 + 5 * (row["syncs"] or 0), marker=MARKERS.get(processes, "D"),
-                       facecolors="white" if row["preliminary"] else color, edgecolors=color, linewidths=1.3,
-                       zorder=3)
-            label = f"{row['layers']} layers" if row["dense"] else variant(row)
-            ax.annotate(label, (x, y), textcoords="offset points", xytext=(7, 5), fontsize=7, color=color)
-    for processes, points in curves.items():
-        ax.plot(*zip(*sorted(points)), color=GREY, linewidth=1.2, zorder=1,
-                linestyle="-" if processes == min(curves) else "--")
