@@ -16,7 +16,7 @@ GREY = "#707070"  # of dense models
 MARKERS = {2: "o", 4: "s", 8: "^"}  # by TP ranks, where a panel has several
 TICKS = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64]  # %, beyond LINEAR the axis is logarithmic
 LINEAR = 2.0  # %
-SIZE = 7.5  # points of a label
+SIZE, DPI = 7.5, 200  # points of a label; pixels of an inch
 PLACES = [(x, y) for y in (0, 9, -9, 18, -18, 27, -27) for x in (1, -1)]  # of a label: dy in points, side
 
 
@@ -51,7 +51,7 @@ def draw(rows: list[dict], measured: list[tuple[str, int]], setting: str, path: 
     exchanges = [name for name in EXCHANGES if any(exchange == name for exchange, _ in measured)] or [None]
     ranks = sorted({n for _, n in measured}) or [None]
     figure, axes = plt.subplots(len(ranks), len(exchanges), squeeze=False, sharey=True, sharex="col",
-                                figsize=(9, 0.9 + 4.4 * len(ranks)), layout="constrained")
+                                figsize=(9, 0.9 + 4.4 * len(ranks)), dpi=DPI, layout="constrained")
     families = dict.fromkeys(family(row) for row in rows if not row["dense"])
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(families)}
     values = []
@@ -65,14 +65,15 @@ def draw(rows: list[dict], measured: list[tuple[str, int]], setting: str, path: 
     scale(axes[0, 0], values)
     for ax in axes[-1]:
         ax.set_xlabel(f"µs a token ({setting})" if measured else "all-reduces of a forward pass", fontsize=9)
-    figure.canvas.draw()  # which decides the places of the axes, and so the room for labels
+    figure.legend(handles=legend(plt, rows, colors, not measured), frameon=False, fontsize=8,
+                  loc="outside lower center", ncols=5)
+    figure.draw_without_rendering()  # which decides the places of the axes, and so the room for labels
+    figure.set_layout_engine("none")
     for i, n in enumerate(ranks):
         for j, exchange in enumerate(exchanges):
             label(axes[i, j], points_of(rows, exchange, n), colors)
-    figure.legend(handles=legend(plt, rows, colors, not measured), frameon=False, fontsize=8,
-                  loc="outside lower center", ncols=5)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=200, facecolor="white")
+    figure.savefig(picture, format="png", dpi=DPI, facecolor="white")
     plt.close(figure)
     write(path, picture.getvalue())
 
