@@ -247,7 +247,7 @@ def test_a_run_fits_by_the_work_that_is_left(monkeypatch):
     one.watch(running(5))
     assert one.until_all_end() == pytest.approx(30 + 150 / 3.5 * 2.5)
     one.watch(running(5, gpus="1"))
-    assert one.until_all_end() == math.inf, "on several GPUs the work does not add up"
+    assert one.until_all_end() == pytest.approx(30 + 150 / 4 * (2 + 2)), "of two GPUs each does its half"
     one.seen = [running(9)]
     assert one.until_all_end() == math.inf, "less than a run's worth of work says nothing"
 
