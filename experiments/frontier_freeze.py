@@ -82,13 +82,13 @@ class Pilot:
         return [math.log(run["val_loss"]) for (name, _), run in self.runs.items()
                 if name == arm and run["status"] == FINISHED]
 
-    def spread(self) -> float | None:
+    def spread(self) -> tuple[float, int] | None:
         """Return the standard deviation of the log loss between seeds, pooled over the chosen arms, else over
-        all; None if no arm has two runs that differ."""
+        all, and its degrees of freedom; None if no arm has two runs that differ."""
         for arms in (self.groups[self.chosen], self.protocol.arms):
             samples = [sample for sample in map(self.logs, arms) if sample]
             if any(map(differ, samples)):
-                return pooled_std(*samples)[0]
+                return pooled_std(*samples)
         return None
 
     def described(self) -> list[str]:
@@ -97,7 +97,8 @@ class Pilot:
         for group, arms in self.groups.items():
             mean = self.means.get(group)
             text = "diverged" if mean is None else f"mean loss {math.exp(mean):.4f}"
-            lines.append(f"{group}: {text}, {len(arms)} arms{', chosen' * (group == self.chosen)}")
+            name = ", ".join(f"{key}={value}" for key, value in json.loads(group).items()) or "all arms"
+            lines.append(f"{name}: {text}, {len(arms)} arms{', chosen' * (group == self.chosen)}")
         rates = [json.loads(group).get("learning_rate") for group in self.groups]
         if len(rates) > 2 and all(in_range(rate) for rate in rates) \
                 and self.settings["learning_rate"] in (min(rates), max(rates)):
@@ -111,15 +112,17 @@ class Pilot:
         if "shallow" not in template:
             return True, "no evidence asked for"
         base, shallow = (self._counterpart(protocol, arm) for arm in (protocol.baseline, template["shallow"]))
-        spread = self.spread()
+        pooled = self.spread()
         means = [math.fsum(logs) / len(logs) for logs in map(self.logs, (base, shallow))]
         gap = means[1] - means[0]
         text = f"{template['shallow']} is {100 * math.expm1(gap):+.2f}% of {protocol.baseline}"
-        if spread is None:
+        if pooled is None:
             return False, f"{text}; the spread between seeds is unknown, as no arm has two seeds"
+        spread, freedom = pooled
         return gap >= template["depth"] * spread and spread <= template["spread"], \
             f"{text}, {gap / spread:+.1f} standard deviations between seeds (at least " \
-            f"{template['depth']:g} asked for), each of {spread:.2%} (at most {template['spread']:.2%})"
+            f"{template['depth']:g} asked for), each of {spread:.2%} (at most {template['spread']:.2%}; " \
+            f"{freedom} degrees of freedom)"
 
     def _counterpart(self, protocol: Protocol, arm: str) -> str:
         """Return the chosen arm with the settings of an arm of another protocol. Raises UserError."""
@@ -189,7 +192,7 @@ def freeze(template_path: str, pilot_paths: list[str], path: str, accept: bool) 
         protocol = Protocol(values, path)
         check_strategies(protocol)
         good, text = pilot.evidence(protocol, template)
-        lines += [f"{pilot_path}, {values['tokens']:,} tokens: {text}", *pilot.described()]
+        lines += [f"{pilot_path}, {pilot.protocol.values['tokens']:,} tokens: {text}", *pilot.described()]
         if good:
             break
         failed.append(f"{pilot_path}: {text}")

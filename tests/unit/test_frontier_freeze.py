@@ -93,7 +93,7 @@ def test_a_pilot_chooses_learning_rate_and_warm_up(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("changed", "words"), [
     ({"effects": EFFECTS | {"dense_8": 0.002}}, "dense_8 is .0.20% of dense_12, .1.4 standard deviations"),
-    ({"noise": 0.004}, "each of 0.57% .at most 0.25%"),
+    ({"noise": 0.004}, "each of 0.57% .at most 0.25%; 3 degrees"),
     ({"seeds": (1,)}, "the spread between seeds is unknown, as no arm has two seeds")])
 def test_a_pilot_that_shows_too_little_makes_no_protocol(folder, monkeypatch, capsys, changed, words):
     """Unless this is accepted. Then the description says what was found."""
