@@ -130,7 +130,7 @@ def do_next(args: argparse.Namespace, protocol: Protocol, path: str) -> None:
     session.runs = read_runs(path, protocol)  # an earlier call may have added to them until it ended
     cache = os.path.abspath(args.cache or os.path.join(args.log_dir, "compile_cache"))
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": os.path.join(cache, "triton")}
-    starting = len(set(places)) * most_starting(per_place)
+    starting = len(set(places)) * most_starting(places, per_place)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // starting)))
     print(f"{path}: {len(session.missing)} of {len(session.asked)} runs are missing; {len(places)} at a "
           f"time, {per_place} on one device; compiled code in {cache}", flush=True)

@@ -117,7 +117,7 @@ class Session:
                 for arm, config in self.protocol.configs.items()}
         jobs = [Job(logs[arm], seed) for arm, seed in self.missing]
         run_jobs(jobs, places, lambda job: self.may_start(job, per_place), watch=self.watch,
-                 most_starting=most_starting(per_place))
+                 most_starting=most_starting(places, per_place))
 
     def _take(self, arm: str, result: dict, parallel: int) -> None:
         """Append a run to runs.jsonl if it is one."""
@@ -171,9 +171,10 @@ def seconds_of(log: RunLog, wall: float) -> dict:
             "training": round(training, 3), "evaluation": round(evaluation, 3)}
 
 
-def most_starting(per_place: int) -> int:
-    """Return how many of the runs on one GPU may be before their first step."""
-    return -(-per_place // STARTING_SHARE)
+def most_starting(places: list[str | None], per_place: int) -> int:
+    """Return how many of the runs on one GPU may be before their first step. Without a GPU, which would wait
+    for them, all may."""
+    return per_place if places[0] is None else -(-per_place // STARTING_SHARE)
 
 
 def places_for(parallel: int | None, on_cpu: bool) -> tuple[list[str | None], int]:

@@ -227,7 +227,8 @@ def test_runs_that_share_a_gpu_start_one_after_the_other():
     two = [running(None), running(3)]
     assert ready_places(["0", "0"], two, 1) == [] and ready_places(["0", "1"], two, 1) == ["1"]
     assert ready_places(["0", "0"], two, 2) == ["0", "0"] and ready_places(["0"], two, None) == ["0"]
-    assert [frontier_next.most_starting(n) for n in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
+    assert [frontier_next.most_starting(["0"], n) for n in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
+    assert frontier_next.most_starting([None, None], 2) == 2, "no GPU waits for runs on a CPU"
 
 
 def test_a_run_fits_by_the_work_that_is_left(monkeypatch):
