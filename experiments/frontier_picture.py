@@ -30,10 +30,11 @@ def family(row: dict) -> str:
 
 
 def name_of(row: dict) -> str:
-    """Return the label of an arm. It leaves out its ranks, and "drop": drop_6_r2 -> 6."""
-    if row["dense"]:
-        return f"{row['layers']} layers"
+    """Return the label of an arm. It leaves out its ranks, and "drop": drop_6_r2 -> 6, dense_8_low -> 8 layers
+    low."""
     name = re.sub(r"_r\d+$", "", row["arm"])
+    if row["dense"]:
+        return " ".join([f"{row['layers']} layers", *name.split("_")[2:]])
     return name.removeprefix("drop_").replace("_", " ")
 
 
@@ -102,7 +103,7 @@ def draw_points(ax, points: list[dict], colors: dict[str, str], by_ranks: bool) 
     lines = {}
     for point in points:
         row = point["row"]
-        if row["dense"]:
+        if row["dense"] and name_of(row).endswith("layers"):
             lines.setdefault(GREY, []).append((point["x"], point["y"]))
         elif re.fullmatch(r"\d+", name_of(row)):
             lines.setdefault((colors[family(row)], row["ranks"]), []).append((point["x"], point["y"]))

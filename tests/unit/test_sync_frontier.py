@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import ROOT
 
-from experiments import frontier, frontier_draw, frontier_next
+from experiments import frontier, frontier_draw, frontier_next, frontier_picture
 from experiments.experiment_config import command
 from experiments.frontier_protocol import Protocol, check_strategies
 from experiments.frontier_runs import append_runs, merge, read_runs
@@ -257,6 +257,19 @@ def test_the_first_runs_of_a_protocol(monkeypatch):
     monkeypatch.setattr(frontier_next, "gpu_info", lambda: {"gpus": []})
     one = frontier_next.Session(protocol(), {}, "runs.jsonl", "folder", "0" * 16, 100, first=10)
     assert one.missing == protocol().runs[:10]
+
+
+def test_each_file_of_runs_has_its_own_picture():
+    """A pilot's picture must not replace that of the protocol."""
+    assert frontier.stem_beside("a/runs.jsonl") == frontier.stem_beside("a/other.jsonl") == "a/frontier"
+    assert frontier.stem_beside("runs_regime.jsonl") == "frontier_regime"
+
+
+def test_labels_of_arms():
+    for arm, dense, label in (("drop_6_r2", False, "6"), ("drop_4_ends_r2", False, "4 ends"),
+                              ("caat_0.5_r4", False, "caat 0.5"), ("dense_8", True, "8 layers"),
+                              ("dense_8_low", True, "8 layers low"), ("ladder", False, "ladder")):
+        assert frontier_picture.name_of({"arm": arm, "dense": dense, "layers": 8}) == label
 
 
 def test_places_of_runs(monkeypatch):
