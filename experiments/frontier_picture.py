@@ -30,8 +30,8 @@ def family(row: dict) -> str:
 
 
 def name_of(row: dict) -> str:
-    """Return the label of an arm. It leaves out its ranks, and "drop": drop_6_r2 -> 6, dense_8_low -> 8 layers
-    low."""
+    """Return the label of an arm, without its ranks and without "drop": drop_6_r2 -> 6, dense_8_x -> 8 layers
+    x."""
     name = re.sub(r"_r\d+$", "", row["arm"])
     if row["dense"]:
         return " ".join([f"{row['layers']} layers", *name.split("_")[2:]])
