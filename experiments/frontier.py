@@ -3,19 +3,23 @@
     python experiments/frontier.py next --minutes=28 [--parallel=2]
     python experiments/frontier.py merge runs_of_another_machine.jsonl
     python experiments/frontier.py draw --latency=decode_oneshot.json --latency=decode_nccl.json
+    python experiments/frontier.py freeze --template=template.json --pilot=protocol_regime.json
 
 next trains what is missing, seed by seed, and starts no run that does not fit into the minutes. Each finished
 run is a line of runs.jsonl, at once and completely or not at all. So the same command resumes after any
 interruption. It runs as many runs at a time as there are GPUs; --parallel=2 on one GPU has two share it.
 merge adds the runs of other files; runs of another protocol are an error. draw writes frontier.png and
 frontier.md beside runs.jsonl: the loss against the dense model's with 95% intervals, over the µs a token from
-bench.py --mode=decode --json=FILE. frontier_protocol.py describes the protocol, frontier_runs.py the runs.
+bench.py --mode=decode --json=FILE. freeze writes a protocol from a template, with the settings that the runs
+of a pilot choose. frontier_protocol.py describes the protocol, frontier_freeze.py template and pilot,
+frontier_runs.py the runs.
 """
 
 import argparse
 import math
 import os
 import sys
+import time
 
 if __name__ == "__main__":
     import root_path  # noqa: F401
@@ -23,16 +27,20 @@ if __name__ == "__main__":
 from configurator import Parser
 from experiments.campaign_folder import cut_torn_line
 from experiments.experiment_config import MAX_RUNS
-from experiments.frontier_next import Session, places_for
+from experiments.experiment_logger import git_info
+from experiments.frontier_freeze import freeze, text_of
+from experiments.frontier_next import Session, most_starting, places_for
 from experiments.frontier_protocol import Protocol, check_strategies, data_digests, digest_of
 from experiments.frontier_runs import merge, read_runs
+from experiments.report import write
 from experiments.runner import end_on_signals, lock
 from nanosync.errors import UserError, shown
 from nanosync.files import check_can_write
 
 PROTOCOL = os.path.join("records", "sync-frontier", "protocol.json")
-COMMANDS = "next", "merge", "draw"
+COMMANDS = "next", "merge", "draw", "freeze"
 MOST_MINUTES = 1e6
+STARTED = time.monotonic()
 
 
 def read_arguments() -> argparse.Namespace:
@@ -46,6 +54,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, help="next: runs at a time (default: one a GPU)")
     parser.add_argument("--estimate", type=float, metavar="SECONDS", help="next: of a run, while none is "
                         "measured here (default: the protocol's)")
+    parser.add_argument("--first", type=int, metavar="N", help="next: do only the protocol's first N runs")
     parser.add_argument("--log_dir", default="experiment_logs", help="next: parent of the folder with the "
                         "output of the runs")
     parser.add_argument("--cache", metavar="DIR", help="next: compiled code that all runs share (default: in "
@@ -59,6 +68,10 @@ def read_arguments() -> argparse.Namespace:
                         "the model's, else the smallest)")
     parser.add_argument("--out", metavar="STEM", help="draw: path of the files without ending (default: "
                         "frontier beside the runs)")
+    parser.add_argument("--template", metavar="FILE", help="freeze: protocol without what the pilot decides")
+    parser.add_argument("--pilot", action="append", default=[], metavar="FILE", help="freeze: protocol with "
+                        "runs; of several the first that is good enough decides")
+    parser.add_argument("--accept", action="store_true", help="freeze: if none is, take the last")
     args = parser.parse_args()
     check_arguments(args, sys.argv[1:])
     return args
@@ -66,8 +79,9 @@ def read_arguments() -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace, given: list[str]) -> None:
     """Raise UserError for options that the command does not have, or out of range."""
-    of = {"next": ("minutes", "parallel", "estimate", "log_dir", "cache", "commit", "dry_run"),
-          "merge": (), "draw": ("latency", "width", "out")}
+    of = {"next": ("minutes", "parallel", "estimate", "first", "log_dir", "cache", "commit",
+                   "dry_run"),
+          "merge": (), "draw": ("latency", "width", "out"), "freeze": ("template", "pilot", "accept")}
     for command, names in of.items():
         for name in names:
             if command != args.command and any(word.split("=")[0] == f"--{name}" for word in given):
@@ -77,8 +91,10 @@ def check_arguments(args: argparse.Namespace, given: list[str]) -> None:
                         else "merge needs the files of runs to add: name them")
     if args.command == "next" and not args.dry_run and args.minutes is None:
         raise UserError("next needs the time in which to end: give --minutes=28")
+    if args.command == "freeze" and not (args.template and args.pilot):
+        raise UserError("freeze needs a template and a pilot: give --template=FILE --pilot=FILE")
     for name, most in (("minutes", MOST_MINUTES), ("estimate", MOST_MINUTES), ("width", 10**6),
-                       ("parallel", MAX_RUNS)):
+                       ("parallel", MAX_RUNS), ("first", 10**6)):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and 0 < value <= most):
             raise UserError(f"--{name}={shown(value)} must be above 0 and at most {most:g}")
@@ -97,10 +113,13 @@ def do_next(args: argparse.Namespace, protocol: Protocol, path: str) -> None:
                         f"{other}: prepare the same data")
     on_cpu = protocol.settings[protocol.baseline].get("device") == "cpu"
     places, per_place = places_for(args.parallel, on_cpu)
-    session = Session(protocol, runs, path, folder, data, 60 * (args.minutes or 0), args.estimate,
-                      args.commit)
+    seconds = 60 * (args.minutes or 0) - (time.monotonic() - STARTED)
+    session = Session(protocol, runs, path, folder, data, seconds, args.estimate, args.commit,
+                      args.first)
     if protocol.values["data_sha256"] is None:
         print(f"{protocol.path} is a draft: its data_sha256 is null, and that of the data here is {digests}")
+    if args.commit is None and git_info()["commit"] is None:
+        print("git does not know this code, so the runs will not name its commit: give --commit=HASH")
     if args.dry_run:
         return print(session.described(per_place))
     check_can_write(folder, "--log_dir")
@@ -111,7 +130,9 @@ def do_next(args: argparse.Namespace, protocol: Protocol, path: str) -> None:
     session.runs = read_runs(path, protocol)  # an earlier call may have added to them until it ended
     cache = os.path.abspath(args.cache or os.path.join(args.log_dir, "compile_cache"))
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": os.path.join(cache, "triton")}
-    print(f"{path}: {len(session.missing)} of {len(protocol.runs)} runs are missing; {len(places)} at a "
+    starting = len(set(places)) * most_starting(places, per_place)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // starting)))
+    print(f"{path}: {len(session.missing)} of {len(session.asked)} runs are missing; {len(places)} at a "
           f"time, {per_place} on one device; compiled code in {cache}", flush=True)
     try:
         session.go(descriptor, places, per_place)
@@ -126,8 +147,32 @@ def do_next(args: argparse.Namespace, protocol: Protocol, path: str) -> None:
                         f"{folder}/*/runs/")
 
 
+def stem_beside(path: str) -> str:
+    """Return the path of the picture beside runs, without ending: frontier for runs.jsonl, frontier_x for
+    runs_x.jsonl."""
+    folder, file = os.path.split(path)
+    name = file.removesuffix(".jsonl")
+    return os.path.join(folder, "frontier" + (name.removeprefix("runs") if name.startswith("runs") else ""))
+
+
+def do_freeze(args: argparse.Namespace) -> None:
+    """Write the protocol that a template and a pilot make."""
+    path = args.protocol
+    if os.path.exists(path):
+        before = Protocol.read(path)
+        if read_runs(args.runs or before.runs_path, before):
+            raise UserError(f"{path} has runs, so it does not change: give another --protocol=FILE")
+    values, lines = freeze(args.template, args.pilot, path, args.accept)
+    frozen = Protocol(values, path)
+    write(path, text_of(values))
+    print("\n".join([*lines, f"written: {path}, {len(frozen.arms)} arms, {len(frozen.runs)} runs of "
+                     f"{values['tokens']:,} tokens, protocol {frozen.digest}"]))
+
+
 def main() -> None:
     args = read_arguments()
+    if args.command == "freeze":
+        return do_freeze(args)
     protocol = Protocol.read(args.protocol)
     path = args.runs or protocol.runs_path
     if args.command == "next":
@@ -143,7 +188,7 @@ def main() -> None:
         if not runs:
             raise UserError(f"{path} has no runs yet: do some with next")
         tables = read_tables(args.latency, protocol, args.width)
-        stem = args.out or os.path.join(os.path.dirname(path), "frontier")
+        stem = args.out or stem_beside(path)
         print(write_frontier(protocol, runs, tables, stem))
 
 

@@ -4,15 +4,15 @@ Losses are compared as log ratios against the baseline. The spread between seeds
 intervals are Student's at 95%. An arm with fewer than PRELIMINARY finished runs is preliminary, as is every
 arm while the baseline is.
 
-Times are those of `bench.py --mode=decode`: of the arm's row with as many processes as the arm has ranks,
-smallest batch. A dense model does not depend on the ranks, so it has a time for each number of processes. A
-number of syncs between two measured ones, and a dense model of fewer layers by its share, are estimated.
+Times are those of `bench.py --mode=decode`: of the row that has the name of the arm's strategy, or "6 syncs",
+with as many processes as the arm has ranks, smallest batch. The loss of some arms does not depend on the
+ranks, so they have a time for each number of processes. A dense model of 8 layers has the time of
+`--n_layer=8`. Without it its share of the time of all layers is an estimate, as is the time of syncs between
+two numbers.
 """
 
-import io
 import math
 import os
-import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from scipy import stats
 
 from experiments.experiment_config import in_range, read_json
 from experiments.experiment_statistics import CONFIDENCE, differ, pooled_std
+from experiments.frontier_picture import EXCHANGES, PRELIMINARY, draw, percent
 from experiments.frontier_protocol import Protocol
 from experiments.frontier_runs import FINISHED
 from experiments.report import table, without_nan, write
@@ -27,12 +28,9 @@ from experiments.search_plan import SCHEDULE
 from nanosync.errors import UserError
 from nanosync.files import json_text
 
-PRELIMINARY = 3  # finished runs from which on an arm is not preliminary
-EXCHANGES = {"oneshot": "one-shot exchange", "nccl": "NCCL", "fused": "fused exchange"}  # in tables -> titles
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c564b"]
-DROPPING = "standard", "spd", "selective", "grouped", "custom"  # strategies whose time depends on the syncs
-MARKERS = {2: "o", 4: "s", 8: "^"}  # by TP ranks
-GREY = "#808080"
+DROPPING = "standard", "spd", "selective", "grouped", "custom"  # strategies that drop syncs and do no more
+PLAIN = *DROPPING, "palm", "mean"  # whose time is that of a dropping one with as many syncs
+ANY_RANKS = "standard", "palm", "ladder"  # whose loss does not depend on the TP ranks
 
 
 @dataclass
@@ -51,7 +49,7 @@ class Tables:
         if row["shallow"]:
             dense = times.get(f"{2 * row['all_layers']} syncs")
             return None if dense is None else (dense * row["layers"] / row["all_layers"], True)
-        if row["latency_row"] is None or row["latency_row"] != f"{row['syncs']} syncs":
+        if not row["plain"] or row["syncs"] is None:
             return None
         counts = sorted((int(name.split()[0]), us) for name, us in times.items() if is_count(name))
         if not counts or not counts[0][0] <= row["syncs"] <= counts[-1][0]:
@@ -66,13 +64,18 @@ def is_count(name: str) -> bool:
 
 
 def read_tables(paths: list[str], protocol: Protocol, width: int | None) -> Tables:
-    """Read latency tables. width: n_embd of their rows; None: the model's, else the smallest that they have.
-    Raises UserError."""
-    rows, devices = [], []
+    """Read latency tables. Of a table for other layers only the dense model counts. width: n_embd of their
+    rows; None: the model's, else the smallest that they have. Raises UserError."""
+    rows, devices, of_base = [], [], protocol.settings[protocol.baseline]
     for path in paths:
         content = read_json(path)
         found = content.get("rows") if isinstance(content, dict) else None
         found = [row for row in found if is_row(row)] if isinstance(found, list) else []
+        config = content.get("config") if found else None
+        layers = config.get("n_layer") if isinstance(config, dict) else None
+        if layers is not None and layers != of_base.get("n_layer"):
+            found = [row | {"name": f"{layers} layers"} for row in found
+                     if row["name"] == f"{2 * layers} syncs"]
         if not found:
             raise UserError(f"{path} has no times of exchanges: use the JSON of bench.py --mode=decode with "
                             f"--tp_allreduce=oneshot, fused or nccl")
@@ -80,7 +83,7 @@ def read_tables(paths: list[str], protocol: Protocol, width: int | None) -> Tabl
         environment = content.get("environment")
         devices.append(str(environment.get("device") if isinstance(environment, dict) else "unknown"))
     widths = {row["n_embd"] for row in rows}
-    own = protocol.settings[protocol.baseline].get("n_embd")
+    own = of_base.get("n_embd")
     chosen = width or (own if own in widths else min(widths, default=None))
     if rows and chosen not in widths:
         raise UserError(f"--width={width}: the latency tables have {', '.join(map(str, sorted(widths)))}")
@@ -127,16 +130,18 @@ def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict]) -> list[dict]
         shallow = dense and layers != all_layers
         ratio = math.fsum(sample) / len(sample) - math.fsum(base) / len(base) if sample and base else None
         interval = None
-        if ratio is not None and pooled is not None and not is_base:
-            half = float(stats.t.ppf((1 + CONFIDENCE) / 2, pooled[1])) * pooled[0] * math.sqrt(
-                1 / len(sample) + 1 / len(base))
-            interval = [ratio - half, ratio + half]
-        dropping = syncs is not None and settings.get("sync_strategy", DROPPING[0]) in DROPPING
-        default = f"{layers} layers" if shallow else f"{syncs} syncs" if dropping else None
+        if ratio is not None and not is_base:
+            interval = interval_of(ratio, pooled, 1 / len(sample) + 1 / len(base))
+        strategy = settings.get("sync_strategy", DROPPING[0])
+        dropping = syncs is not None and strategy in DROPPING
+        default = f"{layers} layers" if shallow else f"{syncs} syncs" if dropping else strategy
+        named = protocol.values["latency_rows"].get(arm)
+        kind = strategy.partition(":")[0]
         rows.append({
             "arm": arm, "runs": len(sample), "diverged": len(of_arm) - len(sample), "syncs": syncs,
             "ranks": settings.get("tp_size"), "layers": layers, "all_layers": all_layers, "dense": dense,
-            "shallow": shallow, "latency_row": protocol.values["latency_rows"].get(arm, default),
+            "shallow": shallow, "any_ranks": dense or kind in ANY_RANKS, "latency_row": named or default,
+            "plain": kind in PLAIN and named is None,
             "loss": math.exp(math.fsum(sample) / len(sample)) if sample else None, "ratio": ratio,
             "interval": interval, "preliminary": min(len(sample), len(base)) < PRELIMINARY})
     return rows
@@ -147,15 +152,48 @@ def add_times(rows: list[dict], tables: Tables) -> None:
     for row in rows:
         row["times"] = []
         for exchange, processes in sorted(tables.us):
-            if row["dense"] or row["ranks"] == processes:
+            if row["any_ranks"] or row["ranks"] == processes:
                 found = tables.of(exchange, processes, row)
                 if found is not None:
                     row["times"].append({"exchange": exchange, "processes": processes, "us": found[0],
                                          "estimated": found[1]})
 
 
-def percent(log_ratio: float) -> float:
-    return 100 * math.expm1(log_ratio)
+def against_shallow(rows: list[dict], pooled: tuple[float, int] | None) -> list[dict]:
+    """Compare each arm with the dense model of the same time of a token, for each exchange and number of
+    processes: [{"arm", "exchange", "processes", "us", "ratio", "interval"}].
+
+    The log loss of this dense model is interpolated between the two dense models whose times are next to the
+    arm's. A slower arm compares with the slowest of them, a faster one with none. pooled: see spread_of.
+    """
+    found = []
+    for key in sorted({(t["exchange"], t["processes"]) for row in rows for t in row["times"]}):
+        at = {row["arm"]: t["us"] for row in rows if row["loss"] is not None for t in row["times"]
+              if (t["exchange"], t["processes"]) == key}
+        dense = sorted(((at[row["arm"]], row) for row in rows if row["dense"] and row["arm"] in at),
+                       key=lambda pair: pair[0])
+        for row in rows:
+            if row["dense"] or row["arm"] not in at or len(dense) < 2 or at[row["arm"]] < dense[0][0]:
+                continue
+            us = min(at[row["arm"]], dense[-1][0])
+            i = next(i for i in range(len(dense) - 1) if us <= dense[i + 1][0])
+            (left, a), (right, b) = dense[i:i + 2]
+            share = (us - left) / (right - left)
+            ratio = math.log(row["loss"]) - (1 - share) * math.log(a["loss"]) - share * math.log(b["loss"])
+            parts = 1 / row["runs"] + (1 - share)**2 / a["runs"] + share**2 / b["runs"]
+            found.append({"arm": row["arm"], "exchange": key[0], "processes": key[1], "us": at[row["arm"]],
+                          "ratio": ratio, "interval": interval_of(ratio, pooled, parts),
+                          "preliminary": min(row["runs"], a["runs"], b["runs"]) < PRELIMINARY})
+    return found
+
+
+def interval_of(ratio: float, pooled: tuple[float, int] | None, parts: float) -> list[float] | None:
+    """Return Student's interval of a difference of log losses; None without a spread. parts: its variance, in
+    units of that of a run."""
+    if pooled is None:
+        return None
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, pooled[1])) * pooled[0] * math.sqrt(parts)
+    return [ratio - half, ratio + half]
 
 
 def verdict(row: dict) -> str:
@@ -180,15 +218,31 @@ def rows_table(rows: list[dict], tables: Tables) -> str:
     for row in rows:
         times = {(t["exchange"], t["processes"]): f"{t['us']:.0f}" + " (estimated)" * t["estimated"]
                  for t in row["times"]}
-        interval = row["interval"]
         cells.append([
-            row["arm"], shown_number(row["syncs"]), "any" if row["dense"] else shown_number(row["ranks"]),
+            row["arm"], shown_number(row["syncs"]), "any" if row["any_ranks"] else shown_number(row["ranks"]),
             shown_number(row["layers"]), str(row["runs"]),
             "-" if row["loss"] is None else f"{row['loss']:.4f}",
             "-" if row["ratio"] is None else f"{percent(row['ratio']):+.2f}%",
-            "-" if interval is None else "{:+.2f} to {:+.2f}%".format(*map(percent, interval)),
+            shown_interval(row["interval"]),
             *(times.get(column, "-") for column in columns), verdict(row)])
     return table(header, cells)
+
+
+def shallow_table(controls: list[dict]) -> str:
+    """Return the comparisons of against_shallow as a Markdown table."""
+    cells = []
+    for one in controls:
+        interval = one["interval"]
+        exchange = f"{EXCHANGES[one['exchange']]}, {one['processes']} GPUs"
+        text = "unknown" if interval is None else "better" if interval[1] < 0 else "worse" \
+            if interval[0] > 0 else "not told apart"
+        cells.append([one["arm"], exchange, f"{one['us']:.0f}", f"{percent(one['ratio']):+.2f}%",
+                      shown_interval(interval), text + ", preliminary" * one["preliminary"]])
+    return table(["arm", "exchange", "µs", "against dense", "95% CI", "decided"], cells)
+
+
+def shown_interval(interval: list[float] | None) -> str:
+    return "-" if interval is None else "{:+.2f} to {:+.2f}%".format(*map(percent, interval))
 
 
 def shown_number(value: int | None) -> str:
@@ -210,86 +264,20 @@ def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) ->
            f"{rows_table(rows, tables)}"
     if spread is not None:
         text += f"\nThe loss varies by {spread[0]:.2%} between seeds ({spread[1]} degrees of freedom).\n"
+    controls = against_shallow(rows, spread)
+    if controls:
+        text += f"\n## Against a dense model of the same time\n\n{shallow_table(controls)}"
     if timed:
         text += f"\nµs a token: width {tables.width}, smallest batch, {', '.join(tables.devices)}.\n"
+    untimed = [row["arm"] for row in rows if not row["times"]]
+    if timed and untimed:
+        text += f"\nWithout a time, so not in the picture: {', '.join(untimed)}.\n"
     if missing:
         text += f"\nWithout a run: {', '.join(missing)}.\n"
     write(stem + ".json", json_text(without_nan({"protocol": protocol.digest, "runs": len(runs),
                                                  "planned": len(protocol.runs),
-                                                 "spread": spread and spread[0], "arms": rows})))
-    draw(rows, tables, stem + ".png")
+                                                 "spread": spread and spread[0], "arms": rows,
+                                                 "against_shallow": controls})))
+    draw(rows, list(tables.us), f"width {tables.width}, {', '.join(tables.devices)}", stem + ".png")
     write(stem + ".md", text + f"\n![Frontier]({os.path.basename(stem)}.png)\n")
     return f"written: {stem}.md, {stem}.json, {stem}.png; {len(runs)} of {len(protocol.runs)} runs"
-
-
-def draw(rows: list[dict], tables: Tables, path: str) -> None:
-    """Draw a panel for each exchange; without latency tables one panel, over the syncs. Raises UserError."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [name for name in EXCHANGES if any(exchange == name for exchange, _ in tables.us)] or [None]
-    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 6 * len(panels), 6), layout="constrained",
-                                sharey=True, squeeze=False)
-    families = dict.fromkeys(family(row) for row in rows if not row["shallow"])
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(families)}
-    for ax, exchange in zip(axes[0], panels):
-        draw_panel(ax, exchange, rows, colors)
-        ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-        ax.spines[["top", "right"]].set_visible(False)
-        if exchange is None:
-            ax.set_xlabel("all-reduces of a forward pass")
-        else:
-            ax.set_title(EXCHANGES[exchange], fontsize=10)
-            ax.set_xlabel(f"µs a token (width {tables.width}, {', '.join(tables.devices)})")
-    axes[0, 0].set_ylabel("val loss against the dense model, %")
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=color, label=name)
-               for name, color in colors.items()]
-    handles += [plt.Line2D([], [], color=GREY, marker=".", label="dense, fewer layers")]
-    ranks = sorted({row["ranks"] for row in rows if not row["dense"] and row["ranks"]})
-    handles += [plt.Line2D([], [], marker=MARKERS.get(n, "D"), linestyle="", color="0.3",
-                           markerfacecolor="none", label=f"{n} TP ranks") for n in ranks]
-    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=6,
-                  title=f"size: syncs; open: preliminary, fewer than {PRELIMINARY} runs", title_fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130, facecolor="white")
-    plt.close(figure)
-    write(path, picture.getvalue())
-
-
-def family(row: dict) -> str:
-    """Return the mechanism of an arm, by its name: drop_6_r2 -> drop."""
-    return row["arm"].split("_")[0]
-
-
-def variant(row: dict) -> str:
-    """Return the rest of an arm's name, without its ranks, which its marker shows: drop_6_r2 -> 6."""
-    return re.sub(r"_r\d+$", "", row["arm"]).partition("_")[2] or row["arm"]
-
-
-def draw_panel(ax, exchange: str | None, rows: list[dict], colors: dict[str, str]) -> None:
-    """Draw the arms over the times of an exchange; None: over the syncs."""
-    curves = {}  # processes -> points of the dense models
-    for row in rows:
-        if row["ratio"] is None:
-            continue
-        places = [(row["ranks"], row["syncs"])] if exchange is None else [
-            (t["processes"], t["us"]) for t in row["times"] if t["exchange"] == exchange]
-        for processes, x in places:
-            if x is None:
-                continue
-            y, color = percent(row["ratio"]), GREY if row["shallow"] else colors[family(row)]
-            if row["dense"]:
-                curves.setdefault(processes, []).append((x, y))
-            if row["interval"] is not None:
-                ends = [percent(end) for end in row["interval"]]
-                ax.plot([x, x], ends, color=color, linewidth=1, alpha=0.7)
-            ax.scatter([x], [y], s=22 + 5 * (row["syncs"] or 0), marker=MARKERS.get(processes, "D"),
-                       facecolors="white" if row["preliminary"] else color, edgecolors=color, linewidths=1.3,
-                       zorder=3)
-            label = f"{row['layers']} layers" if row["dense"] else variant(row)
-            ax.annotate(label, (x, y), textcoords="offset points", xytext=(7, 5), fontsize=7, color=color)
-    for processes, points in curves.items():
-        ax.plot(*zip(*sorted(points)), color=GREY, linewidth=1.2, zorder=1,
-                linestyle="-" if processes == min(curves) else "--")

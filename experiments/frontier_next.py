@@ -1,12 +1,18 @@
 """Do the missing runs of a protocol, seed by seed, in the minutes that there are.
 
-A run starts only if it fits: if the longest run of its arm so far, on the same GPU and with as many runs at a
-time, would end before the minutes do. Without a run of the arm the longest of all arms counts, without any
-run the protocol's seconds_per_run. A run that takes longer is ended there. Nothing starts after a run that
-does not fit, so the runs stay balanced. All runs share a folder of compiled code.
+A run starts only if it fits by the shorter of two estimates. The first is the longest run of its arm so far,
+on the same GPU and with as many runs at a time. Without a run of the arm it is the longest of all arms,
+without any run the protocol's seconds_per_run. The second adds up the work that is left of all runs that
+train, and of the new one. A run that takes longer is ended when the minutes end. Nothing starts after a run
+that does not fit, so the runs stay balanced.
+
+Of the runs that share a GPU at most half are before their first step (STARTING_SHARE). Otherwise all would
+compile at the same time, while the GPU waits, and then train at the same time. All runs share a folder of
+compiled code.
 """
 
 import json
+import math
 import os
 import time
 
@@ -14,11 +20,12 @@ from experiments.experiment_config import arguments_of
 from experiments.experiment_logger import ExperimentLogger
 from experiments.frontier_protocol import Protocol
 from experiments.frontier_runs import FINISHED, NON_FINITE, append_runs
-from experiments.runner import ENDING, Job, gpu_info, read_status, run_jobs, visible_gpus
+from experiments.runner import ENDING, Job, Running, gpu_info, read_status, run_jobs, visible_gpus
 from nanosync.errors import UserError
 from nanosync.run_log import RunLog
 
-MARGIN = 1.1  # a run may take this multiple of the longest run so far
+MARGIN = 1.1  # a run may take this multiple of its estimate
+STARTING_SHARE = 2  # of so many runs on a GPU one may be before its first step
 CPU = "cpu"
 
 
@@ -38,21 +45,22 @@ class Session:
     """A call of `next`."""
 
     def __init__(self, protocol: Protocol, runs: dict, runs_path: str, folder: str, data: str, seconds: float,
-                 estimate: float | None = None, commit: str | None = None):
+                 estimate: float | None = None, commit: str | None = None, first: int | None = None):
         """runs: as read_runs returns them; folder: for the output of runs; data: digest of the data here;
-        seconds: until which the call ends; estimate: in place of seconds_per_run; commit: if git is not known
-        to the runs."""
+        seconds: until which the call ends; estimate: in place of seconds_per_run; commit: of the code, if git
+        does not know it; first: number of the protocol's runs to do, None for all."""
         self.protocol, self.runs, self.runs_path, self.folder = protocol, runs, runs_path, folder
-        self.data, self.commit = data, commit
+        self.data, self.commit, self.asked = data, commit, protocol.runs[:first]
         self.estimate = estimate or protocol.values["seconds_per_run"]
         self.until = time.monotonic() + seconds - ENDING
         self.card = next((gpu["name"] for gpu in gpu_info()["gpus"]), CPU)
         self.first_unfit, self.done, self.failed = None, 0, []
+        self.seen: list[Running] = []  # runs of this call
 
     @property
     def missing(self) -> list[tuple[str, int]]:
-        """The runs without a line, in the protocol's order."""
-        return [key for key in self.protocol.runs if key not in self.runs]
+        """The runs to do without a line, in the protocol's order."""
+        return [key for key in self.asked if key not in self.runs]
 
     def expected(self, arm: str, parallel: int) -> float:
         """Return the seconds that a run of an arm should take. parallel: runs at a time on its GPU."""
@@ -67,12 +75,35 @@ class Session:
     def may_start(self, job: Job, parallel: int) -> bool:
         """Return True if a run fits into the time that is left, which then is its limit."""
         arm, left = job.log.config["experiment_name"], self.until - time.monotonic()
-        needed = MARGIN * self.expected(arm, parallel)
+        needed = MARGIN * min(self.expected(arm, parallel), self.until_all_end())
         if self.first_unfit is None and needed > left:
             self.first_unfit = f"{arm} with seed {job.run_id} needs {needed:.0f} s, and " \
                                f"{max(left, 0):.0f} s are left"
         job.limit = max(left, 1.0)
         return self.first_unfit is None and not self.hopeless
+
+    def watch(self, run: Running) -> None:
+        """Remember a run of this call."""
+        if run not in self.seen:
+            self.seen.append(run)
+
+    def until_all_end(self) -> float:
+        """Return the seconds in which all runs and a further one should end; infinite until each GPU has done
+        a run's worth of work here.
+
+        A GPU does so much work a second, shared in whatever way. So the last run ends after the start of the
+        new one and the work that is left, which is spread evenly over the GPUs.
+        """
+        trained = [run for run in self.seen if run.progress.first is not None]
+        shares = [min(run.progress.step / run.job.steps, 1.0) for run in trained]
+        n_gpus = len({run.gpus for run in self.seen})
+        if not trained or sum(shares) < n_gpus:
+            return math.inf
+        per_run = (time.monotonic() - min(run.progress.first[0] for run in trained)) / sum(shares)
+        start = max(run.progress.first[0] - run.started for run in trained)
+        left = sum(1 - share for run, share in zip(trained, shares) if run.supervisor.poll() is None)
+        left += sum(run.progress.first is None and run.supervisor.poll() is None for run in self.seen)
+        return start + per_run * (left + n_gpus)
 
     @property
     def hopeless(self) -> bool:
@@ -85,7 +116,8 @@ class Session:
                             lambda result, arm=arm: self._take(arm, result, per_place))
                 for arm, config in self.protocol.configs.items()}
         jobs = [Job(logs[arm], seed) for arm, seed in self.missing]
-        run_jobs(jobs, places, lambda job: self.may_start(job, per_place))
+        run_jobs(jobs, places, lambda job: self.may_start(job, per_place), watch=self.watch,
+                 most_starting=most_starting(places, per_place))
 
     def _take(self, arm: str, result: dict, parallel: int) -> None:
         """Append a run to runs.jsonl if it is one."""
@@ -137,6 +169,12 @@ def seconds_of(log: RunLog, wall: float) -> dict:
     evaluation = max(after_first - training, 0.0)
     return {"wall": round(wall, 3), "start": round(max(wall - training - evaluation, 0.0), 3),
             "training": round(training, 3), "evaluation": round(evaluation, 3)}
+
+
+def most_starting(places: list[str | None], per_place: int) -> int:
+    """Return how many of the runs on one GPU may be before their first step. Without a GPU, which would wait
+    for them, all may."""
+    return per_place if places[0] is None else -(-per_place // STARTING_SHARE)
 
 
 def places_for(parallel: int | None, on_cpu: bool) -> tuple[list[str | None], int]:

@@ -336,11 +336,14 @@ def end_on_signals() -> None:
             signal.signal(number, on_signal)
 
 
-def run_jobs(jobs: list[Job], places: list[str | None], may_start=None, ended=None, watch=None) -> None:
+def run_jobs(jobs: list[Job], places: list[str | None], may_start=None, ended=None, watch=None,
+             most_starting: int | None = None) -> None:
     """Do all jobs, as many at a time as there are places, and record them.
 
     may_start(job): called right before each launch, False skips the job; ended(job, result): called after
-    each job. On KeyboardInterrupt, which `end_on_signals` raises too, end all runs and raise it again.
+    each job; watch(run): called a few times a second for each run; most_starting: runs on the same GPU that
+    may be before their first step, None for no limit. On KeyboardInterrupt, which `end_on_signals` raises
+    too, end all runs and raise it again.
     """
     waiting, running, free, done = list(jobs), [], list(places), 0
     bar = ProgressBar(sum(job.steps for job in jobs))
@@ -348,10 +351,11 @@ def run_jobs(jobs: list[Job], places: list[str | None], may_start=None, ended=No
         log.say = bar.say
     try:
         while waiting or running:
-            while waiting and free:
+            while waiting and (ready := ready_places(free, running, most_starting)):
                 job = waiting.pop(0)
                 if may_start is None or may_start(job):
-                    running.append(Running(job, free.pop(0)))
+                    free.remove(ready[0])
+                    running.append(Running(job, ready[0]))
             bar.show(done, running, waiting, len(places))
             for run in running if watch is not None else []:
                 watch(run)
@@ -373,6 +377,15 @@ def run_jobs(jobs: list[Job], places: list[str | None], may_start=None, ended=No
             with contextlib.suppress(subprocess.TimeoutExpired):
                 run.supervisor.wait(ENDING)
         bar.close()
+
+
+def ready_places(free: list[str | None], running: list[Running], most_starting: int | None
+                 ) -> list[str | None]:
+    """Return the free places on whose GPU fewer than most_starting runs are before their first step."""
+    if most_starting is None:
+        return free
+    starting = [run.gpus for run in running if run.progress.first is None]
+    return [place for place in free if starting.count(place) < most_starting]
 
 
 def settle(job: Job, result: dict, metrics: list[dict]) -> None:

@@ -285,10 +285,15 @@ if triton is not None:
         if WRITE:
             largest = tl.load(largest_ptr + weight).to(tl.float32, bitcast=True)
             largest = tl.maximum(largest, TINY, propagate_nan=tl.PropagateNan.ALL)
-            w = (w * tl.div_rn(LARGEST, largest)).to(values_ptr.dtype.element_ty)
+            factor = tl.div_rn(LARGEST, largest)
+            # The transpose is loaded again: ptxas 12.8 takes a wrong register where one pair of casts is
+            # stored in words here and in bytes there.
+            w_t = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=tl.trans(inside), other=0.0)
+            values = (w * factor).to(values_ptr.dtype.element_ty)
+            transposed = (w_t * factor).to(values_ptr.dtype.element_ty)
             first = tl.multiple_of(tl.load(matrix + 1), 16)
-            tl.store(values_ptr + first + n[:, None] * K + k[None, :], w, mask=inside)
-            tl.store(transposed_ptr + first + k[:, None] * N + n[None, :], tl.trans(w), mask=tl.trans(inside))
+            tl.store(values_ptr + first + n[:, None] * K + k[None, :], values, mask=inside)
+            tl.store(transposed_ptr + first + k[:, None] * N + n[None, :], transposed, mask=tl.trans(inside))
             scales_ptr += tl.load(matrix + 2)  # programs store the same number
             scale = tl.zeros((TILE,), tl.float32) + tl.div_rn(largest, LARGEST)
             tl.store(scales_ptr + n, scale, mask=n < N)

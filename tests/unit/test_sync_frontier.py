@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 from helpers import ROOT
 
-from experiments import frontier, frontier_draw, frontier_next
+from experiments import frontier, frontier_draw, frontier_next, frontier_picture
 from experiments.experiment_config import command
 from experiments.frontier_protocol import Protocol, check_strategies
 from experiments.frontier_runs import append_runs, merge, read_runs
-from experiments.runner import Job
+from experiments.runner import Job, ready_places
 from nanosync import distributed
 from nanosync.errors import UserError
 
@@ -138,9 +138,10 @@ def test_one_process_starts_without_torchrun():
 
 
 def test_the_protocols_of_the_record_are_valid():
-    for name in ("protocol.json", "protocol_regime.json", "protocol_regime_long.json"):
-        plan = Protocol.read(str(ROOT / "records" / "sync-frontier" / name))
-        assert plan.runs_path.endswith(name.replace("protocol", "runs") + "l")
+    for path in (ROOT / "records" / "sync-frontier").glob("protocol*.json"):
+        plan = Protocol.read(str(path))
+        assert plan.runs_path.endswith(path.name.replace("protocol", "runs") + "l")
+        check_strategies(plan)
     with pytest.raises(UserError, match="not named protocol"):
         _ = Protocol(VALUES, "plan.json").runs_path
     with pytest.raises(UserError, match="arm x: sync_strategy='palmm' is unknown"):
@@ -211,6 +212,64 @@ def test_nothing_starts_that_does_not_fit(monkeypatch):
     one = session(100)
     one.failed = [("dense_12 with seed 1", 0), ("dense_10 with seed 1", 0)]
     assert not may_start(one, "dense_8"), "a run was started after others failed before their first step"
+
+
+def running(steps: int, gpus: str | None = "0", ended: bool = False):
+    """A run after so many of 10 steps; None: before its first."""
+    job = SimpleNamespace(steps=10, run_id=1)
+    progress = SimpleNamespace(step=steps or 0, first=None if steps is None else (100.0, 1))
+    return SimpleNamespace(job=job, gpus=gpus, started=70.0, progress=progress,
+                           supervisor=SimpleNamespace(poll=lambda: 0 if ended else None))
+
+
+def test_runs_that_share_a_gpu_start_one_after_the_other():
+    """Else all compile at the same time, while the GPU waits."""
+    two = [running(None), running(3)]
+    assert ready_places(["0", "0"], two, 1) == [] and ready_places(["0", "1"], two, 1) == ["1"]
+    assert ready_places(["0", "0"], two, 2) == ["0", "0"] and ready_places(["0"], two, None) == ["0"]
+    assert [frontier_next.most_starting(["0"], n) for n in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
+    assert frontier_next.most_starting([None, None], 2) == 2, "no GPU waits for runs on a CPU"
+
+
+def test_a_run_fits_by_the_work_that_is_left(monkeypatch):
+    """Four runs share a GPU and take 200 s each. The last of them ends long before 200 s after its start, as
+    the others end."""
+    plan = protocol()
+    monkeypatch.setattr(time, "monotonic", lambda: 250.0)
+    monkeypatch.setattr(frontier_next, "gpu_info", lambda: {"gpus": []})
+    one = frontier_next.Session(plan, {}, "runs.jsonl", "folder", "0" * 16, 1000, estimate=200)
+    for run in (running(10, ended=True), running(10, ended=True), running(10),
+                running(None)):
+        one.watch(run)
+    # three runs' work in 150 s, 50 s a run; left are the one that starts and the new one, after a start of 30
+    assert one.until_all_end() == pytest.approx(30 + 50 * 2)
+    one.until = 250 + 150
+    assert one.may_start(Job(SimpleNamespace(config=plan.configs["dense_12"]), 1), 4)
+    one.watch(running(5))
+    assert one.until_all_end() == pytest.approx(30 + 150 / 3.5 * 2.5)
+    one.watch(running(5, gpus="1"))
+    assert one.until_all_end() == pytest.approx(30 + 150 / 4 * (2 + 2)), "of two GPUs each does its half"
+    one.seen = [running(9)]
+    assert one.until_all_end() == math.inf, "less than a run's worth of work says nothing"
+
+
+def test_the_first_runs_of_a_protocol(monkeypatch):
+    monkeypatch.setattr(frontier_next, "gpu_info", lambda: {"gpus": []})
+    one = frontier_next.Session(protocol(), {}, "runs.jsonl", "folder", "0" * 16, 100, first=10)
+    assert one.missing == protocol().runs[:10]
+
+
+def test_each_file_of_runs_has_its_own_picture():
+    """A pilot's picture must not replace that of the protocol."""
+    assert frontier.stem_beside("a/runs.jsonl") == frontier.stem_beside("a/other.jsonl") == "a/frontier"
+    assert frontier.stem_beside("runs_regime.jsonl") == "frontier_regime"
+
+
+def test_labels_of_arms():
+    for arm, dense, label in (("drop_6_r2", False, "6"), ("drop_4_ends_r2", False, "4 ends"),
+                              ("caat_0.5_r4", False, "caat 0.5"), ("dense_8", True, "8 layers"),
+                              ("dense_8_low", True, "8 layers low"), ("ladder", False, "ladder")):
+        assert frontier_picture.name_of({"arm": arm, "dense": dense, "layers": 8}) == label
 
 
 def test_places_of_runs(monkeypatch):
@@ -287,15 +346,50 @@ def test_few_runs_have_no_interval():
 
 
 def test_an_arm_that_hides_its_sums_has_no_time_of_a_dropped_one():
-    """A ladder communicates after all sublayers and is no dense model; bench.py's row is named for it."""
-    arms = {"dense_12": {}, "ladder": {"sync_strategy": "ladder"}}
-    for named in ({}, {"ladder": "ladder"}):
+    """A ladder communicates after all sublayers and is no dense model; bench.py's row has its name. PaLM's
+    blocks only drop syncs, so without a row of their own they have the time of as many syncs."""
+    arms = {"dense_12": {}, "ladder": {"sync_strategy": "ladder"}, "palm": {"sync_strategy": "palm"}}
+    measured = {"24 syncs": 600.0, "12 syncs": 500.0, "6 syncs": 450.0}
+    for more, named, ladder, palm in (({}, {}, [], [500.0]), ({"ladder": 400.0}, {}, [400.0], [500.0]),
+                                      ({"palm": 480.0}, {"ladder": "palm"}, [480.0], [480.0])):
         plan = protocol(arms=arms, latency_rows=named)
-        rows = frontier_draw.rows_of(plan, {("dense_12", 1): run_of(plan, "dense_12", 1),
-                                            ("ladder", 1): run_of(plan, "ladder", 1, syncs=24)})
-        tables = frontier_draw.Tables({("nccl", 2): {"24 syncs": 600.0, "ladder": 400.0}}, 768)
-        frontier_draw.add_times(rows, tables)
-        assert not rows[1]["dense"] and [t["us"] for t in rows[1]["times"]] == [400.0] * bool(named)
+        syncs = {"dense_12": 24, "ladder": 23, "palm": 12}
+        rows = frontier_draw.rows_of(plan, {(arm, 1): run_of(plan, arm, 1, syncs=n)
+                                            for arm, n in syncs.items()})
+        for n in (2, 4):  # the loss of all three does not depend on the ranks
+            frontier_draw.add_times(rows, frontier_draw.Tables({("nccl", n): measured | more}, 768))
+            assert [row["dense"] for row in rows] == [True, False, False]
+            assert [[t["us"] for t in row["times"]] for row in rows] == [[600.0], ladder, palm]
+
+
+def test_a_dense_model_of_fewer_layers_has_its_own_measured_time(tmp_path):
+    """A table of bench.py --n_layer=8 has the row "16 syncs", which is no schedule of 12 layers."""
+    path = tmp_path / "shallow.json"
+    row = {"n_embd": 32, "batch_size": 1, "processes": 2, "allreduce": "nccl"}
+    path.write_text(json.dumps({"config": {"n_layer": 8}, "rows": [
+        row | {"name": "16 syncs", "us": 410.0}, row | {"name": "8 syncs", "us": 350.0}]}))
+    assert frontier_draw.read_tables([str(path)], protocol(), None).us == {("nccl", 2): {"8 layers": 410.0}}
+
+
+def test_each_arm_is_compared_with_the_dense_model_of_its_time():
+    """Between 8 layers at 400 µs and 12 at 600 the dense log loss at 500 is the mean of both."""
+    plan, losses = protocol(), {"dense_12": 2.0, "dense_8": 2.2, "drop_12_r2": 2.05, "drop_4_r2": 2.05}
+    runs = {(arm, seed): run_of(plan, arm, seed, loss * math.exp(0.001 * seed))
+            for arm, loss in losses.items() for seed in plan.seeds}
+    rows = frontier_draw.rows_of(plan, runs)
+    for more, syncs in (({"12 syncs": 500.0, "4 syncs": 399.0}, ["drop_12_r2"]),
+                        ({"12 syncs": 700.0, "4 syncs": 410.0}, ["drop_12_r2", "drop_4_r2"])):
+        frontier_draw.add_times(rows, frontier_draw.Tables({
+            ("nccl", 2): {"24 syncs": 600.0, "8 layers": 400.0} | more}))
+        found = frontier_draw.against_shallow(rows, (0.0013, 12))
+        assert [one["arm"] for one in found] == syncs, "faster than all dense models"
+        log_dense = (math.log(2.0) + math.log(2.2)) / 2 if more["12 syncs"] == 500 else math.log(2.0)
+        assert found[0]["ratio"] == pytest.approx(math.log(2.05) - log_dense)
+        low, high = found[0]["interval"]
+        parts = 1 / 4 + (2 * 0.25 / 4 if more["12 syncs"] == 500 else 1 / 4)
+        assert (high - low) / 2 == pytest.approx(2.1788 * 0.0013 * math.sqrt(parts), rel=1e-3)
+    assert "better" in frontier_draw.shallow_table([found[0] | {"interval": [-0.02, -0.01]}])
+    assert frontier_draw.against_shallow(rows, None)[0]["interval"] is None
 
 
 # the command
@@ -307,7 +401,11 @@ def test_an_arm_that_hides_its_sums_has_no_time_of_a_dropped_one():
     (["merge", "x.jsonl", "--minutes=1"], "--minutes is for next"), (["draw", "--cache=x"], "is for next"),
     (["next", "--minutes=1", "--latency=x"], "--latency is for draw"), (["draw", "--width=0"], "--width=0"),
     (["draw", "--protocol=none.json"], "cannot read none.json"),
-    (["draw", "--runs=none.jsonl"], "no runs yet")])
+    (["next", "--minutes=1", "--first=0"], "--first=0"), (["draw", "--first=3"], "--first is for next"),
+    (["next", "--minutes=1", "--accept"], "--accept is for freeze"),
+    (["freeze"], "give --template=FILE --pilot=FILE"), (["freeze", "--template=x"], "give --template"),
+    (["freeze", "--template=none.json", "--pilot=none.json"], "cannot read none.json"),
+    (["draw", "--runs=none.jsonl", "--protocol=records/sync-frontier/protocol_regime.json"], "no runs yet")])
 def test_errors_of_the_command_are_one_line(args, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["frontier.py", *args])
     monkeypatch.chdir(ROOT)
