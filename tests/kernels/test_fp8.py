@@ -173,8 +173,8 @@ def test_kernel_writes_both_layouts(monkeypatch):
         torch.testing.assert_close(scale, (largest / 448).expand_as(scale), equal_nan=True)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("compiled, kept", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if not recipe.late])
+@pytest.mark.parametrize("compiled, kept", [(False, False), (True, True)])
 def test_head(recipe, compiled, kept, monkeypatch):
     """Loss and gradients of three chunks against fp64, with a row that the loss ignores. The gradient of the
     logits has an entry near -1 a row, which the rounding of e5m2 to 2^-3 moves by at most 2^-3."""
