@@ -6,14 +6,12 @@ early, and a model that trains. CPU.
 
 import json
 import math
-import os
-import subprocess
-import sys
+import re
 import time
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, ROOT, TINY, write_documents
+from helpers import PATIENCE, TINY, Forked, python, write_documents
 
 from experiments import campaign_folder
 from experiments.fewest_syncs import decide
@@ -21,7 +19,7 @@ from experiments.runner import judge_run
 from experiments.search_evidence import SearchResults
 from experiments.search_plan import read_search
 
-SCRIPT = str(ROOT / "experiments" / "find_fewest_syncs.py")
+SCRIPT = "experiments/find_fewest_syncs.py"
 LOSS = '''
 def true_loss(points, n_layer, seed):
     """A loss that depends on the syncs and, a little, on the seed and the schedule."""
@@ -88,7 +86,7 @@ def launcher(tmp_path) -> dict[str, str]:
         "    import torch\n")
     (folder / "run.py").write_text("import subprocess, sys\ncommand = sys.argv[sys.argv.index('--') + 1:]\n"
                                    "sys.exit(subprocess.run([sys.executable, *command]).returncode)\n")
-    return os.environ | {"PYTHONPATH": str(tmp_path / "launcher"), "OMP_NUM_THREADS": "1"}
+    return {"PYTHONPATH": str(tmp_path / "launcher"), "OMP_NUM_THREADS": "1"}
 
 
 def write_plan(folder: Path, **changed) -> Path:
@@ -102,11 +100,22 @@ def write_plan(folder: Path, **changed) -> Path:
 
 
 def find(folder: Path, launcher: dict, *args: str, code: int = 0) -> str:
-    done = subprocess.run([sys.executable, SCRIPT, "--plan=plan.json", *args], cwd=folder, text=True,
-                          capture_output=True, timeout=PATIENCE, env=launcher)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert code != 2 or done.stderr.count("\n") == 1, done.stderr
-    return done.stdout + done.stderr
+    done = python(SCRIPT, "--plan=plan.json", *args, cwd=folder, **launcher)
+    assert done.code == code, done.out + done.err
+    assert code != 2 or done.err.count("\n") == 1, done.err
+    return done.out + done.err
+
+
+def find_and_kill(folder: Path, launcher: dict, *args: str, when) -> None:
+    """Kill a search as soon as when(what it printed) is true."""
+    printed = folder / "printed"
+    printed.touch()
+    first = Forked(1, SCRIPT, ["--plan=plan.json", *args], str(printed), launcher)
+    while not (now := when(printed.read_text())) and first.poll() is None:
+        time.sleep(0.05)
+    assert now and first.poll() is None, "it ended before it was killed"
+    first.kill()
+    first.wait(PATIENCE)
 
 
 def results_of(folder: Path) -> dict[str, str]:
@@ -115,13 +124,8 @@ def results_of(folder: Path) -> dict[str, str]:
 
 def test_a_killed_search_decides_the_same(tmp_path, launcher):
     plan = write_plan(tmp_path)
-    first = subprocess.Popen([sys.executable, SCRIPT, "--plan=plan.json", "--within=2%", "--parallel=2"],
-                             cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=launcher)
-    for line in first.stdout:
-        if "even_2 run 0" in line and "of training" in line:
-            break
-    first.kill()
-    first.wait()
+    find_and_kill(tmp_path, launcher, "--within=2%", "--parallel=2",
+                  when=lambda said: re.search("even_2 run 0.*of training", said))
     folder = tmp_path / "experiment_logs" / "toy"
     before = results_of(folder)
     assert before and not (folder / "verdict.txt").exists()
@@ -197,13 +201,8 @@ def test_greedy_placement(tmp_path, tiny_data, run_script, launcher):
     write_plan(tmp_path, placements=["even"], control_layers=[], counts=[8, 2, 1],
                settings={"dense": str(dense / "ckpt")})
     folder = tmp_path / "experiment_logs" / "toy"
-    arguments = [sys.executable, SCRIPT, "--plan=plan.json", "--within=2%", "--placement=greedy"]
-    first = subprocess.Popen(arguments, cwd=tmp_path, env=launcher)
-    while first.poll() is None and not list(folder.glob("sensitivity/*/*/runs/run_0*/stdout.log")):
-        time.sleep(0.1)
-    assert first.poll() is None, "it ended before it was killed"
-    first.kill()
-    first.wait()
+    find_and_kill(tmp_path, launcher, "--within=2%", "--placement=greedy",
+                  when=lambda said: list(folder.glob("sensitivity/*/*/runs/run_0*/stdout.log")))
     said = find(tmp_path, launcher, "--within=2%", "--placement=greedy")
     (path,) = folder.glob("sensitivity/*/*/runs/run_0_seed_10/out/order.json")
     order = json.loads(path.read_text())
