@@ -147,8 +147,8 @@ def test_draw(K):
     assert torch.equal(out, index.gather(1, score.argmax(dim=1, keepdim=True))[:, 0])
 
 
-ATTENTION_SIZES = [(dtype, *size) for size in ((1, 2, 64, 300), (3, 2, 16, 40), (2, 2, 80, 130), (2, 1, 25, 7))
-                   for dtype in TOLERANCE]
+ATTENTION_SIZES = [(dtype, *size) for size in ((1, 2, 64, 300), (3, 2, 16, 40), (2, 2, 80, 130),
+                                               (2, 1, 25, 7)) for dtype in TOLERANCE]
 if kernels.INTERPRETED:  # slow: a dtype for each of the long ones
     ATTENTION_SIZES = ATTENTION_SIZES[0:1] + ATTENTION_SIZES[4:5] + ATTENTION_SIZES[8:]
 
