@@ -84,7 +84,7 @@ def test_activation_checkpointing_compiled(kind):
     gradients = []
     for compiled in (False, True):
         torch.manual_seed(1)
-        model = GPT(GPTConfig(**SMALL))
+        model = GPT(GPTConfig(**SMALL | {"n_layer": 1}))
         if compiled:
             use_activation_checkpointing(model, kind)
             model.compile(fullgraph=True, backend="aot_eager")
@@ -214,7 +214,7 @@ def test_kernels_for_hopper_fall_back_to_the_same_bits():
 def test_fp8_compiles_as_one_graph(recompute):
     """Loss, gradients and updated weights of the eager model, in two updates: the graph reads the casts of
     the weights, and has none of them as constants."""
-    eager = build(None, dtype=torch.float32, n_layer=2, n_head=2, n_embd=32, vocab_size=64)
+    eager = build(None, dtype=torch.float32, n_layer=1, n_head=2, n_embd=32, vocab_size=64)
     compiled, found = copy.deepcopy(eager), []
     for model in (eager, compiled):
         use_fp8(model, dict(fp8="emulated", fp8_head=True))
