@@ -105,11 +105,13 @@ def check_real_ranks(rank: int, world: int) -> None:
 def check_family(rank: int, world: int) -> None:
     """Strategies whose schedules are not plain, and 80 random schedules over both numbers of processes,
     `local` 1 and 2: hidden states, every gradient, and the channels of each all-reduce, forward and backward.
-    Of the strategies also logits, loss and generation."""
+    Of the strategies also logits, loss and generation; of 4 processes half of them with either `local`."""
     group = torch.distributed.group.WORLD
     for local in (1, 2):
         pair = ranks_of(build(dict(sync_strategy="standard"), world * local, n_head=8), local, group)
         for number, strategy in enumerate(FAMILY):
+            if world == 4 and number % 2 == local % 2:
+                continue
             schedule = named_schedule(pair[0].config, strategy)
             check_schedule(*pair, schedule, source=number % world)
             idx, targets = tokens(2, 9), tokens(2, 9, seed=1)
