@@ -130,7 +130,10 @@ def _run_as_main(script: str, args: list[str], cwd: str, env: dict, out: str, er
         runpy.run_path(script, run_name="__main__")
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
     except BaseException:
+        sys.stdout.flush()  # first what the script printed first
         sys.excepthook(*sys.exc_info())
         code = 1
     sys.stdout.flush()
