@@ -27,7 +27,7 @@ ifneq ($(and $(TORCH),$(LOCKED)),)
 $(error TORCH=$(TORCH) is another build than that of requirements.lock: leave out TORCH or LOCKED)
 endif
 
-.PHONY: demo test test-processes test-compile test-rest test-kernels lint doctor lock clean .venv
+.PHONY: demo test test-processes test-compile test-scripts test-unit test-kernels lint doctor lock clean .venv
 
 demo: $(CORE)
 	$(BIN)/python data/python_source/prepare.py
@@ -75,10 +75,9 @@ ifndef LOCKED
 endif
 	@touch .venv/all $@
 
-# Two at a time, as most tests keep one core busy: on the other core those of several processes, then those that compile
-# models, then the kernels in Triton's interpreter.
+# Three at a time on two cores, as tests of runs and of processes also wait; the longest first.
 test: $(ALL)
-	@$(MAKE) --no-print-directory -j2 test-rest test-processes test-compile test-kernels
+	@$(MAKE) --no-print-directory -j3 test-scripts test-processes test-compile test-kernels test-unit
 
 test-processes:
 	$(BIN)/python -m pytest -q --durations=10 tests/processes
@@ -86,8 +85,12 @@ test-processes:
 test-compile:
 	$(BIN)/python -m pytest -q --durations=10 tests/compile
 
-test-rest:
-	$(BIN)/python -m pytest -q --durations=10 --ignore=tests/processes --ignore=tests/compile tests
+test-scripts:
+	$(BIN)/python -m pytest -q --durations=10 tests/scripts
+
+# tests/kernels without kernels: the PyTorch code beside them
+test-unit:
+	$(BIN)/python -m pytest -q --durations=10 tests/unit tests/kernels
 
 test-kernels:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels

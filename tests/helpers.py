@@ -1,6 +1,7 @@
 """Helpers of all tests: small models, data sets and checkpoints, and scripts run as a user runs them."""
 
 import ast
+import atexit
 import functools
 import json
 import math
@@ -9,10 +10,14 @@ import multiprocessing.forkserver
 import os
 import random
 import runpy
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,13 +123,17 @@ def _run_as_main(script: str, args: list[str], cwd: str, env: dict, out: str, er
     _print_to(out, err)
     os.chdir(cwd)
     os.environ.update(env)
+    sys.executable = env.get("TEST_PYTHON", sys.executable)
     sys.argv, sys.path[:0] = [script, *args], [os.path.dirname(script)]
     code = 0
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
     except BaseException:
+        sys.stdout.flush()  # first what the script printed first
         sys.excepthook(*sys.exc_info())
         code = 1
     sys.stdout.flush()
@@ -140,6 +149,40 @@ def _print_to(out: str, err: str) -> None:
 
 def _script_process(*command) -> None:
     os._exit(_run_as_main(*command))
+
+
+@functools.cache
+def python_command() -> str:
+    """Return an executable that stands for Python, and forks scripts from a process that has imported torch.
+
+    python(script, TEST_PYTHON=python_command()) has the script start others by it.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="python-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    forking().Process(target=_serve_scripts, args=(str(folder / "socket"),), daemon=True).start()
+    while not (folder / "socket").exists():
+        time.sleep(0.01)
+    stub = [sys.executable, "-IS", ROOT / "tests" / "forked_python.py", folder / "socket", sys.executable]
+    (folder / "python").write_text(f'#!/bin/sh\nexec {shlex.join(map(str, stub))} "$@"\n')
+    (folder / "python").chmod(0o700)
+    return str(folder / "python")
+
+
+def _serve_scripts(path: str) -> None:
+    """Run each script that forked_python.py asks for in a process of its own; answer with its exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{path}.new")
+        server.listen()
+        os.rename(f"{path}.new", path)
+        while True:
+            connection, _ = server.accept()
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                script, args, cwd, env, out, err = json.loads(connection.makefile().read())
+                connection.sendall(str(_run_as_main(script, args, cwd, env, out, err)).encode())
+                os._exit(0)
+            connection.close()
 
 
 class _Forked:

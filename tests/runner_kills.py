@@ -4,7 +4,7 @@
 
 Runs are a fake of train_gpt.py on two processes each, one of which ignores SIGTERM; two runs at a time under
 torchrun. After each INT, TERM or KILL of the runner it counts the seconds until no process of theirs is left,
-and resumes. tests/scripts/test_experiment_scripts.py does a part of it.
+and resumes. tests/scripts/test_experiment_scripts.py does a part of it, with a launcher that imports nothing.
 """
 
 import argparse
@@ -97,6 +97,36 @@ def write_experiment(folder: Path, name: str = "fake", stage: str = "stage_a_scr
     return path
 
 
+LAUNCHER = """import os, signal, subprocess, sys
+
+count = int(next(arg for arg in sys.argv if arg.startswith("--nproc_per_node=")).split("=")[1])
+command = [sys.executable, *sys.argv[sys.argv.index("--") + 1:]]
+workers = [subprocess.Popen(command, env=os.environ | {"RANK": str(rank)}, start_new_session=True)
+           for rank in range(count)]
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: [worker.send_signal(number) for worker in workers])
+sys.exit(any([worker.wait() for worker in workers]))
+"""
+
+
+def write_launcher(folder: Path) -> dict[str, str]:
+    """Write a package that stands for torchrun, whose import takes seconds; return the environment with it.
+
+    As under torchrun, workers have sessions of their own and get the launcher's signals.
+    """
+    package = folder / "launcher" / "torch" / "distributed"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package.parent / "__init__.py").write_text(  # for python -m; all others get PyTorch
+        "import sys\n"
+        "if sys.argv[0] != '-m':\n"
+        f"    sys.path.remove({str(folder / 'launcher')!r})\n"
+        "    del sys.modules['torch']\n"
+        "    import torch\n")
+    (package / "run.py").write_text(LAUNCHER)
+    return {"PYTHONPATH": str(folder / "launcher"), "OMP_NUM_THREADS": "1"}
+
+
 def processes_of(folder: Path) -> list[int]:
     """Those that have the folder in their command line."""
     found = []
@@ -109,11 +139,11 @@ def processes_of(folder: Path) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
-def start(folder: Path, *args: str) -> subprocess.Popen:
+def start(folder: Path, *args: str, env: dict[str, str]) -> subprocess.Popen:
     """The runner, in `folder`."""
     return subprocess.Popen([sys.executable, RUNNER, *args, "--parallel=2"], cwd=folder,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
 def results(folder: Path) -> dict[int, dict]:
@@ -123,9 +153,9 @@ def results(folder: Path) -> dict[int, dict]:
     return {row["run_id"]: row for row in rows}
 
 
-def kill_once(folder: Path, args: tuple[str, ...], number: int, after: float) -> dict:
+def kill_once(folder: Path, args: tuple[str, ...], number: int, after: float, env: dict[str, str]) -> dict:
     """Start, wait for both runs to have workers, kill some seconds later, wait for all to be gone."""
-    runner = start(folder, *args)
+    runner = start(folder, *args, env=env)
     logs = folder.resolve() / "experiment_logs"
     while len(processes_of(logs)) < 4 and runner.poll() is None:  # supervisors and torchruns at least
         time.sleep(0.05)
@@ -141,20 +171,23 @@ def kill_once(folder: Path, args: tuple[str, ...], number: int, after: float) ->
             "code": code}
 
 
-def campaign(folder: Path, kills: int, seed: int, longest: float = 8.0) -> list[dict]:
-    """As many kills of one experiment, then its end; what happened. Raises AssertionError."""
-    numbers = random.Random(seed)
+def campaign(folder: Path, kills: int, seed: int, longest: float = 8.0, launcher: bool = False) -> list[dict]:
+    """As many kills of one experiment, then its end; what happened. Raises AssertionError.
+
+    launcher: use that of write_launcher.
+    """
+    numbers, env = random.Random(seed), write_launcher(folder) if launcher else {}
     config = write_experiment(folder, n_gpus=2, steps=20, step_seconds=0.1)
     n_runs, cases, done = kills + 1, [], {}
     args = ("--config", str(config), f"--n_runs={n_runs}")
     for i in range(kills):
-        cases.append(kill_once(folder, args, SIGNALS[i % 3], numbers.uniform(0, longest)))
+        cases.append(kill_once(folder, args, SIGNALS[i % 3], numbers.uniform(0, longest), env))
         args = ("--resume", str(next((folder / "experiment_logs").iterdir())))
         now = results(folder)
         assert all(now[run_id] == row for run_id, row in done.items()), "what was done was done again"
         done = now
         cases[-1]["done"] = len(done)
-    assert start(folder, *args).wait(1200) == 0
+    assert start(folder, *args, env=env).wait(1200) == 0
     now = results(folder)
     assert sorted(now) == list(range(n_runs)) and all(row["success"] for row in now.values()), now
     assert all(now[run_id] == row for run_id, row in done.items()), "what was done was done again"

@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import NO_NETWORK, PATIENCE, ROOT, needs_gpt2_tokenizer, tinyshakespeare
+from helpers import NO_NETWORK, PATIENCE, ROOT, needs_gpt2_tokenizer, python, tinyshakespeare
 
 from data.corpus_encoding import encode_job, start_worker
 from data.corpus_inputs import Job
@@ -25,8 +25,7 @@ from nanosync.token_files import open_tokens, read_meta, split_files
 
 
 def prepare(script, *args, env=None):
-    return subprocess.run([sys.executable, str(ROOT / "data" / script), *map(str, args)], capture_output=True,
-                          text=True, timeout=PATIENCE, env=os.environ | (env or {}))
+    return python(f"data/{script}", *args, cwd=ROOT, **(env or {}))
 
 
 def script_module(script):
@@ -38,8 +37,8 @@ def script_module(script):
 
 
 def check_error(done, words):
-    assert done.returncode == 2 and words in done.stderr, done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.code == 2 and words in done.err, done.err
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
 
 
 @pytest.mark.parametrize("script", ["python_source/prepare.py", "shakespeare/prepare.py",
@@ -59,7 +58,7 @@ def test_out_is_checked_before_any_work(script, tmp_path):
 
 
 def test_shakespeare_does_not_replace_another_data_set(sources, tmp_path):
-    assert prepare("python_source/prepare.py", f"--roots={sources}", f"--out={tmp_path}").returncode == 0
+    assert prepare("python_source/prepare.py", f"--roots={sources}", f"--out={tmp_path}").code == 0
     (tmp_path / "text.txt").write_text("some text " * 100)
     before = (tmp_path / "train.bin").read_bytes()
     done = prepare("shakespeare_char/prepare.py", f"--input={tmp_path / 'text.txt'}", f"--out={tmp_path}")
@@ -82,8 +81,8 @@ def sources(tmp_path_factory):
 def test_python_source_by_character(sources, tmp_path):
     out = tmp_path / "out"
     done = prepare("python_source/prepare.py", f"--roots={sources}", f"--out={out}", "--workers=2")
-    assert done.returncode == 0, done.stderr
-    assert "60 files" in done.stdout and "MB to write" in done.stdout
+    assert done.code == 0, done.err
+    assert "60 files" in done.out and "MB to write" in done.out
     meta = read_meta(str(out))
     assert meta["vocab_size"] == 98 == len(meta["chars"])
     assert all(1.0 < ratio < 1.1 for ratio in meta["bytes_per_token"].values())  # é has 2 bytes
@@ -96,16 +95,16 @@ def test_python_source_by_character(sources, tmp_path):
     assert "no code" not in texts["train"] + texts["val"] and tokenizers.UNKNOWN in texts["train"]
 
     again = prepare("python_source/prepare.py", f"--roots={sources}", f"--out={out}", "--workers=2")
-    assert again.returncode == 0 and "up to date" in again.stdout
+    assert again.code == 0 and "up to date" in again.out
     other = prepare("python_source/prepare.py", f"--roots={sources}", f"--out={out}", "--format=shards")
-    assert other.returncode == 2 and "--out" in other.stderr and other.stderr.count("\n") == 1
+    assert other.code == 2 and "--out" in other.err and other.err.count("\n") == 1
 
 
 def test_python_source_as_gpt2_shards(sources, tmp_path):
     needs_gpt2_tokenizer()
     done = prepare("python_source/prepare.py", f"--roots={sources}", f"--out={tmp_path}", "--tokenizer=gpt2",
                    "--format=shards", "--shard_tokens=500", "--workers=2")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     kind, paths = split_files(str(tmp_path), "train")
     assert kind == "shards" and len(paths) > 1
     assert [len(open_tokens(p, kind)) for p in paths[:-1]] == [500] * (len(paths) - 1)
@@ -129,7 +128,7 @@ def test_python_source_roots_of_the_same_name(sources, tmp_path):
     assert found == {"one/src": one, "two/src": two, f"{here}/src": src, f"{here}/stdlib": stdlib}
     done = prepare("python_source/prepare.py", f"--roots={sources},{one},{two}", "--workers=1",
                    f"--out={tmp_path / 'out'}")
-    assert done.returncode == 0 and "62 files" in done.stdout, done.stderr
+    assert done.code == 0 and "62 files" in done.out, done.err
 
 
 def test_python_source_below_file_names_that_are_not_utf8(sources, tmp_path):
@@ -140,7 +139,7 @@ def test_python_source_below_file_names_that_are_not_utf8(sources, tmp_path):
     with open(os.path.join(os.fsencode(folder), b"\xff.py"), "w") as f:
         f.write("def odd():\n    return 'xyz'\n")
     done = prepare("python_source/prepare.py", f"--roots={folder}", f"--out={tmp_path / 'out'}")
-    assert done.returncode == 0 and "61 files" in done.stdout, done.stderr
+    assert done.code == 0 and "61 files" in done.out, done.err
 
 
 def test_python_source_keeps_files_of_blank_lines(tmp_path):
@@ -182,13 +181,13 @@ def test_interrupted(tmp_path):
                                   ["--workers=0"], ["--shard_tokens=0"], ["--what"]])
 def test_python_source_errors(args, tmp_path):
     done = prepare("python_source/prepare.py", *args, f"--out={tmp_path / 'out'}")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.code == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_shakespeare_by_character(tmp_path):
     done = prepare("shakespeare_char/prepare.py", f"--input={tinyshakespeare()}", f"--out={tmp_path}")
-    assert "train has 1,003,854 tokens, val has 111,540 tokens, vocabulary 65" in done.stdout, done.stderr
+    assert "train has 1,003,854 tokens, val has 111,540 tokens, vocabulary 65" in done.out, done.err
     train = open_tokens(str(tmp_path / "train.bin"), "bin")
     text = tinyshakespeare().read_text()
     symbols = sorted(set(text))
@@ -196,13 +195,13 @@ def test_shakespeare_by_character(tmp_path):
     meta = read_meta(str(tmp_path))
     assert meta["sha256"]["val.bin"].startswith("d37d30cc0c8327c2") and meta["bytes_per_token"]["val"] == 1.0
     assert "up to date" in prepare("shakespeare_char/prepare.py", f"--input={tinyshakespeare()}",
-                                   f"--out={tmp_path}").stdout
+                                   f"--out={tmp_path}").out
 
 
 def test_shakespeare_in_gpt2_tokens(tmp_path):
     needs_gpt2_tokenizer()
     done = prepare("shakespeare/prepare.py", f"--input={tinyshakespeare()}", f"--out={tmp_path}")
-    assert "train has 301,966 tokens, val has 36,059 tokens" in done.stdout, done.stderr
+    assert "train has 301,966 tokens, val has 36,059 tokens" in done.out, done.err
     meta = read_meta(str(tmp_path))
     assert meta["sha256"]["train.bin"].startswith("502a2bdc8210d1ac")
     assert meta["bytes_per_token"] == {"train": 1_003_854 / 301_966, "val": 111_540 / 36_059}
@@ -218,7 +217,7 @@ def test_no_network_and_no_tokenizer_files(tmp_path):
     for script, args, words in cases:
         env = NO_NETWORK | {"TIKTOKEN_CACHE_DIR": str(tmp_path)}
         done = prepare(script, *args, f"--out={tmp_path / 'out'}", env=env)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
         assert not (tmp_path / "out").exists()
 
 
@@ -234,7 +233,7 @@ def test_complete_data_is_up_to_date_without_network_and_text(tmp_path):
              "train_tokens": counts[0], "val_tokens": counts[1]}))
         env = NO_NETWORK | {"TIKTOKEN_CACHE_DIR": str(tmp_path)}
         done = prepare(f"{script}/prepare.py", f"--out={out}", env=env)
-        assert (done.returncode, done.stdout) == (0, f"{out} is up to date\n"), done.stderr
+        assert (done.code, done.out) == (0, f"{out} is up to date\n"), done.err
         os.truncate(out / "val.bin", 100)
         check_error(prepare(f"{script}/prepare.py", f"--out={out}", env=env), "could not download")
 
@@ -250,10 +249,10 @@ def test_texts_that_are_not_utf8_or_have_many_symbols(tmp_path):
     for printed in ("vocabulary 79,", "is up to date"):
         done = prepare("shakespeare_char/prepare.py", "--input", tmp_path / "many.txt", "--out",
                        tmp_path / "many")
-        assert done.returncode == 0 and printed in done.stdout, done.stderr
+        assert done.code == 0 and printed in done.out, done.err
     assert read_meta(str(tmp_path / "many"))["dtype"] == "uint32"
     done = prepare("shakespeare_char/prepare.py", "--input", tmp_path / "mark.txt", "--out", tmp_path / "out")
-    assert done.returncode == 0 and read_meta(str(tmp_path / "out"))["chars"] == " emostx"
+    assert done.code == 0 and read_meta(str(tmp_path / "out"))["chars"] == " emostx"
 
 
 def test_openwebtext_from_local_parquet(tmp_path):
@@ -267,7 +266,7 @@ def test_openwebtext_from_local_parquet(tmp_path):
     args = (f"--parquet={tmp_path / 'parquet'}", f"--out={tmp_path / 'out'}", "--workers=2")
     env = {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_CACHE": str(tmp_path / "hf")}
     done = prepare("openwebtext/prepare.py", *args, env=env)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     train, val = (open_tokens(str(tmp_path / "out" / f"{split}.bin"), "bin") for split in ("train", "val"))
     tokenizer = tokenizers.GPT2Tokenizer()
     documents = [tokenizer.decode(part) for tokens in (train, val)
@@ -278,13 +277,13 @@ def test_openwebtext_from_local_parquet(tmp_path):
     sizes = {split: ratios[split] * (len(tokens) - (tokens == 50256).sum())
              for split, tokens in (("train", train), ("val", val))}
     assert sum(sizes.values()) == pytest.approx(sum(map(len, texts)))
-    assert "up to date" in prepare("openwebtext/prepare.py", *args, env=env).stdout
+    assert "up to date" in prepare("openwebtext/prepare.py", *args, env=env).out
 
     texts = [text.replace("says", "said") for text in texts]
     other = datasets.Dataset.from_dict({"text": texts, "url": texts})
     other.to_parquet(str(tmp_path / "parquet" / "a.parquet"))  # of the same name, number and size
     again = prepare("openwebtext/prepare.py", *args, env=env)
-    assert again.returncode == 0 and "up to date" not in again.stdout
+    assert again.code == 0 and "up to date" not in again.out
     assert "said" in tokenizer.decode(open_tokens(str(tmp_path / "out" / "train.bin"), "bin"))
 
 
@@ -292,7 +291,7 @@ def test_openwebtext_says_the_size_before_the_download(tmp_path):
     needs_gpt2_tokenizer()
     env = NO_NETWORK | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     done = prepare("openwebtext/prepare.py", f"--out={tmp_path / 'out'}", env=env)
-    check_error(done, "without a network" if "8,013,769 documents, 39.77 GB" in done.stdout else "MB free")
+    check_error(done, "without a network" if "8,013,769 documents, 39.77 GB" in done.out else "MB free")
     assert not (tmp_path / "out").exists()
 
 
@@ -317,6 +316,6 @@ def test_openwebtext_from_bad_parquet(tmp_path):
                         ("damaged", "could not load the parquet files")):
         done = prepare("openwebtext/prepare.py", f"--parquet={tmp_path / name}", f"--out={tmp_path / 'out'}",
                        "--workers=2", env=env)
-        error = done.stderr.splitlines()[-1]  # below a bar of `datasets`
-        assert done.returncode == 2 and error.startswith("error: ") and words in error, done.stderr
-        assert "network" not in error and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+        error = done.err.splitlines()[-1]  # below a bar of `datasets`
+        assert done.code == 2 and error.startswith("error: ") and words in error, done.err
+        assert "network" not in error and "Traceback" not in done.err and not (tmp_path / "out").exists()

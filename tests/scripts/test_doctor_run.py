@@ -16,6 +16,8 @@ def test_doctor_on_this_machine():
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert done.returncode == bool(failed) and done.stderr == ""
     assert [name for name in doctor.CHECKS if f"  {name:13}  " not in done.stdout] == []
-    done = subprocess.run([sys.executable, "-m", "nanosync.doctor", "now"], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_an_unknown_argument(run_script):
+    done = run_script("nanosync/doctor.py", "now")
+    assert done.code == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1

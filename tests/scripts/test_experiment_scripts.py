@@ -6,14 +6,16 @@ through the whole pipeline. CPU.
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import runner_kills
-from helpers import PATIENCE, ROOT, python, write_dataset
+from helpers import PATIENCE, ROOT, Forked, python, python_command, write_dataset
 
 from experiments import runner
 from experiments.experiment_config import STAGES
@@ -26,9 +28,9 @@ TOY = ["--device=cpu", "--compile=False", "--n_layer=5", "--n_head=2", "--n_embd
        "--val_loss_every=10", "--val_tokens=1024", "--learning_rate=0.01"]
 
 
-def run(script: str, *args, cwd: Path, code: int = 0, **env: str) -> str:
+def run(script: str, *args, cwd: Path, code: int = 0) -> str:
     """Run a script of experiments/ and return what it printed."""
-    done = python(f"experiments/{script}", *args, cwd=cwd, **env)
+    done = python(f"experiments/{script}", *args, cwd=cwd, TEST_PYTHON=python_command())
     assert done.code == code, done.out + done.err
     assert code != 2 or done.err.count("\n") == 1, done.err
     return done.out + done.err
@@ -102,7 +104,7 @@ def test_nothing_that_trains_is_loud(tmp_path):
 
 def test_killed_runners(tmp_path):
     """KILL, TERM and INT at random moments; python tests/runner_kills.py does ten."""
-    for case in runner_kills.campaign(tmp_path, kills=3, seed=1, longest=2.0):
+    for case in runner_kills.campaign(tmp_path, kills=3, seed=1, longest=2.0, launcher=True):
         assert case["left"] == 0, case
 
 
@@ -119,13 +121,14 @@ def test_stages_go_on(tmp_path):
             "budget": {"gpu_hours": 1, "gpu_hours_per_run": 0.2, "probe_gpu_hours": 0.1,
                        "price_per_gpu_hour": 2.5}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    first = subprocess.Popen([sys.executable, str(ROOT / "experiments/run_stages.py"), "--plan", "plan.json",
-                              "--parallel=3"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    for line in first.stdout:
-        if "good run 0" in line and "of training" in line:
-            break
+    printed = tmp_path / "printed"
+    printed.touch()
+    first = Forked(1, "experiments/run_stages.py", ["--plan=plan.json", "--parallel=3"], str(printed), {})
+    while not re.search("good run 0.*of training", printed.read_text()) and first.poll() is None:
+        time.sleep(0.05)
+    assert first.poll() is None, "it ended before it was killed"
     first.kill()
-    first.wait()
+    first.wait(PATIENCE)
     folder = tmp_path / "experiment_logs" / "toy"
     before = {path: path.read_text() for path in folder.glob("*/*/*/results.jsonl")}
     assert before

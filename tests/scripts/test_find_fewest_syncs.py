@@ -6,14 +6,12 @@ early, and a model that trains. CPU.
 
 import json
 import math
-import os
-import subprocess
-import sys
+import re
 import time
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, ROOT, TINY, write_documents
+from helpers import PATIENCE, TINY, Forked, python, python_command, write_documents
 
 from experiments import campaign_folder
 from experiments.fewest_syncs import decide
@@ -21,7 +19,7 @@ from experiments.runner import judge_run
 from experiments.search_evidence import SearchResults
 from experiments.search_plan import read_search
 
-SCRIPT = str(ROOT / "experiments" / "find_fewest_syncs.py")
+SCRIPT = "experiments/find_fewest_syncs.py"
 LOSS = '''
 def true_loss(points, n_layer, seed):
     """A loss that depends on the syncs and, a little, on the seed and the schedule."""
@@ -74,23 +72,6 @@ with open(os.path.join(out_dir, "status.json"), "w") as f:
 exec("import math, random\n" + LOSS)
 
 
-@pytest.fixture
-def launcher(tmp_path) -> dict[str, str]:
-    """Variables with which a process is launched without torchrun, which imports PyTorch for seconds."""
-    folder = tmp_path / "launcher" / "torch" / "distributed"
-    folder.mkdir(parents=True)
-    (folder / "__init__.py").touch()
-    (folder.parent / "__init__.py").write_text(  # for python -m; all others get PyTorch
-        "import sys\n"
-        "if sys.argv[0] != '-m':\n"
-        f"    sys.path.remove({str(tmp_path / 'launcher')!r})\n"
-        "    del sys.modules['torch']\n"
-        "    import torch\n")
-    (folder / "run.py").write_text("import subprocess, sys\ncommand = sys.argv[sys.argv.index('--') + 1:]\n"
-                                   "sys.exit(subprocess.run([sys.executable, *command]).returncode)\n")
-    return os.environ | {"PYTHONPATH": str(tmp_path / "launcher"), "OMP_NUM_THREADS": "1"}
-
-
 def write_plan(folder: Path, **changed) -> Path:
     (folder / "fake_train.py").write_text(FAKE)
     plan = {"campaign_name": "toy", "script": str(folder / "fake_train.py"), "settings": {},
@@ -101,31 +82,37 @@ def write_plan(folder: Path, **changed) -> Path:
     return folder / "plan.json"
 
 
-def find(folder: Path, launcher: dict, *args: str, code: int = 0) -> str:
-    done = subprocess.run([sys.executable, SCRIPT, "--plan=plan.json", *args], cwd=folder, text=True,
-                          capture_output=True, timeout=PATIENCE, env=launcher)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert code != 2 or done.stderr.count("\n") == 1, done.stderr
-    return done.stdout + done.stderr
+def find(folder: Path, *args: str, code: int = 0, **env: str) -> str:
+    done = python(SCRIPT, "--plan=plan.json", *args, cwd=folder, **env)
+    assert done.code == code, done.out + done.err
+    assert code != 2 or done.err.count("\n") == 1, done.err
+    return done.out + done.err
+
+
+def find_and_kill(folder: Path, *args: str, when) -> None:
+    """Kill a search as soon as when(what it printed) is true."""
+    printed = folder / "printed"
+    printed.touch()
+    first = Forked(1, SCRIPT, ["--plan=plan.json", *args], str(printed), {})
+    while not (now := when(printed.read_text())) and first.poll() is None:
+        time.sleep(0.05)
+    assert now and first.poll() is None, "it ended before it was killed"
+    first.kill()
+    first.wait(PATIENCE)
 
 
 def results_of(folder: Path) -> dict[str, str]:
     return {str(path): path.read_text() for path in folder.glob("*/*/*/results.jsonl")}
 
 
-def test_a_killed_search_decides_the_same(tmp_path, launcher):
+def test_a_killed_search_decides_the_same(tmp_path):
     plan = write_plan(tmp_path)
-    first = subprocess.Popen([sys.executable, SCRIPT, "--plan=plan.json", "--within=2%", "--parallel=2"],
-                             cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=launcher)
-    for line in first.stdout:
-        if "even_2 run 0" in line and "of training" in line:
-            break
-    first.kill()
-    first.wait()
+    find_and_kill(tmp_path, "--within=2%", "--parallel=2",
+                  when=lambda said: re.search("even_2 run 0.*of training", said))
     folder = tmp_path / "experiment_logs" / "toy"
     before = results_of(folder)
     assert before and not (folder / "verdict.txt").exists()
-    said = find(tmp_path, launcher, "--within=2%", "--parallel=2")
+    said = find(tmp_path, "--within=2%", "--parallel=2")
     for path, rows in results_of(folder).items():
         assert set(before.get(path, "").splitlines()) <= set(rows.splitlines()), "a run was repeated"
 
@@ -152,29 +139,29 @@ def test_a_killed_search_decides_the_same(tmp_path, launcher):
 
     # the same command again does nothing more; another margin is another search
     rows = results_of(folder)
-    assert found["verdict"] in find(tmp_path, launcher, "--within=2%") and results_of(folder) == rows
-    assert "was begun with within=0.02" in find(tmp_path, launcher, "--within=3%", code=2)
+    assert found["verdict"] in find(tmp_path, "--within=2%") and results_of(folder) == rows
+    assert "was begun with within=0.02" in find(tmp_path, "--within=3%", code=2)
 
 
-def test_a_dry_run_runs_nothing(tmp_path, launcher):
+def test_a_dry_run_runs_nothing(tmp_path):
     write_plan(tmp_path, families=["palm", "mean:2"])
-    said = find(tmp_path, launcher, "--within=2%", "--budget_gpu_hours=2", "--batch_size=4", "--dry_run")
+    said = find(tmp_path, "--within=2%", "--budget_gpu_hours=2", "--batch_size=4", "--dry_run")
     assert "| mean-2 | 2 | --sync_strategy=mean:2 |" in said and "Families: up to 8 runs" in said
     write_plan(tmp_path)
     assert "pays for 10 runs" in said and "| ends_2 | 2 | 0, 7 |" in said and "--batch_size=4" in said
     assert "--max_iters=20" in said and not (tmp_path / "experiment_logs").exists()
     for words, args in (("no margin", ["--within=x"]), ("gpu_hours=-1", ["--budget_gpu_hours=-1"]),
                         ("'batch_siz'", ["--batch_siz=4"]), ("cannot read", ["--latency=none.json"])):
-        assert words in find(tmp_path, launcher, "--within=2%", *args, code=2)
+        assert words in find(tmp_path, "--within=2%", *args, code=2)
     assert not (tmp_path / "experiment_logs").exists()
 
 
-def test_a_run_that_cannot_be_good_enough_is_ended_early(tmp_path, launcher):
+def test_a_run_that_cannot_be_good_enough_is_ended_early(tmp_path):
     """3 syncs are 1% above the margin. Their runs wait in their middle, until they are ended there.
     A family is trained as well."""
     write_plan(tmp_path, counts=[8, 4, 3, 1], looks=[3, 4], placements=[], control_layers=[],
                families=["palm"], settings={"step_seconds": 10.0})
-    find(tmp_path, launcher, "--within=2%", "--parallel=4")
+    find(tmp_path, "--within=2%", "--parallel=4")
     folder = tmp_path / "experiment_logs" / "toy"
     outcome = json.loads((folder / "outcome.json").read_text())
     assert outcome["fewest"] == 4 and outcome["count_interval"] == [4, 4]
@@ -187,7 +174,7 @@ def test_a_run_that_cannot_be_good_enough_is_ended_early(tmp_path, launcher):
     assert all(row["at_least"] > 2.04 and "ended early: at step 5" in row["error"] for row in rows)
 
 
-def test_greedy_placement(tmp_path, tiny_data, run_script, launcher):
+def test_greedy_placement(tmp_path, tiny_data, run_script):
     """The checkpoint of a run of the baseline gives the order in which syncs are dropped. The search is
     killed while drop_syncs.py runs."""
     dense = tmp_path / "dense"
@@ -197,14 +184,9 @@ def test_greedy_placement(tmp_path, tiny_data, run_script, launcher):
     write_plan(tmp_path, placements=["even"], control_layers=[], counts=[8, 2, 1],
                settings={"dense": str(dense / "ckpt")})
     folder = tmp_path / "experiment_logs" / "toy"
-    arguments = [sys.executable, SCRIPT, "--plan=plan.json", "--within=2%", "--placement=greedy"]
-    first = subprocess.Popen(arguments, cwd=tmp_path, env=launcher)
-    while first.poll() is None and not list(folder.glob("sensitivity/*/*/runs/run_0*/stdout.log")):
-        time.sleep(0.1)
-    assert first.poll() is None, "it ended before it was killed"
-    first.kill()
-    first.wait()
-    said = find(tmp_path, launcher, "--within=2%", "--placement=greedy")
+    find_and_kill(tmp_path, "--within=2%", "--placement=greedy",
+                  when=lambda said: list(folder.glob("sensitivity/*/*/runs/run_0*/stdout.log")))
+    said = find(tmp_path, "--within=2%", "--placement=greedy", TEST_PYTHON=python_command())
     (path,) = folder.glob("sensitivity/*/*/runs/run_0_seed_10/out/order.json")
     order = json.loads(path.read_text())
     (baseline,) = folder.glob("search/even_8/*/runs/run_0_seed_10/out")
@@ -215,9 +197,9 @@ def test_greedy_placement(tmp_path, tiny_data, run_script, launcher):
     assert points == sorted(set(range(8)) - set(order["dropped"][:6])) and points[-1] == 7
     assert "greedy_2: " in said and "| greedy_2 | 2 | 4 |" in (folder / "frontier.md").read_text()
     rows = results_of(folder)
-    find(tmp_path, launcher, "--within=2%", "--placement=greedy")
+    find(tmp_path, "--within=2%", "--placement=greedy")
     assert results_of(folder) == rows
-    assert "was begun with placements" in find(tmp_path, launcher, "--within=2%", code=2)
+    assert "was begun with placements" in find(tmp_path, "--within=2%", code=2)
 
 
 def test_drop_syncs_alone(tmp_path, run_script):

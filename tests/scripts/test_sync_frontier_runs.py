@@ -5,13 +5,12 @@ and a model that trains. CPU.
 """
 
 import json
-import subprocess
-import sys
+import time
 from pathlib import Path
 
-from helpers import ROOT, python
+from helpers import PATIENCE, Forked, python, python_command
 
-SCRIPT = str(ROOT / "experiments" / "frontier.py")
+SCRIPT = "experiments/frontier.py"
 FAKE = '''"""Writes the log of train_reduced_sync.py, with a loss that is made up."""
 import json, os, time
 
@@ -63,8 +62,8 @@ def write_protocol(folder: Path, data: Path, **changed) -> None:
     (folder / "protocol.json").write_text(json.dumps(plan | changed))
 
 
-def frontier(folder: Path, *args: str, code: int = 0) -> str:
-    done = python("experiments/frontier.py", *args, "--protocol=protocol.json", cwd=folder)
+def frontier(folder: Path, *args: str, code: int = 0, **env: str) -> str:
+    done = python(SCRIPT, *args, "--protocol=protocol.json", cwd=folder, **env)
     assert done.code == code, done.out + done.err
     assert code != 2 or done.err.count("\n") == 1, done.err
     return done.out + done.err
@@ -77,13 +76,13 @@ def rows(folder: Path, name: str = "runs.jsonl") -> list[dict]:
 def test_a_killed_call_resumes(tmp_path, tiny_data):
     """A run is in runs.jsonl or not; those that are there are not repeated; nothing outlives the call."""
     write_protocol(tmp_path, tiny_data, settings={"step_seconds": 0.03})
-    first = subprocess.Popen([sys.executable, SCRIPT, "next", "--protocol=protocol.json", "--minutes=20"],
-                             cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    for line in first.stdout:
-        if "dense_3 run 1 (seed 1): val loss" in line:
-            break
+    printed = tmp_path / "printed"
+    printed.touch()
+    first = Forked(1, SCRIPT, ["next", "--protocol=protocol.json", "--minutes=20"], str(printed), {})
+    while "dense_3 run 1 (seed 1): val loss" not in printed.read_text() and first.poll() is None:
+        time.sleep(0.05)
     first.kill()
-    first.wait()
+    first.wait(PATIENCE)
     before = (tmp_path / "runs.jsonl").read_text()
     assert 2 <= before.count("\n") < 6
     with open(tmp_path / "runs.jsonl", "a") as f:
@@ -120,7 +119,7 @@ def test_runs_that_do_not_fit_diverge_or_fail(tmp_path, tiny_data):
     frozen = json.loads((tmp_path / "protocol.json").read_text()) | {"data_sha256": {
         "train.bin": "0" * 64, "val.bin": "0" * 64}}
     (tmp_path / "protocol_2.json").write_text(json.dumps(frozen))
-    done = python("experiments/frontier.py", "next", "--dry_run", "--protocol=protocol_2.json", cwd=tmp_path)
+    done = python(SCRIPT, "next", "--dry_run", "--protocol=protocol_2.json", cwd=tmp_path)
     assert done.code == 2 and "train.bin is not the file of protocol_2.json" in done.err
 
 
@@ -132,7 +131,7 @@ def test_a_tiny_model_from_next_to_the_picture(tmp_path, tiny_data):
     write_protocol(tmp_path, tiny_data, script="train_reduced_sync.py", settings=settings, tokens=384,
                    seeds=[7], arms={"dense_4": {"sync_strategy": "standard"},
                                     "drop_1_r2": {"sync_strategy": "custom", "sync_points": [3]}})
-    frontier(tmp_path, "next", "--minutes=20", "--parallel=2")
+    frontier(tmp_path, "next", "--minutes=20", "--parallel=2", TEST_PYTHON=python_command())
     found = {row["arm"]: row for row in rows(tmp_path)}
     assert found["dense_4"]["syncs"] == 4 and found["drop_1_r2"]["syncs"] == 1
     assert [step for step, *_ in found["drop_1_r2"]["curve"]] == [0, 3, 6]

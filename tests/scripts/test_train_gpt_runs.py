@@ -4,16 +4,13 @@
 """
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from helpers import PATIENCE, ROOT, TINY, torchrun
+from helpers import PATIENCE, ROOT, TINY, Forked, torchrun
 
 import train_gpt
 from nanosync import checkpoint
@@ -200,17 +197,15 @@ def test_checkpoints_of_other_scripts(train, run_script, tiny_data, tmp_path):
 def test_asked_to_end(tiny_data, tmp_path):
     """SIGTERM: the step is finished, a checkpoint saved, and status.json says so."""
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "train_gpt.py"), *SETTINGS, f"--dataset={tiny_data}",
-               f"--out_dir={out}", "--num_iterations=100000", "--val_loss_every=0"]
-    with open(tmp_path / "text", "w") as text:
-        process = subprocess.Popen(command, stdout=text, stderr=text,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
-        end = time.monotonic() + PATIENCE
-        while "step:5/" not in (tmp_path / "text").read_text() and time.monotonic() < end:
-            time.sleep(0.05)
-        assert status(out)["status"] == "running"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0, (tmp_path / "text").read_text()
+    printed, end = tmp_path / "text", time.monotonic() + PATIENCE
+    printed.touch()
+    process = Forked(1, "train_gpt.py", [*SETTINGS, f"--dataset={tiny_data}", f"--out_dir={out}",
+                                         "--num_iterations=100000", "--val_loss_every=0"], str(printed), {})
+    while "step:5/" not in printed.read_text() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert status(out)["status"] == "running"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0, printed.read_text()
     reached = status(out)
     assert reached["status"] == "interrupted" and checkpoint.steps_in(str(out)) == [reached["step"]]
 
