@@ -163,19 +163,21 @@ def sha256_of(path: str) -> str:
     return digest.hexdigest()
 
 
-def decode_text(content: bytes, path: str) -> str:
+def decode_text(content: bytes, path: str, whole: bool = True) -> str:
     """Decode a user's text: UTF-8, without its byte-order mark, lines ended by newlines. Raises UserError.
 
     path: where the text is from, for error messages.
+    whole: the text ends here. Otherwise its last character may be incomplete, and is left out.
     """
     start = content[:4096]
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start.count(0) > len(start) // 4 > 0:
         raise UserError(f"{path} is UTF-16, or no text at all, and texts are read as UTF-8: convert it with "
                         f"iconv -f UTF-16 -t UTF-8 {path} > utf8.txt")
     try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(content, final=whole)
     except UnicodeDecodeError as e:
         raise UserError(f"cannot read {path}: byte {e.start} is not UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def expand_path(path: str) -> str:

@@ -203,6 +203,26 @@ def test_cuts_of_a_long_text_lose_nothing(text, monkeypatch):
     assert "".join(corpus_documents.pieces(text)) == text
 
 
+@pytest.mark.parametrize("character", ["é", "東", "😀"])
+def test_windows_of_bytes_may_end_inside_a_character(tmp_path, character):
+    width = len(character.encode())
+    for before in range(width):  # so that a window ends at each place of the character
+        path = tmp_path / "long.txt"
+        path.write_text("a" * before + character * (70_000 // width), encoding="utf-8")
+        corpus_inputs.TextFile(str(path), "").check()
+        cut = tmp_path / "cut.txt"
+        cut.write_bytes(path.read_bytes()[:5000 - (5000 - before) % width + 1])
+        with pytest.raises(UserError, match="cut.txt: byte .* is not UTF-8"):
+            corpus_inputs.TextFile(str(cut), "")
+
+
+def test_long_files_of_a_folder_may_have_long_characters(prepare, tmp_path, small_jobs):
+    (tmp_path / "texts").mkdir()
+    for n, text in enumerate(["東" * 9000, "a" + "東" * 9000, "aa" + "東" * 9000, *TEXTS]):
+        (tmp_path / "texts" / f"{n}.txt").write_text(text)
+    assert report_of(prepare("--input=texts"))["files_not_utf8"] == 0
+
+
 def test_long_documents_keep_one_split_and_one_start(prepare, tmp_path, small_jobs):
     long = [text_of(100 + seed, 900) for seed in range(12)]
     (tmp_path / "texts").mkdir()
