@@ -416,6 +416,8 @@ def planted(tmp_path):
             "latin.json": b"\xe9"}.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder2").mkdir()
+    (tmp_path / "folder2" / "a.txt").write_text("hello")
     write_lines(tmp_path / "late.jsonl", [*TEXTS, None])
     (tmp_path / "late.jsonl").write_bytes((tmp_path / "late.jsonl").read_bytes() + b'{"text"')
     content = write_lines(tmp_path / "late.jsonl.gz", [text_of(n, 3000) for n in range(40)]).read_bytes()
@@ -446,6 +448,9 @@ def planted(tmp_path):
     ("--input=no.jsonl.zst", "is no whole zstd file"), ("--input=no.parquet", "is no whole parquet file"),
     ("--input=x.zip", "only .jsonl.gz and .jsonl.zst can be read: unpack it"),
     ("--input=a.txt --val_share=1", "above 0 and below 1"), ("--input=a.txt --workers=0", "at least 1"),
+    ("--input=a.txt --field=content", "--field=content is for JSON lines, .* and no input is one"),
+    ("--input=few.jsonl --separator=;", "--separator=';' ends documents of a text, and no input is"),
+    ("--input=folder2 --separator=;", "--separator=';' ends documents of a text, and no input is"),
     ("--input=a.txt --separator=", "--separator is empty"), ("--input=hf:", "write hf:NAME"),
     ("--input=a.txt --name=x_val --format=shards", "cannot be the name of shards"),
     ("--input=.", "is inside --input=., whose files are all read"),
