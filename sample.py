@@ -31,7 +31,7 @@ from nanosync.rank_decoder import check_all_reduce
 init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', a folder of weights
 out_dir = "out"  # folder with checkpoints
 checkpoint_step = "best"  # 'best' (by val loss), 'latest' or a step
-start = "\n"  # the prompt, "FILE:prompt.txt" for a file with it, "FILE:-" for stdin; may contain <|endoftext|>
+start = "\n"  # the prompt, "FILE:prompt.txt" for a file with it, "FILE:-" for stdin; may have <|endoftext|>
 num_samples = 10
 max_new_tokens = 500  # of each sample
 temperature = 0.8  # 0 always takes the most likely token, 1 samples from the model's probabilities

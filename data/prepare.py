@@ -78,8 +78,8 @@ def check_used(args, sources: list) -> None:
         raise UserError(f"--field={args.field} is for JSON lines, parquet files and the hub, and no input is "
                         f"one: leave it out")
     if args.separator is not None and not any(hasattr(source, "separator") for source in sources):
-        raise UserError(f"--separator={shown(args.separator)} ends documents of a text, and no input is a text "
-                        f"file: leave it out")
+        raise UserError(f"--separator={shown(args.separator)} ends documents of a text, and no input is "
+                        f"a text: leave it out")
 
 
 def main() -> None:
