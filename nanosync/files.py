@@ -279,7 +279,7 @@ def check_can_write(path: str, setting: str) -> None:
         pass
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or "it is not a path"
-        raise UserError(f"{setting}={path!r} cannot be a folder: {reason}") from None
+        raise UserError(f"{setting}={path!r} cannot be a folder: {reason}; name another folder") from None
     folder = path
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder) or os.curdir
