@@ -216,6 +216,14 @@ def write_json(path: str, value) -> None:
     replace_file(path, json_text(value).encode())
 
 
+def write_result(path: str, value) -> None:
+    """Write a JSON file that the user asked for. Raises UserError."""
+    try:
+        write_json(path, value)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}: free space, or name another file") from None
+
+
 def replace_file(path: str, content: bytes) -> None:
     """Replace a file atomically. Raises OSError, and then leaves the old file."""
     temporary = path + ".tmp"
