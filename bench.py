@@ -143,8 +143,8 @@ def check_settings(config: dict) -> None:
         raise UserError("loss_steps needs real text: name a data set with --dataset=...")
     tokens = config["prompt_tokens"], config["max_new_tokens"]
     if mode == "generate" and sum(tokens) > block_size:
-        raise UserError("prompt_tokens={} and max_new_tokens={} together exceed block_size={}".format(
-            *tokens, block_size))
+        raise UserError("prompt_tokens={} and max_new_tokens={} together exceed block_size={}: lower one of "
+                        "them".format(*tokens, block_size))
     for name in ("json", "plot"):
         if config[name]:
             check_output_file(config[name], name)
