@@ -31,7 +31,7 @@ from nanosync.dataloader import evaluation_batches, open_dataset
 from nanosync.distributed import env_rank, finish, on_main, print0
 from nanosync.distributed import start as start_processes
 from nanosync.errors import UserError
-from nanosync.files import check_output_file, write_json
+from nanosync.files import check_output_file, write_result
 from nanosync.hardware import environment, pick_dtype
 from nanosync.model_kind import model_config
 from nanosync.token_losses import window_losses
@@ -221,5 +221,5 @@ if against:
             say(line)
     result |= {"against": results[1], "difference": difference}
 if json and processes.main:
-    write_json(json, {**result, "config": config, "environment": environment(device)})
+    write_result(json, {**result, "config": config, "environment": environment(device)})
 finish(processes)

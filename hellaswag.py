@@ -21,7 +21,7 @@ from configurator import check_at_least, configure
 from nanosync import hellaswag_eval
 from nanosync.distributed import env_rank, finish, on_main, print0
 from nanosync.distributed import start as start_processes
-from nanosync.files import check_output_file, write_json
+from nanosync.files import check_output_file, write_result
 from nanosync.hardware import environment, pick_dtype
 from nanosync.model_kind import model_config
 
@@ -91,5 +91,5 @@ say(f"HellaSwag: acc {result['acc']:.4f}, acc_norm {result['acc_norm']:.4f} on {
 if json and processes.main:
     source = {"weights": init_from, "step": None} if found is None else \
         {"weights": found.path, "step": found.step}
-    write_json(json, {**source, **result, "config": config, "environment": environment(device)})
+    write_result(json, {**source, **result, "config": config, "environment": environment(device)})
 finish(processes)

@@ -3,6 +3,7 @@
 $ python sample.py out-python-char --start="def "
 $ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5
 $ python sample.py --start=FILE:prompt.txt
+$ git diff | python sample.py --start=FILE:-
 
 Weights of any kind with another sync schedule, and on real TP ranks, one process each:
 $ python sample.py --init_from=gpt2 --tp_size=2 --block_types="['spd']*12"
@@ -11,6 +12,7 @@ $ torchrun --standalone --nproc_per_node=2 sample.py --out_dir=out-spd --tp_proc
 
 import dataclasses
 import signal
+import sys
 
 import torch
 
@@ -29,7 +31,7 @@ from nanosync.rank_decoder import check_all_reduce
 init_from = "resume"  # 'resume' (a checkpoint in out_dir), 'gpt2', ..., 'gpt2-xl', a folder of weights
 out_dir = "out"  # folder with checkpoints
 checkpoint_step = "best"  # 'best' (by val loss), 'latest' or a step
-start = "\n"  # the prompt, or "FILE:prompt.txt" for a file with it; may contain <|endoftext|>
+start = "\n"  # the prompt, "FILE:prompt.txt" for a file with it, "FILE:-" for stdin; may have <|endoftext|>
 num_samples = 10
 max_new_tokens = 500  # of each sample
 temperature = 0.8  # 0 always takes the most likely token, 1 samples from the model's probabilities
@@ -51,11 +53,18 @@ config = configure(globals(), rank=env_rank(), takes="init_from")
 check_at_least(config, 1, "num_samples")
 check_at_least(config, 0, "max_new_tokens")
 check_seed(config)
+check_at_least(config, 1, "slide")
 check_all_reduce(tp_allreduce)
+sampling = {field.name: config[field.name] for field in dataclasses.fields(Sampling)}
+Sampling(**sampling).check()
 MAX_PROMPT = 2**24  # bytes
 
 # prompt and model
-if start.startswith("FILE:"):
+if start in ("FILE:-", "FILE:/dev/stdin"):
+    if tp_processes > 1:
+        raise UserError(f"start={start!r} is for one process: give several a file, --start=FILE:prompt.txt")
+    start = decode_text(sys.stdin.buffer.read(), "stdin")
+elif start.startswith("FILE:"):
     try:
         start = decode_text(read_file(expand_path(start[5:]), MAX_PROMPT), start[5:])
     except OSError as e:
@@ -108,7 +117,6 @@ if compile:
     say("compile=True has no effect: generation has its own kernels and, on a GPU, its own CUDA graph")
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")
-sampling = {field.name: config[field.name] for field in dataclasses.fields(Sampling)}
 decoder = model.decoder(1, slide=slide, **sampling, **options)
 idx = torch.tensor(prompt.astype("int64"), device=device)[None]
 for _ in range(num_samples):

@@ -35,7 +35,7 @@ from kernels import adamw, gelu_mlp, qkv_linear, triton, usable
 from kernels.relu_squared import is_hopper
 from model import GPT, GPTConfig, use_fused_gelu, use_qkv_linear, use_triton_layer_norm
 from nanosync.errors import UserError
-from nanosync.files import write_json
+from nanosync.files import write_result
 from nanosync.fp8 import follow_weights, use_fp8
 from nanosync.hardware import environment
 from nanosync.optim import build_adamw, clip_gradients, parameter_groups
@@ -79,7 +79,7 @@ KINDS = [  # of kernels in a profile: name, pattern; the first that matches coun
 
 def write(name: str, figures) -> None:
     path = os.path.join(out, f"{name}.json")
-    write_json(path, {"environment": machine, "settings": dict(config), "figures": figures})
+    write_result(path, {"environment": machine, "settings": dict(config), "figures": figures})
 
 
 # ---- tune

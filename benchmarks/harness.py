@@ -16,7 +16,7 @@ import torch
 
 from nanosync.distributed import Processes, barrier
 from nanosync.errors import UserError
-from nanosync.files import first_line, write_json
+from nanosync.files import first_line, write_result
 from nanosync.hardware import environment
 
 
@@ -58,7 +58,7 @@ class Bench:
         if path and self.processes.main:
             peer = os.path.basename(os.path.normpath(peer)) if peer else ""
             settings = {**self.config, "json": "", "peer": peer}
-            write_json(path, {"config": settings, "environment": self.environment, **figures})
+            write_result(path, {"config": settings, "environment": self.environment, **figures})
 
 
 def take_turns(turns: dict[str, Callable | None], rounds: int, group=None, uncounted: int = 1,

@@ -48,7 +48,7 @@ class TextFile:
         self.size, self.identity = _look_at(path)
         with _reading(path), open_regular(path) as f:
             start = f.read(1 << 16)
-        decode_text(start[:4096][:-4] or b"-", path)  # UTF-16, or a byte that is not UTF-8
+        decode_text(start, path, whole=len(start) == self.size)  # UTF-16, or a byte that is not UTF-8
         windows = b"\r\n" in start  # line ends, also those of the separator
         self.separator = (separator.replace("\n", "\r\n") if windows else separator).encode()
 

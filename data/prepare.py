@@ -28,6 +28,7 @@ from data.token_writer import check_out  # noqa: E402
 from nanosync.errors import UserError, shown  # noqa: E402
 from nanosync.files import sha256_of  # noqa: E402
 
+FIELD, SEPARATOR = "text", "<|endoftext|>"
 WORDS = ("_train_", "_val_")  # by which the reader of a folder knows the shards of a split
 
 
@@ -59,10 +60,8 @@ def parse_arguments():
     parser.add_argument("--val_input", action="append", default=[],
                         help="input of which all documents are val; those of --input are train then")
     parser.add_argument("--val_share", type=float, help="of the documents (0.05), or of one text (0.1)")
-    parser.add_argument("--field", default="text", help="of JSON lines, parquet and the hub: name of the "
-                                                        "text")
-    parser.add_argument("--separator", default="<|endoftext|>",
-                        help="ends a document of a text (<|endoftext|>)")
+    parser.add_argument("--field", help=f"of JSON lines, parquet and the hub: name of the text ({FIELD})")
+    parser.add_argument("--separator", help=f"ends a document of a text ({SEPARATOR})")
     parser.add_argument("--files", help="pattern of the files of a folder (all), as '*.py'")
     parser.add_argument("--format", default="bin", choices=["bin", "shards"])
     parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens a shard (100,000,000)")
@@ -73,6 +72,16 @@ def parse_arguments():
     return parser.parse_args()
 
 
+def check_used(args, sources: list) -> None:
+    """Raise UserError for an option that no input uses."""
+    if args.field is not None and not any(hasattr(source, "field") for source in sources):
+        raise UserError(f"--field={args.field} is for JSON lines, parquet files and the hub, and no input is "
+                        f"one: leave it out")
+    if args.separator is not None and not any(hasattr(source, "separator") for source in sources):
+        raise UserError(f"--separator={shown(args.separator)} ends documents of a text, and no input is "
+                        f"a text: leave it out")
+
+
 def main() -> None:
     args = parse_arguments()
     if not args.input or not args.out:
@@ -81,7 +90,7 @@ def main() -> None:
         raise UserError("--shard_tokens and --workers must be at least 1")
     if args.val_share is not None and not 0 < args.val_share < 1:
         raise UserError(f"--val_share={args.val_share} must be above 0 and below 1")
-    if not args.separator:
+    if args.separator == "":
         raise UserError("--separator is empty: leave it out, or give the text that ends a document")
     weights = parse_weights(args.weights, len(args.input))
     out = os.path.realpath(args.out)
@@ -97,10 +106,12 @@ def main() -> None:
                             f"another --out, or name the files with --files")
     kind, vocab_size = check_tokenizer(args.tokenizer)
     check_out(args.out, name, kind, args.format)
-    inputs, val_inputs = ([open_input(spec, args.field, args.separator, args.files) for spec in specs]
+    field, separator = args.field or FIELD, args.separator or SEPARATOR
+    inputs, val_inputs = ([open_input(spec, field, separator, args.files) for spec in specs]
                           for specs in (args.input, args.val_input))
-    source = {"inputs": args.input, "weights": weights, "val_inputs": args.val_input, "field": args.field,
-              "separator": args.separator, "format": args.format, "report": args.report}
+    check_used(args, [source for sources in inputs + val_inputs for source in sources])
+    source = {"inputs": args.input, "weights": weights, "val_inputs": args.val_input, "field": field,
+              "separator": separator, "format": args.format, "report": args.report}
     if tokenizer_path(args.tokenizer):
         source["tokenizer_sha256"] = sha256_of(tokenizer_path(args.tokenizer))
     plan = Plan(name, args.out, args.tokenizer, inputs, weights, source, val_inputs, args.val_share,

@@ -32,7 +32,7 @@ from nanosync import tokenizers
 from nanosync.checkpoint import find_weights, steps_in
 from nanosync.dataloader import evaluate, evaluation_batches, open_dataset
 from nanosync.errors import UserError
-from nanosync.files import check_can_write, write_json
+from nanosync.files import check_can_write, write_result
 from nanosync.hardware import environment, pick_device, pick_dtype
 from nanosync.sync_schedule import SyncSchedule
 from nanosync.training_logger import TrainingLogger
@@ -121,8 +121,8 @@ for step in range(max_iters):
     log.event("iter", step=step, loss=without[j], lr=0.0, norm=None, seconds=time.perf_counter() - started,
               tokens_per_second=None, mfu=None)
     log.event("eval", step=step + 1, train_loss=None, val_loss=without[j], lr=None)
-write_json(os.path.join(out_dir, "order.json"),
-           {"dropped": dropped, "losses": losses, "sensitivities": sensitivities, "weights": found.path,
-            "step": found.step, "tp_size": tp_size, "config": dict(config)})
+write_result(os.path.join(out_dir, "order.json"),
+             {"dropped": dropped, "losses": losses, "sensitivities": sensitivities, "weights": found.path,
+              "step": found.step, "tp_size": tp_size, "config": dict(config)})
 log.status("finished", max_iters, max_iters=max_iters, best_val_loss=losses[0])
 log.close(status="finished", step=max_iters, best_val_loss=losses[0], tokens=0)

@@ -59,9 +59,10 @@ def read_nanogpt(path: str, options: Options) -> Converted:
                        "config": found.config | {"optimizer": "adamw"}}
     converted.take_data(options, found.config.get("dataset"))
     converted.settings = nanogpt_files.settings_text(converted.state["config"])
-    converted.notes += [
-        f"step {found.step}, val loss {'unknown' if found.val_loss is None else f'{found.val_loss:.4f}'}; "
-        + ("AdamW begins anew" if new else "AdamW's moments are kept"),
+    converted.notes.append(
+        f"step {found.step}, val loss {'unknown' if found.val_loss is None else f'{found.val_loss:.4f}'}")
+    converted.resume_notes += [
+        "AdamW begins anew" if new else "AdamW's moments are kept",
         "not in the file, so not known: the position in the data and the random states. A resumed run begins "
         "with the first window of epoch 0 and a new seed of dropout"]
     return converted
@@ -155,6 +156,8 @@ def convert(path: str, out: str, to: str | None, options: Options) -> tuple[str,
     converted = FORMATS[source].read(path, options)
     with made_folder(os.path.dirname(os.path.abspath(out))), new_folder(out) as folder:
         FORMATS[to].write(converted, folder)
+    if to == "checkpoint":
+        converted.notes += converted.resume_notes
     if converted.settings and to == "checkpoint":
         converted.notes.append(f"resume: python train.py {os.path.join(out, SETTINGS)} --out_dir={out} "
                                f"--resume=latest")

@@ -30,6 +30,7 @@ class Converted:
     state: dict = field(default_factory=dict)  # entries of state.json that differ from those of a new run
     settings: str = ""  # text of a config file, '' for none
     notes: list[str] = field(default_factory=list)  # lines for the user
+    resume_notes: list[str] = field(default_factory=list)  # lines that hold for a checkpoint only
 
     def model(self) -> nn.Module:
         """Build the model, on the CPU. Raises UserError if the weights do not fit the configuration."""

@@ -1,6 +1,7 @@
 """Loading weights into models of any kind: from a checkpoint, GPT-2's weights, or another kind of model."""
 
 import dataclasses
+import os
 from collections import deque
 
 import torch
@@ -14,10 +15,12 @@ from model import (
     use_triton_layer_norm,
 )
 from models.registry import ARCHITECTURE, INFERENCE_KINDS, KINDS, SCRIPTS_OWN, build_model
-from nanosync import huggingface
+from nanosync import huggingface, model_card
 from nanosync.checkpoint import Checkpoint, find, find_weights
+from nanosync.comparison import UNKNOWN, differing_tokens
+from nanosync.dataloader import DataSet
 from nanosync.distributed import Processes
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 from nanosync.files import expand_path
 from nanosync.fp8 import use_fp8
 from nanosync.model_kind import check_size, model_config, model_description, schedule_description
@@ -174,10 +177,10 @@ def load(out_dir: str, which: str | int = "latest", **overrides) -> nn.Module:
 
 
 def load_weights(name: str, kind: str = "gpt", variant: dict | None = None, warn=print, group=None,
-                 **overrides) -> nn.Module:
+                 data: DataSet | None = None, **overrides) -> nn.Module:
     """Load weights into a new model of any kind, on the CPU. Raises UserError.
 
-    Print a line if the weights were trained with another schedule.
+    Print a line if the weights were trained with another schedule, or on other tokens than those of `data`.
 
     name: path of an out_dir, of a checkpoint, or of a Hugging Face folder, or a name on Hugging Face's hub.
     kind, variant: kind of model to build, and settings of its variant.
@@ -185,6 +188,8 @@ def load_weights(name: str, kind: str = "gpt", variant: dict | None = None, warn
     """
     variant = variant or {}
     found = find_weights(name, warn=warn, group=group, kinds=KINDS)
+    if data is not None:
+        _note_other_tokens(name, found, data, warn)
     if found is None:
         model = GPT.from_pretrained(name, **overrides)
         return model if kind == "gpt" else as_kind(model, kind, **variant)
@@ -242,13 +247,27 @@ def _model_and_weights(run: Run, kind: str) -> tuple[nn.Module, object, str]:
         weights, source = initial_parameters(model), "scratch"
     else:
         model = load_weights(config["init_from"], kind, variant, warn=run.line, group=run.processes.group,
-                             dropout=config["dropout"])
+                             data=data, dropout=config["dropout"])
         data.check_tokens(model.config.vocab_size)
         if config["block_size"] != model.config.block_size:
             model.crop_block_size(config["block_size"])
         take_values(config, vars(model.config), config["init_from"], ARCHITECTURE)
         weights, source = list(model.named_parameters()), config["init_from"]
     return model, weights, source
+
+
+def _note_other_tokens(name: str, found: Checkpoint | None, data: DataSet, warn) -> None:
+    """Print a warning if weights belong to other tokens than those of a data set. See load_weights."""
+    meta = None if found is None else found.state["meta"]
+    if found is None and os.path.isdir(name):
+        if (record := model_card.read_record(name)) is None:
+            return  # the tokenizer of another program's folder is not looked at
+        meta = record["meta"]
+    if (difference := differing_tokens(meta, data.meta)) is None or UNKNOWN in difference:
+        return
+    field, value, other_value = difference
+    warn(f"warning: {name} was trained on tokens with {field}={shown(value, 40)}, and {data.folder} has "
+         f"{shown(other_value, 40)}: its embeddings are those of other tokens")
 
 
 def _without_values(run: Run, description: dict, **overrides) -> nn.Module:

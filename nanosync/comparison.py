@@ -35,18 +35,27 @@ def check_same_tokens(meta: dict | None, where: str, other: dict | None, other_w
 
     meta, other: contents of a meta.json, None for GPT-2's tokens. where, other_where: their sources.
     """
+    if (difference := differing_tokens(meta, other)) is None:
+        return
+    name, value, other_value = difference
+    if name == "tokenizer" and UNKNOWN in (value, other_value):
+        raise UserError(f"the tokenizer of {where if value == UNKNOWN else other_where} is unknown: if "
+                        f"it is that of the data set, convert the model with python convert.py INPUT "
+                        f"OUT_DIR --dataset=FOLDER, and give OUT_DIR")
+    raise UserError(f"{where} has tokens with {name}={shown(value, 40)} and {other_where} with "
+                    f"{shown(other_value, 40)}: their losses are of different tokens; use the same "
+                    f"tokenizer")
+
+
+def differing_tokens(meta: dict | None, other: dict | None) -> tuple | None:
+    """Return the first field in which two metas describe different tokens, and its two values; else None."""
     metas = [tokenizers.GPT2_META if m is None else m for m in (meta, other)]
     symbols = [name for name in ("chars", "tokenizer_json") if all(m.get(name) is not None for m in metas)]
     for name in ("tokenizer", "vocab_size", *symbols):
         value, other_value = (m.get(name) for m in metas)
-        if name == "tokenizer" and value != other_value and UNKNOWN in (value, other_value):
-            raise UserError(f"the tokenizer of {where if value == UNKNOWN else other_where} is unknown: if "
-                            f"it is that of the data set, convert the model with python convert.py INPUT "
-                            f"OUT_DIR --dataset=FOLDER, and give OUT_DIR")
         if value != other_value:
-            raise UserError(f"{where} has tokens with {name}={shown(value, 40)} and {other_where} with "
-                            f"{shown(other_value, 40)}: their losses are of different tokens; use the same "
-                            f"tokenizer")
+            return name, value, other_value
+    return None
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:

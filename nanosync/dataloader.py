@@ -218,6 +218,8 @@ def open_dataset(name: str, block_size: int, length_key: str = "block_size",
     block_size, length_key: see Split.
     train_split: Split, or packing.PackedSplit for packed documents.
     """
+    if not name:
+        raise UserError("dataset='' names no data set: name a folder in data/, or a path, with --dataset=...")
     folder = dataset_folder(name)
     if not os.path.isdir(folder):
         there = sorted(d.name for d in os.scandir(os.path.join(ROOT, "data")) if d.is_dir())

@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection
 from traceback import format_exception
 
-before_exit = []  # functions to call when an error ends the process
+before_exit = []  # functions of the error, to call when an error ends the process
 memory_owners = []  # at most one function that returns owner -> bytes, see memory.py
 ACTIVATIONS = "activations and temporary tensors"  # the owner of what no other owner has
 
@@ -76,7 +76,7 @@ def install_error_hook(rank: int = 0, settings: Collection[str] = (), forks: boo
     def hook(kind, error, traceback):
         for function in before_exit:
             with contextlib.suppress(Exception):
-                function()
+                function(error)
         if forks and _follows_interrupt(error):
             _flush_stdout()
             os.write(2, b"interrupted\n")

@@ -163,19 +163,21 @@ def sha256_of(path: str) -> str:
     return digest.hexdigest()
 
 
-def decode_text(content: bytes, path: str) -> str:
+def decode_text(content: bytes, path: str, whole: bool = True) -> str:
     """Decode a user's text: UTF-8, without its byte-order mark, lines ended by newlines. Raises UserError.
 
     path: where the text is from, for error messages.
+    whole: the text ends here. Otherwise its last character may be incomplete, and is left out.
     """
     start = content[:4096]
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start.count(0) > len(start) // 4 > 0:
         raise UserError(f"{path} is UTF-16, or no text at all, and texts are read as UTF-8: convert it with "
                         f"iconv -f UTF-16 -t UTF-8 {path} > utf8.txt")
     try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(content, final=whole)
     except UnicodeDecodeError as e:
         raise UserError(f"cannot read {path}: byte {e.start} is not UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def expand_path(path: str) -> str:
@@ -212,6 +214,14 @@ def json_text(value) -> str:
 
 def write_json(path: str, value) -> None:
     replace_file(path, json_text(value).encode())
+
+
+def write_result(path: str, value) -> None:
+    """Write a JSON file that the user asked for. Raises UserError."""
+    try:
+        write_json(path, value)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}: free space, or name another file") from None
 
 
 def replace_file(path: str, content: bytes) -> None:
@@ -277,7 +287,7 @@ def check_can_write(path: str, setting: str) -> None:
         pass
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or "it is not a path"
-        raise UserError(f"{setting}={path!r} cannot be a folder: {reason}") from None
+        raise UserError(f"{setting}={path!r} cannot be a folder: {reason}; name another folder") from None
     folder = path
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder) or os.curdir

@@ -98,7 +98,7 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
         mismatched = sorted(set(expected) ^ set(state))
         known = {entry for _, entry in expected.values()}.union(ADAMW_ENTRIES)
         other = hasattr(optimizer, "state_entries") or {key.rpartition(".")[2] for key in state} - known
-        hint = ": was it saved with another --optimizer, or other settings of it?" if other else ""
+        hint = ": resume with the --optimizer of the run and its settings" if other else ""
         raise UserError(f"the optimizer's state does not fit the model: {len(mismatched)} entries differ, "
                         f"such as {shown(mismatched[0])}{hint}")
     owns = getattr(optimizer, "owns", lambda parameter: True)

@@ -36,7 +36,7 @@ from nanosync.model_kind import ModelKind
 from nanosync.optimizer_state import load_state_by_name
 from nanosync.random_states import resume_random_states, seed_random_states
 from nanosync.resuming import check_same_data, load_scaler, start_from
-from nanosync.signals import StopSignal
+from nanosync.signals import StopSignal, status_after
 from nanosync.training_logger import Stopwatch, TrainingLogger
 
 
@@ -67,7 +67,7 @@ class Run:
         self.environment = environment(processes.device) | {"world_size": processes.world_size, **self.tp}
         self.last_step, self.step, self.first_step = config[steps], 0, 0
         self.best_val_loss, self.val_loss = math.inf, None  # val_loss: of this step, if measured
-        self.stopping, self.status, self.signals = False, "finished", None
+        self.stopping, self.status, self.signals, self.saver, self.tokens = False, "finished", None, None, 0
         job, self._extra_status = Job.of_process(), dict
         self._job = {} if job is None else job.fields()
         self.sample, self.was_evaluated, self._skipped, self._stop_reason = 0, False, False, None
@@ -83,8 +83,7 @@ class Run:
             check_same_data(self.resumed, data.folder, data.fingerprint, self.kinds)
 
     def restore(self, model, optimizer, scaler=None) -> None:
-        """Load states and counters of a resumed run, whose model has its weights. Exit if no step is left.
-        Raises UserError."""
+        """Load the states of a resumed run, whose model has its weights. Exit if no step is left."""
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         watch_memory(model, optimizer, self.processes.device)
         if self.resumed is None:
@@ -108,6 +107,7 @@ class Run:
         if self.writes:
             barrier(self.processes.group)  # wait until all processes have read their weights
             self._lock = self.on_main(lambda: run_dir.open_out_dir(self, self._lock, source))
+            before_exit.append(lambda error: self._close(status_after(error, self.status)))
         self.line("settings, with where they differ from the script's:\n" + self.config.table())
 
     def begin(self, loader: DataLoader, tokens: int, flops: float = 0.0, dtype=None,
@@ -139,7 +139,6 @@ class Run:
         answer = f"finishing this step, then {saves}; again to end at once" if processes.main else ""
         self.signals, self.stopwatch = StopSignal(answer), Stopwatch()
         barrier(processes.group)  # all have handlers: a signal would end a process without one
-        before_exit.append(lambda: self._close(self.status if self.status == "non_finite" else "failed"))
         if progress:
             self.log.begin(self.first_step, self.last_step)
         self.write_status("running")
@@ -280,8 +279,9 @@ class Run:
 
     def _close(self, status: str) -> None:
         """Wait for the pending checkpoint, and close the logs; also called if an error ends the run."""
-        self.loader.close()
-        self.saver.wait()
+        if self.saver is not None:  # the run has begun
+            self.loader.close()
+            self.saver.wait()
         self.write_status(status)
         self.log.close(status=status, step=self.step, best_val_loss=self.best_val_loss,
                        tokens=self.step * self.tokens, **self._extra_status())

@@ -20,6 +20,8 @@ def check_out_dir(out_dir: str) -> None:
     """Raise UserError if a run cannot write into out_dir, which need not exist yet. Makes no files."""
     if not out_dir:
         raise UserError("out_dir='' is not a folder: name a folder with --out_dir=...")
+    if os.path.isfile(os.path.join(out_dir, "MANIFEST.json")):
+        raise UserError(f"out_dir={out_dir!r} is a checkpoint of a run: name another folder")
     check_can_write(out_dir, "out_dir")
     for name in (*RUN_FILES, "LOCK"):
         path = os.path.join(out_dir, name)

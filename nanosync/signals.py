@@ -63,3 +63,10 @@ class StopSignal:
             if self._answer and select.select([], [2], [], 0)[1]:
                 bar = b"\n" if os.isatty(2) else b""  # a bar may end in the middle of a line
                 os.write(2, bar + self._answer.encode() + b"\n")
+
+
+def status_after(error: BaseException, status: str) -> str:
+    """Return the final status of a run that an error ends. status: the run's status before the error."""
+    if status == "non_finite":
+        return status
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"

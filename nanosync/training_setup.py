@@ -187,7 +187,7 @@ def estimate_losses(run: Run, model: nn.Module, autocast) -> dict[str, float] | 
     """
     config, processes, losses = run.config, run.processes, {}
     if run.step == run.first_step:  # nothing is on the screen yet that moves
-        run.line(f"evaluating: {config['eval_iters']} batches of each split")
+        run.line(f"evaluating: {config['eval_iters']} batch{'es' * (config['eval_iters'] > 1)} of each split")
     model.align_replicas(run.optimizer)
     model.eval()
     for split in (run.data.train, run.data.val):

@@ -103,7 +103,7 @@ def check_real_ranks(rank: int, world: int) -> None:
 
 
 def check_family(rank: int, world: int) -> None:
-    """Strategies whose schedules are not plain, and 80 random schedules over both numbers of processes,
+    """Strategies whose schedules are not plain, and 200 random schedules over both numbers of processes,
     `local` 1 and 2: hidden states, every gradient, and the channels of each all-reduce, forward and backward.
     Of the strategies also logits, loss and generation; of 4 processes half of them with either `local`."""
     group = torch.distributed.group.WORLD
@@ -127,7 +127,7 @@ def check_family(rank: int, world: int) -> None:
         for bias in (True, False):
             pair = ranks_of(build(dict(block_types=None), world * local, n_head=8, bias=bias, n_layer=2),
                             local, group)
-            for number in range(15 if world == 2 else 5):
+            for number in range(40 if world == 2 else 10):
                 number += 10_000 * world + 1000 * local + 100 * bias
                 check_schedule(*pair, random_schedule(number, sublayers=4), source=number % world)
             check_schedule(*pair, SyncSchedule((Sublayer(True),) * 4, channels=0.999))  # rounds up to all

@@ -191,10 +191,12 @@ SAMPLE = [
     (["--out_dir=run", "--checkpoint_step=last"], "run has no checkpoint 'last'"),
     (["--out_dir=run", "--start="], "the prompt is empty"),
     (["--out_dir=run", "--start=FILE:none.txt"], "cannot read the prompt from none.txt"),
+    (["--out_dir=run", "--start=FILE:-"], "the prompt is empty"),  # of stdin, /dev/null here
     (["--out_dir=run", "--num_samples=0"], "num_samples=0 must be at least 1"),
-    (["--out_dir=run", "--temperature=-1"], "temperature=-1.0 must be at least 0"),
-    (["--out_dir=run", "--top_k=0"], "top_k=0 must be at least 1"),
-    (["--out_dir=run", "--top_p=2"], "top_p=2.0 must be above 0"),
+    (["--out_dir=nowhere", "--temperature=-1"], "temperature=-1.0 must be at least 0"),  # before it loads
+    (["--out_dir=nowhere", "--top_k=0"], "top_k=0 must be at least 1"),
+    (["--out_dir=nowhere", "--top_p=2"], "top_p=2.0 must be above 0"),
+    (["--out_dir=nowhere", "--slide=0"], "slide=0 must be at least 1"),
     (["--out_dir=run", "--stop_token=AB"], "is 2 tokens, not one"),
     (["--out_dir=run", "--stop_token=61"], "stop_token=61 is not one of the model's tokens, 0 to 60"),
     (["--out_dir=run", "--seed=99999999999999999999"], "does not fit into 64 bits"),

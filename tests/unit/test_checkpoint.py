@@ -18,6 +18,7 @@ from configurator import Config
 from model import GPTConfig
 from models import registry, weights
 from nanosync import checkpoint, checkpoint_writer, model_kind, random_states, resuming, run_dir
+from nanosync.dataloader import DataSet
 from nanosync.errors import UserError
 from nanosync.files import json_text
 
@@ -182,9 +183,24 @@ def test_check_out_dir(tmp_path):
         path.touch() if other == "a_file" else path.mkdir()
         with pytest.raises(UserError, match=r"must be a f[a-z]+ of the run: move it"):
             run_dir.check_out_dir(str(path.parent))
-    for out_dir in ("", str(tmp_path / "file"), str(tmp_path / "file" / "x"), "/proc/nanosync"):
-        with pytest.raises(UserError, match="out_dir="):
+    for out_dir in ("", str(tmp_path / "file"), str(tmp_path / "file" / "x"), "/proc/nanosync",
+                    str(tmp_path / "run" / "ckpt" / "step-00000001")):
+        with pytest.raises(UserError, match=r"out_dir=.* name "):
             run_dir.check_out_dir(out_dir)
+
+
+def test_weights_of_other_tokens_are_named(tmp_path):
+    char = {"tokenizer": "char", "vocab_size": 3, "chars": "abc"}
+    other = char | {"chars": "abd"}
+    save(tmp_path / "run", 1, meta=char)
+    save(tmp_path / "gpt2", 1)
+    save(tmp_path / "unknown", 1, meta={"tokenizer": "unknown", "vocab_size": 3})
+    for run, meta, words in (("run", char, None), ("run", other, "chars='abc', and data/x has 'abd'"),
+                             ("run", None, "tokenizer='char', and data/x has 'gpt2'"), ("gpt2", None, None),
+                             ("gpt2", char, "tokenizer='gpt2', and data/x"), ("unknown", char, None)):
+        warnings, data = [], DataSet("data/x", meta, None, None)
+        weights.load_weights(str(tmp_path / run), warn=warnings.append, data=data)
+        assert [words in warning for warning in warnings] == [True] * (words is not None), (run, meta)
 
 
 def test_load_weights_of_runs_checkpoints_and_hugging_face(tmp_path):

@@ -203,6 +203,26 @@ def test_cuts_of_a_long_text_lose_nothing(text, monkeypatch):
     assert "".join(corpus_documents.pieces(text)) == text
 
 
+@pytest.mark.parametrize("character", ["é", "東", "😀"])
+def test_windows_of_bytes_may_end_inside_a_character(tmp_path, character):
+    width = len(character.encode())
+    for before in range(width):  # so that a window ends at each place of the character
+        path = tmp_path / "long.txt"
+        path.write_text("a" * before + character * (70_000 // width), encoding="utf-8")
+        corpus_inputs.TextFile(str(path), "").check()
+        cut = tmp_path / "cut.txt"
+        cut.write_bytes(path.read_bytes()[:5000 - (5000 - before) % width + 1])
+        with pytest.raises(UserError, match=r"cut\.txt: byte \d+ is not UTF-8"):
+            corpus_inputs.TextFile(str(cut), "")
+
+
+def test_long_files_of_a_folder_may_have_long_characters(prepare, tmp_path, small_jobs):
+    (tmp_path / "texts").mkdir()
+    for n, text in enumerate(["東" * 9000, "a" + "東" * 9000, "aa" + "東" * 9000, *TEXTS]):
+        (tmp_path / "texts" / f"{n}.txt").write_text(text)
+    assert report_of(prepare("--input=texts"))["files_not_utf8"] == 0
+
+
 def test_long_documents_keep_one_split_and_one_start(prepare, tmp_path, small_jobs):
     long = [text_of(100 + seed, 900) for seed in range(12)]
     (tmp_path / "texts").mkdir()
@@ -396,6 +416,8 @@ def planted(tmp_path):
             "latin.json": b"\xe9"}.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder2").mkdir()
+    (tmp_path / "folder2" / "a.txt").write_text("hello")
     write_lines(tmp_path / "late.jsonl", [*TEXTS, None])
     (tmp_path / "late.jsonl").write_bytes((tmp_path / "late.jsonl").read_bytes() + b'{"text"')
     content = write_lines(tmp_path / "late.jsonl.gz", [text_of(n, 3000) for n in range(40)]).read_bytes()
@@ -426,6 +448,9 @@ def planted(tmp_path):
     ("--input=no.jsonl.zst", "is no whole zstd file"), ("--input=no.parquet", "is no whole parquet file"),
     ("--input=x.zip", "only .jsonl.gz and .jsonl.zst can be read: unpack it"),
     ("--input=a.txt --val_share=1", "above 0 and below 1"), ("--input=a.txt --workers=0", "at least 1"),
+    ("--input=a.txt --field=content", "--field=content is for JSON lines, .* and no input is one"),
+    ("--input=few.jsonl --separator=;", "--separator=';' ends documents of a text, and no input is a text"),
+    ("--input=folder2 --separator=;", "--separator=';' ends documents of a text, and no input is a text"),
     ("--input=a.txt --separator=", "--separator is empty"), ("--input=hf:", "write hf:NAME"),
     ("--input=a.txt --name=x_val --format=shards", "cannot be the name of shards"),
     ("--input=.", "is inside --input=., whose files are all read"),

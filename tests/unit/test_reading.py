@@ -5,6 +5,7 @@ CPU, no process; milliseconds.
     python -m pytest tests/unit/test_reading.py
 """
 
+import errno
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from helpers import write_log
 
 from nanosync import errors, huggingface
 from nanosync.errors import UserError
-from nanosync.files import open_regular, parse_json, read_file, read_json
+from nanosync.files import open_regular, parse_json, read_file, read_json, write_result
 from nanosync.run_log import LogTail, read_log
 
 
@@ -137,3 +138,15 @@ def test_streams_that_were_closed(monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     errors._open_closed_streams()
     assert sys.stdout is stream
+
+
+def test_a_result_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(UserError, match=r"cannot write .*x\.json: No space left on device: free space, or"):
+        write_result(str(tmp_path / "x.json"), {})
+    with pytest.raises(UserError, match="No such file or directory"):
+        write_result(str(tmp_path / "gone" / "x.json"), {})
+    assert not os.listdir(tmp_path)

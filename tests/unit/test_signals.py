@@ -68,6 +68,27 @@ def test_no_process_trains_before_all_handle_signals(monkeypatch):
     assert order == ["handlers", "barrier", "running"]
 
 
+@pytest.mark.parametrize("error, before, status", [
+    (KeyboardInterrupt(), "finished", "interrupted"), (ValueError(), "finished", "failed"),
+    (ValueError(), "non_finite", "non_finite")])
+def test_a_run_that_ends_before_its_first_step_says_how(error, before, status, monkeypatch, tmp_path):
+    """As when Ctrl-C comes while the model is compiled: the logs are open, and no step has begun."""
+    hooks, said = [], []
+    monkeypatch.setattr(run, "before_exit", hooks)
+    monkeypatch.setattr(run, "barrier", lambda group: None)
+    monkeypatch.setattr(run.run_dir, "open_out_dir", lambda *args: None)
+    log = types.SimpleNamespace(status=lambda status, step, **fields: said.append(status),
+                                close=lambda status, **fields: said.append(status))
+    opened = run.Run.__new__(run.Run)
+    vars(opened).update(writes=True, _lock=None, processes=Processes(0, 1, 0, torch.device("cpu"), None),
+                        config=types.SimpleNamespace(table=str), line=len, log=log, status=before, step=0,
+                        saver=None, tokens=0, best_val_loss=0.0, last_step=9, _extra_status=dict, _job={})
+    opened.open()
+    for hook in hooks:
+        hook(error)
+    assert said == [status] * 2
+
+
 def test_answer_does_not_wait_for_a_reader(requests):
     """stderr is a pipe that is full, or that is closed."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # Python's own; --help, tested elsewhere, changes it
