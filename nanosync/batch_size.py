@@ -52,8 +52,8 @@ def check_micro_batch(config: Config, sequences: str, length: str) -> None:
     """
     memory, n_bytes = machine_memory(), BYTES_A_TOKEN * config[sequences] * config[length]
     if memory is not None and n_bytes > memory:
-        raise UserError(f"{sequences}={config[sequences]} and {length}={config[length]} make micro-batches of "
-                        f"{n_bytes // 2**30:,} GB, without the model, and this machine has "
+        raise UserError(f"{sequences}={config[sequences]} and {length}={config[length]} make micro-batches "
+                        f"of {n_bytes // 2**30:,} GB, without the model, and this machine has "
                         f"{memory // 2**30:,} GB of memory: lower {sequences} or {length}")
 
 

@@ -20,9 +20,8 @@ from configurator import (
     script_defaults,
 )
 from nanosync.errors import UserError, one_line, shown
-from nanosync.setting_hints import form
 from nanosync.files import check_can_write, dataset_folder
-from nanosync.setting_hints import ELSEWHERE, name_here
+from nanosync.setting_hints import ELSEWHERE, form, name_here
 
 SCRIPT = '''
 """A script."""
