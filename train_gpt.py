@@ -75,7 +75,7 @@ val_loss_every = 125  # steps between evaluations, 0: only at the end
 val_tokens = 10485760  # tokens of an evaluation, the first of the val split; rounded down to whole sequences
 log_interval = 1  # steps between train_loss lines
 diagnose = 0  # profile so many steps after the first 10, print where their time goes, and exit
-save_checkpoint = True  # save at the end, and when interrupted
+save_checkpoint = True  # save at the end, and when interrupted; False: never
 checkpoint_interval = 0  # steps between further checkpoints, 0 for none
 keep_checkpoints = 2  # number of checkpoints to keep, the newest; the best is kept as well
 resume = ""  # 'latest', 'best', a step, a path of a checkpoint or an out_dir; 'auto': 'latest' or a new run
@@ -522,8 +522,8 @@ if __name__ == "__main__":
     for step in profiled(run):
         last, lr = step == num_iterations, trapezoidal_learning_rate(
             step, learning_rate, warmup_iters, warmdown_iters, num_iterations)
-        save_due = step > 0 and ((last and save_checkpoint) or
-                                     (run.is_due(checkpoint_interval) and step % checkpoint_interval == 0))
+        save_due = save_checkpoint and step > 0 and \
+            (last or (run.is_due(checkpoint_interval) and step % checkpoint_interval == 0))
         clock.begin_step(settle=save_due or run.is_due(val_loss_every))
         if run.due(val_loss_every) or (last and not diagnose):
             if step == run.first_step:  # nothing is on the screen yet that moves

@@ -95,7 +95,7 @@ val_loss_every = 250  # steps between evaluations, 0: only at the end
 val_tokens = 10485760  # tokens of an evaluation, the first of the val split; rounded down to whole sequences
 log_interval = 1  # steps between train_loss lines
 diagnose = 0  # profile so many steps after the first 10, print where their time goes, and exit
-save_checkpoint = True  # save at the end, and when interrupted
+save_checkpoint = True  # save at the end, and when interrupted; False: never
 checkpoint_interval = 0  # steps between further checkpoints, 0 for none
 keep_checkpoints = 2  # number of checkpoints to keep, the newest; the best is kept as well
 resume = ""  # 'latest', 'best', a step, a path of a checkpoint or an out_dir; 'auto': 'latest' or a new run
@@ -515,8 +515,8 @@ if __name__ == "__main__":
     run.line("Python {python}, PyTorch {torch}, {device}, git {git_commit}".format(**run.environment))
     run.line(f"{model.n_parameters() / 1e6:.2f}M parameters, {compute_dtype}; {data.folder}: "
              f"{data.train.n_tokens:,} train and {data.val.n_tokens:,} val tokens")
-    if document_mask and data.train.end_of_text is None:
-        run.line("the data set's tokenizer has no end-of-text token: each sequence is one document")
+    if document_mask and (data.train.end_of_text is None or not data.train.has(data.train.end_of_text)):
+        run.line("the train tokens have no end-of-text token: each sequence is one document")
     for stage in stages:
         run.line(f"steps {stage.begin} to {stage.end - 1}: {stage.batch_size} sequences x {sequence_length} "
                  f"tokens = {stage.batch_size * sequence_length:,}, windows of {stage.windows[0]} and "
@@ -558,8 +558,8 @@ if __name__ == "__main__":
     clock.start()
     for step in profiled(run):
         last = step == num_iterations
-        save_due = step > 0 and ((last and save_checkpoint) or
-                                 (run.is_due(checkpoint_interval) and step % checkpoint_interval == 0))
+        save_due = save_checkpoint and step > 0 and \
+            (last or (run.is_due(checkpoint_interval) and step % checkpoint_interval == 0))
         clock.begin_step(settle=save_due or run.is_due(val_loss_every))
         if run.due(val_loss_every) or (last and not diagnose):
             if step == run.first_step:  # nothing is on the screen yet that moves

@@ -16,16 +16,19 @@ from configurator import Config, check_at_least
 from nanosync.distributed import all_values
 from nanosync.errors import UserError, shown
 from nanosync.memory import memory_owners
+from nanosync.model_kind import machine_memory
 from nanosync.parallelism import Parallelism
 
 AUTO = "auto"
+BYTES_A_TOKEN = 80  # input and target, int64, of a micro-batch in use and of 4 that the loader reads ahead
 FILL = 0.92  # share of the free memory for tensors; the rest is for fragments, NCCL and libraries
 
 
 def check_batch_size(config: Config) -> None:
     """Raise UserError for a wrong batch_size, before any work is done."""
     if config["batch_size"] != AUTO:
-        return check_at_least(config, 1, "batch_size")
+        check_at_least(config, 1, "batch_size")
+        return check_micro_batch(config, "batch_size", "block_size")
     before = config.replaced.get("batch_size")
     if type(before) is not int or before < 1:
         raise UserError(f"batch_size='auto' replaces batch_size={shown(before)}, and an update has the "
@@ -40,6 +43,18 @@ def check_batch_size(config: Config) -> None:
         raise UserError(f"batch_size='auto' measures training steps of one process, and with "
                         f"tp_processes={config['tp_processes']} several hold a model: give a number, "
                         f"--batch_size={before}")
+
+
+def check_micro_batch(config: Config, sequences: str, length: str) -> None:
+    """Raise UserError if this machine's memory cannot hold the token ids of the micro-batches in the loader.
+
+    sequences, length: names of the settings for the sequences of a micro-batch and their tokens.
+    """
+    memory, n_bytes = machine_memory(), BYTES_A_TOKEN * config[sequences] * config[length]
+    if memory is not None and n_bytes > memory:
+        raise UserError(f"{sequences}={config[sequences]} and {length}={config[length]} make micro-batches "
+                        f"of {n_bytes // 2**30:,} GB, without the model, and this machine has "
+                        f"{memory // 2**30:,} GB of memory: lower {sequences} or {length}")
 
 
 def settle_batch_size(run, model: nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallelism) -> None:

@@ -85,6 +85,14 @@ def schedule_description(model: nn.Module) -> dict | None:
     return {"syncs": model.syncs, "sublayers": sublayers, "channels": schedule.channels}
 
 
+def machine_memory() -> int | None:
+    """Return the bytes of this machine's memory, None if the system does not report them."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
 def check_size(config, whole: bool = True) -> None:
     """Raise UserError for a model whose parameters this machine's memory cannot hold, in fp32, or with more
     than MAX_LAYERS layers. Call it before the model is built.
@@ -103,11 +111,8 @@ def check_size(config, whole: bool = True) -> None:
     rows, C = shape["vocab_size"] + shape.get("block_size", 0), shape["n_embd"]
     other = getattr(config, "other_values", 0)
     n_bytes = 4 * (12 * shape["n_layer"] * C**2 + rows * C + other if whole else max(4 * C**2, rows * C))
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # the system does not report its memory
-        return
-    if n_bytes > memory:
+    memory = machine_memory()
+    if memory is not None and n_bytes > memory:
         shape |= {name: getattr(config, name) for name in ("sequence_length",) if other}
         named = ", ".join(f"{name}={value}" for name, value in shape.items())
         raise UserError(f"{named} make {n_bytes // 2**30:,} GB of parameters, and this machine has "

@@ -65,13 +65,13 @@ def form(name: str, types: Collection[type], value, on_command_line: bool) -> st
     """
     written = ""
     if list in types:
-        written = _list(value)
+        written = _list(name, value)
     elif bool in types and str(value).lower() in ("0", "1", "0.0", "1.0", "yes", "no", "on", "off", "y", "n"):
         written = str(str(value).lower() in ("1", "1.0", "yes", "on", "y"))
     elif {int, float} & set(types) and isinstance(value, str):
         if number := re.fullmatch(r"(\d+)([kKmM])", value.strip()):
             written = f"{int(number[1]) * (1000 if number[2] in 'kK' else 10**6):_}"
-    elif {int, float} & set(types) and isinstance(value, list):
+    elif {int, float} & set(types) and isinstance(value, list) and len(value) > 1:  # of 10,000
         return ": write ten thousand as 10_000 or 1e4"
     if not written:
         return ""
@@ -79,10 +79,12 @@ def form(name: str, types: Collection[type], value, on_command_line: bool) -> st
     return f": write --{name}={quote}{written}{quote}" if on_command_line else f": write {name} = {written}"
 
 
-def _list(value) -> str:
+def _list(name: str, value) -> str:
     """Return a list literal for a value that is none: a word, words with commas, or a list without quotes."""
     if type(value) in (int, float):
         return f"[{value!r}]"
+    if name != "block_types":  # the other lists hold numbers
+        return ""
     if not isinstance(value, str) or not re.fullmatch(r"[\w \[\]*+,]{1,200}", value):
         return ""
     if value.startswith("["):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from nanosync.batch_size import check_micro_batch
 from nanosync.dataloader import Split
 from nanosync.diagnose import only_diagnose
 from nanosync.distributed import Processes, start
@@ -13,6 +14,7 @@ from nanosync.hardware import check_compile, make_deterministic, pick_dtype
 
 def start_processes(config: dict) -> tuple[Processes, torch.dtype]:
     """Start the processes of a run; return them and the dtype of products. Raises UserError."""
+    check_micro_batch(config, "device_batch_size", "sequence_length")
     if config["deterministic"]:
         make_deterministic()
     processes = start(config["device"], config["backend"], config["timeout"], settings=config)

@@ -7,10 +7,11 @@ errors. CPU; seconds.
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import FAST_SETTINGS as SETTINGS
-from helpers import ROOT, TINY, events, losses, write_documents
+from helpers import ROOT, TINY, events, losses, write_dataset, write_documents
 
 from nanosync import checkpoint
 
@@ -132,6 +133,17 @@ def test_everything_switched_off_without_documents(train, tiny_data, tmp_path):
     assert done.code == 2 and "the optimizer's state does not fit" in done.err, done.err
 
 
+def test_corpora_without_end_of_text_tokens_are_said(train, tmp_path):
+    """The tokenizer has the token; with save_checkpoint=False no checkpoint is written at any step."""
+    idx = np.arange(700) % 25
+    folder = write_dataset(tmp_path / "data", idx[:500], idx[500:], 27, end_of_text=26)
+    done = train(f"--dataset={folder}", "--num_iterations=2", "--save_checkpoint=False",
+                 "--checkpoint_interval=1", "--val_loss_every=0")
+    assert done.code == 0, done.err
+    assert "the train tokens have no end-of-text token: each sequence is one document" in done.out
+    assert checkpoint.steps_in(str(tmp_path / "out")) == []
+
+
 def test_without_steps(train, tiny_data, tmp_path):
     """Only an evaluation; data without documents are said."""
     done = train("--num_iterations=0", "--save_checkpoint=False", f"--dataset={tiny_data}",
@@ -147,6 +159,7 @@ def test_without_steps(train, tiny_data, tmp_path):
      "batch_sizes=[3, 4, 4] are totals over all processes and must be multiples of 2, device_batch_size=2 "
      "times the number of processes, 1"),
     (["--device_batch_size=64"], "must be multiples of 64"),
+    (["--device_batch_size=2147483647"], "lower device_batch_size or sequence_length"),
     (["--eval_windows=[0,1]"], "eval_windows=[0, 1] must be two positive"),
     (["--value_layers=[99]"], "value_layers=[99] must be numbers of layers, 0 to 3"),
     (["--stage_shares=[1,1]"], "stage_shares has 2, batch_sizes has 3"),

@@ -184,3 +184,19 @@ def test_wrong_settings_are_one_line(script, tmp_path):
             (["--batch_size=auto", "--tp_processes=2"], "tp_processes=2")]:
         problem = settings_error(script, *arguments)
         assert problem is not None and words in problem and "\n" not in problem, (arguments, problem)
+
+
+@pytest.mark.parametrize("script, args, words", [
+    ("train.py", ["--batch_size=2147483647"], "batch_size=2147483647 and block_size=1024"),
+    ("train.py", ["--block_size=1e12"], "lower batch_size or block_size"),
+    ("train_reduced_sync.py", ["--batch_size=1e9"], "GB of memory: lower batch_size")])
+def test_micro_batches_larger_than_the_memory_are_refused(script, args, words):
+    """Linux would grant the memory and kill the process."""
+    assert words in settings_error(script, *args)
+
+
+def test_micro_batches_of_a_speedrun_larger_than_the_memory_are_refused():
+    config = {"device_batch_size": 2**31 - 1, "sequence_length": 32}
+    with pytest.raises(UserError, match="device_batch_size=2147483647 and sequence_length=32 make micro-"):
+        batch_size.check_micro_batch(config, "device_batch_size", "sequence_length")
+    batch_size.check_micro_batch({"device_batch_size": 64, "sequence_length": 1024}, *config)

@@ -21,7 +21,7 @@ from configurator import (
 )
 from nanosync.errors import UserError, one_line, shown
 from nanosync.files import check_can_write, dataset_folder
-from nanosync.setting_hints import ELSEWHERE, name_here
+from nanosync.setting_hints import ELSEWHERE, form, name_here
 
 SCRIPT = '''
 """A script."""
@@ -277,6 +277,14 @@ def test_errors(settings, argv, file, words):
         settings(*argv, file=file)
     assert words in str(error.value) and "\n" not in str(error.value)
     assert len(one_line(str(error.value))) < 2100
+
+
+@pytest.mark.parametrize("name, types, value", [
+    ("steps", (int,), [1]), ("lr", (float,), []), ("stage_shares", (list,), "abc"),
+    ("sync_points", (list, type(None)), "[a]")])
+def test_no_hint_where_none_fits(name, types, value):
+    """`10,000` is a list for Python, `[1]` is no number of thousands; lists of numbers hold no words."""
+    assert form(name, types, value, True) == ""
 
 
 def test_long_texts_are_no_literals(settings):
