@@ -142,9 +142,9 @@ def check_settings(config: dict) -> None:
         peers.check_peer(config)
     if config["loss_steps"] and not config["dataset"]:
         raise UserError("loss_steps needs real text: name a data set with --dataset=...")
-    prompt, new = config["prompt_tokens"], config["max_new_tokens"]
-    if mode == "generate" and prompt + new > block_size:
-        raise UserError(f"{prompt} prompt_tokens and {new} max_new_tokens exceed {block_size=}: lower one of them")
+    prompt_tokens, max_new_tokens = config["prompt_tokens"], config["max_new_tokens"]
+    if mode == "generate" and prompt_tokens + max_new_tokens > block_size:
+        raise UserError(f"{prompt_tokens=} and {max_new_tokens=} exceed {block_size=}: lower one of them")
     for name in ("json", "plot"):
         if config[name]:
             check_output_file(config[name], name)

@@ -257,7 +257,7 @@ BENCH = [
     (["--plot=x.png"], "plot draws what mode kernels measures"),
     (["--peer=nowhere"], "peer='nowhere' is no folder with a model.py"),
     (["--loss_steps=5"], "loss_steps needs real text"),
-    (["--mode=generate", "--prompt_tokens=1000"], "max_new_tokens exceed block_size=1024: lower"),
+    (["--mode=generate", "--prompt_tokens=1000"], "max_new_tokens=256 exceed block_size=1024"),
     (["--rounds=0"], "rounds=0 must be at least 1"),
     (["--seed=99999999999999999999"], "does not fit into 64 bits"),
     (["--json=nodir/x.json"], "json='nodir/x.json' is not the path of a file in an existing folder"),
