@@ -229,7 +229,7 @@ def test_scripts(script, run_script, tiny_data, tmp_path):
     done = run_script(script, *args)
     assert done.code == 0 and done.losses[-1] < done.losses[0] - 0.3, done.err
     resumed = run_script(script, *args, "--optimizer=adamw", "--resume=6")
-    assert resumed.code == 2 and "saved with another --optimizer" in resumed.err
+    assert resumed.code == 2 and "resume with the --optimizer of the run" in resumed.err
     for wrong, message in (("--optimizer=sgd", "use adamw or muon"), ("--use_zero1", "leave use_zero1 out"),
                            ("--tp_processes=2", "needs whole matrices"),
                            ("--use_fsdp", "and use_fsdp divides them")):
