@@ -354,8 +354,9 @@ def run_jobs(jobs: list[Job], places: list[str | None], may_start=None, ended=No
             while waiting and (ready := ready_places(free, running, most_starting)):
                 job = waiting.pop(0)
                 if may_start is None or may_start(job):
-                    free.remove(ready[0])
-                    running.append(Running(job, ready[0]))
+                    place = ready[0]  # `ready` may be `free` itself
+                    free.remove(place)
+                    running.append(Running(job, place))
             bar.show(done, running, waiting, len(places))
             for run in running if watch is not None else []:
                 watch(run)
