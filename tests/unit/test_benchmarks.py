@@ -1,4 +1,4 @@
-"""What bench.py and fused_step.py do with a contender that fails, and when the time is over. CPU; a second.
+"""Contenders of bench.py and fused_step.py that fail, or for which no time is left. CPU; a second.
 
     python -m pytest tests/unit/test_benchmarks.py
 """
