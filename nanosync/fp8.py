@@ -123,7 +123,8 @@ def use_fp8(model: nn.Module, config: dict) -> None:
         if isinstance(module, nn.Linear):
             (rows, columns), kind = module.weight.shape, name.partition(".")[2]
             split = (rows, columns // parts) if kind.endswith("c_proj") else (rows // parts, columns)
-            _check_size(f"transformer.h.{name}.weight", *split, " for a simulated rank" * (parts > 1))
+            where = "a simulated rank" if parts > 1 else "a process"
+            _check_size(f"transformer.h.{name}.weight", *split, where)
             module.__class__, module.recipe = Float8Linear, recipe
             if kind in ATTENTION_READS:
                 module.recipe = recipe._replace(**{ATTENTION_READS[kind]: False})
@@ -143,10 +144,10 @@ def _streams_differ(model: nn.Module) -> bool:
     return ranks is not None and ranks.local > 1 and not schedule.is_dense
 
 
-def _check_size(matrix: str, rows: int, columns: int, of: str = "", setting: str = "fp8") -> None:
+def _check_size(matrix: str, rows: int, columns: int, of: str = "a process", setting: str = "fp8") -> None:
     if rows % MULTIPLE or columns % MULTIPLE:
-        raise UserError(f"{setting} needs matrices whose sizes are multiples of {MULTIPLE}, and on a process "
-                        f"{matrix} has {rows} x {columns}{of}: choose other sizes, or leave {setting} out")
+        raise UserError(f"{setting} needs matrices whose sizes are multiples of {MULTIPLE}, and on {of} "
+                        f"{matrix} has {rows} x {columns}: choose other sizes, or leave {setting} out")
 
 
 def layers_of(model: nn.Module) -> list[Float8Linear]:

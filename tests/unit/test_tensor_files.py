@@ -44,7 +44,7 @@ STATES = [  # what is changed in an optimizer's state, words of the error
     (lambda s: {k: v for k, v in s.items() if not k.endswith(".exp_avg")}, "entries differ"),
     (lambda s: {}, "entries differ"),
     (lambda s: s | {"transformer.x.exp_avg": torch.zeros(3)}, "such as 'transformer.x.exp_avg'"),
-    (lambda s: s | {f"{WEIGHT}.max_exp_avg_sq": torch.zeros(128, 32)}, "resume with the --optimizer of the run"),
+    (lambda s: s | {f"{WEIGHT}.max_exp_avg_sq": torch.zeros(128, 32)}, "with the --optimizer of the run"),
 ]
 
 
