@@ -149,6 +149,8 @@ _linear_gelu_backward.register_fake(lambda grad, w_out, kept, keep, has_bias: _e
 if triton is not None:
     import triton.language as tl
 
+    from kernels.relu_squared import tile_product
+
     @triton.jit
     def _kernel(
         a_desc,  # (N, C): x; if BACKWARD, gradient of out
@@ -165,13 +167,7 @@ if triton is not None:
         tiles = (N + BLOCK_M - 1) // BLOCK_M * across
         for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
             row, column = tile // across * BLOCK_M, tile % across * BLOCK_N
-            sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for k in range(0, C, BLOCK_K):  # TMA loads 0 outside a tensor, and stores nothing there
-                a = a_desc.load([row, k])
-                if BACKWARD:
-                    sums = tl.dot(a, b_desc.load([k, column]), sums)
-                else:
-                    sums = tl.dot(a, b_desc.load([column, k]).T, sums)
+            sums = tile_product(a_desc, b_desc, row, column, C, BACKWARD, BLOCK_M, BLOCK_N, BLOCK_K)
             # a part of a tile at a time, as shared memory also has the operands in flight
             left, right = _halves(sums)
             for half in tl.static_range(2):

@@ -138,6 +138,19 @@ if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     @triton.jit
+    def tile_product(a_desc, b_desc, row, column, C: tl.constexpr, PLAIN: tl.constexpr,
+                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+        """Compute a tile in fp32: of a @ b.T, for a (N, C) and b (H, C), or with PLAIN of a @ b, b (C, H)."""
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, C, BLOCK_K):  # TMA loads 0 outside a tensor, and stores nothing there
+            a = a_desc.load([row, k])
+            if PLAIN:
+                sums = tl.dot(a, b_desc.load([k, column]), sums)
+            else:
+                sums = tl.dot(a, b_desc.load([column, k]).T, sums)
+        return sums
+
+    @triton.jit
     def _kernel(
         a_desc,  # (N, C): x; if BACKWARD, gradient of out
         b_desc,  # (H, C): w_in; if BACKWARD, (C, H): w_out
@@ -150,13 +163,7 @@ if triton is not None:
         tiles = (N + BLOCK_M - 1) // BLOCK_M * across
         for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
             row, column = tile // across * BLOCK_M, tile % across * BLOCK_N
-            sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for k in range(0, C, BLOCK_K):  # TMA loads 0 outside a tensor, and stores nothing there
-                a = a_desc.load([row, k])
-                if BACKWARD:
-                    sums = tl.dot(a, b_desc.load([k, column]), sums)
-                else:
-                    sums = tl.dot(a, b_desc.load([column, k]).T, sums)
+            sums = tile_product(a_desc, b_desc, row, column, C, BACKWARD, BLOCK_M, BLOCK_N, BLOCK_K)
             # half a tile at a time, as shared memory also has the operands in flight
             left, right = sums.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
             _end(left, y_desc, out_desc, row, column, BACKWARD)
