@@ -4,6 +4,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 import time
 
@@ -13,6 +14,10 @@ class StopSignal:
 
     A second signal ends the process at once. A signal that is ignored, e.g. under nohup, stays ignored. A
     thread receives the signals, because the main thread may wait for processes that no longer respond.
+
+    All other threads that start from now on block the signals, and so do the child processes of these
+    threads, because a child inherits the mask. `timeout`, Ctrl-C, torchrun and Slurm signal all processes of
+    a run. A compile worker or a compiler that ended then would fail the run, or make it wait forever.
     """
 
     # a scheduler sends a warning some time before the signal that ends a job, so a warning never ends it
@@ -28,13 +33,16 @@ class StopSignal:
         reads, writes = os.pipe()
         os.set_blocking(writes, False)
         signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-        for number in self.SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: None)
-        threading.Thread(target=self._read, args=(reads,), name="signals", daemon=True).start()
+        handled = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        for number in handled:
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._read, args=(reads, handled), name="signals", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+        end_compile_workers()  # those started before do not block the signals
         StopSignal.installed = self
 
-    def _read(self, reads: int) -> None:
+    def _read(self, reads: int, handled: list[int]) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
         while number := os.read(reads, 1):
             if number[0] in self.SIGNALS:
                 self.ask(number[0])
@@ -63,6 +71,14 @@ class StopSignal:
             if self._answer and select.select([], [2], [], 0)[1]:
                 bar = b"\n" if os.isatty(2) else b""  # a bar may end in the middle of a line
                 os.write(2, bar + self._answer.encode() + b"\n")
+
+
+def end_compile_workers() -> None:
+    """End the processes and threads in which PyTorch compiles; the next compilation starts new ones."""
+    compiling = sys.modules.get("torch._inductor.async_compile")
+    if compiling is not None:
+        compiling.shutdown_compile_workers()
+        compiling.AsyncCompile.pool.cache_clear()  # threads, which start C++ compilers
 
 
 def status_after(error: BaseException, status: str) -> str:
