@@ -3,8 +3,8 @@
     run = Run(config, processes, kinds, own)      # lock out_dir; find the checkpoint to resume
     run.check_data(data)
     run.restore(model, optimizer, scaler)         # exits if nothing is left to train
-    run.open()                                    # files are written from here on
-    run.begin(loader, kind=...)                   # random states, signals, saver
+    run.open()                                    # writes files and handles signals from here on
+    run.begin(loader, kind=...)                   # random states, saver
     for it in run.iterations():
         if run.due(eval_interval):                # False while stopping; remembers what was skipped
             run.evaluated(losses, lr)
@@ -36,7 +36,7 @@ from nanosync.model_kind import ModelKind
 from nanosync.optimizer_state import load_state_by_name
 from nanosync.random_states import resume_random_states, seed_random_states
 from nanosync.resuming import check_same_data, load_scaler, start_from
-from nanosync.signals import StopSignal, status_after
+from nanosync.signals import StopSignal, answer_of, status_after
 from nanosync.training_logger import Stopwatch, TrainingLogger
 
 
@@ -103,18 +103,22 @@ class Run:
             raise SystemExit(0)
 
     def open(self, source: str | None = None) -> None:
-        """Write files from here on, and print the settings. source: path of a script to copy into the log."""
+        """Print the settings; write files and handle signals from here on. source: script, for the log."""
         if self.writes:
             barrier(self.processes.group)  # wait until all processes have read their weights
             self._lock = self.on_main(lambda: run_dir.open_out_dir(self, self._lock, source))
             before_exit.append(lambda error: self._close(status_after(error, self.status)))
         self.line("settings, with where they differ from the script's:\n" + self.config.table())
+        if not self.config.get("eval_only"):  # before the first compilation, see StopSignal
+            answer = answer_of(self.config.get("save_checkpoint", True)) if self.processes.main else ""
+            self.signals = StopSignal(answer)
+            barrier(self.processes.group)  # all have handlers: a signal would end a process without one
 
     def begin(self, loader: DataLoader, tokens: int, flops: float = 0.0, dtype=None,
               shared_generator: torch.Generator | None = None, *, kind: str, random_states: bool = True,
               progress: bool = True, extra_state: Callable[[], dict] = dict,
               extra_status: Callable[[], dict] = dict) -> None:
-        """Set the random states, and start the saver and the signal handlers.
+        """Set the random states, and start the saver.
 
         kind: kind of the model; tokens, flops: of an update, over all processes.
         dtype: dtype of matrix products, for MFU; None for a script that does not report MFU here.
@@ -128,17 +132,14 @@ class Run:
             seed_random_states(config["seed"] + processes.rank)
         self.shared_generator, self.kind, self.tokens = shared_generator, kind, tokens
         self.extra_state, self._extra_status, self.loader = extra_state, extra_status, loader
-        self._epoch = loader.epoch
+        self._epoch, self.stopwatch = loader.epoch, Stopwatch()
         if self.resumed is not None and random_states:
             resume_random_states(self.resumed, processes, shared_generator, self.line)
         peak = peak_flops(processes.device, dtype) if dtype is not None else None
         self._mfu_per_second = None if peak is None else flops / (peak * processes.world_size)
         protected = (self.resumed.step,) if self.continues else ()
         self.saver = Saver(config["out_dir"], config["keep_checkpoints"], protected, self.log)
-        saves = "saving" if config.get("save_checkpoint", True) else "ending"
-        answer = f"finishing this step, then {saves}; again to end at once" if processes.main else ""
-        self.signals, self.stopwatch = StopSignal(answer), Stopwatch()
-        barrier(processes.group)  # all have handlers: a signal would end a process without one
+        self.stop_anywhere()  # asked to stop while the model was compiled
         if progress:
             self.log.begin(self.first_step, self.last_step)
         self.write_status("running")
@@ -167,10 +168,8 @@ class Run:
         return due and not self.stopping
 
     def is_due(self, interval: int) -> bool:
-        """Return True every `interval` steps and at the end, even while the run is stopping.
-
-        Return False at the first step of a resumed run if the checkpoint was saved after its evaluation.
-        """
+        """Return True every `interval` steps and at the end, even while the run is stopping. Return False at
+        the first step of a resumed run if the checkpoint was saved after its evaluation."""
         done = self.step == self.first_step and self.was_evaluated
         return interval > 0 and not done and (self.step % interval == 0 or self.step == self.last_step)
 

@@ -73,6 +73,11 @@ class StopSignal:
                 os.write(2, bar + self._answer.encode() + b"\n")
 
 
+def answer_of(saves: bool) -> str:
+    """Return the answer to the first request. saves: True if the run saves a checkpoint then."""
+    return f"finishing this step, then {'saving' if saves else 'ending'}; again to end at once"
+
+
 def end_compile_workers() -> None:
     """End the processes and threads in which PyTorch compiles; the next compilation starts new ones."""
     compiling = sys.modules.get("torch._inductor.async_compile")

@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 
+from configurator import Config
 from nanosync import run
 from nanosync.distributed import Processes
 from nanosync.signals import StopSignal
@@ -61,11 +62,14 @@ def test_no_process_trains_before_all_handle_signals(monkeypatch):
     monkeypatch.setattr(run, "StopSignal", lambda answer: order.append("handlers"))
     monkeypatch.setattr(run, "barrier", lambda group: order.append("barrier"))
     monkeypatch.setattr(run, "before_exit", [])
-    begun = types.SimpleNamespace(processes=one, resumed=None, continues=False,
-                                  config={"out_dir": "out", "keep_checkpoints": 1},
-                                  log=TrainingLogger(False), write_status=order.append)
+    monkeypatch.setattr(Config, "table", str)
+    config = Config({"out_dir": "out", "keep_checkpoints": 1}, {})
+    begun = types.SimpleNamespace(processes=one, resumed=None, continues=False, config=config, writes=False,
+                                  log=TrainingLogger(False), line=len, write_status=order.append,
+                                  stop_anywhere=lambda: order.append("agreed"))
+    run.Run.open(begun)
     run.Run.begin(begun, types.SimpleNamespace(epoch=0), 1, kind="gpt", random_states=False, progress=False)
-    assert order == ["handlers", "barrier", "running"]
+    assert order == ["handlers", "barrier", "agreed", "running"]
 
 
 @pytest.mark.parametrize("error, before, status", [
@@ -81,7 +85,7 @@ def test_a_run_that_ends_before_its_first_step_says_how(error, before, status, m
                                 close=lambda status, **fields: said.append(status))
     opened = run.Run.__new__(run.Run)
     vars(opened).update(writes=True, _lock=None, processes=Processes(0, 1, 0, torch.device("cpu"), None),
-                        config=types.SimpleNamespace(table=str), line=len, log=log, status=before, step=0,
+                        config=types.SimpleNamespace(table=str, get=bool), line=len, log=log, status=before, step=0,
                         saver=None, tokens=0, best_val_loss=0.0, last_step=9, _extra_status=dict, _job={})
     opened.open()
     for hook in hooks:
