@@ -85,8 +85,9 @@ def test_a_run_that_ends_before_its_first_step_says_how(error, before, status, m
                                 close=lambda status, **fields: said.append(status))
     opened = run.Run.__new__(run.Run)
     vars(opened).update(writes=True, _lock=None, processes=Processes(0, 1, 0, torch.device("cpu"), None),
-                        config=types.SimpleNamespace(table=str, get=bool), line=len, log=log, status=before, step=0,
-                        saver=None, tokens=0, best_val_loss=0.0, last_step=9, _extra_status=dict, _job={})
+                        config=types.SimpleNamespace(table=str, get=bool), line=len, log=log, status=before,
+                        step=0, saver=None, tokens=0, best_val_loss=0.0, last_step=9, _extra_status=dict,
+                        _job={})
     opened.open()
     for hook in hooks:
         hook(error)
