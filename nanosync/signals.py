@@ -82,8 +82,9 @@ def end_compile_workers() -> None:
     """End the processes and threads in which PyTorch compiles; the next compilation starts new ones."""
     compiling = sys.modules.get("torch._inductor.async_compile")
     if compiling is not None:
-        compiling.shutdown_compile_workers()
-        compiling.AsyncCompile.pool.cache_clear()  # threads, which start C++ compilers
+        with contextlib.suppress(AttributeError):  # private names of PyTorch 2.11 to 2.13
+            compiling.shutdown_compile_workers()
+            compiling.AsyncCompile.pool.cache_clear()  # threads, which start C++ compilers
 
 
 def status_after(error: BaseException, status: str) -> str:
