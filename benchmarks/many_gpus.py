@@ -16,7 +16,6 @@ succeeded and no check has failed, else 1.
 
 import glob
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -24,18 +23,17 @@ import sys
 import time
 from dataclasses import dataclass
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)  # before this folder, whose kernels.py would hide the package kernels
+# before this folder, whose kernels.py would hide the package kernels
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from benchmarks import many_gpus_tables as tables  # noqa: E402
-from configurator import Config, check_at_least, check_choice, configure, script_defaults  # noqa: E402
-from nanosync.errors import UserError  # noqa: E402
-from nanosync.files import check_can_write, dataset_folder, read_json, replace_file, write_result  # noqa: E402
-from nanosync.folder_lock import lock_folder  # noqa: E402
-from nanosync.hardware import environment  # noqa: E402
+from benchmarks import many_gpus_records as records
+from configurator import Config, check_at_least, check_choice, configure, script_defaults
+from nanosync.errors import UserError
+from nanosync.files import check_can_write, dataset_folder, read_json, replace_file, write_result
+from nanosync.folder_lock import lock_folder
 
 # -----------------------------------------------------------------------------
 part = ""  # 'speedrun', 'decode', 'scaling' or 'resume'
@@ -52,6 +50,7 @@ OWN = ("part", "out", "gpus", "limit", "only", "peer", "peer_seconds", "target",
        "widths")  # settings that jobs do not get as they are
 PARTS = {"speedrun": ("train_gpt_fast.py", "train_gpt.py"), "decode": ("bench.py",), "scaling": ("bench.py",),
          "resume": ("train.py",)}  # part -> its scripts
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SUPERVISOR = os.path.join(ROOT, "experiments", "supervise.py")
 XL = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "warmup": 1}  # scaling: GPT-2 XL
 STEPS, SAVED = 40, 20  # resume: steps of a whole run, and the step from which the others resume
@@ -159,7 +158,7 @@ def scaling_jobs(config: Config) -> list[Job]:
     small = {"batch_size": 64, "rounds": 5, "steps": 6}
     large = XL | {"batch_size": 8, "rounds": 5, "steps": 3}
     add("124M-ddp", 90, small, "train")
-    add("124M-strategies", 110, small, "train", compare="ddp,zero1,fsdp,fsdp+40M")
+    add("124M-strategies", 100, small, "train", compare="ddp,zero1,fsdp+40M")
     add("XL-ddp", 120, large, "train")
     add("XL-strategies", 130, large, "memory", compare="ddp,zero1,fsdp+120M")
     for strategy in ("ddp", "zero1", "fsdp") if config["device"] != "cpu" else ():
@@ -185,7 +184,7 @@ def resume_jobs(config: Config) -> list[Job]:
     def add(strategy: str, kind: str, n: int, last: int, source: str = "", step: int = 0) -> None:
         name, fixed = f"{strategy}-{kind}", common | strategies[strategy] | {"max_iters": last}
         if n == 1:  # nothing is sharded
-            fixed = {key: value for key, value in fixed.items() if not key.startswith("use_")}
+            fixed = {key: value for key, value in fixed.items() if not key.startswith(("use_", "fsdp"))}
         fixed |= {"out_dir": place(config, name)} | ({"tp_processes": n} if strategy == "tp" else {})
         if source:
             fixed["resume"] = os.path.join(place(config, source), "ckpt", f"step-{step:08}")
@@ -239,42 +238,6 @@ def supervise(config: Config, job: Job, seconds: float) -> dict:
     return read_json(report)
 
 
-def record_of(config: Config, job: Job, report: dict) -> dict:
-    """Make the record of a job that has ended."""
-    with open(place(config, job.name, ".log"), encoding="utf-8", errors="replace") as f:
-        text = f.read()
-    problem, figures = None, None
-    if report["ended_by"] != "itself":
-        problem = f"ended after {report['seconds']:.0f} s by {report['ended_by']}"
-    elif report["code"] != 0:
-        lines = [line for line in text.splitlines() if line.strip()] or ["no output"]
-        errors = [line for line in lines if re.match(r"error\b|\S*Error: ", line)]
-        problem = f"exit code {report['code']}: {(errors or lines[-1:])[0]}"
-    else:
-        try:
-            figures = tables.READERS[config["part"]](place(config, job.name), text)
-        except (OSError, ValueError, KeyError, IndexError) as e:
-            problem = f"no figures: {type(e).__name__}: {e}"
-    versions = environment(torch.device("cpu"))
-    del versions["device"]
-    return {"command": job.shown(config), "seconds": report["seconds"], "problem": problem,
-            "figures": figures, "environment": versions}
-
-
-def finished(config: Config, job: Job) -> dict | None:
-    """Return the record of a job that succeeded earlier, None without one. Raises UserError."""
-    path = place(config, job.name, ".json")
-    try:
-        record = read_json(path) if os.path.exists(path) else None
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e}: delete it to run the job again") from None
-    if record is None or record["problem"] is not None:
-        return None
-    if record["command"] != job.shown(config):
-        raise UserError(f"{path} is the result of other settings: name another folder with --out=...")
-    return record
-
-
 def check_settings(config: Config) -> None:
     """Raise UserError for wrong settings, before anything is written. Settle the number of GPUs."""
     check_choice(config, "part", tuple(PARTS))
@@ -304,26 +267,25 @@ def main(config: Config) -> int:
     chosen = config["only"].split(",") if config["only"] else names
     if unknown := [name for name in chosen if name not in names]:
         raise UserError(f"only={config['only']!r} has {unknown[0]!r}, and the jobs are {', '.join(names)}")
-    records = {job.name: finished(config, job) for job in jobs}
+    found = {job.name: records.finished(place(config, job.name), job.shown(config)) for job in jobs}
     lock_folder(config["out"], "out")  # until the end of this process
-    for job in (job for job in jobs if records[job.name] is None):
+    for job in (job for job in jobs if found[job.name] is None):
         left = config["limit"] - (time.monotonic() - started)
         if job.name not in chosen:
-            problem = "not run"
-        elif job.needs and records[job.needs]["problem"]:
-            problem = f"not run: {job.needs} is missing"
+            found[job.name] = records.missing("not run")
+        elif job.needs and found[job.needs]["problem"]:
+            found[job.name] = records.missing(f"not run: needs {job.needs}")
         elif config["limit"] and job.seconds > left:
-            problem = f"not run: it takes {job.seconds:.0f} s, and {max(left, 0):.0f} s were left"
+            found[job.name] = records.missing(f"not run: takes {job.seconds:.0f} s, {left:.0f} s were left")
         else:
             print(f"{job.name}, about {job.seconds:.0f} s: {job.shown(config)}", flush=True)
             prepare(config, job)
-            record = record_of(config, job, supervise(config, job, left if config["limit"] else 0))
-            write_result(place(config, job.name, ".json"), record)
-            problem, records[job.name] = record["problem"], record
-            print(f"    {record['seconds']:.0f} s, {problem or 'done'}", flush=True)
-        records[job.name] = records[job.name] or {"problem": problem, "figures": None}
-    lines, good = tables.TABLES[config["part"]](config, records)
-    problems = [f"{name}: {record['problem']}" for name, record in records.items() if record["problem"]]
+            report, stem = supervise(config, job, left if config["limit"] else 0), place(config, job.name)
+            found[job.name] = records.record_of(config["part"], stem, job.shown(config), report)
+            write_result(f"{stem}.json", found[job.name])
+            print(f"    {report['seconds']:.0f} s, {found[job.name]['problem'] or 'done'}", flush=True)
+    lines, good = records.TABLES[config["part"]](config, found)
+    problems = [f"{name}: {record['problem']}" for name, record in found.items() if record["problem"]]
     replace_file(place(config, "table", ".md"), "\n".join([*lines, *problems, ""]).encode())
     print("", *lines, *problems, sep="\n")
     return 0 if good and not problems else 1

@@ -1,19 +1,63 @@
-"""Figures of the jobs of many_gpus.py, and their tables.
+"""Records of the jobs of many_gpus.py, and the tables made of them.
 
-A reader gets the path of a job's files in `out`, without ending, and what the job printed; it returns the
-figures of the job's record. It raises OSError, ValueError, KeyError or IndexError if there are none. A table
-gets the settings and the records by name of job; it returns its lines, and True if no check has failed.
+The stem of a job is the path of its files in `out`, without ending. A reader gets the stem and what the job
+printed, and returns the figures of its record. It raises OSError, ValueError, KeyError or IndexError if there
+are none. A table gets the settings and the records by name of job, and returns its lines, and True if no
+check has failed.
 """
 
 import os
 import re
 
+import torch
+
+from nanosync.errors import UserError
 from nanosync.files import read_json, sha256_of
+from nanosync.hardware import environment
 from nanosync.run_log import read_log
 
 BARS = {"124M": 0.98, "XL": 0.95}  # least share of N times one GPU
 ELASTIC = 0.05  # largest difference of a loss on fewer processes; two runs in bf16 differ by up to 0.02
 GB = 2**30
+
+
+def missing(problem: str) -> dict:
+    """Make the record of a job that has not run."""
+    return {"problem": problem, "figures": None}
+
+
+def finished(stem: str, command: str) -> dict | None:
+    """Return the record of a job that has succeeded, None without one. Raises UserError."""
+    try:
+        record = read_json(f"{stem}.json") if os.path.exists(f"{stem}.json") else missing("not run")
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {stem}.json: {e}: delete it to run the job again") from None
+    if record["problem"] is not None:
+        return None
+    if record["command"] != command:
+        raise UserError(f"{stem}.json is the result of other settings: name another folder with --out=...")
+    return record
+
+
+def record_of(part: str, stem: str, command: str, report: dict) -> dict:
+    """Make the record of a job that has ended. report: of experiments/supervise.py."""
+    with open(f"{stem}.log", encoding="utf-8", errors="replace") as f:
+        text = f.read()
+    problem, figures = None, None
+    if report["ended_by"] != "itself":
+        problem = f"ended after {report['seconds']:.0f} s by {report['ended_by']}"
+    elif report["code"] != 0:
+        lines = [line for line in text.splitlines() if line.strip()] or ["no output"]
+        errors = [line for line in lines if re.match(r"error\b|\S*Error: ", line)]
+        problem = f"exit code {report['code']}: {(errors or lines[-1:])[0]}"
+    else:
+        try:
+            figures = READERS[part](stem, text)
+        except (OSError, ValueError, KeyError, IndexError) as e:
+            problem = f"no figures in {os.path.basename(stem)}.log: {type(e).__name__}: {e}"
+    versions = {key: value for key, value in environment(torch.device("cpu")).items() if key != "device"}
+    return {"command": command, "seconds": report["seconds"], "problem": problem, "figures": figures,
+            "environment": versions}
 
 
 def read_speedrun(stem: str, text: str) -> dict:
@@ -43,7 +87,9 @@ def read_resume(stem: str, text: str) -> dict:
 
 
 def markdown(header: list, rows: list[list]) -> list[str]:
-    return ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)] + [""]
+    """Return the lines of a table, none without rows."""
+    rows = [header, ["---"] * len(header), *rows, []] if rows else []
+    return ["| " + " | ".join(map(str, row)) + " |" if row else "" for row in rows]
 
 
 def figures_of(records: dict, name: str) -> dict | None:
@@ -107,9 +153,10 @@ def scaling_table(config: dict, records: dict) -> tuple[list[str], bool]:
                 speed.append([size, name, f"{tokens:,.0f}", f"{share:.3f}",
                               f">= {bar}" + ": missed" * (share < bar)])
     for row in (figures_of(records, "XL-strategies") or {"rows": []})["rows"]:
-        held, peak = row["bytes"]["held"], row["bytes"]["peak"]
-        memory.append([row["name"], f"{held / GB:.2f}", f"{row['predicted'] / GB:.2f}",
-                       f"{held / row['predicted']:.3f}", f"{peak / GB:.2f}"])
+        held, peak, formula = row["bytes"]["held"], row["bytes"]["peak"], row["predicted"]
+        if held:  # PyTorch counts on GPUs only
+            memory.append([row["name"], f"{held / GB:.2f}", f"{formula / GB:.2f}", f"{held / formula:.3f}",
+                           f"{peak / GB:.2f}"])
     for name in (name for name in records if name.startswith("largest-")):
         row = (figures_of(records, name) or {"rows": [{"largest": {"layers": None}}]})["rows"][0]
         best = row["largest"]
