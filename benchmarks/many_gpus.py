@@ -14,6 +14,7 @@ H200) does not fit, and a job that reaches the limit is ended. The exit code is 
 succeeded and no check has failed, else 1.
 """
 
+import functools
 import glob
 import os
 import shlex
@@ -51,7 +52,6 @@ OWN = ("part", "out", "gpus", "limit", "only", "peer", "peer_seconds", "target",
 PARTS = {"speedrun": ("train_gpt_fast.py", "train_gpt.py"), "decode": ("bench.py",), "scaling": ("bench.py",),
          "resume": ("train.py",)}  # part -> its scripts
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SUPERVISOR = os.path.join(ROOT, "experiments", "supervise.py")
 XL = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "warmup": 1}  # scaling: GPT-2 XL
 STEPS, SAVED = 40, 20  # resume: steps of a whole run, and the step from which the others resume
 
@@ -79,7 +79,9 @@ class Job:
         return f"{start} {text}".replace(config["out"] + os.sep, "")
 
 
-# ---- jobs of each part
+@functools.cache
+def settings_of(script: str) -> frozenset:
+    return frozenset(script_defaults(os.path.join(ROOT, script)))
 
 
 def value_of(config: Config, name: str, default):
@@ -98,11 +100,10 @@ def make_job(config: Config, name: str, processes: int, script: str, seconds: fl
 
     sizes: settings that arguments and config files may replace. fixed: further settings.
     """
-    known = script_defaults(os.path.join(ROOT, script))
     given = {key: config[key] for key, origin in config.origin.items()
-             if origin and key in known and key not in OWN}
+             if origin and key in settings_of(script) and key not in OWN}
     if wrong := [key for key in given if key in fixed and config.origin[key] == "command line"]:
-        raise UserError(f"{wrong[0]} is set by the jobs of part {config['part']}: leave it out")
+        raise UserError(f"{wrong[0]} is fixed in part {config['part']}: leave it out")
     settings = sizes | given | fixed | ({"device": "cpu"} if config["device"] == "cpu" else {})
     arguments = tuple(f"--{key}={value}" for key, value in settings.items())
     return Job(name, processes, os.path.join(ROOT, script), arguments, seconds, needs)
@@ -111,8 +112,10 @@ def make_job(config: Config, name: str, processes: int, script: str, seconds: fl
 def speedrun_jobs(config: Config) -> list[Job]:
     """Make the jobs of full runs on FineWeb: the fast script, the peer, the baseline."""
     N, jobs = config["gpus"], []
-    for name, script, gpu_seconds in (("fast", "train_gpt_fast.py", 900), ("base", "train_gpt.py", 4900)):
-        jobs.append(make_job(config, name, N, script, 100 + gpu_seconds / N, {"dataset": "fineweb10B"},
+    for name, script, steps, ms in (("fast", "train_gpt_fast.py", 1490, 600),
+                                    ("base", "train_gpt.py", 5100, 950)):  # ms: of a step on one GPU
+        seconds = 100 + value_of(config, "num_iterations", steps) * ms / 1e3 / N
+        jobs.append(make_job(config, name, N, script, seconds, {"dataset": "fineweb10B"},
                              {"out_dir": place(config, name), "save_checkpoint": False}))
     if config["peer"]:
         shards_of(config, "train"), shards_of(config, "val")
@@ -205,9 +208,6 @@ def resume_jobs(config: Config) -> list[Job]:
 JOBS = {"speedrun": speedrun_jobs, "decode": decode_jobs, "scaling": scaling_jobs, "resume": resume_jobs}
 
 
-# ---- running
-
-
 def prepare(config: Config, job: Job) -> None:
     """Empty a job's folder, and write what the job reads."""
     shutil.rmtree(place(config, job.name), ignore_errors=True)
@@ -231,11 +231,15 @@ def prepare(config: Config, job: Job) -> None:
 def supervise(config: Config, job: Job, seconds: float) -> dict:
     """Run a job, for at most so many seconds (0: no limit); return the report of supervise.py."""
     report = os.path.abspath(place(config, job.name, ".report"))
-    command = [sys.executable, SUPERVISOR, report, str(seconds), *job.command()]
+    supervisor = os.path.join(ROOT, "experiments", "supervise.py")
+    command = [sys.executable, supervisor, report, str(seconds), *job.command()]
     with open(place(config, job.name, ".log"), "wb") as output:
         # the supervisor ends all processes of the job when the pipe closes, which happens when this one ends
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=job.cwd).wait()
-    return read_json(report)
+    try:
+        return read_json(report)
+    finally:
+        os.remove(report)
 
 
 def check_settings(config: Config) -> None:
@@ -252,25 +256,23 @@ def check_settings(config: Config) -> None:
         raise UserError(f"gpus={n}, and {there} are visible: this script measures two or more")
     if config["peer"] and not os.path.isfile(path := shlex.split(config["peer"])[0]):
         raise UserError(f"peer={path!r} is no file: give the path of a training script")
-    scripts = PARTS[config["part"]]
-    known = set(OWN).union(*(script_defaults(os.path.join(ROOT, script)) for script in scripts))
+    known = set(OWN).union(*map(settings_of, PARTS[config["part"]]))
     if wrong := [key for key, origin in config.origin.items() if origin and key not in known]:
-        raise UserError(f"{wrong[0]} is no setting of the scripts of part {config['part']}, "
-                        f"{' and '.join(scripts)}: leave it out")
+        raise UserError(f"{wrong[0]} is no setting of {' or '.join(PARTS[config['part']])}: leave it out")
     check_can_write(config["out"], "out")
 
 
 def main(config: Config) -> int:
     """Run the jobs of a part that `out` does not have; print the table and return the exit code."""
     jobs, started = JOBS[config["part"]](config), time.monotonic()
-    names = [job.name for job in jobs]
-    chosen = config["only"].split(",") if config["only"] else names
-    if unknown := [name for name in chosen if name not in names]:
-        raise UserError(f"only={config['only']!r} has {unknown[0]!r}, and the jobs are {', '.join(names)}")
+    chosen = config["only"].split(",") if config["only"] else [job.name for job in jobs]
+    if unknown := set(chosen) - {job.name for job in jobs}:
+        raise UserError(f"only={config['only']!r} has {min(unknown)!r}, and the jobs are "
+                        f"{', '.join(job.name for job in jobs)}")
     found = {job.name: records.finished(place(config, job.name), job.shown(config)) for job in jobs}
-    lock_folder(config["out"], "out")  # until the end of this process
+    lock = lock_folder(config["out"], "out")
     for job in (job for job in jobs if found[job.name] is None):
-        left = config["limit"] - (time.monotonic() - started)
+        left = max(0.0, config["limit"] - (time.monotonic() - started))
         if job.name not in chosen:
             found[job.name] = records.missing("not run")
         elif job.needs and found[job.needs]["problem"]:
@@ -288,6 +290,7 @@ def main(config: Config) -> int:
     problems = [f"{name}: {record['problem']}" for name, record in found.items() if record["problem"]]
     replace_file(place(config, "table", ".md"), "\n".join([*lines, *problems, ""]).encode())
     print("", *lines, *problems, sep="\n")
+    os.close(lock)
     return 0 if good and not problems else 1
 
 
