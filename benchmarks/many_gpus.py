@@ -32,8 +32,8 @@ import torch
 
 from benchmarks import many_gpus_records as records
 from configurator import Config, check_at_least, check_choice, configure, script_defaults
+from nanosync import files
 from nanosync.errors import UserError
-from nanosync.files import check_can_write, dataset_folder, read_json, replace_file, write_result
 from nanosync.folder_lock import lock_folder
 
 # -----------------------------------------------------------------------------
@@ -53,6 +53,7 @@ PARTS = {"speedrun": ("train_gpt_fast.py", "train_gpt.py"), "decode": ("bench.py
          "resume": ("train.py",)}  # part -> its scripts
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 XL = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "warmup": 1}  # scaling: GPT-2 XL
+settings_of = functools.cache(script_defaults)  # a script's path -> its settings
 STEPS, SAVED = 40, 20  # resume: steps of a whole run, and the step from which the others resume
 
 
@@ -66,7 +67,6 @@ class Job:
     arguments: tuple
     seconds: float  # expected duration
     needs: str = ""  # name of a job that must have succeeded before
-    cwd: str | None = None  # folder to run in; None: the present one
 
     def command(self) -> list[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}", "--"]
@@ -77,11 +77,6 @@ class Job:
         start = f"torchrun --standalone --nproc_per_node={self.processes}" if self.processes > 1 else "python"
         text = shlex.join([os.path.basename(self.script), *self.arguments])
         return f"{start} {text}".replace(config["out"] + os.sep, "")
-
-
-@functools.cache
-def settings_of(script: str) -> frozenset:
-    return frozenset(script_defaults(os.path.join(ROOT, script)))
 
 
 def value_of(config: Config, name: str, default):
@@ -101,7 +96,7 @@ def make_job(config: Config, name: str, processes: int, script: str, seconds: fl
     sizes: settings that arguments and config files may replace. fixed: further settings.
     """
     given = {key: config[key] for key, origin in config.origin.items()
-             if origin and key in settings_of(script) and key not in OWN}
+             if origin and key in settings_of(os.path.join(ROOT, script)) and key not in OWN}
     if wrong := [key for key in given if key in fixed and config.origin[key] == "command line"]:
         raise UserError(f"{wrong[0]} is fixed in part {config['part']}: leave it out")
     settings = sizes | given | fixed | ({"device": "cpu"} if config["device"] == "cpu" else {})
@@ -117,17 +112,21 @@ def speedrun_jobs(config: Config) -> list[Job]:
         seconds = 100 + value_of(config, "num_iterations", steps) * ms / 1e3 / N
         jobs.append(make_job(config, name, N, script, seconds, {"dataset": "fineweb10B"},
                              {"out_dir": place(config, name), "save_checkpoint": False}))
-    if config["peer"]:
-        shards_of(config, "train"), shards_of(config, "val")
-        path, *arguments = shlex.split(config["peer"])
-        jobs.insert(1, Job("peer", N, os.path.abspath(path), tuple(arguments),
-                           config["peer_seconds"] or 300 + 1350 / N, cwd=place(config, "peer")))
+    try:
+        path, *arguments = shlex.split(config["peer"]) or [""]
+    except ValueError as e:
+        raise UserError(f"peer={config['peer']!r} cannot be split into words: {e}") from None
+    if config["peer"] and not os.path.isfile(path):
+        raise UserError(f"peer={path!r} is no file: give the path of a training script")
+    if config["peer"] and shards_of(config, "train") and shards_of(config, "val"):
+        seconds = config["peer_seconds"] or 300 + 1350 / N
+        jobs.insert(1, Job("peer", N, os.path.abspath(path), tuple(arguments), seconds))
     return jobs
 
 
 def shards_of(config: Config, split: str) -> list[str]:
     """Return the paths of the data set's shards of a split. Raises UserError if there are none."""
-    folder = dataset_folder(value_of(config, "dataset", "fineweb10B"))
+    folder = files.dataset_folder(value_of(config, "dataset", "fineweb10B"))
     shards = sorted(glob.glob(os.path.join(glob.escape(folder), f"*_{split}_*.bin")))
     if not shards:
         raise UserError(f"{folder} has no shards *_{split}_*.bin, which a peer reads: prepare the data with "
@@ -212,7 +211,7 @@ def prepare(config: Config, job: Job) -> None:
     """Empty a job's folder, and write what the job reads."""
     shutil.rmtree(place(config, job.name), ignore_errors=True)
     if job.name == "peer":  # modded-nanogpt's scripts read shards of these names in their working directory
-        links = os.path.join(job.cwd, "data", "fineweb10B")
+        links = os.path.join(place(config, "peer"), "data", "fineweb10B")
         os.makedirs(links)
         for split in ("train", "val"):
             for i, shard in enumerate(shards_of(config, split), start=split == "train"):
@@ -225,19 +224,20 @@ def prepare(config: Config, job: Job) -> None:
         values = np.where(random.random(n) < noise, random.integers(4096, size=n), np.arange(n) % 64)
         for name in ("train.bin", "val.bin"):
             values.astype("<u2").tofile(os.path.join(tokens, name))
-        write_result(os.path.join(tokens, "meta.json"), {"vocab_size": 4096, "tokenizer": "none"})
+        files.write_result(os.path.join(tokens, "meta.json"), {"vocab_size": 4096, "tokenizer": "none"})
 
 
 def supervise(config: Config, job: Job, seconds: float) -> dict:
     """Run a job, for at most so many seconds (0: no limit); return the report of supervise.py."""
     report = os.path.abspath(place(config, job.name, ".report"))
-    supervisor = os.path.join(ROOT, "experiments", "supervise.py")
-    command = [sys.executable, supervisor, report, str(seconds), *job.command()]
+    command = [sys.executable, os.path.join(ROOT, "experiments", "supervise.py"), report, str(seconds)]
+    cwd = place(config, "peer") if job.name == "peer" else None
     with open(place(config, job.name, ".log"), "wb") as output:
         # the supervisor ends all processes of the job when the pipe closes, which happens when this one ends
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=job.cwd).wait()
+        subprocess.Popen(command + job.command(), stdin=subprocess.PIPE, stdout=output, stderr=output,
+                         cwd=cwd).wait()
     try:
-        return read_json(report)
+        return files.read_json(report)
     finally:
         os.remove(report)
 
@@ -248,18 +248,17 @@ def check_settings(config: Config) -> None:
     check_choice(config, "device", ("auto", "cuda", "cpu"))
     check_at_least(config, 0, "gpus", "limit", "peer_seconds")
     on_gpus, there = config["device"] != "cpu", torch.cuda.device_count()
-    if on_gpus and there == 0:
+    if on_gpus and not there:
         raise UserError("no GPU is visible: use a machine with GPUs, or try this script on gloo processes "
                         "with --device=cpu and small sizes")
     n = config["gpus"] = config["gpus"] or (there if on_gpus else 2)
     if n < 2 or (on_gpus and n > there):
         raise UserError(f"gpus={n}, and {there} are visible: this script measures two or more")
-    if config["peer"] and not os.path.isfile(path := shlex.split(config["peer"])[0]):
-        raise UserError(f"peer={path!r} is no file: give the path of a training script")
-    known = set(OWN).union(*map(settings_of, PARTS[config["part"]]))
+    known = set(OWN).union(*(settings_of(os.path.join(ROOT, name)) for name in PARTS[config["part"]]))
     if wrong := [key for key, origin in config.origin.items() if origin and key not in known]:
         raise UserError(f"{wrong[0]} is no setting of {' or '.join(PARTS[config['part']])}: leave it out")
-    check_can_write(config["out"], "out")
+    config["out"] = os.path.normpath(files.expand_path(config["out"]))
+    files.check_can_write(config["out"], "out")
 
 
 def main(config: Config) -> int:
@@ -284,11 +283,11 @@ def main(config: Config) -> int:
             prepare(config, job)
             report, stem = supervise(config, job, left if config["limit"] else 0), place(config, job.name)
             found[job.name] = records.record_of(config["part"], stem, job.shown(config), report)
-            write_result(f"{stem}.json", found[job.name])
+            files.write_result(f"{stem}.json", found[job.name])
             print(f"    {report['seconds']:.0f} s, {found[job.name]['problem'] or 'done'}", flush=True)
     lines, good = records.TABLES[config["part"]](config, found)
     problems = [f"{name}: {record['problem']}" for name, record in found.items() if record["problem"]]
-    replace_file(place(config, "table", ".md"), "\n".join([*lines, *problems, ""]).encode())
+    files.replace_file(place(config, "table", ".md"), "\n".join([*lines, *problems, ""]).encode())
     print("", *lines, *problems, sep="\n")
     os.close(lock)
     return 0 if good and not problems else 1

@@ -1,8 +1,8 @@
-"""Parts of benchmarks/many_gpus.py with tiny models. CPU, two real gloo processes; ten seconds.
+"""Parts of benchmarks/many_gpus.py with tiny models. CPU, two real gloo processes; about ten seconds.
 
     python -m pytest tests/processes/test_many_gpus_parts.py
 
-Jobs are forked here, for time, as in other tests; a job's command with torchrun itself is tested for one.
+The processes of a job are forked here, for time, as in other tests.
 """
 
 import sys
@@ -41,17 +41,23 @@ def run_part(tmp_path, monkeypatch):
     return run
 
 
-def test_resume_part(run_part):
-    code, table = run_part("resume", *SIZES, "--only=fsdp-whole,fsdp-again,fsdp-on-1")
-    assert "| fsdp | again | 20 losses, weights, moments, random states: equal bits | ok |" in table
-    assert "| fsdp | on-1 | 20 losses differ by up to " in table and "FAILED" not in table
+def test_resume_part(run_part, monkeypatch):
+    monkeypatch.setattr(many_gpus, "STEPS", 8)
+    monkeypatch.setattr(many_gpus, "SAVED", 4)
+    code, table = run_part("resume", *SIZES, "--eval_iters=2", "--only=fsdp-whole,fsdp-again,fsdp-on-1")
+    assert "| fsdp | again | 4 losses, weights, moments, random states: equal bits | ok |" in table
+    assert "| fsdp | on-1 | 4 losses differ by up to " in table and "FAILED" not in table
     assert code == 1 and "ddp-whole: not run" in table
 
 
-def test_scaling_and_decode_parts(run_part):
-    code, table = run_part("scaling", *SIZES, "--vocab_size=64", "--steps=1", "--rounds=1")
-    assert code == 0 and all(f"| {size} | {name} | " in table for size, name in (
-        ("124M", "ddp"), ("124M", "fsdp+40M"), ("XL", "one GPU"), ("XL", "zero1")))
-    code, table = run_part("decode", "--device=cpu", "--n_layer=2", "--widths=[128]", "--vocab_size=64",
-                           "--block_size=32", "--max_new_tokens=4", "--rounds=1")
-    assert code == 0 and table.count("| 128 | 1 | 2 | ") == 4 and "| 4 | 2 | 1 | 0 |" in table
+def test_scaling_part(run_part):
+    code, table = run_part("scaling", *SIZES, "--vocab_size=64", "--steps=1", "--rounds=1",
+                           "--only=XL-ddp,XL-strategies")
+    assert all(f"| XL | {name} | " in table for name in ("one GPU", "ddp", "zero1", "fsdp+120M"))
+    assert code == 1 and "124M-ddp: not run" in table
+
+
+def test_user_error_is_one_line(run_script, tmp_path):
+    done = run_script("benchmarks/many_gpus.py", "--part=speedrun", "--device=cpu", "--peer=record.py")
+    assert done.code == 2 and not list(tmp_path.iterdir())
+    assert done.err == "error: peer='record.py' is no file: give the path of a training script\n"

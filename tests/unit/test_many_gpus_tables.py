@@ -181,6 +181,7 @@ def test_jobs_fit_the_machine(settings, tmp_path):
     (["--part=bogus"], "part='bogus' is unknown: use speedrun, decode, scaling, resume"),
     (["--part=decode", "--gpus=1"], "gpus=1, and .* this script measures two or more"),
     (["--part=speedrun", "--peer=nothing.py --seed=1"], "peer='nothing.py' is no file: give the path"),
+    (["--part=speedrun", "--peer='nothing.py"], "peer=\"'nothing.py\" cannot be split into words"),
     (["--part=decode", "--max_iters=3"], "max_iters is no setting of bench.py: leave it out"),
     (["--part=decode", "--mode=train"], "mode is fixed in part decode: leave it out"),
     (["--part=resume", "--only=ddp"], "only='ddp' has 'ddp', and the jobs are ddp-whole, ddp-again"),
