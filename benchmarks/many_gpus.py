@@ -8,10 +8,9 @@ $ python benchmarks/many_gpus.py --part=resume --out=DIR     # bitwise resume; r
 Any setting of the part's scripts (see PARTS) is accepted, and goes to each of them that has it. So a try on
 two CPU processes is --device=cpu --compile=False with small sizes.
 
-DIR gets PART-JOB.json and PART-JOB.log of each job as it ends, and PART-table.md. Started again with the same
-settings, this script skips the jobs that DIR has. With --limit no job starts whose expected duration (on
-H200) does not fit, and a job that reaches the limit is ended. The exit code is 0 if all jobs of the part have
-succeeded and no check has failed, else 1.
+DIR gets PART-JOB.json and PART-JOB.log of each job as it ends, and PART-table.md. Started again, this script
+skips the jobs that DIR has. With --limit no job starts whose expected duration (on H200) does not fit, and a
+job that reaches the limit is ended. The exit code is 1 if a job or a check has failed, or a job has not run.
 """
 
 import functools
@@ -264,11 +263,10 @@ def check_settings(config: Config) -> None:
 def main(config: Config) -> int:
     """Run the jobs of a part that `out` does not have; print the table and return the exit code."""
     jobs, started = JOBS[config["part"]](config), time.monotonic()
-    chosen = config["only"].split(",") if config["only"] else [job.name for job in jobs]
-    if unknown := set(chosen) - {job.name for job in jobs}:
-        raise UserError(f"only={config['only']!r} has {min(unknown)!r}, and the jobs are "
-                        f"{', '.join(job.name for job in jobs)}")
     found = {job.name: records.finished(place(config, job.name), job.shown(config)) for job in jobs}
+    chosen = config["only"].split(",") if config["only"] else list(found)
+    if unknown := set(chosen) - set(found):
+        raise UserError(f"only={config['only']!r} has {min(unknown)!r}, and the jobs are {', '.join(found)}")
     lock = lock_folder(config["out"], "out")
     for job in (job for job in jobs if found[job.name] is None):
         left = max(0.0, config["limit"] - (time.monotonic() - started))
@@ -285,12 +283,11 @@ def main(config: Config) -> int:
             found[job.name] = records.record_of(config["part"], stem, job.shown(config), report)
             files.write_result(f"{stem}.json", found[job.name])
             print(f"    {report['seconds']:.0f} s, {found[job.name]['problem'] or 'done'}", flush=True)
-    lines, good = records.TABLES[config["part"]](config, found)
-    problems = [f"{name}: {record['problem']}" for name, record in found.items() if record["problem"]]
-    files.replace_file(place(config, "table", ".md"), "\n".join([*lines, *problems, ""]).encode())
-    print("", *lines, *problems, sep="\n")
+    text, good = records.summary(config, found)
+    files.replace_file(place(config, "table", ".md"), text.encode())
+    print(f"\n{text}", end="")
     os.close(lock)
-    return 0 if good and not problems else 1
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -196,3 +196,15 @@ def resume_table(config: dict, records: dict) -> tuple[list[str], bool]:
 READERS = {"speedrun": read_speedrun, "decode": read_bench, "scaling": read_bench, "resume": read_resume}
 TABLES = {"speedrun": speedrun_table, "decode": decode_table, "scaling": scaling_table,
           "resume": resume_table}
+
+
+def summary(config: dict, records: dict) -> tuple[str, bool]:
+    """Return the table of a part with the problems of its jobs, and True if there is none and no check has
+    failed."""
+    lines, good = TABLES[config["part"]](config, records)
+    problems = {}  # problem -> names of jobs
+    for name, record in records.items():
+        if record["problem"] is not None:
+            problems.setdefault(record["problem"], []).append(name)
+    lines += [f"{', '.join(names)}: {problem}" for problem, names in problems.items()]
+    return "\n".join([*lines, ""]), good and not problems

@@ -153,7 +153,7 @@ def test_jobs_start_only_if_they_fit_and_are_kept(settings, tmp_path, monkeypatc
     assert "XL-strategies: not run: takes 130 s, 1" in capsys.readouterr().out
     assert many_gpus.main(settings(*args)) == 1 and started[1:] == [("XL-strategies", False)]
     assert many_gpus.main(settings(*args)) == 1 and len(started) == 2
-    assert "124M-ddp: not run\n" in (tmp_path / "scaling-table.md").read_text()
+    assert "124M-ddp, XL-ddp: not run\n" in (tmp_path / "scaling-table.md").read_text()
     with pytest.raises(UserError, match=r"scaling-124M-strategies\.json is the result of other settings"):
         many_gpus.main(settings(*args, "--batch_size=3"))
 
