@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage rarely, and never among what is imported: tracing by torch.compile takes 2/3 of the time."""
+    """Collect garbage rarely and not among imported objects, which is a third of the time of tracing."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
