@@ -27,7 +27,7 @@ ifneq ($(and $(TORCH),$(LOCKED)),)
 $(error TORCH=$(TORCH) is another build than that of requirements.lock: leave out TORCH or LOCKED)
 endif
 
-.PHONY: demo test test-processes test-compile test-scripts test-unit test-kernels lint doctor lock clean .venv
+.PHONY: demo test test-processes test-scripts test-unit test-kernels lint doctor lock clean .venv
 
 demo: $(CORE)
 	$(BIN)/python data/python_source/prepare.py
@@ -77,13 +77,11 @@ endif
 
 # Three at a time on two cores, as tests of runs and of processes also wait; the longest first.
 test: $(ALL)
-	@$(MAKE) --no-print-directory -j3 test-scripts test-processes test-compile test-kernels test-unit
+	@$(MAKE) --no-print-directory -j3 test-scripts test-processes test-unit test-kernels
 
+# both fork processes, from one server that imports for seconds
 test-processes:
-	$(BIN)/python -m pytest -q --durations=10 tests/processes
-
-test-compile:
-	$(BIN)/python -m pytest -q --durations=10 tests/compile
+	$(BIN)/python -m pytest -q --durations=10 tests/processes tests/compile
 
 test-scripts:
 	$(BIN)/python -m pytest -q --durations=10 tests/scripts

@@ -1,5 +1,6 @@
 """Fixtures and settings of the tests; the folder of a test is also its marker."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -35,6 +36,13 @@ def pytest_collection_modifyitems(items) -> None:
         folder = item.path.parent.name
         if folder in FOLDERS:
             item.add_marker(folder)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage rarely and not among imported objects, which is a third of the time of tracing."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from long_runs import ROOT, SETTINGS, Forked, finish, left_behind, losses, same, write_shards
+from long_runs import ROOT, SETTINGS, STEPS, Forked, finish, left_behind, losses, same, write_shards
 
 RESTARTS = "--max-restarts=3"
 
@@ -85,7 +85,7 @@ def main() -> None:
         reference = Path(folder, "reference")
         assert finish(data, reference, processes=2) == 0
         for i in range(args.kills):
-            moments = sorted(numbers.randrange(58) for _ in range(args.per_run))
+            moments = sorted(numbers.randrange(STEPS - 2) for _ in range(args.per_run))
             kills = [(numbers.randrange(2), moment) for moment in moments]
             case = kill_and_compare(data, Path(folder, f"run{i}"), reference, kills, command=True)
             failed += not case["ok"]

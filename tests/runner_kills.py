@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from helpers import Forked
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = str(ROOT / "experiments" / "run_nanogpt_experiment.py")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -139,8 +141,10 @@ def processes_of(folder: Path) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
-def start(folder: Path, *args: str, env: dict[str, str]) -> subprocess.Popen:
-    """The runner, in `folder`."""
+def start(folder: Path, *args: str, env: dict[str, str], command: bool) -> Forked | subprocess.Popen:
+    """Start the runner in `folder`, as the command that users type or, for time, as a forked process."""
+    if not command:
+        return Forked(1, RUNNER, [*args, "--parallel=2"], str(folder / "printed"), env)
     return subprocess.Popen([sys.executable, RUNNER, *args, "--parallel=2"], cwd=folder,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                             env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
@@ -153,9 +157,9 @@ def results(folder: Path) -> dict[int, dict]:
     return {row["run_id"]: row for row in rows}
 
 
-def kill_once(folder: Path, args: tuple[str, ...], number: int, after: float, env: dict[str, str]) -> dict:
+def kill_once(folder: Path, args: tuple[str, ...], number: int, after: float, **options) -> dict:
     """Start, wait for both runs to have workers, kill some seconds later, wait for all to be gone."""
-    runner = start(folder, *args, env=env)
+    runner = start(folder, *args, **options)
     logs = folder.resolve() / "experiment_logs"
     while len(processes_of(logs)) < 4 and runner.poll() is None:  # supervisors and torchruns at least
         time.sleep(0.05)
@@ -171,23 +175,25 @@ def kill_once(folder: Path, args: tuple[str, ...], number: int, after: float, en
             "code": code}
 
 
-def campaign(folder: Path, kills: int, seed: int, longest: float = 8.0, launcher: bool = False) -> list[dict]:
+def campaign(folder: Path, kills: int, seed: int, longest: float = 8.0, command: bool = True) -> list[dict]:
     """As many kills of one experiment, then its end; what happened. Raises AssertionError.
 
-    launcher: use that of write_launcher.
+    command: start the runner and torchrun as users do; otherwise fork the runner and use the launcher of
+    write_launcher, for time.
     """
-    numbers, env = random.Random(seed), write_launcher(folder) if launcher else {}
+    numbers = random.Random(seed)
+    options = {"command": command, "env": {} if command else write_launcher(folder)}
     config = write_experiment(folder, n_gpus=2, steps=20, step_seconds=0.1)
     n_runs, cases, done = kills + 1, [], {}
     args = ("--config", str(config), f"--n_runs={n_runs}")
     for i in range(kills):
-        cases.append(kill_once(folder, args, SIGNALS[i % 3], numbers.uniform(0, longest), env))
+        cases.append(kill_once(folder, args, SIGNALS[i % 3], numbers.uniform(0, longest), **options))
         args = ("--resume", str(next((folder / "experiment_logs").iterdir())))
         now = results(folder)
         assert all(now[run_id] == row for run_id, row in done.items()), "what was done was done again"
         done = now
         cases[-1]["done"] = len(done)
-    assert start(folder, *args, env=env).wait(1200) == 0
+    assert start(folder, *args, **options).wait(1200) == 0
     now = results(folder)
     assert sorted(now) == list(range(n_runs)) and all(row["success"] for row in now.values()), now
     assert all(now[run_id] == row for run_id, row in done.items()), "what was done was done again"

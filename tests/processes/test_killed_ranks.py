@@ -20,12 +20,12 @@ def test_run_goes_on_after_a_rank_is_killed(tmp_path):
     once."""
     data = restarts.write_shards(tmp_path / "shards")
     assert restarts.finish(data, tmp_path / "whole", processes=2) == 0
-    case = restarts.kill_and_compare(data, tmp_path / "out", tmp_path / "whole", [(0, 23)])
+    case = restarts.kill_and_compare(data, tmp_path / "out", tmp_path / "whole", [(0, 11)])
     assert case["ok"], case
     text = (tmp_path / "out" / "log.txt").read_text()
-    # of step 20, or of step 10 if the kill came before the saver had written step 20
-    assert re.search(r"resuming from .*: step [12]0, epoch 0, val loss ", text)
-    assert text.count("\nShuffled 4 training shards for epoch 1\nStarting epoch 1\niter 24: ") == 1
+    # of step 10, or of step 5 if the kill came before the saver had written step 10
+    assert re.search(r"resuming from .*: step (?:5|10), epoch 0, val loss ", text)
+    assert text.count("\nShuffled 4 training shards for epoch 1\nStarting epoch 1\niter 11: ") == 1
     assert "evaluating: 4 batches of each split\nstep 0: " in text
 
 

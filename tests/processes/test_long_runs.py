@@ -7,16 +7,12 @@ tests/long_runs.py, which has the loops.
 import json
 import os
 import random
-import resource
 import signal
-import subprocess
-import sys
 import time
 
 import long_runs
 import pytest
 import torch
-from helpers import PATIENCE, ROOT
 from long_runs import KINDS, SETTINGS, Run
 
 from nanosync import checkpoint
@@ -56,7 +52,7 @@ def test_asked_to_end(data, references, tmp_path, kind, n, number):
     """torchrun with 2 data-parallel ranks, as the command that users type, and with 2 models of 2 ranks each:
     masks of dropout included."""
     case = long_runs.signal_and_resume(data, tmp_path / "out", references(kind, n), number,
-                                       random.randrange(1, 40), 0.1 * random.random(), *KINDS[kind],
+                                       random.randrange(1, 20), 0.1 * random.random(), *KINDS[kind],
                                        processes=n, command=kind == "gpt")
     assert case["ok"], case
     rng = checkpoint.find(str(tmp_path / "out")).tensors("rng")
@@ -67,10 +63,10 @@ def test_asked_to_end(data, references, tmp_path, kind, n, number):
 
 
 def test_asked_to_end_while_evaluating(data, references, tmp_path):
-    """One process, at evaluation 20: it is not lost, and not done twice. SIGTERM comes twice, as when a
+    """One process, at evaluation 10: it is not lost, and not done twice. SIGTERM comes twice, as when a
     machine stops: that is one request."""
     run = Run(data, tmp_path / "out", "--eval_iters=4")
-    run.wait_for(20)
+    run.wait_for(10)
     for _ in range(2):
         run.process.send_signal(signal.SIGTERM)
         time.sleep(0.01)
@@ -159,19 +155,19 @@ def test_two_runs_in_one_folder(data, run_script, tmp_path):
     assert again.code == 0, again.err
 
 
-def test_no_room(data, tmp_path):
+def test_no_room(data, run_script, tmp_path):
     """Files may have 100 kB, and weights have more: a periodic save warns, the last one fails, logs go on."""
     assert long_runs.finish(data, tmp_path / "out", "--max_iters=10") == 0
-    command = [sys.executable, str(ROOT / "train.py"), f"--dataset={data}", f"--out_dir={tmp_path / 'out'}",
-               *SETTINGS, "--resume=latest", "--max_iters=20"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    assert done.returncode == 2, done.stderr
-    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: cannot save")]
+    (tmp_path / "limit.py").write_text("import resource as _resource\n"
+                                       "_resource.setrlimit(_resource.RLIMIT_FSIZE, (100_000, 100_000))\n")
+    done = run_script("train.py", f"--dataset={data}", f"--out_dir={tmp_path / 'out'}", *SETTINGS, "limit.py",
+                      "--resume=latest", "--max_iters=20")
+    assert done.code == 2, done.err
+    warnings = [line for line in done.out.splitlines() if line.startswith("warning: cannot save")]
     assert len(warnings) == 1 and "step-00000015: " in warnings[0] and "File too large" in warnings[0]
-    assert "iter 19:" in done.stdout
-    assert done.stderr.count("\n") == 1 and "step-00000020: " in done.stderr
-    assert " bytes, " in done.stderr and "--resume=latest" in done.stderr
+    assert "iter 19:" in done.out
+    assert done.err.count("\n") == 1 and "step-00000020: " in done.err
+    assert " bytes, " in done.err and "--resume=latest" in done.err
     assert long_runs.newest(tmp_path / "out")["step"] == 10
     assert not [name for name in os.listdir(tmp_path / "out" / "ckpt") if name.startswith(".")]
     assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "failed"

@@ -132,12 +132,12 @@ def all_weights(run: Run) -> torch.Tensor:
 def check_training(rank: int, world: int) -> None:
     """Rounding differs by about 1e-7 an update, in fp32; ZeRO-1 has the bits of DDP."""
     mine, alone = processes_of_divisions(rank), Run(Division(1), ALONE)
-    expected = [alone.step(it) for it in range(4)]
+    expected = [alone.step(it) for it in range(2)]  # the second reads the moments
     for division in mine:
         run, plain = Run(division, mine[division]), None
         if division.zero1:
             plain = Run(Division(division.processes, division.tp), mine[division])
-        for it in range(4 if division.processes > 1 else 0):
+        for it in range(2 if division.processes > 1 else 0):
             values = run.step(it)
             assert values == pytest.approx(expected[it], rel=1e-6), (division, it)
             if plain is not None:
@@ -234,10 +234,9 @@ def check_recomputation(rank: int, world: int) -> None:
             if division.tp > 1:
                 run.model.share_dropout(1, mine[division].dp_rank, CPU)
             torch.manual_seed(rank)
-            steps = [run.step(0)]
             with Counted() as counted:
-                steps.append(run.step(1))
-            results[kind], calls[kind] = (steps, all_weights(run)), counted
+                values = run.step(0)
+            results[kind], calls[kind] = (values, all_weights(run)), counted
         products = {kind: c.times("mm", "addmm", "bmm") for kind, c in calls.items()}
         norms = {kind: c.times("native_layer_norm") for kind, c in calls.items()}
         for kind in ("block", "selective"):

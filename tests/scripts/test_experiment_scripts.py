@@ -24,7 +24,7 @@ from nanosync.errors import UserError
 A, B, C = STAGES
 CONFIGS = ROOT / "experiments" / "configs"
 TOY = ["--device=cpu", "--compile=False", "--n_layer=5", "--n_head=2", "--n_embd=32", "--sequence_length=32",
-       "--batch_size=8", "--device_batch_size=4", "--num_iterations=40", "--warmdown_iters=10",
+       "--batch_size=8", "--device_batch_size=8", "--num_iterations=40", "--warmdown_iters=10",
        "--val_loss_every=10", "--val_tokens=1024", "--learning_rate=0.01"]
 
 
@@ -87,9 +87,9 @@ def test_runs_that_go_wrong(tmp_path):
 
 def test_torchrun_says_nothing_of_its_own(tmp_path):
     """The end of the output is the script's, not the launcher's report."""
-    path = runner_kills.write_experiment(tmp_path, n_gpus=2, behaviours={43: "crash"})  # 1: no torchrun
-    run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 2, cwd=tmp_path)
-    found = runner_kills.results(tmp_path)[1]
+    path = runner_kills.write_experiment(tmp_path, n_gpus=2, behaviours={42: "crash"})  # 1: no torchrun
+    run("run_nanogpt_experiment.py", "--config", path, "--n_runs", 1, cwd=tmp_path, code=2)
+    found = runner_kills.results(tmp_path)[0]
     assert found["output_tail"][-1] == "RuntimeError: the GPU has fallen off the bus"
     assert "crashed at step 7 (exit code 1)" in found["error"]
 
@@ -104,7 +104,7 @@ def test_nothing_that_trains_is_loud(tmp_path):
 
 def test_killed_runners(tmp_path):
     """KILL, TERM and INT at random moments; python tests/runner_kills.py does ten."""
-    for case in runner_kills.campaign(tmp_path, kills=3, seed=1, longest=2.0, launcher=True):
+    for case in runner_kills.campaign(tmp_path, kills=3, seed=1, longest=2.0, command=False):
         assert case["left"] == 0, case
 
 

@@ -5,40 +5,38 @@
 
 import os
 import signal
-import subprocess
-import sys
 
-from helpers import PATIENCE, ROOT
+from helpers import PATIENCE, Forked, python
 from helpers import event_steps as steps
 from helpers import logged_events as said
 
 from nanosync.wandb_files import records
-
-PATHS = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
 
 SAY_MUCH = """
 import sys
 from helpers import log_a_run
 log_a_run("out", 0, 3000)
 print("what others print", flush=True)
-print("said", file=sys.stderr)
+open("said", "w").write("said")
 """
 
 
 def test_a_console_that_goes_away(tmp_path):
     """As with `| head -n1`, and with more to say than a pipe holds."""
-    with subprocess.Popen([sys.executable, "-c", SAY_MUCH], cwd=tmp_path, env=os.environ | PATHS,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline().startswith("step 0: train loss")
-        process.stdout.close()
-        assert process.stderr.read() == "said\n"
-    assert process.returncode == 0
+    (tmp_path / "say_much.py").write_text(SAY_MUCH)
+    os.mkfifo(tmp_path / "console")
+    process = Forked(1, str(tmp_path / "say_much.py"), [], str(tmp_path / "console"), {})
+    with open(tmp_path / "console") as console:
+        assert console.readline().startswith("step 0: train loss")
+    assert process.wait(PATIENCE) == 0 and (tmp_path / "said").read_text() == "said"
     assert steps(said(tmp_path / "out"))[-1] == ("end", 3000)
 
 
 WITH_WANDB = """
 import os, signal, sys
 from pathlib import Path
+for name in [name for name in os.environ if "WANDB" in name]:
+    del os.environ[name]
 from helpers import wandb_run
 from nanosync.training_logger import TrainingLogger
 if sys.argv[1] == "killed":
@@ -59,13 +57,14 @@ def wandb_steps(out):
 
 def test_wandb_itself_offline(tmp_path):
     """A run is killed with steps that wandb has not written. The resumed run writes them."""
-    env = {name: value for name, value in os.environ.items() if "WANDB" not in name} | PATHS
+    script, folder = tmp_path / "with_wandb.py", tmp_path / "run"
+    script.write_text(WITH_WANDB)
+    folder.mkdir()
     for what, code in (("killed", -signal.SIGKILL), ("resumed", 0)):
-        done = subprocess.run([sys.executable, "-c", WITH_WANDB, what], cwd=tmp_path, env=env, text=True,
-                              capture_output=True, timeout=PATIENCE)
-        assert done.returncode == code and "warning" not in done.stdout, done.stderr
-        assert "Steps must be monotonically increasing" not in done.stderr
-    name = (tmp_path / "out" / "wandb_id").read_text().strip()
-    assert os.listdir(tmp_path) == ["out"]
-    assert len(list((tmp_path / "out" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
-    assert sorted(wandb_steps(tmp_path / "out")) == list(range(50))
+        done = python(str(script), what, cwd=folder)
+        assert done.code == code and "warning" not in done.out, done.err
+        assert "Steps must be monotonically increasing" not in done.err
+    name = (folder / "out" / "wandb_id").read_text().strip()
+    assert os.listdir(folder) == ["out"]
+    assert len(list((folder / "out" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
+    assert sorted(wandb_steps(folder / "out")) == list(range(50))

@@ -41,10 +41,16 @@ def python_files() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
+@functools.cache
+def parsed(path: str) -> ast.Module:
+    return ast.parse((ROOT / path).read_text())
+
+
+@functools.cache
 def imported(path: str) -> set[str]:
     """Return the first parts of the modules of this repository that a file imports, also inside functions."""
     names = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -74,7 +80,7 @@ def test_only_the_registry_imports_a_script():
     }
     calls = ("import_module", "__import__", "run_path", "run_module", "spec_from_file_location")
     for path in python_files():
-        nodes = ast.walk(ast.parse((ROOT / path).read_text()))
+        nodes = ast.walk(parsed(path))
         names = {node.attr if isinstance(node, ast.Attribute) else node.id for node in nodes
                  if isinstance(node, (ast.Name, ast.Attribute))}
         assert path in reasons or not names & set(calls), path
@@ -89,7 +95,7 @@ def test_files_and_functions_are_short():
     for path in python_files():
         text = (ROOT / path).read_text()
         assert text.count("\n") <= LONGEST.get(path, 10**6 if path.startswith("kernels/") else 450), path
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef) and not path.startswith("kernels/"):
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
     assert len(list(ROOT.glob("*.py"))) <= 15
