@@ -69,6 +69,7 @@ value_tables: int | None = None  # number of these tables, which the layers take
 bigram = True  # a table of pairs of tokens, added to the input of every layer
 embedding_skip = True  # add the embedding to the input of every layer, with a learned factor
 smear = True  # add a share of the previous token's embedding to each embedding
+exclusive_layers: list | None = None  # layers where a token loses its own value's share; None: 1, 3, 4, 7
 attention_gate = True  # scale each head's output by a gate
 late_attention = True  # the last layers attend to the stream after layer 2/3 n_layer
 backout = True  # subtract half of that stream before the head
@@ -86,10 +87,12 @@ muon_momentum = 0.95
 muon_momentum_warmup = 300  # steps from 0.85 to muon_momentum; the last sixth as many steps lead back
 muon_beta2 = 0.9  # NorMuon's; 0: Muon
 muon_weight_decay = 1.2  # cautious; times the square of the learning rate
+muon_heads: int | None = None  # heads of q, k or v that NorMuon takes as a matrix; None: 2, or all if odd
 polar_express = True  # orthogonalise with Polar Express, not with Muon's Newton-Schulz
 adam_learning_rate = 0.008  # embedding and head
 table_learning_rate = 0.6  # tables of tokens and of pairs
-scalar_learning_rate = 0.04  # factors and gates
+scalar_learning_rate = 0.04  # factors
+gate_learning_rate = 0.008  # gates
 # evaluation, logs, checkpoints
 val_loss_every = 250  # steps between evaluations, 0: only at the end
 val_tokens = 10485760  # tokens of an evaluation, the first of the val split; rounded down to whole sequences
@@ -134,6 +137,7 @@ class GPTConfig(SpeedrunConfig):
     end_of_text: int | None = None  # token with which a document begins; None: a sequence is one document
     value_tables: int | None = None  # see value_table; None: one a layer
     offset_layers: list = field(default_factory=list)
+    exclusive_layers: list = field(default_factory=list)
     bigram: bool = False
     embedding_skip: bool = False
     smear: bool = False
@@ -150,9 +154,8 @@ class GPTConfig(SpeedrunConfig):
             raise UserError(f"n_embd={self.n_embd} and n_head={self.n_head} do not give heads whose width is "
                             f"a multiple of 4: choose n_embd as a multiple of {4 * self.n_head}")
         if len(self.windows) != 2 or not all(type(n) is int and 0 < n < MAX_FIELD for n in self.windows):
-            raise UserError(f"eval_windows={shown(self.windows)} must be two positive whole numbers below "
-                            f"2**31")
-        for name in ("long_layers", "value_layers", "offset_layers"):
+            raise UserError(f"eval_windows={shown(self.windows)} must be two positive whole numbers < 2**31")
+        for name in ("long_layers", "value_layers", "offset_layers", "exclusive_layers"):
             layers = getattr(self, name)
             if not all(type(i) is int and 0 <= i < self.n_layer for i in layers):
                 raise UserError(f"{name}={shown(layers)} must be numbers of layers, 0 to {self.n_layer - 1}")
@@ -199,6 +202,8 @@ class Attention(nn.Module):
         self.gate = Gate(config.n_head) if config.attention_gate else None
         self.value_gate = Gate(config.n_head) if layer in config.value_layers else None
         self.offset = layer in config.offset_layers and config.half_rotary
+        exclusive = layer in config.exclusive_layers
+        self.own_share = nn.Parameter(torch.zeros(config.n_head)) if exclusive else None
 
     def forward(self, x, cos, sin, first, value, cache=None):
         """Attend. first: of interval_attention. value: (B, T, C), added to v; None in layers without.
@@ -212,6 +217,9 @@ class Attention(nn.Module):
         if self.offset:
             k = offset_keys(k, first, cache)
         y = (interval_attention if cache is None else cache.attend)(q, k, v, first, scale=0.1)
+        if self.own_share is not None:  # subtract a learned part of what is along the token's own value
+            along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
+            y = y - self.own_share.tanh().to(y.dtype)[:, None] * along * v
         if self.gate is not None:
             y = y * self.gate(x)[..., None]
         return self.c_proj(y.reshape(B, T, C))
@@ -257,8 +265,7 @@ class GPT(SpeedrunModel):
         # base 1024; the second half of a head's channels does not turn with half_rotary
         D = C // config.n_head
         turning = D // 4 if config.half_rotary else D // 2
-        speeds = 1024 ** -(torch.arange(turning) / max(1, turning - 1))
-        speeds = torch.cat((speeds, torch.zeros(D // 2 - turning)))
+        speeds = F.pad(1024 ** -(torch.arange(turning) / max(1, turning - 1)), (0, D // 2 - turning))
         angles = torch.outer(torch.arange(config.sequence_length), speeds)
         self.register_buffer("cos", angles.cos(), persistent=False)  # (T, D / 2)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -278,7 +285,7 @@ class GPT(SpeedrunModel):
             elif name.endswith("wte.weight"):
                 p.normal_(std=0.005)
             else:
-                assert kind_of(name) in ("embedding", "table", "scalar"), name
+                assert kind_of(name) in ("embedding", "table", "scalar", "gate"), name
         self.lm_head.weight.copy_(self.transformer.wte.weight)
 
     @torch.no_grad()
@@ -381,8 +388,8 @@ class GPT(SpeedrunModel):
 def kind_of(name: str) -> str:
     """Return the kind of a parameter, which decides how the optimizer updates it."""
     kinds = {"c_attn.weight": "stacked", "c_fc.weight": "matrix", "c_proj.weight": "matrix",
-             "wte.weight": "embedding", "lm_head.weight": "embedding", "factors": "scalar",
-             "gate.weight": "scalar", "smear.weight": "scalar", "smear_factor": "scalar"}
+             "wte.weight": "embedding", "lm_head.weight": "embedding", "gate.weight": "gate",
+             "smear.weight": "gate", **dict.fromkeys(("factors", "own_share", "smear_factor"), "scalar")}
     found = {kind for end, kind in kinds.items() if name.endswith(end)}
     found |= {"table"} if name.startswith(("values.", "pairs")) else set()
     assert len(found) == 1, f"no rule for parameter {name}"
@@ -392,30 +399,25 @@ def kind_of(name: str) -> str:
 def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_text: int | None) -> GPTConfig:
     """Make the architecture that the settings name. Raises UserError."""
     L = config["n_layer"]
-    long_layers, value_layers = config["long_layers"], config["value_layers"]
-    long_layers = sorted({min(3, L - 1), L - 1}) if long_layers is None else long_layers
+    ends = {min(3, L - 1), L - 1} if config["long_layers"] is None else config["long_layers"]
+    usual = dict(long_layers=ends, offset_layers=ends, exclusive_layers={1, 3, 4, 7}.intersection(range(L)),
+                 value_layers={*range(min(3, L)), *range(max(0, L - 3), L)})
     architecture = GPTConfig(
         **{name: config[name] for name in SETTINGS if name in GPTConfig.__annotations__
-           and name not in ("long_layers", "value_layers", "offset_layers")},
+           and not name.endswith("_layers")},
         windows=config["eval_windows"], used_vocab_size=used_vocab_size, vocab_size=vocab_size,
         end_of_text=end_of_text if config["document_mask"] else None,
-        long_layers=long_layers,
-        offset_layers=long_layers if config["offset_layers"] is None else config["offset_layers"],
-        value_layers=sorted({*range(min(3, L)), *range(max(0, L - 3), L)}) if value_layers is None
-        else value_layers)
+        **{name: sorted(usual[name]) if config[name] is None else config[name] for name in usual})
     check_size(architecture)
     return architecture
 
 
 SETTINGS = ("sequence_length", "n_layer", "n_head", "n_embd", "document_mask", "eval_windows",
-            "long_layers", "offset_layers", "value_layers", "value_tables", "bigram", "embedding_skip",
-            "smear", "attention_gate", "late_attention", "backout", "half_rotary",
-            "softcap")  # that a checkpoint decides
+            "long_layers", "offset_layers", "value_layers", "value_tables", "exclusive_layers", "bigram",
+            "embedding_skip", "smear", "attention_gate", "late_attention", "backout", "half_rotary",
+            "softcap", "muon_heads")  # that a checkpoint decides
 FAST = ModelKind("train_gpt_fast.py", GPTConfig, GPT, settings_entry="config", settings=SETTINGS,
                  state={"untied": bool, **STATE}, finish=GPT.load_state)
-
-
-# The schedule.
 
 
 def target_weights_at(config: Config, stages: list[Stage], step: int) -> list[float]:
@@ -446,11 +448,12 @@ def momentum_at(config: Config, step: int) -> float:
 
 def build_optimizer(model: GPT, config: Config, group) -> Muon:
     """Build NorMuon for the matrices of layers, and AdamW for embedding, head, tables, factors and gates."""
-    lr, kinds = config["muon_learning_rate"], {}
+    lr, H, kinds = config["muon_learning_rate"], model.config.n_head, {}
     rules = {  # kind -> further keys of its group
-        "stacked": dict(stacked=3), "matrix": dict(stacked=1),
+        "stacked": dict(stacked=3 * H // (config["muon_heads"] or H % 2 * H or 2)), "matrix": dict(stacked=1),
         "embedding": dict(lr_ratio=config["adam_learning_rate"] / lr, betas=(0.5, 0.95)),
         "table": dict(lr_ratio=config["table_learning_rate"] / lr, betas=(0.75, 0.95)),
+        "gate": dict(lr_ratio=config["gate_learning_rate"] / lr, betas=(0.9, 0.99)),
         "scalar": dict(lr_ratio=config["scalar_learning_rate"] / lr, betas=(0.9, 0.99))}
     for name, p in model.named_parameters():
         kinds.setdefault(kind_of(name), []).append(p)
@@ -466,16 +469,18 @@ def check_settings(config: dict) -> None:
                    "val_tokens", "log_interval", "keep_checkpoints", "timeout")
     check_at_least(config, 0, "num_iterations", "val_loss_every", "checkpoint_interval",
                    "muon_momentum_warmup", "muon_weight_decay", "untie_at", "cooldown_share", "final_rate",
-                   "table_learning_rate", "scalar_learning_rate", "adam_learning_rate", "muon_beta2",
-                   "muon_momentum")
+                   "table_learning_rate", "scalar_learning_rate", "gate_learning_rate",
+                   "adam_learning_rate", "muon_beta2", "muon_momentum")
     check_at_most(config, 1.0, "untie_at", "cooldown_share", "final_rate")
     for name in ("muon_momentum", "muon_beta2"):
         if config[name] >= 1:
             raise UserError(f"{name}={config[name]} must be below 1")
     check_at_most(config, 1e6, "timeout", "muon_learning_rate", "muon_weight_decay", "adam_learning_rate",
-                  "table_learning_rate", "scalar_learning_rate")  # of rates, so that fp32 holds an update
+                  "table_learning_rate", "scalar_learning_rate", "gate_learning_rate")  # fp32 holds an update
     check_at_most(config, MAX_LAYERS, "n_layer")
     check_at_least(config, 1e-9, "muon_learning_rate")  # so that ratios to the other rates are finite
+    if (heads := config["muon_heads"]) is not None and (heads < 1 or config["n_head"] % heads):
+        raise UserError(f"muon_heads={heads} must divide n_head={config['n_head']}")
     check_seed(config)
     check_diagnosis(config)
 

@@ -162,6 +162,8 @@ class FastBlock(Block):
             self.attn["gate"] = Gate(a["n_head"])
         if layer in a["value_layers"]:
             self.attn["value_gate"] = Gate(a["n_head"])
+        if layer in a["exclusive_layers"]:
+            self.attn.own_share = nn.Parameter(torch.zeros(a["n_head"]))
 
 
 class NanoSyncForCausalLM(PreTrainedModel, GenerationMixin):
@@ -336,6 +338,9 @@ class NanoSyncForCausalLM(PreTrainedModel, GenerationMixin):
             still = torch.arange(D, device=x.device) % (D // 2) >= D // 4
             k = torch.where((first < t)[:, :, None, None] & still, torch.cat((k[:, :1], k[:, :-1]), dim=1), k)
         y = attend(q, k, v, mask, scale=0.1).view(B, T, n_head, -1)
+        if hasattr(block.attn, "own_share"):  # less of the token's own value
+            along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
+            y = y - block.attn.own_share.tanh()[:, None] * along * v
         if "gate" in block.attn:
             y = y * block.attn["gate"](x)[..., None]
         return block.attn["c_proj"](y.flatten(2))

@@ -12,7 +12,8 @@ EOT = 7
 SWITCHES = ("bigram", "embedding_skip", "smear", "attention_gate", "late_attention", "backout",
             "half_rotary", "softcap")
 SHAPE = dict(sequence_length=24, vocab_size=61, n_layer=5, n_head=2, n_embd=24, windows=[3, 6],
-             long_layers=[1, 4], value_layers=[0, 4], offset_layers=[0, 4], end_of_text=EOT)
+             long_layers=[1, 4], value_layers=[0, 4], offset_layers=[0, 4], exclusive_layers=[1, 4],
+             end_of_text=EOT)
 CLOCK = {"train_seconds": 1.0, "train_loss": 2.0, "last_val_loss": None, "last_val_step": None}
 
 

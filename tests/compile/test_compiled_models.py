@@ -151,7 +151,7 @@ def test_fast_speedrun_compiles_once():
     torch.manual_seed(0)
     eager = train_gpt_fast.GPT(train_gpt_fast.GPTConfig(
         sequence_length=32, vocab_size=61, n_layer=3, n_head=2, n_embd=16, windows=[4, 8], long_layers=[1],
-        value_layers=[0, 2], end_of_text=7, **dict.fromkeys(techniques, True)))
+        value_layers=[0, 2], exclusive_layers=[1], end_of_text=7, **dict.fromkeys(techniques, True)))
     with torch.no_grad():
         for p in eager.parameters():
             p.add_(0.3 * torch.randn_like(p))

@@ -15,8 +15,9 @@ from helpers import ROOT, TINY, events, losses, write_dataset, write_documents
 
 from nanosync import checkpoint
 
-SWITCHED_OFF = ["--value_layers=[]", "--long_layers=[]", "--untie_at=1", "--polar_express=False",
-                "--muon_beta2=0", "--muon_weight_decay=0", *(f"--{name}=False" for name in (
+SWITCHED_OFF = ["--value_layers=[]", "--long_layers=[]", "--exclusive_layers=[]", "--untie_at=1",
+                "--polar_express=False", "--muon_beta2=0", "--muon_weight_decay=0",
+                *(f"--{name}=False" for name in (
                     "document_mask", "bigram", "embedding_skip", "smear", "attention_gate",
                     "late_attention", "backout", "half_rotary", "softcap", "further_targets"))]
 STOP = """# ask the run to stop during step 12
@@ -85,9 +86,9 @@ def test_a_run_and_its_resumption(train, tmp_path):
     evals, through = [e["val_loss"] for e in events(out, "eval")], losses(out)
     assert evals[0] == pytest.approx(3.296, abs=0.02) and evals[-1] < evals[0] - 0.5  # ln 27
     # They change only when the function computed does; the commit says why. fp32 sums differ between CPUs
-    assert evals == pytest.approx([3.2979, 3.0032, 2.7285, 2.6826], abs=1e-3)
+    assert evals == pytest.approx([3.2979, 3.0013, 2.7289, 2.6825], abs=1e-3)
     assert [through[step] for step in (0, 5, 6, 10, 19)] == pytest.approx(
-        [5.6623, 4.8287, 4.6360, 3.6458, 2.7643], abs=1e-3)
+        [5.6623, 4.8290, 4.6361, 3.6497, 2.7632], abs=1e-3)
     assert status(out)["status"] == "finished" and checkpoint.steps_in(str(out)) == [5, 10, 15, 20]
     found = [checkpoint.open_checkpoint(str(out / "ckpt" / f"step-{step:08d}")) for step in (5, 10, 15, 20)]
     assert [c.state["untied"] for c in found] == [False, False, True, True]

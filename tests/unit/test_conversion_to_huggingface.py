@@ -44,7 +44,8 @@ CASES = {  # name -> model, class of transformers
     "fast": lambda: fast_model(torch.float32),
     "fast, untied": lambda: fast_model(torch.float32, untied=True, value_tables=1, softcap=False),
     "fast, plain": lambda: fast_model(torch.float32, bigram=False, smear=False, half_rotary=False,
-                                      backout=False, attention_gate=False, end_of_text=None),
+                                      backout=False, attention_gate=False, exclusive_layers=[],
+                                      end_of_text=None),
 }
 DENSE = ("dense", "without biases", "padded", "standard", "one rank")
 

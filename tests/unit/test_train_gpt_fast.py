@@ -26,9 +26,9 @@ TECHNIQUES = ("bigram", "embedding_skip", "smear", "attention_gate", "late_atten
               "half_rotary", "softcap")
 SHAPE = dict(sequence_length=18, vocab_size=61, n_layer=3, n_head=2, n_embd=16, windows=[5, 9],
              long_layers=[1, 2], value_layers=[0, 2],
-             offset_layers=[0, 2], end_of_text=EOT)
+             offset_layers=[0, 2], exclusive_layers=[0, 2], end_of_text=EOT)
 ON = SHAPE | dict.fromkeys(TECHNIQUES, True)
-PLAIN = SHAPE | dict(long_layers=[], value_layers=[], offset_layers=[], end_of_text=None)
+PLAIN = SHAPE | dict(long_layers=[], value_layers=[], offset_layers=[], exclusive_layers=[], end_of_text=None)
 
 
 def random_model(**changes) -> GPT:
@@ -79,9 +79,9 @@ def rotated(x, half: bool):
     return torch.cat((a * angles.cos() + b * angles.sin(), b * angles.cos() - a * angles.sin()), -1)
 
 
-def attention(p, x, value, begins, window, config, offset):
+def attention(p, x, value, begins, window, config, offset, exclusive):
     """p: parameter of a name in attn; begins: first token of each token's document, or of the sequence;
-    offset: see offset_layers."""
+    offset, exclusive: see offset_layers, exclusive_layers."""
     T, C = x.shape
     D = C // config.n_head
     q, k, v = (x @ p("c_attn.weight").T).chunk(3, -1)
@@ -102,6 +102,9 @@ def attention(p, x, value, begins, window, config, offset):
             seen = slice(max(begins[t], t - window + 1, 0), t + 1)
             rows.append((0.1 * k_h[seen] @ q_h[t]).softmax(0) @ v_h[seen])
         head = torch.stack(rows)
+        if exclusive:  # less of what lies along the token's own value
+            own = (head * v_h).sum(1) / v_h.square().sum(1)
+            head = head - torch.tanh(p("own_share")[h]) * own[:, None] * v_h
         if config.attention_gate:
             head = head * torch.sigmoid(x[:, :12] @ p("gate.weight")[h])[:, None]
         out.append(head)
@@ -134,7 +137,7 @@ def reference_logits(model: GPT, ids: list[int], windows: list[int]):
         value = p[f"values.{config.value_table(i)}"][ids] if i in config.value_layers else None
         y = attention(lambda name: of("attn." + name), norm(source), value, begins,
                       windows[i in config.long_layers], config,
-                      i in config.offset_layers and config.half_rotary)
+                      i in config.offset_layers and config.half_rotary, i in config.exclusive_layers)
         x = a * x + y
         if config.embedding_skip:
             x = x + b * x0
@@ -188,10 +191,12 @@ def check_against_formulas(model: GPT, windows=None, weights=(1.0,)) -> None:
 
 CHANGES = {"all on": {}, **{f"no {name}": {name: False} for name in TECHNIQUES},
            "no values": dict(value_layers=[]), "no long layers": dict(long_layers=[]),
-           "no offset keys": dict(offset_layers=[]),
+           "no offset keys": dict(offset_layers=[]), "own values": dict(exclusive_layers=[]),
            "one document": dict(end_of_text=None), "plain": PLAIN | dict.fromkeys(TECHNIQUES, False),
-           "one layer": dict(n_layer=1, long_layers=[0], value_layers=[0], offset_layers=[0]),
-           "two layers": dict(n_layer=2, long_layers=[1], value_layers=[0, 1], offset_layers=[1]),
+           "one layer": dict(n_layer=1, long_layers=[0], value_layers=[0], offset_layers=[0],
+                             exclusive_layers=[0]),
+           "two layers": dict(n_layer=2, long_layers=[1], value_layers=[0, 1], offset_layers=[1],
+                              exclusive_layers=[1]),
            "five layers": dict(n_layer=5, long_layers=[4], value_layers=[1, 4]),
            "shared value tables": dict(n_layer=5, value_layers=[0, 1, 3, 4], value_tables=3)}
 
@@ -243,9 +248,10 @@ def test_documents_do_not_influence_each_other():
 def test_a_token_reaches_as_far_as_the_window(long_layers, window):
     """In one layer; smeared and in a pair it is in the next token, too, as with an offset in its key."""
     model = random_model(n_layer=1, long_layers=long_layers, value_layers=[0], offset_layers=[],
-                         end_of_text=None)
+                         exclusive_layers=[0], end_of_text=None)
     assert changed_logits(model, tokens(2, 18), 1, 3) == [(1, t) for t in range(3, 3 + window + 1)]
-    plain = dict(n_layer=1, long_layers=long_layers, end_of_text=None, bigram=False, smear=False)
+    plain = dict(n_layer=1, long_layers=long_layers, exclusive_layers=[], end_of_text=None, bigram=False,
+                 smear=False)
     for layers, reach in (([], window), ([0], window + 1)):
         model = random_model(**plain, value_layers=[], offset_layers=layers)
         assert changed_logits(model, tokens(2, 18), 1, 3) == [(1, t) for t in range(3, 3 + reach)]
@@ -311,9 +317,10 @@ def test_a_new_model_predicts_every_token_alike():
     assert loss.item() == pytest.approx(math.log(61), abs=0.02)
 
 
-def test_optimizer_has_each_parameter_once():
+@pytest.mark.parametrize("muon_heads, matrices", [(None, 3), (2, 3), (1, 6)])
+def test_optimizer_has_each_parameter_once(muon_heads, matrices):
     model = random_model().float()
-    optimizer = train_gpt_fast.build_optimizer(model, config(), None)
+    optimizer = train_gpt_fast.build_optimizer(model, config(muon_heads=muon_heads), None)
     found, names = {}, {p: name for name, p in model.named_parameters()}
     for g in optimizer.param_groups:
         kind = g.get("stacked") or (*g["betas"], round(g["lr"], 6))
@@ -321,9 +328,10 @@ def test_optimizer_has_each_parameter_once():
             assert names[p] not in found
             found[names[p]] = kind
     for name in names.values():
-        expected = 3 if "c_attn" in name else 1 if "c_fc" in name or "c_proj" in name else \
+        expected = matrices if "c_attn" in name else 1 if "c_fc" in name or "c_proj" in name else \
             (0.5, 0.95, 0.008) if "wte" in name or "lm_head" in name else \
-            (0.75, 0.95, 0.6) if "values" in name or "pairs" in name else (0.9, 0.99, 0.04)
+            (0.75, 0.95, 0.6) if "values" in name or "pairs" in name else \
+            (0.9, 0.99, 0.008 if name.endswith(("gate.weight", "smear.weight")) else 0.04)
         assert found[name] == expected, name
     assert all(g["eps"] == 1e-10 and g["weight_decay"] == 0 for g in optimizer.param_groups)
 
@@ -333,7 +341,7 @@ def test_extreme_rates_reach_the_optimizer(rates):
     """The rates that settings may have: their ratios are finite, and groups get their own rate."""
     muon, rest = rates
     c = config(muon_learning_rate=muon, adam_learning_rate=rest, table_learning_rate=rest,
-               scalar_learning_rate=rest)
+               scalar_learning_rate=rest, gate_learning_rate=rest)
     optimizer = train_gpt_fast.build_optimizer(random_model().float(), c, None)
     assert {g["lr"] for g in optimizer.param_groups if "stacked" in g} == {muon}
     for g in optimizer.param_groups:
@@ -567,6 +575,11 @@ def refusal(monkeypatch):
     (["--muon_learning_rate=nan"], "muon_learning_rate"),
     (["--muon_learning_rate=1e999"], "must be a finite number"),
     (["--table_learning_rate=-1"], "table_learning_rate=-1.0 must be at least 0"),
+    (["--exclusive_layers=[4]"], "exclusive_layers=[4] must be numbers of layers"),
+    (["--muon_heads=0"], "muon_heads=0 must divide n_head="),
+    (["--muon_heads=-2"], "muon_heads=-2 must divide n_head="),
+    (["--muon_heads=3"], "muon_heads=3 must divide n_head="),
+    (["--gate_learning_rate=-1"], "gate_learning_rate=-1.0 must be at least 0"),
     (["--scalar_learning_rate=-1"], "scalar_learning_rate=-1.0 must be at least 0"),
     (["--adam_learning_rate=-1"], "adam_learning_rate=-1.0 must be at least 0"),
     (["--muon_weight_decay=-1"], "muon_weight_decay=-1.0 must be at least 0"),
