@@ -301,8 +301,8 @@ def test_the_fast_plan_switches_off_each_technique():
     defaults = script_defaults(str(ROOT / "train_gpt_fast.py"))
     techniques = {key for key, value in defaults.items() if value is True
                   and key not in ("save_checkpoint", "compile")}
-    techniques |= {"value_layers", "offset_layers", "exclusive_layers", "untie_at", "muon_beta2", "muon_heads",
-                   "gate_learning_rate", "muon_weight_decay"}
+    techniques |= {"value_layers", "offset_layers", "exclusive_layers", "untie_at", "gate_learning_rate",
+                   "muon_beta2", "muon_heads", "muon_weight_decay"}
     for stage in STAGES:
         baseline = all_settings(configs[stage, "fast"])
         changed = {}
