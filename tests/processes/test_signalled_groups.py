@@ -19,6 +19,7 @@ from nanosync.signals import StopSignal
 from torch._inductor.async_compile import AsyncCompile
 
 early, number = sys.argv[1] == "early", int(sys.argv[2])
+signal.signal(number, signal.SIG_DFL)  # also in tests under nohup, which ignores SIGHUP
 if early:  # a pool and a thread that do not block the signals
     AsyncCompile.process_pool().submit(abs, -1).result()
     AsyncCompile.pool().submit(abs, -1).result()

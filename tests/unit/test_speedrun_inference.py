@@ -60,7 +60,7 @@ def test_cache_of_the_fast_model(T):
     *({name: False} for name in SWITCHES), dict.fromkeys(SWITCHES, False), dict(untied=True),
     dict(untied=True, softcap=False), dict(end_of_text=None), dict(windows=[1, 40]), dict(value_layers=[]),
     dict(long_layers=[]), dict(offset_layers=[]),
-    dict(n_layer=1, long_layers=[0], value_layers=[0], offset_layers=[0])], ids=str)
+    dict(n_layer=1, long_layers=[0], value_layers=[0], offset_layers=[0], exclusive_layers=[0])], ids=str)
 def test_cache_with_each_technique_off(changes):
     assert largest_error(fast_model(**changes), 5, 22) < 1e-12
 
