@@ -17,15 +17,17 @@ class StopSignal:
 
     All other threads that start from now on block the signals, and so do the child processes of these
     threads, because a child inherits the mask. `timeout`, Ctrl-C, torchrun and Slurm signal all processes of
-    a run. A compile worker or a compiler that ended then would fail the run, or make it wait forever.
+    a run. A compile worker or a compiler that ended then would fail the run, or make it wait forever. SIGKILL
+    ends such a child, SIGTERM does not.
     """
 
     # a scheduler sends a warning some time before the signal that ends a job, so a warning never ends it
     WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
     installed = None
-    # seconds; a system that shuts down sends SIGTERM to this process and to torchrun, which forwards it
-    TOGETHER = 2.0
+    # A system that shuts down sends SIGTERM to this process and to torchrun, which forwards it. When a terminal
+    # closes, its shell and then the kernel send SIGHUP.
+    REPEATED, TOGETHER = (signal.SIGTERM, signal.SIGHUP), 2.0  # seconds
 
     def __init__(self, answer: str = ""):
         """Install the handlers. answer: line to print at the first request, '' to print nothing."""
@@ -55,7 +57,7 @@ class StopSignal:
             first, self.received, self._since = not self.received, number, time.monotonic()
             if first:
                 self._print_answer()
-        elif again and not (number == signal.SIGTERM and time.monotonic() - self._since < self.TOGETHER):
+        elif again and not (number in self.REPEATED and time.monotonic() - self._since < self.TOGETHER):
             os._exit(128 + number)
 
     def end(self) -> None:

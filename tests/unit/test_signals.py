@@ -37,6 +37,7 @@ TERM, INT, HUP, USR1, USR2 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signa
 
 @pytest.mark.parametrize("sequence, codes", [
     ([INT], []), ([USR1], []), ([USR2], []), ([INT, INT], [130]), ([HUP, INT], [130]), ([TERM, TERM], []),
+    ([HUP, HUP], []), ([TERM, HUP], []), ([HUP, TERM, INT], [130]),
     ([USR1, USR1], []), ([USR1, USR2, USR1], []), ([USR1, TERM], []), ([USR1, INT], []),
     ([USR1, INT, INT], [130]), ([TERM, USR1], []), ([TERM, USR1, INT], [130])],
     ids=lambda value: names(*value) if value and value[0] in StopSignal.SIGNALS else "")
@@ -76,7 +77,7 @@ def test_no_process_trains_before_all_handle_signals(monkeypatch):
     (KeyboardInterrupt(), "finished", "interrupted"), (ValueError(), "finished", "failed"),
     (ValueError(), "non_finite", "non_finite")])
 def test_a_run_that_ends_before_its_first_step_says_how(error, before, status, monkeypatch, tmp_path):
-    """As when Ctrl-C comes while the model is compiled: the logs are open, and no step has begun."""
+    """The logs are open, and no step has begun."""
     hooks, said = [], []
     monkeypatch.setattr(run, "before_exit", hooks)
     monkeypatch.setattr(run, "barrier", lambda group: None)
