@@ -25,8 +25,8 @@ class StopSignal:
     WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
     installed = None
-    # A system that shuts down sends SIGTERM to this process and to torchrun, which forwards it. When a terminal
-    # closes, its shell and then the kernel send SIGHUP.
+    # A system that shuts down sends SIGTERM to this process and to torchrun, which forwards it. When a
+    # terminal closes, its shell and then the kernel send SIGHUP.
     REPEATED, TOGETHER = (signal.SIGTERM, signal.SIGHUP), 2.0  # seconds
 
     def __init__(self, answer: str = ""):
