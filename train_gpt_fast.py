@@ -397,7 +397,7 @@ def kind_of(name: str) -> str:
 
 
 def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_text: int | None) -> GPTConfig:
-    """Make the architecture that the settings name. Raises UserError."""
+    """Make the architecture that the settings, or a resumed checkpoint, name. Raises UserError."""
     L = config["n_layer"]
     ends = {min(3, L - 1), L - 1} if config["long_layers"] is None else config["long_layers"]
     usual = dict(long_layers=ends, offset_layers=ends, exclusive_layers={1, 3, 4, 7}.intersection(range(L)),
@@ -408,6 +408,8 @@ def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_t
         windows=config["eval_windows"], used_vocab_size=used_vocab_size, vocab_size=vocab_size,
         end_of_text=end_of_text if config["document_mask"] else None,
         **{name: sorted(usual[name]) if config[name] is None else config[name] for name in usual})
+    if (heads := config["muon_heads"]) is not None and (heads < 1 or config["n_head"] % heads):
+        raise UserError(f"muon_heads={heads} must divide n_head={config['n_head']}")
     check_size(architecture)
     return architecture
 
@@ -479,8 +481,6 @@ def check_settings(config: dict) -> None:
                   "table_learning_rate", "scalar_learning_rate", "gate_learning_rate")  # fp32 holds an update
     check_at_most(config, MAX_LAYERS, "n_layer")
     check_at_least(config, 1e-9, "muon_learning_rate")  # so that ratios to the other rates are finite
-    if (heads := config["muon_heads"]) is not None and (heads < 1 or config["n_head"] % heads):
-        raise UserError(f"muon_heads={heads} must divide n_head={config['n_head']}")
     check_seed(config)
     check_diagnosis(config)
 

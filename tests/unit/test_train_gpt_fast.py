@@ -295,6 +295,14 @@ def config(**changes) -> dict:
     return defaults() | smaller | changes
 
 
+def test_heads_of_a_matrix_are_those_of_the_model():
+    """A checkpoint decides both settings, so they are compared when the checkpoint is read."""
+    train_gpt_fast.check_settings(config(muon_heads=4))  # the default of n_head is 6
+    with pytest.raises(UserError, match="muon_heads=4 must divide n_head=6"):
+        train_gpt_fast.model_config(config(muon_heads=4), 61, 61, None)
+    train_gpt_fast.model_config(config(muon_heads=4, n_head=8), 61, 61, None)
+
+
 def test_initialisation():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**ON | dict(vocab_size=500, n_embd=384, n_head=6)))
