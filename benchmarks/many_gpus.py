@@ -32,7 +32,7 @@ import torch
 from benchmarks import many_gpus_records as records
 from configurator import Config, check_at_least, check_choice, configure, script_defaults
 from nanosync import files
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 from nanosync.folder_lock import lock_folder
 
 # -----------------------------------------------------------------------------
@@ -75,7 +75,7 @@ class Job:
         """Return the command as a user types it, with paths relative to `out`."""
         start = f"torchrun --standalone --nproc_per_node={self.processes}" if self.processes > 1 else "python"
         text = shlex.join([os.path.basename(self.script), *self.arguments])
-        return f"{start} {text}".replace(config["out"] + os.sep, "")
+        return f"{start} {text}".replace(f"={config['out']}{os.sep}", "=")
 
 
 def value_of(config: Config, name: str, default):
@@ -138,7 +138,10 @@ def decode_jobs(config: Config) -> list[Job]:
     L, jobs = value_of(config, "n_layer", 12), []
     counts = sorted({2 * L, L, L // 2, 2, 1} - {0}, reverse=True)
     sizes = {"batch_sizes": [1], "max_new_tokens": 130, "rounds": 5}
-    for C in value_of(config, "widths", [768, 2048, 4096]):
+    widths = value_of(config, "widths", [768, 2048, 4096])
+    if not widths or not all(type(C) is int and C > 0 and C % 128 == 0 for C in widths):
+        raise UserError(f"widths={shown(widths)} must be multiples of 128, heads of 64 on two GPUs or more")
+    for C in widths:
         for tp in (n for n in (2, 4, 8) if n <= config["gpus"] and C % (64 * n) == 0):
             name = f"{C}-tp{tp}"
             fixed = {"mode": "decode", "tp_allreduce": "oneshot,nccl", "widths": [C],

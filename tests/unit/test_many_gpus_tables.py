@@ -177,9 +177,21 @@ def test_jobs_fit_the_machine(settings, tmp_path):
     assert "batch_size=64" in speedrun["base"][2] and " --batch_size" not in speedrun["fast"][2]
 
 
+def test_command_is_shown_with_paths_relative_to_out(settings, monkeypatch, tmp_path):
+    """And with other paths as they are: records of other settings differ from it."""
+    monkeypatch.chdir(tmp_path)
+    config = settings("--part=speedrun", "--out=a", "--dataset=data/b")
+    shown = many_gpus.speedrun_jobs(config)[0].shown(config)
+    assert "--dataset=data/b" in shown and "--out_dir=speedrun-fast" in shown
+
+
 @pytest.mark.parametrize("args, says", [
     (["--part=bogus"], "part='bogus' is unknown: use speedrun, decode, scaling, resume"),
     (["--part=decode", "--gpus=1"], "gpus=1, and .* this script measures two or more"),
+    (["--part=decode", "--widths=['a']"], r"widths=\['a'\] must be multiples of 128"),
+    (["--part=decode", "--widths=[2048,100]"], r"widths=\[2048, 100\] must be multiples of 128"),
+    (["--part=decode", "--widths=[0]"], "must be multiples of 128"),
+    (["--part=decode", "--widths=[]"], "must be multiples of 128"),
     (["--part=speedrun", "--peer=nothing.py --seed=1"], "peer='nothing.py' is no file: give the path"),
     (["--part=speedrun", "--peer='nothing.py"], "peer=\"'nothing.py\" cannot be split into words"),
     (["--part=decode", "--max_iters=3"], "max_iters is no setting of bench.py: leave it out"),
