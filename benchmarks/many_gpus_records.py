@@ -48,7 +48,9 @@ def record_of(part: str, stem: str, command: str, report: dict) -> dict:
         problem = f"ended after {report['seconds']:.0f} s by {report['ended_by']}"
     elif report["code"] != 0:
         lines = [line for line in text.splitlines() if line.strip()] or ["no output"]
-        errors = [line for line in lines if re.match(r"error\b|\S*Error: ", line)]
+        # PyTorch puts the rank before a traceback; torchrun's own error comes after all ranks'
+        begin = re.compile(r"(\[rank\d+\]: )?(error\b|\w[\w.]*Error(: |$))")
+        errors = [line for line in lines if begin.match(line)]
         problem = f"exit code {report['code']}: {(errors or lines[-1:])[0]}"
     else:
         try:

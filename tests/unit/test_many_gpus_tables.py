@@ -136,6 +136,17 @@ def test_failed_jobs_say_why(tmp_path):
         assert records.finished(stem, "command") is None  # so it runs again
 
 
+@pytest.mark.parametrize("line", ["[rank1]: AssertionError", "[rank0]: torch.cuda.OutOfMemoryError: none left",
+                                  "ModuleNotFoundError: No module named 'triton'",
+                                  "error on rank 1: no such data"])
+def test_a_failed_job_has_the_error_of_a_rank_and_not_torchruns(tmp_path, line):
+    (tmp_path / "a.log").write_text(
+        f"[rank1]: Traceback (most recent call last):\n[rank1]:     raise KeyError('a')\n{line}\n"
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n=====\n")
+    record = records.record_of("speedrun", str(tmp_path / "a"), "command", ENDED | {"code": 1})
+    assert record["problem"] == f"exit code 1: {line}"
+
+
 def test_jobs_start_only_if_they_fit_and_are_kept(settings, tmp_path, monkeypatch, capsys):
     started = []
 
