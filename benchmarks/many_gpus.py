@@ -13,6 +13,7 @@ skips the jobs that DIR has. With --limit no job starts whose expected duration 
 job that reaches the limit is ended. The exit code is 1 if a job or a check has failed, or a job has not run.
 """
 
+import contextlib
 import functools
 import glob
 import os
@@ -234,14 +235,27 @@ def supervise(config: Config, job: Job, seconds: float) -> dict:
     report = os.path.abspath(place(config, job.name, ".report"))
     command = [sys.executable, os.path.join(ROOT, "experiments", "supervise.py"), report, str(seconds)]
     cwd = place(config, "peer") if job.name == "peer" else None
+    remove(report)
     with open(place(config, job.name, ".log"), "wb") as output:
         # the supervisor ends all processes of the job when the pipe closes, which happens when this one ends
-        subprocess.Popen(command + job.command(), stdin=subprocess.PIPE, stdout=output, stderr=output,
-                         cwd=cwd).wait()
+        started, supervisor = time.monotonic(), subprocess.Popen(
+            command + job.command(), stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=cwd)
+        try:
+            supervisor.wait()
+        finally:  # after Ctrl-C, a job that still ends would disturb the next start of this script
+            supervisor.stdin.close()
+            supervisor.wait()
     try:
         return files.read_json(report)
+    except OSError:
+        return {"code": None, "seconds": time.monotonic() - started, "ended_by": "a kill of its supervisor"}
     finally:
-        os.remove(report)
+        remove(report)
+
+
+def remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
 
 
 def check_settings(config: Config) -> None:

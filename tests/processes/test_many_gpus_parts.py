@@ -57,6 +57,14 @@ def test_scaling_part(run_part):
     assert code == 1 and "\n124M-ddp, 124M-strategies: not run\n" in table
 
 
+def test_killed_supervisor_is_the_problem_of_its_job(tmp_path):
+    (tmp_path / "job.py").write_text("import os, time\nos.kill(os.getppid(), 9)\ntime.sleep(60)")
+    job = many_gpus.Job("a", 1, str(tmp_path / "job.py"), (), 1.0)
+    report = many_gpus.supervise({"out": str(tmp_path), "part": "decode"}, job, 0)
+    assert report["ended_by"] == "a kill of its supervisor" and report["code"] is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decode-a.log", "job.py"]
+
+
 def test_user_error_is_one_line(run_script, tmp_path):
     done = run_script("benchmarks/many_gpus.py", "--part=speedrun", "--device=cpu", "--peer=record.py")
     assert done.code == 2 and not list(tmp_path.iterdir())
