@@ -115,6 +115,8 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
         raise UserError(f"backend='nccl' needs CUDA and the device is {chosen}: use --backend=gloo")
     if not getattr(dist, f"is_{backend}_available")():
         raise UserError(f"backend={backend!r} is not built into this PyTorch: use --backend=auto")
+    # before the processes meet: a launcher that is gone by then would leave them waiting for each other
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="parent watch", daemon=True).start()
     try:
         limit = timedelta(seconds=timeout_seconds)
         store, *_ = next(rendezvous("env://", timeout=limit))
@@ -125,7 +127,6 @@ def start(device: str = "auto", backend: str = "auto", timeout_seconds: float = 
     except (dist.DistError, ValueError) as e:  # a network error, or a malformed address in the environment
         raise UserError(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:"
                         f"{os.environ['MASTER_PORT']}: {str(e).splitlines()[0]}") from None
-    threading.Thread(target=_end_with, args=(os.getppid(),), name="parent watch", daemon=True).start()
     if settings is not None:
         check_same_settings(settings, dist.group.WORLD)  # before groups that other settings would not make
     return Processes(*ranks, chosen, dist.group.WORLD, *_mesh(ranks[0], world_size, tp_processes))

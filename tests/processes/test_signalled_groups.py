@@ -6,6 +6,7 @@ on, and end with it. Real processes; about ten seconds.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,3 +64,32 @@ def test_compile_workers_survive_a_signal_to_the_group_and_end_with_the_run(star
         if group_of(run.pid):
             os.killpg(run.pid, signal.SIGKILL)
         run.wait()
+
+
+LAUNCHER = """
+import os, subprocess, sys
+ranks = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
+child = "from nanosync.distributed import start; start('cpu', timeout_seconds=600)"
+subprocess.run([sys.executable, "-c", child], env=os.environ | ranks)
+"""
+
+
+def test_a_launcher_that_is_killed_before_the_processes_met():
+    """Rank 1 waits for rank 0, which never starts."""
+    with socket.create_server(("127.0.0.1", 0)) as rank_0:  # answers nothing
+        rank_0.settimeout(PATIENCE)
+        launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(rank_0.getsockname()[1])], cwd=ROOT,
+                                    start_new_session=True)
+        try:
+            connection, _ = rank_0.accept()
+            assert len(group_of(launcher.pid)) == 2
+            launcher.kill()
+            launcher.wait()
+            end = time.monotonic() + PATIENCE
+            while group_of(launcher.pid) and time.monotonic() < end:
+                time.sleep(0.05)
+            assert group_of(launcher.pid) == []
+            connection.close()
+        finally:
+            if group_of(launcher.pid):
+                os.killpg(launcher.pid, signal.SIGKILL)
