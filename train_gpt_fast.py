@@ -69,7 +69,7 @@ value_tables: int | None = None  # number of these tables, which the layers take
 bigram = True  # a table of pairs of tokens, added to the input of every layer
 embedding_skip = True  # add the embedding to the input of every layer, with a learned factor
 smear = True  # add a share of the previous token's embedding to each embedding
-exclusive_layers: list | None = None  # layers where a token loses its own value's share; None: 1, 3, 4, 7
+exclusive_layers: list | None = None  # layers that subtract a part of a token's own value; None: 1, 3, 4, 7
 attention_gate = True  # scale each head's output by a gate
 late_attention = True  # the last layers attend to the stream after layer 2/3 n_layer
 backout = True  # subtract half of that stream before the head
@@ -87,7 +87,7 @@ muon_momentum = 0.95
 muon_momentum_warmup = 300  # steps from 0.85 to muon_momentum; the last sixth as many steps lead back
 muon_beta2 = 0.9  # NorMuon's; 0: Muon
 muon_weight_decay = 1.2  # cautious; times the square of the learning rate
-muon_heads: int | None = None  # heads of q, k or v that NorMuon takes as a matrix; None: 2, or all if odd
+muon_heads: int | None = None  # heads of q, k or v in a matrix for NorMuon; None: 2, or all if n_head is odd
 polar_express = True  # orthogonalise with Polar Express, not with Muon's Newton-Schulz
 adam_learning_rate = 0.008  # embedding and head
 table_learning_rate = 0.6  # tables of tokens and of pairs
@@ -414,10 +414,9 @@ def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_t
     return architecture
 
 
-SETTINGS = ("sequence_length", "n_layer", "n_head", "n_embd", "document_mask", "eval_windows",
-            "long_layers", "offset_layers", "value_layers", "value_tables", "exclusive_layers", "bigram",
-            "embedding_skip", "smear", "attention_gate", "late_attention", "backout", "half_rotary",
-            "softcap", "muon_heads")  # that a checkpoint decides
+SETTINGS = ("sequence_length", "n_layer", "n_head", "n_embd", "document_mask", "eval_windows", "long_layers",
+            "offset_layers", "value_layers", "value_tables", "exclusive_layers", "bigram", "embedding_skip",
+            "smear", "attention_gate", "late_attention", "backout", "half_rotary", "softcap", "muon_heads")
 FAST = ModelKind("train_gpt_fast.py", GPTConfig, GPT, settings_entry="config", settings=SETTINGS,
                  state={"untied": bool, **STATE}, finish=GPT.load_state)
 
@@ -451,8 +450,9 @@ def momentum_at(config: Config, step: int) -> float:
 def build_optimizer(model: GPT, config: Config, group) -> Muon:
     """Build NorMuon for the matrices of layers, and AdamW for embedding, head, tables, factors and gates."""
     lr, H, kinds = config["muon_learning_rate"], model.config.n_head, {}
+    heads = config["muon_heads"] or (H if H % 2 else 2)  # of a matrix
     rules = {  # kind -> further keys of its group
-        "stacked": dict(stacked=3 * H // (config["muon_heads"] or H % 2 * H or 2)), "matrix": dict(stacked=1),
+        "stacked": dict(stacked=3 * H // heads), "matrix": dict(stacked=1),
         "embedding": dict(lr_ratio=config["adam_learning_rate"] / lr, betas=(0.5, 0.95)),
         "table": dict(lr_ratio=config["table_learning_rate"] / lr, betas=(0.75, 0.95)),
         "gate": dict(lr_ratio=config["gate_learning_rate"] / lr, betas=(0.9, 0.99)),
@@ -478,7 +478,7 @@ def check_settings(config: dict) -> None:
         if config[name] >= 1:
             raise UserError(f"{name}={config[name]} must be below 1")
     check_at_most(config, 1e6, "timeout", "muon_learning_rate", "muon_weight_decay", "adam_learning_rate",
-                  "table_learning_rate", "scalar_learning_rate", "gate_learning_rate")  # fp32 holds an update
+                  "table_learning_rate", "scalar_learning_rate", "gate_learning_rate")  # updates fit in fp32
     check_at_most(config, MAX_LAYERS, "n_layer")
     check_at_least(config, 1e-9, "muon_learning_rate")  # so that ratios to the other rates are finite
     check_seed(config)
