@@ -158,7 +158,9 @@ class Muon(torch.optim.AdamW):
         for work in others:
             work.wait()
         gathers = self._step_adamw(rows)
-        self._apply(present, self._views(finish_tensor(updates).to(present[0].dtype), layout, present))
+        if self.processes > 1:
+            updates = finish_tensor(updates)
+        self._apply(present, self._views(updates.to(present[0].dtype), layout, present))
         for p, whole in gathers:
             if len(finish_tensor(whole)) > len(p):
                 p.copy_(whole[:len(p)])

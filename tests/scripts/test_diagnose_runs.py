@@ -49,7 +49,7 @@ def test_a_sleep_lands_in_its_row(run_script, tiny_data, tmp_path, slow, row, le
     found = profile_in(tmp_path / "out")
     assert found.steps == 3 and sum(found.seconds.values()) == pytest.approx(found.step)
     measured = float(done.out.split(" ms with it; trace: ")[0].split()[-1]) / 1e3
-    assert found.step == pytest.approx(measured, rel=0.05)
+    assert found.step == pytest.approx(measured, rel=0.2)  # of two or four steps it would be a quarter or more
     assert found.seconds[row] >= least
     assert all(f"  {name} " in done.out for name in (*ROWS, "step"))
 
@@ -73,4 +73,4 @@ def test_a_diagnosis_leaves_a_run_as_it_is(run_script, tiny_data, tmp_path, scri
     after = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     trace, = set(after) - set(before)
     assert trace.name.startswith("trace_") and after == before | {trace: after[trace]}
-    assert profile_in(tmp_path / "out").seconds[EXPOSED] < 0.05 * profile_in(tmp_path / "out").step
+    assert profile_in(tmp_path / "out").seconds[EXPOSED] == 0, "one process waits for no other"
