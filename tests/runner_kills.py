@@ -47,6 +47,9 @@ if int(os.environ.get("RANK", 0)):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(num_iterations * step_seconds)
     os._exit(0)
+hold = os.path.join(os.path.dirname(__file__), f"hold_{num_iterations}")  # a file: these runs wait
+while os.path.exists(hold):
+    time.sleep(0.05)
 os.makedirs(out_dir)
 noise = 0.003 * random.Random(seed).gauss(0, 1)
 log = open(os.path.join(out_dir, "run_1.jsonl"), "w", buffering=1)

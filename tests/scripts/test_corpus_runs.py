@@ -16,15 +16,17 @@ from helpers import FAST_SETTINGS, PATIENCE, ROOT, TINY
 
 COMMAND = [sys.executable, str(ROOT / "data" / "prepare.py")]
 WORDS = np.array("the a sync rank loss model token of to and in is layer head step".split())
-SMALL_JOBS = """# jobs of some size that take some time, and whose state is saved as often as said
-import runpy, sys, time
+SMALL_JOBS = """# jobs of some size, whose state is saved as often as said; each worker waits after some of them
+import os, runpy, sys, time
 sys.path.insert(0, {root!r})
 from data import corpus, corpus_documents, corpus_encoding, corpus_inputs
 corpus_documents.JOB_BYTES = corpus_inputs.JOB_BYTES = {size}
 corpus.SAVE_SECONDS = {saving}
-encode = corpus_encoding.encode_job
+encode, done = corpus_encoding.encode_job, []
 def encode_job(job):
-    time.sleep({seconds})
+    while len(done) >= {jobs} and not os.path.exists({until!r}):
+        time.sleep(0.01)
+    done.append(1)
     return encode(job)
 corpus.encode_job = corpus_encoding.encode_job = encode_job
 import data.prepare
@@ -63,9 +65,10 @@ def test_killed_and_resumed(tmp_path, number):
     write_corpus(tmp_path / "a.jsonl", 200)
     args = [f"--input={tmp_path / 'a.jsonl'}", "--tokenizer=char", "--workers=2", "--name=x"]
     scripts = []
-    for seconds in (0.2, 0.0):
-        scripts.append(tmp_path / f"slow{seconds}.py")
-        scripts[-1].write_text(SMALL_JOBS.format(root=str(ROOT), seconds=seconds, size=3000, saving=0.0))
+    for jobs in (4, 1000):  # that a worker does before it waits for the kill; there are about 40
+        scripts.append(tmp_path / f"jobs{jobs}.py")
+        scripts[-1].write_text(SMALL_JOBS.format(root=str(ROOT), jobs=jobs, until=str(tmp_path / "killed"),
+                                                 size=3000, saving=0.0))
     out, state = tmp_path / "out", tmp_path / "out" / ".prepare" / "state.json"
     process = subprocess.Popen([sys.executable, scripts[0], *args, f"--out={out}"], stderr=subprocess.PIPE,
                                stdout=subprocess.DEVNULL, text=True, start_new_session=True,
@@ -77,6 +80,7 @@ def test_killed_and_resumed(tmp_path, number):
     assert busy.returncode == 2 and "is in use by process" in busy.stderr and busy.stderr.count("\n") == 1
     workers = children_of(process.pid)
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    (tmp_path / "killed").touch()
     _, err = process.communicate(timeout=PATIENCE)
     assert len(workers) >= 2 and (err == "" if number == signal.SIGKILL else err == "interrupted\n"), err
     while any(map(is_running, workers)):
@@ -104,7 +108,7 @@ def peak_memory(script, *args) -> int:
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """4 and 11 MB of documents that are all different, in jobs of 0.1 MB."""
     script = tmp_path / "script.py"
-    script.write_text(SMALL_JOBS.format(root=str(ROOT), seconds=0, size=100_000, saving=1.0))
+    script.write_text(SMALL_JOBS.format(root=str(ROOT), jobs=1000, until="", size=100_000, saving=1.0))
     peaks, sizes = [], []
     for documents in (1000, 2500):
         path = write_corpus(tmp_path / f"{documents}.jsonl", documents, words=1000)

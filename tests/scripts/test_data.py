@@ -152,26 +152,40 @@ def test_python_source_keeps_files_of_blank_lines(tmp_path):
     assert encoded.tokens["val"].tolist() == [256, 10, 10] * 2 and len(encoded.documents) == 2
 
 
+HELD = """# workers wait in their first job until they are interrupted
+import os, runpy, sys, time
+sys.path.insert(0, {root!r})
+from data import corpus, corpus_encoding
+encode = corpus_encoding.encode_job
+def encode_job(job):
+    open(f"encoding-{{os.getpid()}}", "w").close()
+    while not os.path.exists("interrupted"):
+        time.sleep(0.01)
+    return encode(job)
+corpus.encode_job = corpus_encoding.encode_job = encode_job
+sys.argv[0] = os.path.join({root!r}, "data", "python_source", "prepare.py")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_interrupted(tmp_path):
     """Ctrl-C goes to all processes of the terminal, the workers as well."""
     folder, out = tmp_path / "src", tmp_path / "new" / "out"
     folder.mkdir()
-    for i in range(200):
-        (folder / f"m{i}.py").write_text(f"x{i} = {'1' * 999}\n" * 500)
-    command = [sys.executable, str(ROOT / "data" / "python_source" / "prepare.py"), "--workers=2",
-               f"--roots={folder}", f"--out={out}"]
-    for _ in range(5):  # on a busy machine it may be done before it is interrupted
-        process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   start_new_session=True,  # a process group, which stands for the terminal
-                                   # a shell's job in the background ignores it, and so do its children
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-        while not list(out.glob("*.tmp")) and process.poll() is None:
-            time.sleep(0.001)
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=PATIENCE)
-        if process.returncode != 0:
-            break
-        shutil.rmtree(tmp_path / "new")
+    for i in range(100):
+        (folder / f"m{i}.py").write_text(f"x{i} = 1\n")
+    (tmp_path / "held.py").write_text(HELD.format(root=str(ROOT)))
+    command = [sys.executable, "held.py", "--workers=2", f"--roots={folder}", f"--out={out}"]
+    process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, start_new_session=True,  # a group, as of a terminal
+                               # a shell's job in the background ignores it, and so do its children
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while len(list(tmp_path.glob("encoding-*"))) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    assert list(out.glob("*.tmp"))
+    os.killpg(process.pid, signal.SIGINT)
+    (tmp_path / "interrupted").touch()
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in err, err
     assert [line for line in err.splitlines() if line and "batch" not in line] == ["interrupted"]
     assert not (tmp_path / "new").exists()

@@ -121,14 +121,16 @@ def test_stages_go_on(tmp_path):
             "budget": {"gpu_hours": 1, "gpu_hours_per_run": 0.2, "probe_gpu_hours": 0.1,
                        "price_per_gpu_hour": 2.5}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    printed = tmp_path / "printed"
+    printed, hold = tmp_path / "printed", tmp_path / "hold_12"  # of stage B, which the first call does not end
     printed.touch()
+    hold.touch()
     first = Forked(1, "experiments/run_stages.py", ["--plan=plan.json", "--parallel=3"], str(printed), {})
     while not re.search("good run 0.*of training", printed.read_text()) and first.poll() is None:
         time.sleep(0.05)
     assert first.poll() is None, "it ended before it was killed"
     first.kill()
     first.wait(PATIENCE)
+    hold.unlink()
     folder = tmp_path / "experiment_logs" / "toy"
     before = {path: path.read_text() for path in folder.glob("*/*/*/results.jsonl")}
     assert before

@@ -3,6 +3,7 @@
     python -m pytest tests/unit/test_signals.py
 """
 
+import math
 import os
 import signal
 import types
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from configurator import Config
-from nanosync import run
+from nanosync import run, signals
 from nanosync.distributed import Processes
 from nanosync.signals import StopSignal
 from nanosync.training_logger import TrainingLogger
@@ -41,12 +42,23 @@ TERM, INT, HUP, USR1, USR2 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signa
     ([USR1, USR1], []), ([USR1, USR2, USR1], []), ([USR1, TERM], []), ([USR1, INT], []),
     ([USR1, INT, INT], [130]), ([TERM, USR1], []), ([TERM, USR1, INT], [130])],
     ids=lambda value: names(*value) if value and value[0] in StopSignal.SIGNALS else "")
-def test_second_request_ends_the_process_but_a_warning_never_does(requests, capfd, sequence, codes):
+def test_second_request_ends_the_process_but_a_warning_never_does(requests, capfd, monkeypatch, sequence,
+                                                                     codes):
     stop, ended = requests
+    monkeypatch.setattr(StopSignal, "TOGETHER", math.inf)
     for number in sequence:
         stop.ask(number)
         assert stop.received
     assert ended == codes and capfd.readouterr().err == "answer\n"
+
+
+@pytest.mark.parametrize("seconds, codes", [(1.9, []), (2.1, [128 + TERM])])
+def test_a_repeated_signal_is_one_request_for_two_seconds(requests, monkeypatch, seconds, codes):
+    stop, ended = requests
+    monkeypatch.setattr(signals.time, "monotonic", iter([100.0, 100.0 + seconds]).__next__)
+    stop.ask(TERM)
+    stop.ask(TERM)
+    assert ended == codes
 
 
 def test_signals_after_the_end_of_a_run_do_not_change_its_exit_code(requests, monkeypatch):
