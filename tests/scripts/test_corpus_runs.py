@@ -16,7 +16,7 @@ from helpers import FAST_SETTINGS, PATIENCE, ROOT, TINY
 
 COMMAND = [sys.executable, str(ROOT / "data" / "prepare.py")]
 WORDS = np.array("the a sync rank loss model token of to and in is layer head step".split())
-SMALL_JOBS = """# jobs of some size, whose state is saved as often as said; each worker waits after some of them
+SMALL_JOBS = """# jobs of some size, whose state is saved as often as said; workers wait after some of them
 import os, runpy, sys, time
 sys.path.insert(0, {root!r})
 from data import corpus, corpus_documents, corpus_encoding, corpus_inputs

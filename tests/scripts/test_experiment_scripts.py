@@ -121,7 +121,7 @@ def test_stages_go_on(tmp_path):
             "budget": {"gpu_hours": 1, "gpu_hours_per_run": 0.2, "probe_gpu_hours": 0.1,
                        "price_per_gpu_hour": 2.5}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    printed, hold = tmp_path / "printed", tmp_path / "hold_12"  # of stage B, which the first call does not end
+    printed, hold = tmp_path / "printed", tmp_path / "hold_12"  # stage B: the first call does not end it
     printed.touch()
     hold.touch()
     first = Forked(1, "experiments/run_stages.py", ["--plan=plan.json", "--parallel=3"], str(printed), {})

@@ -140,7 +140,7 @@ def test_a_tiny_model_from_next_to_the_picture(tmp_path, tiny_data):
     assert [step for step, *_ in found["drop_1_r2"]["curve"]] == [0, 3, 6]
     for seconds in (row["seconds"] for row in found.values()):
         assert seconds["training"] > 0 and seconds["start"] > 0
-        assert sum(seconds.values()) == pytest.approx(2 * seconds["wall"], abs=0.01)  # three parts, and the sum
+        assert sum(seconds.values()) == pytest.approx(2 * seconds["wall"], abs=0.01)  # its parts, and itself
     assert not list(tmp_path.glob("experiment_logs/toy/*/runs/*/out/ckpt"))
     frontier(tmp_path, "draw")
     assert (tmp_path / "frontier.png").stat().st_size > 1e4
