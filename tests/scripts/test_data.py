@@ -152,7 +152,7 @@ def test_python_source_keeps_files_of_blank_lines(tmp_path):
 
 
 HELD = """# each worker waits in its fourth job until they are interrupted
-import os, runpy, sys, time
+import importlib.util, os, sys, time
 sys.path.insert(0, {root!r})
 from data import corpus, corpus_encoding
 encode, done = corpus_encoding.encode_job, []
@@ -162,8 +162,11 @@ def encode_job(job):
     done.append(1)
     return encode(job)
 corpus.encode_job = corpus_encoding.encode_job = encode_job
-sys.argv[0] = os.path.join({root!r}, "data", "python_source", "prepare.py")
-runpy.run_path(sys.argv[0], run_name="__main__")
+path = os.path.join({root!r}, "data", "python_source", "prepare.py")
+spec = importlib.util.spec_from_file_location("prepare", path)
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+script.main()
 """
 
 
