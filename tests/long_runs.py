@@ -58,6 +58,50 @@ def write_shards(folder: Path) -> Path:
     return folder
 
 
+HOLDS = {  # config files: where a run waits until it is asked to stop, however busy the machine is
+    "update": """import os, time
+from nanosync.run import Run as _Run
+_iteration = _Run.iteration
+
+
+def _hold(run, *args, **fields):
+    _iteration(run, *args, **fields)
+    first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    while run.step == {step} and first_start and not run.signals.received:
+        time.sleep(0.01)
+
+
+_Run.iteration = _hold
+""",
+    "evaluation": """import math, time
+from nanosync.run import Run as _Run
+from nanosync.signals import StopSignal as _StopSignal
+_stop_anywhere, _ask, _requests = _Run.stop_anywhere, _StopSignal.ask, []
+
+
+def _hold(run):
+    while run.step == {step} and len(_requests) < 2:
+        time.sleep(0.01)
+    return _stop_anywhere(run)
+
+
+def _count(stop, number, *args):
+    _ask(stop, number, *args)
+    _requests.append(number)
+
+
+_Run.stop_anywhere, _StopSignal.ask, _StopSignal.TOGETHER = _hold, _count, math.inf
+"""}
+
+
+def hold(folder: Path, where: str, step: int) -> str:
+    """Write a config file; return its path. where: "update", after update `step` of the first start, until
+    the first request to stop; "evaluation", in that of `step`, until the second."""
+    path = folder / f"hold_{where}.py"
+    path.write_text(HOLDS[where].format(step=step))
+    return str(path)
+
+
 class Run:
     """A training run in a process, or under torchrun in several, to which signals can be sent."""
 

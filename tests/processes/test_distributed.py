@@ -3,6 +3,8 @@
     python -m pytest tests/processes/test_distributed.py
 """
 
+import contextlib
+import random
 import socket
 import threading
 
@@ -47,11 +49,18 @@ def test_same_losses_on_more_processes(n, single, tiny_data, tmp_path):
     assert {name.split(".")[0] for name in found.tensors("rng")} == set(map(str, range(n)))
 
 
+def free_port() -> int:
+    """Return a port below those that the system gives to connections, which could take it before torchrun."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
 def test_two_nodes(single, tiny_data, tmp_path):
     """Two launchers of one process each, as on two machines, which meet at 127.0.0.1."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     results = [None, None]
 
     def node(rank):

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import long_runs
 import pytest
@@ -65,11 +66,11 @@ def test_asked_to_end(data, references, tmp_path, kind, n, number):
 def test_asked_to_end_while_evaluating(data, references, tmp_path):
     """One process, at evaluation 10: it is not lost, and not done twice. SIGTERM comes twice, as when a
     machine stops: that is one request."""
-    run = Run(data, tmp_path / "out", "--eval_iters=4")
+    run = Run(data, tmp_path / "out", long_runs.hold(tmp_path, "evaluation", 10))
     run.wait_for(10)
-    for _ in range(2):
-        run.process.send_signal(signal.SIGTERM)
-        time.sleep(0.01)
+    run.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: has_answered(run), "a request has no answer")  # two at once could arrive as one
+    run.process.send_signal(signal.SIGTERM)
     assert run.wait() == 0
     assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "interrupted"
     assert long_runs.go_on(data, tmp_path / "out") == 0
@@ -101,10 +102,15 @@ def wait_until(condition, otherwise: str, seconds: float = 300) -> None:
         time.sleep(0.1)
 
 
+def has_answered(run) -> bool:
+    return "again to end at once" in Path(run.output.name).read_text()
+
+
 @pytest.mark.parametrize("what", ["stopped", "killed"])
 def test_a_peer_that_does_not_answer(data, tmp_path, what):
     """A hung or a dead process ends the job."""
-    run = Run(data, tmp_path / "out", "--timeout=15", "--max_iters=100000", processes=2)
+    run = Run(data, tmp_path / "out", f"--timeout={30 if what == 'stopped' else 600}", "--max_iters=100000",
+              processes=2)
     run.wait_for(3)
     victim = max(workers_of(run))
     os.kill(victim, signal.SIGSTOP if what == "stopped" else signal.SIGKILL)
@@ -134,9 +140,9 @@ def test_a_second_request_ends_at_once(data, tmp_path):
     first, second = sorted(workers_of(run))
     os.kill(second, signal.SIGSTOP)
     time.sleep(1)
-    for _ in range(2):
-        os.kill(first, signal.SIGINT)
-        time.sleep(0.3)
+    os.kill(first, signal.SIGINT)
+    wait_until(lambda: has_answered(run), "a request has no answer")  # two at once could arrive as one
+    os.kill(first, signal.SIGINT)
     wait_until(lambda: first not in workers_of(run), "it waits for the other")
     os.kill(second, signal.SIGKILL)
     run.wait()
