@@ -10,9 +10,20 @@ from helpers import torchrun
 
 from nanosync.step_profile import EXPOSED, profile_of
 
+SLOW_RANK = """
+import os, time
+from nanosync.parallelism import Parallelism
+_clip = Parallelism.clip
+def _slow(self, *arguments):
+    time.sleep(0.5 if os.environ["RANK"] == "1" else 0)  # for which rank 0, which is profiled, waits
+    return _clip(self, *arguments)
+Parallelism.clip = _slow
+"""
+
 
 def test_collectives_of_two_tp_ranks(tiny_data, tmp_path):
-    done = torchrun(2, "train_reduced_sync.py", "--device=cpu", "--compile=False", "--n_layer=2",
+    (tmp_path / "slow.py").write_text(SLOW_RANK)
+    done = torchrun(2, "train_reduced_sync.py", "slow.py", "--device=cpu", "--compile=False", "--n_layer=2",
                     "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2",
                     "--gradient_accumulation_steps=1", "--tp_processes=2", f"--dataset={tiny_data}",
                     "--out_dir=out", "--diagnose=3", cwd=tmp_path)
