@@ -127,14 +127,14 @@ def test_restart_moves_nothing_of_its_own_run(tmp_path):
 def test_processes_meet_in_a_store_that_has_traces_of_earlier_starts(first):
     """Three starts; in the first two of them a process died on the way. Whichever process is first."""
     store = dist.HashStore()
-    store.set_timeout(timedelta(seconds=60))
+    store.set_timeout(timedelta(seconds=600))
     for died in ("greeting", "address", None):
         if died == "greeting":
             store.set("greeting/1", "of a process that died")
             store.set("greeting/2", "another")
             continue
         with ThreadPoolExecutor() as pool:
-            starts = [pool.submit(fresh_store, store, rank, 3, 60.0) for rank in (first, 2, 1 - first)]
+            starts = [pool.submit(fresh_store, store, rank, 3, 600.0) for rank in (first, 2, 1 - first)]
         stores = [start.result() for start in starts]
         assert not any(own.check(["address"]) for own in stores)
         stores[0].set("address", "x")

@@ -55,7 +55,8 @@ def test_second_request_ends_the_process_but_a_warning_never_does(requests, capf
 @pytest.mark.parametrize("seconds, codes", [(1.9, []), (2.1, [128 + TERM])])
 def test_a_repeated_signal_is_one_request_for_two_seconds(requests, monkeypatch, seconds, codes):
     stop, ended = requests
-    monkeypatch.setattr(signals.time, "monotonic", iter([100.0, 100.0 + seconds]).__next__)
+    clock = types.SimpleNamespace(monotonic=iter([100.0, 100.0 + seconds]).__next__)
+    monkeypatch.setattr(signals, "time", clock)
     stop.ask(TERM)
     stop.ask(TERM)
     assert ended == codes
