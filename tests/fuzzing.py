@@ -22,7 +22,7 @@ from pathlib import Path
 
 from nanosync.errors import MAX_MESSAGE, UserError, one_line
 
-SECONDS = 20.0  # limit of a case, also on a busy machine
+SECONDS = 60.0  # limit of a case, also on a busy machine
 REFUSED = "refused"
 ODD_VALUES = [None, True, False, 0, -1, 1, 1.5, 2**31, 2**40, -2**70, 10**30, 10**400, 1e308, -0.0, "", "6",
               "\x00", "\x1b[2J", "\ud800", "x" * 10**5, [], [1], [[]] * 3, {}, {"a": {}}, [0] * 10**5]

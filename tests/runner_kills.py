@@ -144,6 +144,14 @@ def processes_of(folder: Path) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
+def wait_for_the_end(folder: Path, seconds: float = 600) -> None:
+    """Wait until no process of the runs in a folder is left. A runner waits for a few seconds only."""
+    logs, end = folder.resolve() / "experiment_logs", time.monotonic() + seconds
+    while left := processes_of(logs):
+        assert time.monotonic() < end, f"{len(left)} processes are left"
+        time.sleep(0.02)
+
+
 def start(folder: Path, *args: str, env: dict[str, str], command: bool) -> Forked | subprocess.Popen:
     """Start the runner in `folder`, as the command that users type or, for time, as a forked process."""
     if not command:

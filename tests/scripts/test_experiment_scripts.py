@@ -131,6 +131,7 @@ def test_stages_go_on(tmp_path):
     first.kill()
     first.wait(PATIENCE)
     hold.unlink()
+    runner_kills.wait_for_the_end(tmp_path)
     folder = tmp_path / "experiment_logs" / "toy"
     before = {path: path.read_text() for path in folder.glob("*/*/*/results.jsonl")}
     assert before
@@ -225,6 +226,6 @@ print(child.pid, flush=True)
     with pytest.raises(UserError, match=rf"is in use by process {first.pid} on .*: wait for it or end it"):
         runner.lock(str(tmp_path))
     os.close(write)
-    monkeypatch.setattr(runner, "PATIENCE", 60.0)
+    monkeypatch.setattr(runner, "PATIENCE", PATIENCE)
     os.close(runner.lock(str(tmp_path)))
     os.close(read)

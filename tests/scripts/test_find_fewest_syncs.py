@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import PATIENCE, TINY, Forked, python, python_command, write_documents
+from runner_kills import wait_for_the_end
 
 from experiments import campaign_folder
 from experiments.fewest_syncs import decide
@@ -103,6 +104,7 @@ def find_and_kill(folder: Path, *args: str, when) -> None:
     first.kill()
     first.wait(PATIENCE)
     hold.unlink()
+    wait_for_the_end(folder)
 
 
 def results_of(folder: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ import time
 import fuzz
 import fuzz_experiments
 import fuzzing
+from helpers import PATIENCE
 
 from nanosync.errors import UserError
 
@@ -41,5 +42,6 @@ def test_the_fuzz_test_finds_what_it_looks_for(tmp_path):
                           (lambda folder: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL"),
                           (lambda folder: time.sleep(60), "hang"),
                           (refuse_at_length, "a message of several lines")):
-        result = fuzzing.in_child(read, tmp_path, tmp_path / "report.txt", seconds=1)
+        result = fuzzing.in_child(read, tmp_path, tmp_path / "report.txt",
+                                  seconds=1 if finding == "hang" else PATIENCE)
         assert finding in result and bool(finding) == bool(result)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import PATIENCE, Forked, python, python_command
+from runner_kills import wait_for_the_end
 
 SCRIPT = "experiments/frontier.py"
 FAKE = '''"""Writes the log of train_reduced_sync.py, with a loss that is made up."""
@@ -86,6 +87,7 @@ def test_a_killed_call_resumes(tmp_path, tiny_data):
     first.kill()
     first.wait(PATIENCE)
     (tmp_path / "hold").unlink()
+    wait_for_the_end(tmp_path)
     before = (tmp_path / "runs.jsonl").read_text()
     assert 2 <= before.count("\n") < 6, printed.read_text()
     with open(tmp_path / "runs.jsonl", "a") as f:
