@@ -39,7 +39,8 @@ def test_compiles_without_a_gpu(capability):
     from triton.compiler import ASTSource, compile
 
     flags = dict(BIAS=True, GELU=True, RESIDUAL=True, ALSO=True, ALSO_ADD=True, ALSO_BIAS=True)
-    stream, sums = "*fp32 *fp32 *fp32 *i64 *i32", "fp32 i32 i32 i32 i32"  # see Stream and SplitSums
+    stream, sums = "*fp32 *fp32 *fp32 *i64 *i32", "fp32" + 9 * " i32"  # see Stream and SplitSums
+    halves = [dict(TAKE=t, PUT=t, CUT=cut) for t, cut in ((False, False), (True, False), (True, True))]
     ranks = dict(RANK=1, RANKS=4, SETS=4)
     cases = [
         (cross_entropy._cross_entropy_kernel, "*bf16 *i64 *fp32 *fp8e5 i32 i32 i32",
@@ -52,8 +53,8 @@ def test_compiles_without_a_gpu(capability):
            dict(K=3, BLOCK_K=4, SOFTCAP=unroll == 2, WRITE_GRAD=True, LANES=4096, UNROLL=unroll),
            dict(num_warps=16)) for unroll in (2, 4)),
         *((decode._vector_kernel, f"*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *fp32 *fp32 {stream} i32 i32 {sums}",
-           flags | dict(NORM=True, BETA=True, OWN=2, TAKE=halves, PUT=halves, **ranks, BLOCK_N=16384 // K,
-                        BLOCK_K=K), {}) for halves in (False, True) for K in (1024, 2048)),
+           flags | dict(NORM=True, BETA=True, OWN=2, **half, **ranks, BLOCK_N=16384 // K, BLOCK_K=K), {})
+          for half in halves for K in (1024, 2048)),
         (decode._embed_kernel, "*i64 *i64 *bf16 *bf16 *fp32 *i32 i32", dict(COUNT=True, BLOCK=256), {}),
         (decode._draw_kernel, "*fp32 *i64 *fp32 *i64 i32 fp32", dict(BLOCK=256), {}),
         (pending_norm._forward_kernel, "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
@@ -67,11 +68,12 @@ def test_compiles_without_a_gpu(capability):
          dict(num_warps=8)),
         (exchange._take_kernel, "*fp32 *i64 *i32 i32 i32 i32 i32 i32 i32", dict(BLOCK=256, **ranks),
          dict(num_warps=8)),
-        *((decode._norm_kernel, f"*fp32 *bf16 *bf16 *bf16 {stream} i32 fp32 i32 i32 i32",
-           dict(BETA=True, OWN=2, TAKE=take, BLOCK_K=1024, **ranks), {}) for take in (False, True)),
-        *((decode._matrix_kernel, "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *i64 *i32 i32 i32 i32 i32 i32",
-           flags | dict(PUT=put, K=768, BLOCK_B=32, BLOCK_N=16, BLOCK_K=256, **ranks),
-           dict(num_warps=2, num_stages=3)) for put in (False, True)),
+        *((decode._norm_kernel, f"*fp32 *bf16 *bf16 *bf16 {stream} i32 fp32" + 6 * " i32",
+           dict(BETA=True, OWN=2, TAKE=half["TAKE"], CUT=half["CUT"], BLOCK_K=1024, **ranks), {})
+          for half in halves),
+        *((decode._matrix_kernel, "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *i64 *i32" + 7 * " i32",
+           flags | dict(PUT=half["PUT"], CUT=half["CUT"], K=768, BLOCK_B=32, BLOCK_N=16, BLOCK_K=256) | ranks,
+           dict(num_warps=2, num_stages=3)) for half in halves),
         (decode._attention_kernel, "*bf16 *bf16 *i64 *fp32 *i32 *bf16 i32 i32 fp32",
          dict(SPAN=128, D=64, BLOCK_D=64, BLOCK_S=64), {}),
     ]
