@@ -1,4 +1,4 @@
-"""Time a step of train_gpt_fast.py of one micro-batch, with and without fp8_head and lazy_tables, by turns.
+"""Time a step of train_gpt_fast.py of one micro-batch, with and without candidates, by turns.
 
     python time_candidates.py config/fast_python_source.py   # in the root, after candidates_2.patch
 
@@ -59,18 +59,22 @@ def main() -> None:
 
     variants = {}
 
-    def step(name: str, fp8: bool, lazy: bool) -> None:
+    def step(fp8: bool, lazy: bool, every: int) -> None:
         model.head_recipe, model.head_casts = (recipe, casts) if fp8 else (None, None)
-        micro_batch(0)
-        optimizers[lazy].step()
-        if fp8:
-            casts.update()
-        optimizers[lazy].zero_grad(set_to_none=True)
+        optimizer = optimizers[lazy]
+        for number in range(2):
+            micro_batch(number)
+            optimizer.adamw_due = number % every == every - 1
+            optimizer.step()
+            if fp8:
+                casts.update()
+            optimizer.zero_grad(set_to_none=True)
 
     for r in range(ROUNDS + 1):
-        for name, fp8, lazy in (("plain", False, False), ("fp8_head", True, False),
-                                ("lazy_tables", False, True), ("both", True, True)):
-            found = seconds(lambda: step(name, fp8, lazy), device)  # noqa: B023
+        for name, *options in (("plain", False, False, 1), ("fp8_head", True, False, 1),
+                               ("lazy_tables", False, True, 1), ("adam_every", False, False, 2),
+                               ("all", True, True, 2)):
+            found = seconds(lambda: step(*options), device) / 2  # noqa: B023
             if r:
                 variants.setdefault(name, []).append(1e3 * found)
     for name, times in variants.items():
