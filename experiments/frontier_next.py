@@ -107,8 +107,9 @@ class Session:
 
     @property
     def hopeless(self) -> bool:
-        """True if runs failed before their first step and none succeeded: the others would fail as well."""
-        return not self.done and len(self.failed) > 1 and all(step == 0 for _, step in self.failed)
+        """True if runs failed before their first step and no run trained: the others would fail as well."""
+        trains = self.done or any(run.progress.first is not None for run in self.seen)
+        return not trains and len(self.failed) > 1 and all(step == 0 for _, step in self.failed)
 
     def go(self, lock: int, places: list[str | None], per_place: int) -> None:
         """Do the missing runs that fit. places: GPUs of the runs at a time; per_place: runs on one GPU."""
