@@ -3,19 +3,20 @@
     python records/sync-frontier/background.py begin pilot --minutes=26 --commit=HASH
     python records/sync-frontier/background.py wait 560 --out=FOLDER    # again and again
 
-begin pilot: the first 16 runs of protocol_regime.json, then the freeze, or a longer pilot first, then the frozen
-protocol. begin next: the frozen protocol only. begin works in a folder outside of the checkout: a copy of the
-code, the data, and this folder's protocols and runs. What is done there or in runs*.jsonl is not repeated.
-wait prints what is new in the log, and copies runs, frozen protocols, data.json and log to --out all the time.
+begin pilot does the first 16 runs of protocol_regime.json and freezes protocol.json, or does the longer pilot
+before. Then it does the frozen protocol. begin next does only the last. Both work in a folder outside of the
+checkout, with a copy of the code, the data, and the protocols and runs of this folder. A run that is in a
+runs*.jsonl, here or there, is not repeated. wait prints what is new in the log. Every few seconds it copies
+runs, frozen protocols, data.json and logs to --out.
 
-data.json names the Python files of which the data are made. With other files than those of earlier runs begin
-ends before it makes the data.
+data.json has the packages whose Python files are the data. With other packages than those of earlier runs,
+begin ends before it makes the data.
 """
 
 import argparse
 import contextlib
+import glob
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path.insert(0, ROOT)
 
 from configurator import Parser
+from experiments.experiment_config import check_keys
 from experiments.experiment_logger import git_info
 from experiments.frontier_protocol import Protocol, data_digests
 from experiments.frontier_runs import merge, read_runs
@@ -36,16 +38,20 @@ from nanosync.files import os_error_as_user_error, read_json, replace_file, writ
 from nanosync.folder_lock import lock_folder
 
 PILOT, LONG, FROZEN = "protocol_regime.json", "protocol_regime_long.json", "protocol.json"
+DATA = {"roots": (str, True), "tokenizer": (str, True), "files": (int, False), "packages": (dict, False)}
 FIRST = {PILOT: 16, LONG: 4, FROZEN: None}  # runs that a protocol does, None for all
 ESTIMATE = {PILOT: 150}  # seconds of a run while none is measured
 PLANS = "pilot", "next"
 DATASET = os.path.join("data", "python_source_gpt2")
-RESULTS = (*(name.replace("protocol", "runs") + "l" for name in FIRST), LONG, FROZEN, "data.json", "log.txt")
+RESULTS = (*(name.replace("protocol", "runs") + "l" for name in FIRST), LONG, FROZEN, "data.json", "log.txt",
+           "failed.txt")
 RESERVE = 20.0  # seconds between the end of the last run and that of the minutes
 ENDS = 5.0  # seconds after which a command that should have ended is ended
 SHORTEST = 30.0  # seconds: with less left nothing is started
+KEPT = 20_000  # bytes of the output of a failed run
 COPY = 5.0  # seconds between two copies of the results
-SKIPPED = ".git", ".venv", "__pycache__", "*.bin", "*.npy", ".prepare", "experiment_logs", "out", "out-*"
+SKIPPED = ".git", ".venv", "__pycache__", "*.bin", "*.npy", ".prepare", "experiment_logs", "out", "out-*", \
+    os.path.basename(DATASET)
 STARTED = time.time()
 
 
@@ -54,7 +60,7 @@ def read_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("command", choices=("begin", "wait", "sequence"), help="sequence is for begin")
     parser.add_argument("what", help=f"begin: {' or '.join(PLANS)}; wait: seconds")
-    parser.add_argument("--minutes", type=float, default=26, help="begin: in which all ends, from now on (26)")
+    parser.add_argument("--minutes", type=float, default=26, help="begin: in which all ends (26)")
     parser.add_argument("--commit", help="begin: of this code, where git does not know it")
     parser.add_argument("--per_gpu", type=int, default=4, help="begin: runs at a time on each GPU (4)")
     parser.add_argument("--folder", default=HERE, help="begin: protocols, templates, data.json, earlier runs")
@@ -74,12 +80,15 @@ def read_arguments() -> argparse.Namespace:
 def begin(args: argparse.Namespace) -> None:
     """Prepare the folder to work in, and start the sequence. Raises UserError."""
     commit = args.commit or commit_of_git()
+    if os.path.commonpath([ROOT, os.path.realpath(args.work)]) == ROOT:
+        raise UserError(f"--work={args.work} is inside of the checkout: name a folder outside")
     with os_error_as_user_error(f"cannot write to {args.work}"):
         os.makedirs(args.work, exist_ok=True)
-    descriptor = lock_folder(args.work, "work", patience=10.0)  # what was started by a killed one ends soon
+    descriptor = lock_folder(args.work, "work")
     code, folder = os.path.join(args.work, "code"), os.path.join(args.work, "frontier")
     with os_error_as_user_error(f"cannot copy to {args.work}"):
-        shutil.copytree(ROOT, code, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*SKIPPED))
+        shutil.copytree(ROOT, code, symlinks=True, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns(*SKIPPED))
         os.makedirs(folder, exist_ok=True)
     take_over(args.folder, folder)
     if args.what == "next" and not os.path.exists(os.path.join(folder, FROZEN)):
@@ -95,8 +104,8 @@ def begin(args: argparse.Namespace) -> None:
              f"--work={args.work}", f"--commit={commit}"], stdin=subprocess.DEVNULL, stdout=log,
             stderr=subprocess.STDOUT, cwd=folder, start_new_session=True, pass_fds=[descriptor],
             env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    print(f"process {sequence.pid} started after {time.time() - STARTED:.0f} s; it ends after {args.minutes:g} "
-          f"minutes at the latest", flush=True)
+    print(f"process {sequence.pid} started after {time.time() - STARTED:.0f} s; it ends within "
+          f"{args.minutes:g} minutes", flush=True)
 
 
 def commit_of_git() -> str:
@@ -115,7 +124,8 @@ def take_over(source: str, folder: str) -> None:
             continue
         if name in FIRST and os.path.exists(ours):
             if Protocol.read(ours).digest != Protocol.read(theirs).digest:
-                raise UserError(f"{ours} is another protocol than {theirs}: remove one, or use another --work")
+                raise UserError(f"{ours} is another protocol than {theirs}: remove one, or name "
+                                f"another --work")
         elif name != "data.json" or not os.path.exists(ours):
             with os_error_as_user_error(f"cannot copy {theirs}"):
                 shutil.copyfile(theirs, ours)
@@ -136,6 +146,7 @@ def prepare_data(folder: str, out: str) -> None:
 
     path = os.path.join(folder, "data.json")
     data = read_json(path)
+    check_keys(data, DATA, path)
     check_tokenizer(data["tokenizer"])
     documents, packages = find_documents(find_roots(data["roots"])), {}
     for document in documents:
@@ -154,13 +165,14 @@ def prepare_data(folder: str, out: str) -> None:
 
 
 def check_data(folder: str, code: str) -> None:
-    """Raise UserError if the token files are not those of a protocol or of its runs."""
+    """Raise UserError if the token files are not those of a frozen protocol."""
     for name in FIRST:
         path = os.path.join(folder, name)
         if os.path.exists(path):
             protocol = Protocol.read(path)
-            protocol.values["dataset"] = os.path.join(code, DATASET)
-            data_digests(protocol)
+            if protocol.values["data_sha256"] is not None:
+                protocol.values["dataset"] = os.path.join(code, DATASET)
+                data_digests(protocol)
 
 
 # sequence
@@ -171,6 +183,7 @@ class Sequence:
     def __init__(self, args: argparse.Namespace):
         self.until, self.commit, self.report = args.until, args.commit, os.path.abspath(args.work)
         self.parallel = args.per_gpu * max(len(visible_gpus()), 1)
+        self.succeeded = True  # the last command
 
     @property
     def left(self) -> float:
@@ -186,7 +199,8 @@ class Sequence:
                               stdin=subprocess.PIPE) as supervisor:
             supervisor.wait()
         report = read_report(self.report)
-        return report is not None and report["code"] == 0
+        self.succeeded = report is not None and report["code"] == 0
+        return self.succeeded
 
     def missing(self, name: str) -> int:
         """Return the number of runs of a protocol that are to be done."""
@@ -200,9 +214,9 @@ class Sequence:
         options += [f"--first={FIRST[name]}"] if FIRST[name] else []
         options += [f"--estimate={ESTIMATE[name]}"] if name in ESTIMATE else []
         for _ in range(2):
-            if self.missing(name) and self.left > SHORTEST:
-                if self.frontier("next", *options, f"--minutes={self.left / 60:.3f}"):
-                    break
+            if not self.missing(name) or self.left < SHORTEST \
+                    or self.frontier("next", *options, f"--minutes={self.left / 60:.3f}"):
+                break
         return not self.missing(name)
 
     def freeze(self, name: str, template: str, pilot: str) -> bool:
@@ -211,26 +225,24 @@ class Sequence:
                                                      f"--pilot={pilot}")
 
     def pilot(self) -> bool:
-        """Do the pilot, and a longer one if the first is not good enough; return True if a protocol is frozen."""
+        """Do the pilot, and a longer one if the first is not good enough; return True if one is frozen."""
         if os.path.exists(FROZEN):
             return True
-        if os.path.exists(LONG) or self.next(PILOT) and not self.freeze(FROZEN, "template.json", PILOT):
-            return (self.freeze(LONG, "template_long.json", PILOT) and self.next(LONG)
-                    and self.freeze(FROZEN, "template.json", LONG))
-        return os.path.exists(FROZEN)
+        if not os.path.exists(LONG):
+            if not self.next(PILOT):
+                return False
+            if self.freeze(FROZEN, "template.json", PILOT):
+                return True
+        return (self.freeze(LONG, "template_long.json", PILOT) and self.next(LONG)
+                and self.freeze(FROZEN, "template.json", LONG))
 
     def go(self, plan: str) -> bool:
         """Do a plan as far as the minutes allow; return False if something other than the time stopped it."""
         complete = (plan != "pilot" or self.pilot()) and self.next(FROZEN)
         for name in filter(os.path.exists, FIRST):
             of = FIRST[name] or len(Protocol.read(name).runs)
-            print(f"{name}: {of - self.missing(name)} of {of} runs", flush=True)
-        return complete or self.left < self.longest()
-
-    def longest(self) -> float:
-        """Return the seconds of a run by which the time is up."""
-        return SHORTEST + 2 * max(Protocol.read(name).values["seconds_per_run"]
-                                  for name in filter(os.path.exists, FIRST))
+            print(f"{name}: {self.missing(name)} runs are missing of {of}", flush=True)
+        return complete or self.succeeded
 
 
 def sequence(args: argparse.Namespace) -> None:
@@ -301,12 +313,27 @@ def print_new(work: str) -> None:
 
 def copy_results(work: str, out: str | None) -> None:
     """Copy what is to be kept, each file completely or not at all."""
-    for name in RESULTS if out else ():
-        path = os.path.join(work, "" if name == "log.txt" else "frontier", name)
+    if out is None:
+        return
+    write_failures(work)
+    for name in RESULTS:
+        path = os.path.join(work, "" if name.endswith(".txt") else "frontier", name)
         if os.path.exists(path):
             with os_error_as_user_error(f"cannot copy {path} to {out}"), open(path, "rb") as f:
                 os.makedirs(out, exist_ok=True)
                 replace_file(os.path.join(out, name), f.read())
+
+
+def write_failures(work: str) -> None:
+    """Write the ends of the output of failed runs to failed.txt."""
+    parts = []
+    for path in sorted(glob.glob(os.path.join(work, "frontier", "experiment_logs", "*", "*", "runs", "*"))):
+        report = read_report(path)
+        if report is not None and report["ended_by"] == "itself" and report["code"] != 0:
+            with open(os.path.join(path, "stdout.log"), "rb") as f:
+                parts += [f"{path}: {report}\n".encode(), f.read()[-KEPT:], b"\n"]
+    if parts:
+        replace_file(os.path.join(work, "failed.txt"), b"".join(parts[-3 * 50:]))
 
 
 def main() -> int:

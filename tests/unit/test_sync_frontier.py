@@ -212,6 +212,8 @@ def test_nothing_starts_that_does_not_fit(monkeypatch):
     one = session(100)
     one.failed = [("dense_12 with seed 1", 0), ("dense_10 with seed 1", 0)]
     assert not may_start(one, "dense_8"), "a run was started after others failed before their first step"
+    one.watch(running(1))
+    assert may_start(one, "dense_8"), "two arms that fail do not end the others, while a run trains"
 
 
 def running(steps: int, gpus: str | None = "0", ended: bool = False):
