@@ -21,6 +21,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -52,6 +53,7 @@ KEPT = 20_000  # bytes of the output of a failed run
 COPY = 5.0  # seconds between two copies of the results
 SKIPPED = ".git", ".venv", "__pycache__", "*.bin", "*.npy", ".prepare", "experiment_logs", "out", "out-*", \
     os.path.basename(DATASET)
+WORK = os.path.join(tempfile.gettempdir(), "sync-frontier")
 STARTED = time.time()
 
 
@@ -64,7 +66,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--commit", help="begin: of this code, where git does not know it")
     parser.add_argument("--per_gpu", type=int, default=4, help="begin: runs at a time on each GPU (4)")
     parser.add_argument("--folder", default=HERE, help="begin: protocols, templates, data.json, earlier runs")
-    parser.add_argument("--work", default="/tmp/sync-frontier", help="folder to work in (/tmp/sync-frontier)")
+    parser.add_argument("--work", default=WORK, help=f"folder to work in ({WORK})")
     parser.add_argument("--out", help="wait: folder for the results")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -126,7 +128,7 @@ def take_over(source: str, folder: str) -> None:
             if Protocol.read(ours).digest != Protocol.read(theirs).digest:
                 raise UserError(f"{ours} is another protocol than {theirs}: remove one, or name "
                                 f"another --work")
-        elif name != "data.json" or not os.path.exists(ours):
+        elif name != "data.json" or not os.path.exists(ours) or "packages" in read_json(theirs):
             with os_error_as_user_error(f"cannot copy {theirs}"):
                 shutil.copyfile(theirs, ours)
         if name in FIRST:
