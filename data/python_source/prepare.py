@@ -173,7 +173,8 @@ def make(documents: list[Document], roots: str, tokenizer: str, out: str, worker
     roots, tokenizer: values of the options; out: folder; shard_tokens: None for flat files.
     """
     if len({d.place < VAL_SHARE for d in documents}) < 2:
-        raise UserError(f"{len(documents)} Python files below {roots} are too few to split into train and val")
+        raise UserError(f"{len(documents)} Python files below {roots} are too few to split into train and "
+                        f"val")
     files = PythonFiles(documents, blank_lines=tokenizer == "char")
     print(f"{len(documents):,} files below {roots}")
     source = {"roots": roots, "files": len(documents), "digest": files.identity}

@@ -244,7 +244,7 @@ class Sequence:
         for name in filter(os.path.exists, FIRST):
             of = FIRST[name] or len(Protocol.read(name).runs)
             print(f"{name}: {self.missing(name)} runs are missing of {of}", flush=True)
-        return complete or self.succeeded
+        return complete or self.succeeded or self.left < SHORTEST
 
 
 def sequence(args: argparse.Namespace) -> None:

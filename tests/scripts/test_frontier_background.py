@@ -1,5 +1,5 @@
-"""records/sync-frontier/background.py with toy protocols and a fake training script: begin and wait, a kill in
-the middle, another machine with the earlier runs, another with other data. CPU.
+"""records/sync-frontier/background.py with toy protocols and a fake training script: begin and wait, a kill
+in the middle, another machine with the earlier runs, another with other data. CPU.
 
     python -m pytest tests/scripts/test_frontier_background.py
 """
