@@ -64,7 +64,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("what", help=f"begin: {' or '.join(PLANS)}; wait: seconds")
     parser.add_argument("--minutes", type=float, default=26, help="begin: in which all ends (26)")
     parser.add_argument("--commit", help="begin: of this code, where git does not know it")
-    parser.add_argument("--per_gpu", type=int, default=4, help="begin: runs at a time on each GPU (4)")
+    parser.add_argument("--per_gpu", type=int, default=6, help="begin: runs at a time on each GPU (6)")
     parser.add_argument("--folder", default=HERE, help="begin: protocols, templates, data.json, earlier runs")
     parser.add_argument("--work", default=WORK, help=f"folder to work in ({WORK})")
     parser.add_argument("--out", help="wait: folder for the results")
@@ -277,7 +277,7 @@ def wait(args: argparse.Namespace) -> int:
         if ended:
             break
         if over and time.time() >= until:
-            print("the sequence goes on: wait again", flush=True)
+            print(f"{gpu_use()}the sequence goes on: wait again", flush=True)
             return 0
         time.sleep(0.5)
     try:
@@ -286,6 +286,16 @@ def wait(args: argparse.Namespace) -> int:
         print("the sequence was killed: begin again", flush=True)
         return 1
     return int(not success)
+
+
+def gpu_use() -> str:
+    """Return a line on the memory and the use of each GPU; '' without nvidia-smi."""
+    query = ["nvidia-smi", "--query-gpu=index,memory.used,utilization.gpu", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, timeout=20, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return "".join(f"GPU {line}\n" for line in done.stdout.splitlines())
 
 
 def is_locked(work: str) -> bool:
