@@ -72,6 +72,9 @@ def read_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.command != "wait" and args.what not in PLANS:
         raise UserError(f"{args.command} {shown(args.what)} is unknown: use {' or '.join(PLANS)}")
+    if args.command == "sequence" and args.until is None:
+        raise UserError("sequence is for begin: use begin")
+    args.work = os.path.realpath(args.work)
     if not (0 < args.minutes < 1e6 and 1 <= args.per_gpu <= 100):
         raise UserError(f"--minutes={args.minutes} must be above 0, --per_gpu={args.per_gpu} from 1 to 100")
     return args
@@ -82,7 +85,7 @@ def read_arguments() -> argparse.Namespace:
 def begin(args: argparse.Namespace) -> None:
     """Prepare the folder to work in, and start the sequence. Raises UserError."""
     commit = args.commit or commit_of_git()
-    if os.path.commonpath([ROOT, os.path.realpath(args.work)]) == ROOT:
+    if os.path.commonpath([os.path.realpath(ROOT), args.work]) == os.path.realpath(ROOT):
         raise UserError(f"--work={args.work} is inside of the checkout: name a folder outside")
     with os_error_as_user_error(f"cannot write to {args.work}"):
         os.makedirs(args.work, exist_ok=True)
@@ -183,7 +186,7 @@ class Sequence:
     """The commands of a plan, one after the other, in the current folder."""
 
     def __init__(self, args: argparse.Namespace):
-        self.until, self.commit, self.report = args.until, args.commit, os.path.abspath(args.work)
+        self.until, self.commit, self.report = args.until, args.commit, args.work
         self.parallel = args.per_gpu * max(len(visible_gpus()), 1)
         self.succeeded = True  # the last command
 
@@ -249,12 +252,12 @@ class Sequence:
 
 def sequence(args: argparse.Namespace) -> None:
     """Do a plan, and leave a note that it ended."""
-    ended, success = os.path.join(os.path.abspath(args.work), "ended.json"), False
+    success = False
     try:
         success = Sequence(args).go(args.what)
     finally:
         print(f"the sequence ended{'' if success else ', and not for lack of time: see above'}", flush=True)
-        write_json(ended, {"success": success})
+        write_json(os.path.join(args.work, "ended.json"), {"success": success})
 
 
 # wait
