@@ -205,6 +205,7 @@ class Contender:
 
     def __init__(self, name: str, batch_size: int):
         self.name, self.words = name, name.split("+")
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         torch.manual_seed(seed)
         self.model = GPT(GPTConfig(**ARCHITECTURE))
         if "nanogpt" in self.words:
@@ -238,7 +239,6 @@ class Contender:
         V = min(50257, ARCHITECTURE["vocab_size"])
         tokens = torch.randint(V, (2, batch_size, T), generator=generator)
         self.x, self.y = tokens.to(device)
-        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         self.losses = [float(self.step()) for _ in range(3)]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
