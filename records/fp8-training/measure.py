@@ -113,8 +113,8 @@ def jobs() -> list[Job]:
     add("kernels", "kernels", 100, f"TRITON_INTERPRET={int(not real)} python bench.py --mode=kernels "
         f"--seconds=150 --json={out}/kernels.json",
         "--rows=[65536] --widths=[768] --rounds=5", f"{TOY_BENCH} --rows=[32] --widths=[32]")
-    add("resume", "resume", 480, f"python benchmarks/many_gpus.py --part=resume --out={out}/resume --limit=700",
-        "--fp8 --fp8_head", f"{TOY} --fp8=emulated --eval_iters=2", n=2)
+    add("resume", "resume", 480, "python benchmarks/many_gpus.py --part=resume --limit=700 "
+        f"--out={out}/resume", "--fp8 --fp8_head", f"{TOY} --fp8=emulated --eval_iters=2", n=2)
     return found
 
 

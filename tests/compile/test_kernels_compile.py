@@ -21,8 +21,10 @@ from kernels import (
     fp8,
     gelu_cast,
     gelu_mlp,
+    interval_attention,
     layer_norm,
     pending_norm,
+    qk_rotary,
     qkv_linear,
     relu_squared,
 )
@@ -76,7 +78,24 @@ def test_compiles_without_a_gpu(capability):
            dict(num_warps=2, num_stages=3)) for half in halves),
         (decode._attention_kernel, "*bf16 *bf16 *i64 *fp32 *i32 *bf16 i32 i32 fp32",
          dict(SPAN=128, D=64, BLOCK_D=64, BLOCK_S=64), {}),
+        (interval_attention._delta_kernel, "*bf16 *bf16 *fp32 i32 i32",
+         dict(D=128, BLOCK_D=128, BLOCK_M=64), {}),
+        (qk_rotary._forward_kernel, "*bf16 *fp32 *fp32 *bf16 *bf16 *bf16 *fp32 i32 i32 i32",
+         dict(HALF=64, EPS=qk_rotary.EPS, BLOCK=64, ROWS=qk_rotary.ROWS), {}),
+        (qk_rotary._backward_kernel,
+         "*bf16 *bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *bf16 i32 i32 i32",
+         dict(HALF=64, BLOCK=64, ROWS=qk_rotary.ROWS), {}),
     ]
+    qkv, heads = "*bf16 *bf16 *bf16", dict(D=128, BLOCK_D=128)
+    for name, kernel, types in (
+            ("forward", "_attention_forward_kernel", f"{qkv} *i32 *bf16 *fp32 i32 i32"),
+            ("backward_kv", "_backward_kv_kernel", f"{qkv} *bf16 *i32 *i32 *fp32 *fp32 *bf16 *bf16 i32 i32"),
+            ("backward_q", "_backward_q_kernel", f"{qkv} *bf16 *i32 *fp32 *fp32 *bf16 i32 i32")):
+        config = interval_attention.CONFIGS[name]
+        constants = heads | {n: config[n] for n in config if n.isupper()}
+        constants["scale2" if name == "forward" else "scale"] = 0.1
+        cases.append((getattr(interval_attention, kernel), types, constants,
+                      {n: config[n] for n in config if n.islower()}))
     for kernel, types, constants, options in cases:
         names = kernel.arg_names
         kinds = dict(zip((n for n in names if n not in constants), types.split()))
@@ -193,9 +212,11 @@ def test_relu_squared_compiles_without_a_gpu(direction):
 
 
 @COMPILED
-@pytest.mark.parametrize("keep, sigmoid, bias", [("preactivation", "exponential", False),
-                                                 ("derivative8", "tanh", True)])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction, keep, sigmoid, bias", [
+    ("forward", "preactivation", "exponential", False), ("backward", "preactivation", "exponential", False),
+    ("forward", "derivative", "exponential", True), ("backward", "derivative", "exponential", True),
+    ("forward", "derivative8", "tanh", True), ("backward", "derivative8", "tanh", True),
+    ("forward", "nothing", "exponential", False)])
 def test_gelu_mlp_compiles_without_a_gpu(direction, keep, sigmoid, bias):
     """For H100 in bf16: fits a multiprocessor's shared memory, on tensor cores, without spilled registers."""
     from triton.backends.compiler import GPUTarget
