@@ -52,7 +52,7 @@ FP8 = ("nanogpt,base,fp8+fp8_head+adamw,fp8_late+fp8_head+adamw,fp8+fp8_head+tri
        "fp8_late+fp8_head+triton+adamw,torchao,torchao_rowwise,fp8+fp8_head,fp8,"
        "fp8_tensorwise+fp8_head+adamw,fp8+fp8_head+gelu_apart+adamw")
 FP8_SHORT = ("nanogpt,base,fp8+fp8_head+adamw,fp8_late+fp8_head+adamw,fp8_late+fp8_head+triton+adamw,torchao,"
-             "fp8+adamw")
+             "fp8+adamw,fp8_emulated+fp8_head+adamw")
 PROFILED = ("base,nanogpt,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw,fp8_late+fp8_head+triton+adamw,"
             "torchao")
 BIASES = "nanogpt,base,adamw,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw"
@@ -92,7 +92,7 @@ def jobs() -> list[Job]:
         f"--junitxml={out}/tests.xml", f"{workers} tests/kernels", "tests/kernels/test_split_sums.py")
     fused("step", "bf16-64", 400, "check,tune,step", 64, BF16, "")
     fused("step", "fp8-64", 340, "step", 64, FP8, "")
-    fused("step", "fp8-12", 170, "step", 12, FP8_SHORT, "")
+    fused("step", "fp8-12", 190, "step", 12, FP8_SHORT, "")
     fused("step", "bf16-12", 170, "step", 12, BF16_SHORT, "")
     add("loss", "loss-0.0006", 330, *losses(6e-4, 3))
     add("xl", "xl", 280, f"python bench.py --json={out}/xl.json --seconds=400",
