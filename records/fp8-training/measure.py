@@ -16,6 +16,7 @@ again.
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -78,7 +79,7 @@ def jobs() -> list[Job]:
     found = []
 
     def add(part: str, name: str, expected: int, command: str, on_gpu: str, on_cpu: str, n: int = 1) -> None:
-        found.append(Job(part, name, expected, f"{command} {on_gpu if real else on_cpu}", n))
+        found.append(Job(part, name, expected if real else 20, f"{command} {on_gpu if real else on_cpu}", n))
 
     def fused(part: str, name: str, expected: int, phases: str, B: int, contenders: str, more: str) -> None:
         add(part, name, expected, f"python -m benchmarks.fused_step --out={out}/{name} --phases={phases} "
@@ -163,12 +164,12 @@ def run(job: Job, on: str) -> None:
 def supervise(job: Job, on: str) -> dict:
     """Run a job with all its processes ended at its limit; return its duration and its problem."""
     report, limit = f"{out}/{job.name}.report", min(job.limit, left())
-    variables = os.environ | {"CUDA_VISIBLE_DEVICES": on, "PYTHONUNBUFFERED": "1",
-                              "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": on, "PYTHONUNBUFFERED": "1"}
+    command = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}; {job.command}'
     begun = time.monotonic()
     with open(f"{out}/{job.name}.log", "wb") as log:
         supervisor = subprocess.Popen(
-            [sys.executable, "experiments/supervise.py", report, f"{limit:.0f}", "bash", "-c", job.command],
+            [sys.executable, "experiments/supervise.py", report, f"{limit:.0f}", "bash", "-c", command],
             stdin=subprocess.PIPE, stdout=log, stderr=log, env=variables)
         supervisor.wait()
         supervisor.stdin.close()
