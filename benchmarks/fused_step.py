@@ -14,9 +14,9 @@ so, and the others continue. The last lines are a short table.
 A contender is words with + between: base; gelu, gelu-derivative, gelu-derivative8, gelu-recompute; tanh (GELU
 by the GPU's approximate tanh); qkv (gradients of q, k and v not joined); adamw (kernels/adamw.py); scaled
 (PyTorch's fused AdamW scales the gradients); fp8, fp8_late or fp8_tensorwise, fp8_head (settings of train.py)
-and gelu_apart (without kernels/gelu_cast.py); eager (not compiled); nanogpt (the GPT of `peer`). All but
-nanogpt and FP8 have the Triton LayerNorm; FP8 has it with the word triton. Without a GPU everything runs at
-toy size, on PyTorch's code, and no figure means anything.
+and gelu_apart (without kernels/gelu_cast.py); torchao or torchao_rowwise (FP8 by that package); eager (not
+compiled); nanogpt (the GPT of `peer`). All but nanogpt and FP8 have the Triton LayerNorm; FP8 has it with the
+word triton. Without a GPU everything runs at toy size, on PyTorch's code, and no figure means anything.
 """
 
 import json
@@ -28,7 +28,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import fused_checks, peers
+from benchmarks import fused_checks, peers, strategies
 from benchmarks.harness import Attempts, in_unit, seconds_per_call, take_turns, with_range
 from configurator import configure
 from kernels import adamw, gelu_mlp, qkv_linear, triton, usable
@@ -56,8 +56,8 @@ seed = 1337
 config = configure(globals())
 GELU = fused_checks.GELU
 FP8 = {"fp8": True, "fp8_late": "late", "fp8_tensorwise": "tensorwise", "fp8_emulated": "emulated"}
-WORDS = ("base", *GELU, "tanh", "qkv", "adamw", "scaled", *FP8, "fp8_head", "gelu_apart", "triton", "eager",
-         "nanogpt")
+WORDS = ("base", *GELU, "tanh", "qkv", "adamw", "scaled", *FP8, "fp8_head", "gelu_apart", "torchao",
+         "torchao_rowwise", "triton", "eager", "nanogpt")
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_stages", "num_warps", "programs")
 TILES = {  # candidates of `tune`
     "forward": [(128, 256, 64, 2, 3, 8, 1), (128, 256, 64, 4, 4, 8, 1), (128, 128, 64, 4, 3, 4, 2),
@@ -205,6 +205,7 @@ class Contender:
 
     def __init__(self, name: str, batch_size: int):
         self.name, self.words = name, name.split("+")
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         torch.manual_seed(seed)
         self.model = GPT(GPTConfig(**ARCHITECTURE))
         if "nanogpt" in self.words:
@@ -217,7 +218,10 @@ class Contender:
             use_fp8(self.model, {"fp8": fp8[0] if fp8 else False, "fp8_head": "fp8_head" in self.words})
             for block in self.model.transformer.h:
                 block.mlp.fp8_gelu = "gelu_apart" not in self.words
-            if "triton" in self.words or not fp8:
+            torchao = [strategies.WORDS[w]["torchao"] for w in self.words if w in strategies.TORCHAO]
+            if torchao:
+                strategies.use_torchao(self.model, torchao[0])
+            if "triton" in self.words or not (fp8 or torchao):
                 use_triton_layer_norm(self.model)
             for word in self.words:
                 use_fused_gelu(self.model, GELU[word]) if word in GELU else None
@@ -229,12 +233,12 @@ class Contender:
                 self.optimizer = adamw.ClippingAdamW(groups, lr=6e-4, betas=(0.9, 0.95))
             follow_weights(self.model, self.optimizer)
         compiled = "eager" not in self.words and device.type == "cuda"
-        self.trained = torch.compile(self.model) if compiled else self.model
+        # dynamic=False: a second batch size would be compiled for any size
+        self.trained = torch.compile(self.model, dynamic=False) if compiled else self.model
         generator = torch.Generator().manual_seed(seed)
         V = min(50257, ARCHITECTURE["vocab_size"])
         tokens = torch.randint(V, (2, batch_size, T), generator=generator)
         self.x, self.y = tokens.to(device)
-        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         self.losses = [float(self.step()) for _ in range(3)]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -371,7 +375,7 @@ def check_settings() -> None:
         for word in words:
             if word not in WORDS:
                 raise UserError(f"contenders has {word!r}: known are {', '.join(WORDS)}")
-        if set(FP8) & set(words) and {"qkv", *GELU} & set(words):
+        if {*FP8, *strategies.TORCHAO} & set(words) and {"qkv", *GELU} & set(words):
             raise UserError(f"contenders has {text!r}: FP8 goes with none of qkv, {', '.join(GELU)}")
     for phase in phases.split(","):
         if phase not in ("check", "tune", "step", "profile"):

@@ -173,7 +173,7 @@ def build_model(strategy: Strategy, parallel: Parallelism, bench: Bench, n_layer
     for block in model.transformer.h:
         block.mlp.fp8_gelu = strategy.fp8_gelu
     if strategy.torchao:
-        _use_torchao(model, strategy.torchao)
+        use_torchao(model, strategy.torchao)
     if strategy.triton:
         use_triton_layer_norm(model)
     use_fused_gelu(model, strategy.gelu)
@@ -183,7 +183,7 @@ def build_model(strategy: Strategy, parallel: Parallelism, bench: Bench, n_layer
     return model
 
 
-def _use_torchao(model: nn.Module, recipe: str) -> None:
+def use_torchao(model: nn.Module, recipe: str) -> None:
     """Run the products of a model's blocks in FP8 by torchao, weight gradients as well."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 

@@ -4,6 +4,7 @@
     python experiments/frontier.py merge runs_of_another_machine.jsonl
     python experiments/frontier.py draw --latency=decode_oneshot.json --latency=decode_nccl.json
     python experiments/frontier.py freeze --template=template.json --pilot=protocol_regime.json
+    python experiments/frontier.py tiers --larger=protocol_4x.json --larger=protocol_124m.json
 
 next trains what is missing, seed by seed, and starts no run that does not fit into the minutes. Each finished
 run is a line of runs.jsonl, at once and completely or not at all. So the same command resumes after any
@@ -11,8 +12,9 @@ interruption. It runs as many runs at a time as there are GPUs; --parallel=2 on 
 merge adds the runs of other files; runs of another protocol are an error. draw writes frontier.png and
 frontier.md beside runs.jsonl: the loss against the dense model's with 95% intervals, over the µs a token from
 bench.py --mode=decode --json=FILE. freeze writes a protocol from a template, with the settings that the runs
-of a pilot choose. frontier_protocol.py describes the protocol, frontier_freeze.py template and pilot,
-frontier_runs.py the runs.
+of a pilot choose. tiers compares the arms of a protocol with those of larger ones, and predicts the largest
+from the two before it. frontier_protocol.py describes the protocol, frontier_freeze.py template and pilot,
+frontier_runs.py the runs, frontier_tiers.py the prediction.
 """
 
 import argparse
@@ -38,7 +40,7 @@ from nanosync.errors import UserError, shown
 from nanosync.files import check_can_write
 
 PROTOCOL = os.path.join("records", "sync-frontier", "protocol.json")
-COMMANDS = "next", "merge", "draw", "freeze"
+COMMANDS = "next", "merge", "draw", "freeze", "tiers"
 MOST_MINUTES = 1e6
 STARTED = time.monotonic()
 
@@ -66,8 +68,10 @@ def read_arguments() -> argparse.Namespace:
                         "numbers of processes")
     parser.add_argument("--width", type=int, help="draw: n_embd of the rows of the latency tables (default: "
                         "the model's, else the smallest)")
-    parser.add_argument("--out", metavar="STEM", help="draw: path of the files without ending (default: "
-                        "frontier beside the runs)")
+    parser.add_argument("--out", metavar="STEM", help="draw, tiers: path of the files without ending "
+                        "(default: frontier, or tiers, beside the runs)")
+    parser.add_argument("--larger", action="append", default=[], metavar="FILE", help="tiers: protocol with "
+                        "more parameters x tokens; several times in order of size")
     parser.add_argument("--template", metavar="FILE", help="freeze: protocol without what the pilot decides")
     parser.add_argument("--pilot", action="append", default=[], metavar="FILE", help="freeze: protocol with "
                         "runs; of several the first that is good enough decides")
@@ -81,10 +85,11 @@ def check_arguments(args: argparse.Namespace, given: list[str]) -> None:
     """Raise UserError for options that the command does not have, or out of range."""
     of = {"next": ("minutes", "parallel", "estimate", "first", "log_dir", "cache", "commit",
                    "dry_run"),
-          "merge": (), "draw": ("latency", "width", "out"), "freeze": ("template", "pilot", "accept")}
+          "merge": (), "draw": ("latency", "width", "out"), "freeze": ("template", "pilot", "accept"),
+          "tiers": ("larger", "out")}
     for command, names in of.items():
         for name in names:
-            if command != args.command and any(word.split("=")[0] == f"--{name}" for word in given):
+            if name not in of[args.command] and any(word.split("=")[0] == f"--{name}" for word in given):
                 raise UserError(f"--{name} is for {command}: leave it out of {args.command}")
     if bool(args.files) != (args.command == "merge"):
         raise UserError(f"merge needs the files of runs to add, {args.command} takes none" if args.files
@@ -93,6 +98,8 @@ def check_arguments(args: argparse.Namespace, given: list[str]) -> None:
         raise UserError("next needs the time in which to end: give --minutes=28")
     if args.command == "freeze" and not (args.template and args.pilot):
         raise UserError("freeze needs a template and a pilot: give --template=FILE --pilot=FILE")
+    if args.command == "tiers" and not args.larger:
+        raise UserError("tiers needs a protocol with more parameters x tokens: give --larger=FILE")
     for name, most in (("minutes", MOST_MINUTES), ("estimate", MOST_MINUTES), ("width", 10**6),
                        ("parallel", MAX_RUNS), ("first", 10**6)):
         value = getattr(args, name)
@@ -169,6 +176,16 @@ def do_freeze(args: argparse.Namespace) -> None:
                      f"{values['tokens']:,} tokens, protocol {frozen.digest}"]))
 
 
+def do_tiers(args: argparse.Namespace, protocol: Protocol, path: str) -> None:
+    """Compare a protocol with larger ones."""
+    from experiments.frontier_tiers import Tier, write_tiers
+
+    larger = [Protocol.read(name) for name in args.larger]
+    tiers = [Tier(one, read_runs(runs, one)) for one, runs in
+             [(protocol, path), *((one, one.runs_path) for one in larger)]]
+    print(write_tiers(tiers, args.out or os.path.join(os.path.dirname(path), "tiers")))
+
+
 def main() -> None:
     args = read_arguments()
     if args.command == "freeze":
@@ -181,6 +198,8 @@ def main() -> None:
         new, known = merge(path, args.files, protocol)
         missing = len(protocol.runs) - len(read_runs(path, protocol))
         print(f"{path}: {new} runs added, {known} were there already, {missing} are missing")
+    elif args.command == "tiers":
+        do_tiers(args, protocol, path)
     else:
         from experiments.frontier_draw import read_tables, write_frontier
 

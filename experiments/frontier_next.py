@@ -107,8 +107,15 @@ class Session:
 
     @property
     def hopeless(self) -> bool:
-        """True if runs failed before their first step and none succeeded: the others would fail as well."""
-        return not self.done and len(self.failed) > 1 and all(step == 0 for _, step in self.failed)
+        """True if runs failed before their first step and no run has trained: the others would fail as well.
+
+        Runs of earlier calls on the same GPU count. A broken arm must not end those that work, so more runs
+        must have failed than can still reach their first step.
+        """
+        trained = self.done or any(run.progress.first is not None for run in self.seen) \
+            or any(run["card"] == self.card for run in self.runs.values())
+        starting = sum(run.supervisor.poll() is None for run in self.seen)
+        return not trained and len(self.failed) > 1 + starting and all(step == 0 for _, step in self.failed)
 
     def go(self, lock: int, places: list[str | None], per_place: int) -> None:
         """Do the missing runs that fit. places: GPUs of the runs at a time; per_place: runs on one GPU."""

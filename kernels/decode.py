@@ -25,24 +25,41 @@ from kernels import triton, usable
 from kernels.exchange import SplitSums
 
 OWN = 2  # own tensors that a kernel adds to its stream
-SUM_ARGUMENTS = "sees", "take_index", "put_index", "exchanges", "slot"  # of kernels; compiled once for all
+SUM_ARGUMENTS = ("sees", "own_first", "own2_first", "residual_first", "take_index", "take_width", "put_index",
+                 "put_width", "exchanges", "slot")  # of kernels; compiled once for all
 MAX_ROWS = 64  # cuBLAS is faster for more rows, because the kernel's tile holds all rows of the batch
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor (..., C) whose channels below `first` count as 0."""
+
+    values: torch.Tensor
+    first: int = 0
+
+    def whole(self) -> torch.Tensor:
+        """Return the tensor with these zeros."""
+        return self.values if self.first == 0 else F.pad(self.values[..., self.first:], (self.first, 0))
+
+    def of(self, rank: int) -> "Part":
+        """Return the part of a rank, for values (ranks, ..., C)."""
+        return Part(self.values[rank], self.first)
 
 
 @dataclass(frozen=True)
 class Stream:
     """The stream that a rank reads: x + sum `take` + sees * (sum of `own`)."""
 
-    own: tuple = ()  # up to OWN tensors (B, K): what the rank has not added up with the others
+    own: tuple = ()  # up to OWN Parts (B, K): what the rank has not added up with the others
     sees: float = 1.0
-    sums: SplitSums | None = None  # in kernels, to take a sum of all channels from
-    take: int | None = None  # number of the sum, None for no sum
+    sums: SplitSums | None = None  # in kernels, to take a sum from
+    take: int | None = None  # number of the sum, which may be of the first channels only; None for no sum
     landed: torch.Tensor | None = None  # (B, K), overwritten with x + sum; another tensor than x
 
     def add(self, x):
         """Return the stream, without a sum, by PyTorch."""
         assert self.take is None, "only a kernel takes a sum"
-        return x + self.sees * sum(self.own) if self.own else x
+        return x + self.sees * sum(part.whole() for part in self.own) if self.own else x
 
 
 def linear(x, weight, bias, out, norm=None, gelu: bool = False, residual=None, also=None,
@@ -56,13 +73,14 @@ def linear(x, weight, bias, out, norm=None, gelu: bool = False, residual=None, a
     out: (B, N), overwritten.
     norm: LayerNorm module of width K, None for no LayerNorm.
     gelu: True for GELU as act, False for the identity.
-    residual: (B, N), may be `out`, None for no addition.
+    residual: (B, N), may be `out`, None for no addition; or a Part.
     also: (B, N), overwritten with the product, None for no second output.
     also_add: True to add the product to `also` instead.
     also_bias: True if that product includes the bias.
     stream: Stream to normalise in place of x; needs norm.
-    put: (SplitSums in kernels, number of the sum) to put `out` as, None for no put.
+    put: (SplitSums in kernels, number of the sum) to put `out` as, or its first channels; None for no put.
     """
+    residual = Part(residual) if isinstance(residual, torch.Tensor) else residual
     if runs_kernel(weight, x.shape[0]):
         return _launch(x, weight, bias, out, norm, gelu, residual, also, also_add, also_bias, stream, put)
     assert put is None, "only a kernel puts a sum"
@@ -77,7 +95,7 @@ def linear(x, weight, bias, out, norm=None, gelu: bool = False, residual=None, a
         also.copy_(also + plain if also_add else plain)
     if gelu:
         y = F.gelu(y, approximate="tanh")
-    return out.copy_(y if residual is None else residual + y)
+    return out.copy_(y if residual is None else residual.whole() + y)
 
 
 def runs_kernel(weight, rows: int) -> bool:
@@ -186,13 +204,13 @@ if triton is not None:
         tl.store(out_ptr + row, tl.load(index_ptr + row * K + choice))
 
     @triton.jit
-    def _finish(y, offsets, mask, n, n_mask, bias_ptr, out_ptr, residual_ptr, also_ptr,
-                addresses_ptr, step_ptr, put_index, exchanges, slot,
+    def _finish(y, row, N, mask, n, n_mask, bias_ptr, out_ptr, residual_ptr, residual_first, also_ptr,
+                addresses_ptr, step_ptr, put_index, put_width, exchanges, slot,
                 BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, ALSO: tl.constexpr,
-                ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr, PUT: tl.constexpr, RANK: tl.constexpr,
-                RANKS: tl.constexpr, SETS: tl.constexpr):
-        """Apply everything that follows the product y to the outputs n, see `linear`."""
-        also = y
+                ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr, PUT: tl.constexpr, CUT: tl.constexpr,
+                RANK: tl.constexpr, RANKS: tl.constexpr, SETS: tl.constexpr):
+        """Apply everything that follows the product y to the outputs n of a row or rows, see `linear`."""
+        also, offsets = y, row * N + n
         if BIAS:
             y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
         if ALSO:
@@ -204,26 +222,36 @@ if triton is not None:
         if GELU:
             y = _gelu(y)
         if RESIDUAL:
-            y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            r_mask = mask & (n >= residual_first) if CUT else mask
+            y += tl.load(residual_ptr + offsets, mask=r_mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
         if PUT:
-            put_values(y, offsets, mask, addresses_ptr, step_ptr, put_index, exchanges, slot, RANK, RANKS,
+            p_offsets, p_mask = offsets, mask
+            if CUT:
+                p_offsets, p_mask = row * put_width + n, mask & (n < put_width)
+            put_values(y, p_offsets, p_mask, addresses_ptr, step_ptr, put_index, exchanges, slot, RANK, RANKS,
                        SETS)
 
     @triton.jit
-    def _stream(x_ptr, row, k, k_mask, K, own_ptr, own2_ptr, sees, landed_ptr, lands, addresses_ptr, step_ptr,
-                take_index, exchanges, slot, OWN: tl.constexpr, TAKE: tl.constexpr, RANK: tl.constexpr,
-                RANKS: tl.constexpr, SETS: tl.constexpr):
+    def _stream(x_ptr, row, k, k_mask, K, own_ptr, own_first, own2_ptr, own2_first, sees, landed_ptr, lands,
+                addresses_ptr, step_ptr, take_index, take_width, exchanges, slot, OWN: tl.constexpr,
+                TAKE: tl.constexpr, CUT: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+                SETS: tl.constexpr):
         """Return a row of the Stream, (BLOCK_K,) fp32. lands: True for the program that writes `landed`."""
         x = tl.load(x_ptr + row * K + k, mask=k_mask, other=0.0).to(tl.float32)
         if TAKE:
-            x += taken_values(row * K + k, k_mask, addresses_ptr, step_ptr, take_index, exchanges, slot, RANK,
+            t_offsets, t_mask = row * K + k, k_mask
+            if CUT:
+                t_offsets, t_mask = row * take_width + k, k < take_width
+            x += taken_values(t_offsets, t_mask, addresses_ptr, step_ptr, take_index, exchanges, slot, RANK,
                               RANKS, SETS)
             tl.store(landed_ptr + row * K + k, x, mask=k_mask & lands)
         if OWN > 0:
-            own = tl.load(own_ptr + row * K + k, mask=k_mask, other=0.0).to(tl.float32)
+            mask = k_mask & (k >= own_first) if CUT else k_mask
+            own = tl.load(own_ptr + row * K + k, mask=mask, other=0.0).to(tl.float32)
             if OWN > 1:
-                own += tl.load(own2_ptr + row * K + k, mask=k_mask, other=0.0).to(tl.float32)
+                mask = k_mask & (k >= own2_first) if CUT else k_mask
+                own += tl.load(own2_ptr + row * K + k, mask=mask, other=0.0).to(tl.float32)
             x += sees * own
         return x
 
@@ -234,11 +262,12 @@ if triton is not None:
         bias_ptr, gamma_ptr, beta_ptr,  # (N,), (K,), (K,)
         out_ptr, residual_ptr, also_ptr,  # (B, N) each
         own_ptr, own2_ptr, landed_ptr, addresses_ptr, step_ptr,  # see Stream and SplitSums
-        N, K, sees, take_index, put_index, exchanges, slot,
+        N, K, sees, own_first, own2_first, residual_first, take_index, take_width, put_index, put_width,
+        exchanges, slot,
         NORM: tl.constexpr, BETA: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
         RESIDUAL: tl.constexpr, ALSO: tl.constexpr, ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr,
-        OWN: tl.constexpr, TAKE: tl.constexpr, PUT: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
-        SETS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        OWN: tl.constexpr, TAKE: tl.constexpr, PUT: tl.constexpr, CUT: tl.constexpr, RANK: tl.constexpr,
+        RANKS: tl.constexpr, SETS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
         """Compute BLOCK_N outputs of one row per program, with all of K in registers for concurrent loads."""
         row = tl.program_id(1)
@@ -247,8 +276,9 @@ if triton is not None:
         n_mask, k_mask = n < N, k < K
         w_mask = n_mask[:, None] & k_mask[None, :]
         w = tl.load(weight_ptr + n[:, None] * K + k[None, :], mask=w_mask, other=0.0)
-        x = _stream(x_ptr, row, k, k_mask, K, own_ptr, own2_ptr, sees, landed_ptr, tl.program_id(0) == 0,
-                    addresses_ptr, step_ptr, take_index, exchanges, slot, OWN, TAKE, RANK, RANKS, SETS)
+        x = _stream(x_ptr, row, k, k_mask, K, own_ptr, own_first, own2_ptr, own2_first, sees, landed_ptr,
+                    tl.program_id(0) == 0, addresses_ptr, step_ptr, take_index, take_width, exchanges, slot,
+                    OWN, TAKE, CUT, RANK, RANKS, SETS)
         if NORM:
             gamma = tl.load(gamma_ptr + k, mask=k_mask, other=0.0).to(tl.float32)
             centred = tl.where(k_mask, x - tl.sum(x, axis=0) / K, 0.0)
@@ -256,9 +286,9 @@ if triton is not None:
             if BETA:
                 x += tl.load(beta_ptr + k, mask=k_mask, other=0.0).to(tl.float32)
         y = tl.sum(w.to(tl.float32) * x.to(w.dtype).to(tl.float32)[None, :], axis=1)
-        _finish(y, row * N + n, n_mask, n, n_mask, bias_ptr, out_ptr, residual_ptr, also_ptr,
-                addresses_ptr, step_ptr, put_index, exchanges, slot,
-                BIAS, GELU, RESIDUAL, ALSO, ALSO_ADD, ALSO_BIAS, PUT, RANK, RANKS, SETS)
+        _finish(y, row, N, n_mask, n, n_mask, bias_ptr, out_ptr, residual_ptr, residual_first, also_ptr,
+                addresses_ptr, step_ptr, put_index, put_width, exchanges, slot,
+                BIAS, GELU, RESIDUAL, ALSO, ALSO_ADD, ALSO_BIAS, PUT, CUT, RANK, RANKS, SETS)
 
     @triton.jit(do_not_specialize=SUM_ARGUMENTS)
     def _norm_kernel(
@@ -266,16 +296,17 @@ if triton is not None:
         gamma_ptr, beta_ptr,  # (K,)
         out_ptr,  # (B, K)
         own_ptr, own2_ptr, landed_ptr, addresses_ptr, step_ptr,  # see Stream and SplitSums
-        K, sees, take_index, exchanges, slot,
-        BETA: tl.constexpr, OWN: tl.constexpr, TAKE: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
-        SETS: tl.constexpr, BLOCK_K: tl.constexpr,
+        K, sees, own_first, own2_first, take_index, take_width, exchanges, slot,
+        BETA: tl.constexpr, OWN: tl.constexpr, TAKE: tl.constexpr, CUT: tl.constexpr, RANK: tl.constexpr,
+        RANKS: tl.constexpr, SETS: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
         """Normalise one row per program: x or a Stream (B, K) -> out (B, K) in out's dtype."""
         row = tl.program_id(0)
         k = tl.arange(0, BLOCK_K)
         mask = k < K
-        x = _stream(x_ptr, row, k, mask, K, own_ptr, own2_ptr, sees, landed_ptr, True, addresses_ptr,
-                    step_ptr, take_index, exchanges, slot, OWN, TAKE, RANK, RANKS, SETS)
+        x = _stream(x_ptr, row, k, mask, K, own_ptr, own_first, own2_ptr, own2_first, sees, landed_ptr, True,
+                    addresses_ptr, step_ptr, take_index, take_width, exchanges, slot, OWN, TAKE, CUT, RANK,
+                    RANKS, SETS)
         gamma = tl.load(gamma_ptr + k, mask=mask, other=0.0).to(tl.float32)
         centred = tl.where(mask, x - tl.sum(x, axis=0) / K, 0.0)
         y = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / K + 1e-5) * gamma
@@ -290,10 +321,10 @@ if triton is not None:
         bias_ptr,  # (N,)
         out_ptr, residual_ptr, also_ptr,  # (B, N) each
         addresses_ptr, step_ptr,  # see SplitSums
-        B, N, put_index, exchanges, slot, K: tl.constexpr,
+        B, N, residual_first, put_index, put_width, exchanges, slot, K: tl.constexpr,
         BIAS: tl.constexpr, GELU: tl.constexpr,
         RESIDUAL: tl.constexpr, ALSO: tl.constexpr, ALSO_ADD: tl.constexpr, ALSO_BIAS: tl.constexpr,
-        PUT: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, SETS: tl.constexpr,
+        PUT: tl.constexpr, CUT: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, SETS: tl.constexpr,
         BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
         """Compute BLOCK_N outputs of all rows per program, with the matrix units."""
@@ -309,10 +340,10 @@ if triton is not None:
             x_mask = b_mask[:, None] & k_mask[None, :]
             x = tl.load(x_ptr + b[:, None] * K + k[None, :], mask=x_mask, other=0.0)
             total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
-        _finish(total, b[:, None] * N + n[None, :], b_mask[:, None] & n_mask[None, :],
-                n[None, :], n_mask[None, :], bias_ptr, out_ptr, residual_ptr, also_ptr,
-                addresses_ptr, step_ptr, put_index, exchanges, slot,
-                BIAS, GELU, RESIDUAL, ALSO, ALSO_ADD, ALSO_BIAS, PUT, RANK, RANKS, SETS)
+        _finish(total, b[:, None], N, b_mask[:, None] & n_mask[None, :], n[None, :], n_mask[None, :],
+                bias_ptr, out_ptr, residual_ptr, residual_first, also_ptr,
+                addresses_ptr, step_ptr, put_index, put_width, exchanges, slot,
+                BIAS, GELU, RESIDUAL, ALSO, ALSO_ADD, ALSO_BIAS, PUT, CUT, RANK, RANKS, SETS)
 
     @triton.jit
     def _attention_kernel(
@@ -425,7 +456,14 @@ def _launch(x, weight, bias, out, norm, gelu, residual, also, also_add, also_bia
     exchange = dict(RANK=0, RANKS=1, SETS=1) if sums is None else sums.constants()
     addresses, step, exchanges, slot = (None, None, 0, 0) if sums is None else (
         sums.addresses, sums.step, len(sums.widths), sums.n)
-    own = (*stream.own, None, None)
+    (own, own_first), (own2, own2_first) = [
+        (part.values, part.first) for part in (*stream.own, Part(None), Part(None))[:OWN]]
+    residual, residual_first = (None, 0) if residual is None else (residual.values, residual.first)
+    take_width = sums.widths[stream.take] if take else 0
+    put_width = 0 if put is None else sums.widths[put_index]
+    cut = max(own_first, own2_first, residual_first) > 0 or (take and take_width < K) or \
+        (put is not None and put_width < N)  # otherwise the kernels have simpler masks
+    exchange |= dict(CUT=cut)
     reads = dict(OWN=len(stream.own), TAKE=take, **exchange)
     flags = dict(BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None, ALSO=also is not None,
                  ALSO_ADD=also_add, ALSO_BIAS=also_bias, PUT=put is not None)
@@ -433,20 +471,22 @@ def _launch(x, weight, bias, out, norm, gelu, residual, also, also_add, also_bia
     if B <= VECTOR_ROWS:
         block_n = max(1, min(16, 16384 // block_k))
         _vector_kernel[(triton.cdiv(N, block_n), B)](
-            x, weight, bias, gamma, beta, out, residual, also, own[0], own[1], stream.landed, addresses, step,
-            N, K, stream.sees, stream.take or 0, put_index, exchanges, slot, NORM=norm is not None,
-            BETA=beta is not None, **flags, **reads, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
+            x, weight, bias, gamma, beta, out, residual, also, own, own2, stream.landed, addresses, step,
+            N, K, stream.sees, own_first, own2_first, residual_first, stream.take or 0, take_width, put_index,
+            put_width, exchanges, slot, NORM=norm is not None, BETA=beta is not None, **flags, **reads,
+            BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
         return out
     if norm is not None:
         normed = torch.empty(B, K, dtype=weight.dtype, device=x.device)
         _norm_kernel[(B,)](
-            x, gamma, beta, normed, own[0], own[1], stream.landed, addresses, step, K, stream.sees,
-            stream.take or 0, exchanges, slot, BETA=beta is not None, **reads, BLOCK_K=block_k, num_warps=4)
+            x, gamma, beta, normed, own, own2, stream.landed, addresses, step, K, stream.sees, own_first,
+            own2_first, stream.take or 0, take_width, exchanges, slot, BETA=beta is not None, **reads,
+            BLOCK_K=block_k, num_warps=4)
         x = normed
     tile = _matrix_tile(B, N)
     _matrix_kernel[(triton.cdiv(N, tile["BLOCK_N"]),)](
-        x, weight, bias, out, residual, also, addresses, step, B, N, put_index, exchanges, slot, K, **flags,
-        **exchange, BLOCK_B=max(16, triton.next_power_of_2(B)), **tile)
+        x, weight, bias, out, residual, also, addresses, step, B, N, residual_first, put_index, put_width,
+        exchanges, slot, K, **flags, **exchange, BLOCK_B=max(16, triton.next_power_of_2(B)), **tile)
     return out
 
 

@@ -11,9 +11,9 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from kernels import decode
+from kernels.decode import Part
 from kernels.exchange import SplitSums
 from nanosync.sync_schedule import Step, width
 
@@ -84,7 +84,7 @@ class DelayedSublayers:
         self.outs = make(len(self.steps), local, B, C)  # pending sum of each rank after each sublayer
         weight = decoder.layers[0][0]["attn"][0]
         # a half of a sum is a part of another kernel
-        self.puts = self.sums.in_kernels and local == 1 and self.W == C and decode.runs_kernel(weight, B)
+        self.puts = self.sums.in_kernels and local == 1 and decode.runs_kernel(weight, B)
         self.takes = self.puts and (B > decode.VECTOR_ROWS or C <= FUSED_WIDTH)
 
     def run(self, decoder):
@@ -92,33 +92,34 @@ class DelayedSublayers:
 
         decoder: as in __init__.
         flight: (number of the sum, or None if it lands at the end; what the ranks sent) of each packet that
-        has not landed, in the order of sending. pending: what the ranks have not sent, (local, B, C).
+        has not landed, in the order of sending. pending: what the ranks have not sent. Both are Parts,
+        (local, B, C).
         """
         base, flight, pending, last = self.bases[0], [], None, len(self.steps) - 1
         for j, step in enumerate(self.steps):
             takes = self.numbers.taken[j]
             flight = [packet for packet in flight if packet[0] is None or packet[0] not in takes]
-            unsent = [sums for sums in (*(sums for _, sums in flight), pending) if sums is not None]
+            unsent = [part for part in (*(part for _, part in flight), pending) if part is not None]
             residual = pending if j < last or not unsent else total(unsent)  # the last sends all
             base = self._sublayer(decoder, j, base, unsent if step.sees != 0 else [], residual)
-            pending = self.outs[j]
+            pending = Part(self.outs[j])
             if step.sync and j < last:
-                packet, pending = self._divided(pending)
-                flight.append((self.numbers.put[j], packet))
+                number = self.numbers.put[j]
+                if number is None or number not in self.numbers.taken[j + 1]:  # else nothing reads the packet
+                    flight.append((number, self._packet(j)))
+                pending = None if self.W == base.shape[-1] else Part(self.outs[j], self.W)
         self.sums.take(self.numbers.put[last], base)
         return base
 
-    def _divided(self, pending):
-        """Return what is sent of pending sums, and what is not, None for nothing."""
-        W, C = self.W, pending.shape[-1]
-        if W == C:
-            return pending, None
-        return F.pad(pending[..., :W], (0, C - W)), F.pad(pending[..., W:], (W, 0))
+    def _packet(self, j: int) -> Part:
+        """Return what is sent of the pending sums after a sublayer."""
+        sums = self.outs[j]
+        return Part(sums if self.W == sums.shape[-1] else sums - Part(sums, self.W).whole())
 
     def _sublayer(self, decoder, j: int, base, own: list, residual):
         """Let sums land, and run an attention or MLP; return the base after it.
 
-        own: what the ranks see beside the base, (local, B, C) each. residual: what is sent with its output.
+        own: what the ranks see beside the base, Parts. residual: Part that is sent with its output.
         """
         takes, put = self.numbers.taken[j], self.numbers.put[j]
         own = own if len(own) <= decode.OWN else [total(own)]
@@ -129,10 +130,10 @@ class DelayedSublayers:
         name, out = ("attn", "mlp")[j % 2], self.outs[j]
         puts = (self.sums, put) if self.puts and put is not None else None
         for r, w in enumerate(decoder.layers[j // 2]):
-            stream = decode.Stream(tuple(sums[r] for sums in own), self.steps[j].sees, **taken)
+            stream = decode.Stream(tuple(part.of(r) for part in own), self.steps[j].sees, **taken)
             y = decoder.attend(base, w, decoder.cache[j // 2, r], stream) if name == "attn" else \
                 decoder.mlp(base, w, stream)
-            decode.linear(y, w[name][0], None, out[r], residual=None if residual is None else residual[r],
+            decode.linear(y, w[name][0], None, out[r], residual=None if residual is None else residual.of(r),
                           put=puts)
         base = taken.get("landed", base)
         if (bias := decoder.layers[j // 2][0][name][1]) is not None:
@@ -142,6 +143,8 @@ class DelayedSublayers:
         return base
 
 
-def total(tensors: list):
-    """Return the sum of tensors, without a kernel if there is one."""
-    return functools.reduce(torch.add, tensors)
+def total(parts: list[Part]) -> Part:
+    """Return the sum of parts, without a kernel if there is one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Part(functools.reduce(torch.add, (part.whole() for part in parts)))

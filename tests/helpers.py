@@ -31,6 +31,7 @@ import configurator
 import kernels
 import reduced_sync_model
 import train_gpt
+from kernels import fp8
 from model import GPT, GPTConfig
 from nanosync import checkpoint, checkpoint_writer, model_kind, random_states
 from nanosync.errors import UserError
@@ -448,6 +449,21 @@ KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs_kernels = pytest.mark.skipif(
     kernels.triton is None or (KERNEL_DEVICE == "cpu" and not kernels.INTERPRETED),
     reason="no Triton, or neither a CUDA GPU nor TRITON_INTERPRET=1")
+
+
+
+@functools.cache
+def runs_fp8_products() -> bool:
+    """Return True if torch._scaled_mm takes scales of rows: a GPU since Hopper, a CPU after PyTorch 2.11."""
+    if KERNEL_DEVICE == "cuda":
+        return torch.cuda.get_device_capability()[0] >= 9
+    a = fp8.cast(torch.ones(16, 16), fp8.E4M3)
+    try:
+        fp8.product(a, a, None, torch.bfloat16, False)
+    except RuntimeError:
+        return False
+    return True
+
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 

@@ -162,17 +162,25 @@ def main() -> None:
     check_out(args.out, NAME, args.tokenizer, args.format)
     if not os.path.exists(os.path.join(args.out, "meta.json")):
         check_tokenizer(args.tokenizer)  # its files are there, or an error says how to get them
-    documents = find_documents(find_roots(args.roots))
+    make(find_documents(find_roots(args.roots)), args.roots, args.tokenizer, args.out, args.workers,
+         args.shard_tokens if args.format == "shards" else None)
+
+
+def make(documents: list[Document], roots: str, tokenizer: str, out: str, workers: int,
+         shard_tokens: int | None = None) -> None:
+    """Write the data set of documents, unless it is there, and print what it holds. Raises UserError.
+
+    roots, tokenizer: values of the options; out: folder; shard_tokens: None for flat files.
+    """
     if len({d.place < VAL_SHARE for d in documents}) < 2:
-        raise UserError(f"{len(documents)} Python files below {args.roots} are too few to split into train "
-                        f"and val")
-    files = PythonFiles(documents, blank_lines=args.tokenizer == "char")
-    print(f"{len(documents):,} files below {args.roots}")
-    source = {"roots": args.roots, "files": len(documents), "digest": files.identity}
-    prepare_corpus(Plan(NAME, args.out, args.tokenizer, [[files]], [1.0], source, val_share=VAL_SHARE,
-                        shard_tokens=args.shard_tokens if args.format == "shards" else None,
-                        workers=args.workers, report=False, resumable=False, vocab_size=len(CHARS),
-                        made=CharTokenizer(CHARS) if args.tokenizer == "char" else None))
+        raise UserError(f"{len(documents)} Python files below {roots} are too few to split into train and "
+                        f"val")
+    files = PythonFiles(documents, blank_lines=tokenizer == "char")
+    print(f"{len(documents):,} files below {roots}")
+    source = {"roots": roots, "files": len(documents), "digest": files.identity}
+    prepare_corpus(Plan(NAME, out, tokenizer, [[files]], [1.0], source, val_share=VAL_SHARE,
+                        shard_tokens=shard_tokens, workers=workers, report=False, resumable=False,
+                        vocab_size=len(CHARS), made=CharTokenizer(CHARS) if tokenizer == "char" else None))
 
 
 if __name__ == "__main__":

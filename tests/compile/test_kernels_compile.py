@@ -21,8 +21,10 @@ from kernels import (
     fp8,
     gelu_cast,
     gelu_mlp,
+    interval_attention,
     layer_norm,
     pending_norm,
+    qk_rotary,
     qkv_linear,
     relu_squared,
 )
@@ -39,7 +41,8 @@ def test_compiles_without_a_gpu(capability):
     from triton.compiler import ASTSource, compile
 
     flags = dict(BIAS=True, GELU=True, RESIDUAL=True, ALSO=True, ALSO_ADD=True, ALSO_BIAS=True)
-    stream, sums = "*fp32 *fp32 *fp32 *i64 *i32", "fp32 i32 i32 i32 i32"  # see Stream and SplitSums
+    stream, sums = "*fp32 *fp32 *fp32 *i64 *i32", "fp32" + 9 * " i32"  # see Stream and SplitSums
+    halves = [dict(TAKE=t, PUT=t, CUT=cut) for t, cut in ((False, False), (True, False), (True, True))]
     ranks = dict(RANK=1, RANKS=4, SETS=4)
     cases = [
         (cross_entropy._cross_entropy_kernel, "*bf16 *i64 *fp32 *fp8e5 i32 i32 i32",
@@ -52,8 +55,8 @@ def test_compiles_without_a_gpu(capability):
            dict(K=3, BLOCK_K=4, SOFTCAP=unroll == 2, WRITE_GRAD=True, LANES=4096, UNROLL=unroll),
            dict(num_warps=16)) for unroll in (2, 4)),
         *((decode._vector_kernel, f"*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *fp32 *fp32 {stream} i32 i32 {sums}",
-           flags | dict(NORM=True, BETA=True, OWN=2, TAKE=halves, PUT=halves, **ranks, BLOCK_N=16384 // K,
-                        BLOCK_K=K), {}) for halves in (False, True) for K in (1024, 2048)),
+           flags | dict(NORM=True, BETA=True, OWN=2, **half, **ranks, BLOCK_N=16384 // K, BLOCK_K=K), {})
+          for half in halves for K in (1024, 2048)),
         (decode._embed_kernel, "*i64 *i64 *bf16 *bf16 *fp32 *i32 i32", dict(COUNT=True, BLOCK=256), {}),
         (decode._draw_kernel, "*fp32 *i64 *fp32 *i64 i32 fp32", dict(BLOCK=256), {}),
         (pending_norm._forward_kernel, "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32",
@@ -67,14 +70,32 @@ def test_compiles_without_a_gpu(capability):
          dict(num_warps=8)),
         (exchange._take_kernel, "*fp32 *i64 *i32 i32 i32 i32 i32 i32 i32", dict(BLOCK=256, **ranks),
          dict(num_warps=8)),
-        *((decode._norm_kernel, f"*fp32 *bf16 *bf16 *bf16 {stream} i32 fp32 i32 i32 i32",
-           dict(BETA=True, OWN=2, TAKE=take, BLOCK_K=1024, **ranks), {}) for take in (False, True)),
-        *((decode._matrix_kernel, "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *i64 *i32 i32 i32 i32 i32 i32",
-           flags | dict(PUT=put, K=768, BLOCK_B=32, BLOCK_N=16, BLOCK_K=256, **ranks),
-           dict(num_warps=2, num_stages=3)) for put in (False, True)),
+        *((decode._norm_kernel, f"*fp32 *bf16 *bf16 *bf16 {stream} i32 fp32" + 6 * " i32",
+           dict(BETA=True, OWN=2, TAKE=half["TAKE"], CUT=half["CUT"], BLOCK_K=1024, **ranks), {})
+          for half in halves),
+        *((decode._matrix_kernel, "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *i64 *i32" + 7 * " i32",
+           flags | dict(PUT=half["PUT"], CUT=half["CUT"], K=768, BLOCK_B=32, BLOCK_N=16, BLOCK_K=256) | ranks,
+           dict(num_warps=2, num_stages=3)) for half in halves),
         (decode._attention_kernel, "*bf16 *bf16 *i64 *fp32 *i32 *bf16 i32 i32 fp32",
          dict(SPAN=128, D=64, BLOCK_D=64, BLOCK_S=64), {}),
+        (interval_attention._delta_kernel, "*bf16 *bf16 *fp32 i32 i32",
+         dict(D=128, BLOCK_D=128, BLOCK_M=64), {}),
+        (qk_rotary._forward_kernel, "*bf16 *fp32 *fp32 *bf16 *bf16 *bf16 *fp32 i32 i32 i32",
+         dict(HALF=64, EPS=qk_rotary.EPS, BLOCK=64, ROWS=qk_rotary.ROWS), {}),
+        (qk_rotary._backward_kernel,
+         "*bf16 *bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *bf16 i32 i32 i32",
+         dict(HALF=64, BLOCK=64, ROWS=qk_rotary.ROWS), {}),
     ]
+    qkv, heads = "*bf16 *bf16 *bf16", dict(D=128, BLOCK_D=128)
+    for name, kernel, types in (
+            ("forward", "_attention_forward_kernel", f"{qkv} *i32 *bf16 *fp32 i32 i32"),
+            ("backward_kv", "_backward_kv_kernel", f"{qkv} *bf16 *i32 *i32 *fp32 *fp32 *bf16 *bf16 i32 i32"),
+            ("backward_q", "_backward_q_kernel", f"{qkv} *bf16 *i32 *fp32 *fp32 *bf16 i32 i32")):
+        config = interval_attention.CONFIGS[name]
+        constants = heads | {n: config[n] for n in config if n.isupper()}
+        constants["scale2" if name == "forward" else "scale"] = 0.1
+        cases.append((getattr(interval_attention, kernel), types, constants,
+                      {n: config[n] for n in config if n.islower()}))
     for kernel, types, constants, options in cases:
         names = kernel.arg_names
         kinds = dict(zip((n for n in names if n not in constants), types.split()))
@@ -191,9 +212,11 @@ def test_relu_squared_compiles_without_a_gpu(direction):
 
 
 @COMPILED
-@pytest.mark.parametrize("keep, sigmoid, bias", [("preactivation", "exponential", False),
-                                                 ("derivative8", "tanh", True)])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction, keep, sigmoid, bias", [
+    ("forward", "preactivation", "exponential", False), ("backward", "preactivation", "exponential", False),
+    ("forward", "derivative", "exponential", True), ("backward", "derivative", "exponential", True),
+    ("forward", "derivative8", "tanh", True), ("backward", "derivative8", "tanh", True),
+    ("forward", "nothing", "exponential", False)])
 def test_gelu_mlp_compiles_without_a_gpu(direction, keep, sigmoid, bias):
     """For H100 in bf16: fits a multiprocessor's shared memory, on tensor cores, without spilled registers."""
     from triton.backends.compiler import GPUTarget

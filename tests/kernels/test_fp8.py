@@ -7,7 +7,7 @@
 import pytest
 import torch
 from helpers import KERNEL_DEVICE as DEVICE
-from helpers import runs_kernels
+from helpers import runs_fp8_products, runs_kernels
 
 from kernels import cross_entropy, fp8
 from kernels.cross_entropy import linear_cross_entropy
@@ -26,9 +26,8 @@ from kernels.fp8 import (
 
 ROUNDING = {E4M3: 2**-4, E5M2: 2**-3}  # largest relative error of a normal number
 NORMAL = {E4M3: 2**-6 / 448, E5M2: 2**-14 / 57344}  # smallest normal number over the largest number
-HOPPER = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
-RECIPES = [Recipe(emulated=True)] + HOPPER * [Recipe(), Recipe(late=True, late_grad=True),
-                                              Recipe(per_tensor=True)]
+RECIPES = [Recipe(emulated=True)] + runs_fp8_products() * [
+    Recipe(), Recipe(late=True, late_grad=True), Recipe(per_tensor=True)]
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])

@@ -8,15 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import KERNEL_DEVICE as DEVICE
-from helpers import runs_kernels
+from helpers import runs_fp8_products, runs_kernels
 
 from kernels import gelu_cast
 from kernels.fp8 import E4M3, E5M2, LARGEST, Recipe, WeightCasts, cast, linear
 from kernels.gelu_cast import fp8_gelu_mlp, gelu_backward_cast
 from kernels.gelu_mlp import gelu
 
-HOPPER = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
-RECIPES = [Recipe(emulated=True)] + HOPPER * [Recipe(), Recipe(late=True, late_grad=True)]
+RECIPES = [Recipe(emulated=True)] + runs_fp8_products() * [Recipe(), Recipe(late=True, late_grad=True)]
 
 
 def sample(rows: int, H: int, scaled: bool, dtype=torch.float32):

@@ -62,28 +62,33 @@ def test_put_and_take(P, step):
 @interpreted
 @pytest.mark.parametrize("own", [0, 1, 2])
 @pytest.mark.parametrize("B", [1, 3])
-def test_halves_in_a_matrix(B, own):
-    """A matrix puts its output; the next takes the sum before its LayerNorm."""
+@pytest.mark.parametrize("W", [40, 17])
+def test_halves_in_a_matrix(B, own, W):
+    """A matrix puts its output, or its first W channels; the next takes the sum before its LayerNorm. Of
+    Parts, the channels below the first count as 0."""
     P, C, N = 2, 40, 24
-    ranks = connected(P, B, [C, C], 2)
+    ranks = connected(P, B, [W, W], 2)
     weight, w2, norm = randn(C, 16, seed=1), randn(N, C, seed=2), LayerNorm(C, True)
-    base, owns = randn(B, C, seed=3), [randn(B, C, seed=4 + i) for i in range(own)]
+    base = randn(B, C, seed=3)
+    owns = [decode.Part(randn(B, C, seed=4 + i), first) for i, first in zip(range(own), (W % C, 5))]
+    seen_parts = sum(F.pad(part.values[:, part.first:], (part.first, 0)).double() for part in owns)
     for token in range(5):
         x = [randn(B, 16, seed=10 * token + r) for r in range(P)]
-        residual, outs = randn(B, C, seed=9), []
+        residual, outs = decode.Part(randn(B, C, seed=9), W % C), []
+        added = residual.values.double() * (torch.arange(C) >= residual.first)
         for r, sums in enumerate(ranks):
             sums.step += 1
             outs.append(torch.empty(B, C))
             decode.linear(x[r], weight, None, outs[r], residual=residual, put=(sums, 1))
-            expected = residual.double() + x[r].double() @ weight.double().T
+            expected = added + x[r].double() @ weight.double().T
             assert (outs[r] - expected).abs().max() < 1e-5
         for sums in ranks:
             landed, out = torch.empty(B, C), torch.empty(B, N)
             stream = decode.Stream(tuple(owns), 1.5, sums, 1, landed)
             decode.linear(base, w2, None, out, norm=norm, stream=stream)
-            total = base.double() + sum(outs).double()
+            total = base.double() + sum(outs).double() * (torch.arange(C) < W)
             assert (landed - total).abs().max() < 1e-5
-            seen = F.layer_norm(total + 1.5 * sum(owns), (C,), norm.weight.double(), norm.bias.double())
+            seen = F.layer_norm(total + 1.5 * seen_parts, (C,), norm.weight.double(), norm.bias.double())
             assert (out - seen @ w2.double().T).abs().max() < 1e-4
 
 
@@ -106,7 +111,8 @@ def share_memory(folder: str, rank: int, world: int) -> None:
 TINY = dict(n_layer=2, n_head=4, n_embd=16, vocab_size=13, block_size=8)  # the interpreter is slow
 CASES = [  # strategy or number of a random schedule, tp_allreduce, B, how it runs
     ("ladder", "oneshot", 1, "oneshot"), ("kraken", "fused", 3, "fused"), ("dtp:2", "fused", 1, "fused"),
-    ("caat:0.5", "fused", 1, "oneshot"), ("spd", "fused", 1, "fused"), (7, "oneshot", 1, "oneshot")]
+    ("caat:0.5", "fused", 1, "fused"), ("caat:0.3", "oneshot", 3, "oneshot"), ("spd", "fused", 1, "fused"),
+    (7, "oneshot", 1, "oneshot"), (17, "fused", 1, "fused")]  # 17: half of the channels, several in flight
 
 
 def check_decoding(rank: int, world: int, folder: str) -> None:

@@ -49,7 +49,7 @@ def test_a_sleep_lands_in_its_row(run_script, tiny_data, tmp_path, slow, row, le
     found = profile_in(tmp_path / "out")
     assert found.steps == 3 and sum(found.seconds.values()) == pytest.approx(found.step)
     measured = float(done.out.split(" ms with it; trace: ")[0].split()[-1]) / 1e3
-    assert found.step == pytest.approx(measured, rel=0.2)  # two or four steps: a quarter or more
+    assert found.step == pytest.approx(measured, rel=0.2)  # of another number of steps: 1/4 or more
     assert found.seconds[row] >= least
     assert all(f"  {name} " in done.out for name in (*ROWS, "step"))
 

@@ -209,9 +209,26 @@ def test_nothing_starts_that_does_not_fit(monkeypatch):
     assert not may_start(one, "dense_12") and "needs 55 s, and 54 s are left" in one.first_unfit
     now[0] = 0.0
     assert not may_start(one, "dense_12"), "a run was started after one that did not fit"
-    one = session(100)
-    one.failed = [("dense_12 with seed 1", 0), ("dense_10 with seed 1", 0)]
-    assert not may_start(one, "dense_8"), "a run was started after others failed before their first step"
+
+
+def test_broken_arms_do_not_end_those_that_work(monkeypatch):
+    """Two runs that fail before their first step end the call only if no run can show that others work."""
+    monkeypatch.setattr(frontier_next, "gpu_info", lambda: {"gpus": []})
+    plan, failed = protocol(), [("dense_12 with seed 1", 0), ("dense_10 with seed 1", 0)]
+
+    def hopeless(failed, seen=(), **runs):
+        one = frontier_next.Session(plan, runs, "runs.jsonl", "folder", "0" * 16, 1000)
+        one.failed, one.seen = failed, list(seen)
+        started = one.may_start(Job(SimpleNamespace(config=plan.configs["dense_8"]), 2), 1)
+        assert started != one.hopeless
+        return one.hopeless
+
+    assert hopeless(failed) and hopeless(failed, [running(None, ended=True)])
+    assert not hopeless(failed[:1]) and not hopeless([failed[0], ("dense_8 with seed 1", 3)])
+    assert not hopeless(failed, [running(1)]), "a run trains"
+    assert not hopeless(failed, [running(None)]) and hopeless([*failed, *failed], [running(None)])
+    assert not hopeless(failed, run=run_of(plan, "dense_12", 1)), "an earlier call trained here"
+    assert hopeless(failed, run=run_of(plan, "dense_12", 1, card="NVIDIA H200"))
 
 
 def running(steps: int, gpus: str | None = "0", ended: bool = False):

@@ -1,0 +1,185 @@
+"""Compare the tiers of a frontier: the same arms with more tokens, or in a larger model.
+
+The abscissa of a tier is the logarithm of its training FLOPs without attention and head, 6 x parameters of
+the layers x tokens. An arm's log ratio against the baseline is taken for a line in it. Two tiers give the
+line's slope, and a prediction for a third, larger one, which its runs can refute. With the same model in both
+the slope is that in log tokens. All intervals are Student's at 95%; each tier has a spread between seeds of
+its own, pooled over its arms.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from scipy import stats
+
+from experiments.experiment_statistics import CONFIDENCE
+from experiments.frontier_draw import log_losses, shown_interval, spread_of
+from experiments.frontier_picture import percent
+from experiments.frontier_protocol import Protocol
+from experiments.report import table, without_nan, write
+from nanosync.errors import UserError
+from nanosync.files import json_text
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A log ratio, or a slope: its mean, standard error and degrees of freedom (None: unknown)."""
+
+    mean: float
+    error: float | None = None
+    df: float | None = None
+    runs: int = 0
+
+    def interval(self) -> list[float] | None:
+        """Return the 95% interval, None if it is unknown."""
+        if self.error is None:
+            return None
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.df)) * self.error
+        return [self.mean - half, self.mean + half]
+
+
+def combined(parts: list[tuple[float, Estimate]]) -> Estimate:
+    """Return the sum of weight * estimate over independent estimates, with the degrees of freedom of Welch
+    and Satterthwaite."""
+    mean = math.fsum(weight * one.mean for weight, one in parts)
+    if any(one.error is None for _, one in parts):
+        return Estimate(mean)
+    variances = [(weight * one.error)**2 for weight, one in parts]
+    total = math.fsum(variances)
+    if total == 0:
+        return Estimate(mean, 0.0, min(one.df for _, one in parts))
+    df = 1 / math.fsum((variance / total)**2 / one.df for variance, (_, one) in zip(variances, parts))
+    return Estimate(mean, math.sqrt(total), df)
+
+
+@dataclass
+class Tier:
+    """A protocol with its runs. log_flops: see above. spread: see spread_of. ratios: arm -> log ratio."""
+
+    protocol: Protocol
+    runs: dict[tuple[str, int], dict]
+
+    def __post_init__(self):
+        settings = self.protocol.settings[self.protocol.baseline]
+        self.parameters = 12 * settings["n_layer"] * settings["n_embd"]**2  # of the layers
+        self.log_flops = math.log(6 * self.parameters) + math.log(self.protocol.values["tokens"])
+        logs = log_losses(self.protocol, self.runs)
+        self.spread, base = spread_of(logs), logs[self.protocol.baseline]
+        self.ratios = {arm: self._ratio(sample, base) for arm, sample in logs.items()
+                       if sample and base and arm != self.protocol.baseline}
+
+    def _ratio(self, sample: list[float], base: list[float]) -> Estimate:
+        mean = math.fsum(sample) / len(sample) - math.fsum(base) / len(base)
+        runs = min(len(sample), len(base))
+        if self.spread is None:
+            return Estimate(mean, runs=runs)
+        error = self.spread[0] * math.sqrt(1 / len(sample) + 1 / len(base))
+        return Estimate(mean, error, self.spread[1], runs)
+
+
+def check_tiers(tiers: list[Tier]) -> None:
+    """Raise UserError unless tiers can be compared: of the same data, in order of size, each but the last
+    with runs."""
+    data = {run["data"] for tier in tiers for run in tier.runs.values()}
+    if len(data) > 1:
+        raise UserError(f"the tiers are of different data, {' and '.join(sorted(data))}: their ratios are on "
+                        f"no common line")
+    for small, large in pairwise(tiers):
+        if not small.ratios:
+            raise UserError(f"{small.protocol.path} has no runs of its baseline and of another arm yet: do "
+                            f"some with next")
+        if large.log_flops <= small.log_flops:
+            raise UserError(f"{large.protocol.path} is no larger tier than {small.protocol.path}: name them "
+                            f"in order of parameters x tokens")
+        if not set(small.protocol.arms) & set(large.protocol.arms) - {large.protocol.baseline}:
+            raise UserError(f"{small.protocol.path} and {large.protocol.path} have no arm in common")
+
+
+def compare(tiers: list[Tier]) -> list[dict]:
+    """Return for each arm of the last tier what the tiers say, in its order.
+
+    {"arm", "ratios": [{"ratio", "interval", "runs"} or None for each tier], "slope", "slope_interval": of the
+    line through the two largest tiers with runs, "predicted", "predicted_interval": of the last tier from the
+    two before it, "difference", "difference_interval": measured less predicted}
+    """
+    rows, last = [], tiers[-1]
+    for arm in last.protocol.arms:
+        if arm == last.protocol.baseline:
+            continue
+        found = [tier.ratios.get(arm) for tier in tiers]
+        row = {"arm": arm, "ratios": [None if one is None else {
+            "ratio": one.mean, "interval": one.interval(), "runs": one.runs} for one in found]}
+        known = [(tier.log_flops, one) for tier, one in zip(tiers, found) if one is not None]
+        if len(known) > 1:
+            (x, before), (y, after) = known[-2:]
+            add(row, "slope", combined([(1 / (y - x), after), (-1 / (y - x), before)]))
+        earlier = [(tier.log_flops, one) for tier, one in zip(tiers[:-1], found) if one is not None]
+        if len(earlier) > 1:
+            (x, before), (y, after) = earlier[-2:]
+            share = (last.log_flops - y) / (y - x)
+            predicted = combined([(1 + share, after), (-share, before)])
+            add(row, "predicted", predicted)
+            if found[-1] is not None:
+                add(row, "difference", combined([(1.0, found[-1]), (-1.0, predicted)]))
+        rows.append(row)
+    return rows
+
+
+def add(row: dict, name: str, estimate: Estimate) -> None:
+    """Add an estimate and its interval to a row."""
+    row[name], row[f"{name}_interval"] = estimate.mean, estimate.interval()
+
+
+def verdict(row: dict) -> str:
+    """Say whether the last tier is as predicted."""
+    if "predicted" not in row:
+        return "-"
+    if "difference" not in row:
+        return "not run"
+    if row["difference_interval"] is None:
+        return "unknown"
+    low, high = row["difference_interval"]
+    return "higher than predicted" if low > 0 else "lower than predicted" if high < 0 else "as predicted"
+
+
+def text_of(tiers: list[Tier], rows: list[dict]) -> str:
+    """Return the comparison as Markdown."""
+    sizes = [[str(n), tier.protocol.name, f"{tier.parameters / 1e6:.1f}M",
+              f"{tier.protocol.values['tokens']:,}", f"{len(tier.runs)} of {len(tier.protocol.runs)}",
+              "-" if tier.spread is None else f"{tier.spread[0]:.2%}"] for n, tier in enumerate(tiers, 1)]
+    header = ["arm", *(f"tier {n}" for n in range(1, len(tiers) + 1)), "slope a doubling of FLOPs", "95% CI"]
+    third = len(tiers) > 2
+    cells = []
+    for row in rows:
+        slope = row.get("slope_interval")
+        cells.append([row["arm"], *map(shown_ratio, row["ratios"]),
+                      "-" if "slope" not in row else f"{percent(math.log(2) * row['slope']):+.3f}%",
+                      "-" if slope is None else "{:+.3f} to {:+.3f}%".format(
+                          *(percent(math.log(2) * end) for end in slope))])
+        if third:
+            cells[-1] += ["-" if "predicted" not in row else f"{percent(row['predicted']):+.2f}%",
+                          shown_interval(row.get("predicted_interval")), verdict(row)]
+    header += [f"predicted for tier {len(tiers)}", "95% CI", "measured"] if third else []
+    of_sizes = table(["tier", "protocol", "parameters of layers", "tokens", "runs", "spread"], sizes)
+    return f"# Tiers\n\n{of_sizes}\nLosses against the baseline's, with 95% intervals, and the runs of the " \
+           f"arm or of the baseline, whichever are fewer.\n\n{table(header, cells)}"
+
+
+def shown_ratio(one: dict | None) -> str:
+    return "-" if one is None else f"{percent(one['ratio']):+.2f}% ({shown_interval(one['interval'])}; " \
+                                   f"{one['runs']})"
+
+
+def write_tiers(tiers: list[Tier], stem: str) -> str:
+    """Write STEM.md and STEM.json; return the Markdown. Raises UserError."""
+    check_tiers(tiers)
+    rows = compare(tiers)
+    text = text_of(tiers, rows)
+    write(stem + ".json", json_text(without_nan({
+        "tiers": [{"protocol": tier.protocol.digest, "name": tier.protocol.name,
+                   "parameters": tier.parameters, "tokens": tier.protocol.values["tokens"],
+                   "runs": len(tier.runs), "spread": tier.spread and tier.spread[0]} for tier in tiers],
+        "arms": rows})))
+    write(stem + ".md", text)
+    return text

@@ -1,0 +1,91 @@
+"""A factorial design of runs of train_gpt_fast.py, and the effects that its results show.
+
+    python factors.py queue factors_6.json > queue.jsonl  # commands for run_queue.py
+    python factors.py effects factors_6.json runs_6.jsonl  # a table; stderr: the settings that are kept
+
+A run has half of the factors, by a Hadamard matrix of 16 rows, so an effect is the difference of two means
+of 8 runs. In the file, `factors` is {name: {setting: value}}, and `besides` has further runs of the same
+form. Their number of steps is "steps", or follows from the tokens and a run's batch sizes. A factor is kept
+if its effect is at most `keep`.
+"""
+
+import json
+import sys
+
+import numpy as np
+from scipy.linalg import hadamard
+
+COLUMNS = hadamard(16)[:, 1:] < 0  # (runs, factors): True where a run has a factor
+SHARES = [0.325, 0.325, 0.325, 0.025]  # of the steps, in stages
+
+
+def steps_for(tokens: int, batch_sizes: list[int], sequence_length: int) -> int:
+    """Return the steps that take about so many tokens."""
+    return round(tokens / (sequence_length * np.dot(SHARES, batch_sizes)))
+
+
+def command(plan: dict, name: str, settings: dict) -> list[str]:
+    """Return the command of a run. settings: besides those of plan["command"]."""
+    settings = {"seed": plan["seed"], "out_dir": f"out-{name}"} | settings
+    steps = settings.pop("steps", None) or steps_for(
+        plan["tokens"], settings.get("batch_sizes", plan["batch_sizes"]), plan["sequence_length"])
+    given = {"num_iterations": steps} | settings
+    return [*plan["command"], *(f"--{key}={value}" for key, value in given.items())]
+
+
+def runs(plan: dict) -> list[tuple[str, list[str], dict]]:
+    """Return (name, names of its factors, settings) of each run of the design."""
+    names = list(plan["factors"])
+    assert len(names) <= COLUMNS.shape[1], "more than 15 factors"
+    found = []
+    for i, row in enumerate(COLUMNS):
+        chosen = [name for name, has in zip(names, row) if has]
+        settings = {}
+        for name in chosen:
+            assert not settings.keys() & plan["factors"][name].keys(), f"{name}: a setting of two factors"
+            settings |= plan["factors"][name]
+        found.append((f"r{i:02}", chosen, settings))
+    return found
+
+
+def effects(plan: dict, results: dict[str, float]) -> dict[str, float]:
+    """Return the effect of each factor, by least squares. results: name of a run -> final val loss."""
+    names, rows, losses = list(plan["factors"]), [], []
+    for run, chosen, _ in runs(plan):
+        if run in results:
+            rows.append([1.0, *(0.5 if name in chosen else -0.5 for name in names)])
+            losses.append(results[run])
+    assert len(rows) > 1, "no results of the design"
+    found, _, rank, _ = np.linalg.lstsq(np.array(rows), np.array(losses), rcond=None)
+    if rank <= len(names):
+        print(f"only {rank} of {len(names) + 1} effects can be told apart: runs are missing", file=sys.stderr)
+    return dict(zip(names, found[1:]))
+
+
+def main() -> None:
+    what, path, *more = sys.argv[1:]
+    with open(path, encoding="utf-8") as f:
+        plan = json.load(f)
+    if what == "queue":
+        besides = [(name, [], settings) for name, settings in plan.get("besides", {}).items()]
+        for name, _, settings in [*besides, *runs(plan)]:
+            print(json.dumps({"name": name, "start": plan["start"], "train": plan["train"],
+                              "command": command(plan, name, settings)}))
+        return
+    results = {}
+    with open(more[0], encoding="utf-8") as f:
+        for run in map(json.loads, f):
+            if run["step_val_ms"]:
+                results[run["name"]] = run["step_val_ms"][-1][1]
+    found, settings = effects(plan, results), {}
+    for name, effect in sorted(found.items(), key=lambda item: item[1]):
+        kept = effect <= plan["keep"]
+        settings |= plan["factors"][name] if kept else {}
+        print(f"{name:16} {effect:+.4f} {'kept' if kept else ''}")
+    for name in plan.get("besides", {}):
+        print(f"{name:16} {results.get(name)}")
+    print(json.dumps(settings), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

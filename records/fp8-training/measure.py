@@ -1,0 +1,236 @@
+"""Run the measurements of README.md: jobs one after the other on each GPU, the most important first.
+
+$ python records/fp8-training/measure.py --out=DIR --peer=NANOGPT    # from the repository's root
+$ python records/fp8-training/measure.py --out=DIR --parts=step,loss --gpus=1
+$ python records/fp8-training/measure.py --out=DIR --device=cpu    # at toy size: does each part run?
+
+Each GPU takes the next job of the list as soon as it is free. A job that fails, or reaches its limit, is
+ended and recorded, and the others continue. After `seconds` no job runs. Without the package torchao, or
+without nanoGPT's folder `peer`, their contenders are left out.
+
+DIR gets jobs.json (command, duration and problem of each job, written as each ends), a log of each job, and
+the JSON files and folders of the jobs. The end of each log is printed. A job that DIR has as done is not run
+again.
+"""
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+sys.path.insert(0, os.getcwd())
+
+import torch
+
+from configurator import check_choice, configure
+from nanosync.errors import UserError
+from nanosync.files import write_result
+from nanosync.hardware import environment
+
+# -----------------------------------------------------------------------------
+out = "out-fp8-training"  # folder of the results
+peer = ""  # folder of nanoGPT's model.py
+parts = "data,tests,step,loss,xl,profile,ranks,biases,kernels,resume"  # groups of jobs, see `jobs`
+seconds = 1560.0  # after which no job runs
+gpus = 0  # GPUs, 0 for all; two are enough
+device = "cuda"  # 'cpu': toy sizes
+# -----------------------------------------------------------------------------
+config = configure(globals())
+out, real = os.path.abspath(out), device == "cuda"
+XL = "--n_layer=48 --n_head=25 --n_embd=1600 --batch_size=8 --rounds=5 --steps=3 --warmup=1"
+TOY = "--device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=2"
+TOY_BENCH = f"{TOY} --vocab_size=128 --steps=1 --warmup=1 --rounds=2"
+TOY_TRAINING = f"{TOY} --max_iters=6 --warmup_iters=2 --lr_decay_iters=6 --eval_interval=6 --eval_iters=2"
+BF16 = ("nanogpt,base,qkv+adamw,gelu-derivative8+qkv+adamw,gelu+qkv+adamw,gelu-derivative+qkv+adamw,adamw,"
+        "gelu-derivative8,qkv,gelu-derivative8+tanh+qkv+adamw")
+BF16_SHORT = "nanogpt,base,qkv+adamw,gelu-derivative8+qkv+adamw,gelu+qkv+adamw,adamw,scaled"
+FP8 = ("nanogpt,base,fp8+fp8_head+adamw,fp8_late+fp8_head+adamw,fp8+fp8_head+triton+adamw,"
+       "fp8_late+fp8_head+triton+adamw,torchao,torchao_rowwise,fp8+fp8_head,fp8,"
+       "fp8_tensorwise+fp8_head+adamw,fp8+fp8_head+gelu_apart+adamw")
+FP8_SHORT = ("nanogpt,base,fp8+fp8_head+adamw,fp8_late+fp8_head+adamw,fp8_late+fp8_head+triton+adamw,torchao,"
+             "fp8+adamw,fp8_emulated+fp8_head+adamw")
+PROFILED = ("base,nanogpt,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw,fp8_late+fp8_head+triton+adamw,"
+            "torchao")
+BIASES = "nanogpt,base,adamw,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of a part, for a shell. It is ended after `limit` seconds. It has so many GPUs for itself."""
+
+    part: str
+    name: str
+    expected: int  # seconds on H200
+    command: str
+    gpus: int = 1
+
+    @property
+    def limit(self) -> float:
+        return 1.6 * self.expected + 30 if real else 900.0
+
+
+def jobs() -> list[Job]:
+    """Return all jobs, the most important first."""
+    found = []
+
+    def add(part: str, name: str, expected: int, command: str, on_gpu: str, on_cpu: str, n: int = 1) -> None:
+        found.append(Job(part, name, expected if real else 20, f"{command} {on_gpu if real else on_cpu}", n))
+
+    def fused(part: str, name: str, expected: int, phases: str, B: int, contenders: str, more: str) -> None:
+        folder = f"{out}/{name}"
+        tiles = "" if "tune" in phases else \
+            f"mkdir -p {folder}; cp {out}/bf16-64/tune.json {folder} 2>/dev/null; "
+        add(part, name, expected, f"{tiles}python -m benchmarks.fused_step --out={folder} --phases={phases} "
+            f"--batch_sizes=[{B}] --peer={peer} --contenders={known(contenders)} "
+            f"--seconds={1.3 * expected:.0f}", more, f"{more} --rounds=2 --steps=1")
+
+    add("data", "data", 20, f"python data/python_source/prepare.py --tokenizer=gpt2 --format=shards "
+        f"--out={out}/text", "--roots=stdlib,site-packages", "--roots=nanosync,tests", n=0)
+    workers = "-n 8" if importlib.util.find_spec("xdist") else ""
+    add("tests", "tests", 150, f"TRITON_INTERPRET=0 python -m pytest -q -p no:cacheprovider "
+        f"--junitxml={out}/tests.xml", f"{workers} tests/kernels", "tests/kernels/test_split_sums.py")
+    fused("step", "bf16-64", 400, "check,tune,step", 64, BF16, "")
+    fused("step", "fp8-64", 340, "step", 64, FP8, "")
+    fused("step", "fp8-12", 190, "step", 12, FP8_SHORT, "")
+    fused("step", "bf16-12", 170, "step", 12, BF16_SHORT, "")
+    add("loss", "loss-0.0006", 330, *losses(6e-4, 3))
+    add("xl", "xl", 280, f"python bench.py --json={out}/xl.json --seconds=400",
+        f"{XL} --compare=triton,fp8+fp8_head+triton,fp8+fp8_head", f"{TOY_BENCH} --compare=ddp,fp8_emulated")
+    for rate, runs, expected in ((6e-3, 1, 110), (1.2e-2, 1, 110), (2.4e-2, 1, 110)):
+        add("loss", f"loss-{rate:g}", expected, *losses(rate, runs))
+    fused("profile", "profile", 120, "profile", 64, PROFILED, "")
+    for R in (2, 4):
+        add("ranks", f"ranks-{R}", 185, f"python bench.py --model_type=distributed_gpt --tp_size={R} "
+            f"--seconds=280 --json={out}/ranks-{R}.json", "--batch_size=64 --rounds=5 --steps=6 "
+            "--syncs=[24,12,6,3,1]", f"{TOY_BENCH} --n_head=4 --n_embd=64 --syncs=[4,1]")
+    for name, on_gpu, on_cpu in (("spd-bf16", "", ""), ("spd-fp8", "--fp8 --fp8_head", "--fp8=emulated")):
+        add("ranks", name, 50, f"python train_reduced_sync.py --dataset={out}/text --sync_strategy=spd "
+            f"--out_dir={out}/{name} --gradient_accumulation_steps=1 --save_checkpoint=False",
+            "--batch_size=64 --max_iters=60 --eval_interval=1000 --eval_iters=2 --log_interval=10 "
+            f"--warmup_iters=10 {on_gpu}", f"{TOY_TRAINING} {on_cpu}")
+    fused("biases", "biases", 150, "step", 64, BIASES, "--bias=True")
+    add("kernels", "kernels", 100, f"TRITON_INTERPRET={int(not real)} python bench.py --mode=kernels "
+        f"--seconds=150 --json={out}/kernels.json",
+        "--rows=[65536] --widths=[768] --rounds=5", f"{TOY_BENCH} --rows=[32] --widths=[32]")
+    add("resume", "resume", 480, "python benchmarks/many_gpus.py --part=resume --limit=700 "
+        f"--out={out}/resume", "--fp8 --fp8_head", f"{TOY} --fp8=emulated --eval_iters=2", n=2)
+    return found
+
+
+def known(contenders: str) -> str:
+    """Leave out contenders whose code is not here."""
+    here = {"nanogpt": bool(peer), "torchao": importlib.util.find_spec("torchao") is not None}
+    return ",".join(c for c in contenders.split(",") if here.get(c.partition("_")[0], True))
+
+
+def losses(rate: float, runs: int) -> tuple[str, str, str]:
+    """Return the command of bf16 and FP8 at the same time, and how it ends on a GPU and on a CPU.
+
+    rate: highest learning rate. runs: seeds of each.
+    """
+    runner = ("run() { python experiments/run_nanogpt_experiment.py --config=experiments/configs/fp8/$1.json "
+              f"--n_runs={runs} --dataset={out}/text --log_dir={out}/loss-{rate:g} --learning_rate={rate:g} "
+              f"--min_lr={rate / 10:g} $2; }};")
+    both = "run bf16 '{}' & run fp8 '{}'; code=$?; wait $! && exit $code"
+    return runner, both.format("", ""), both.format(TOY_TRAINING, f"{TOY_TRAINING} --fp8=emulated")
+
+
+# ---- run
+
+started, lock, records = time.monotonic(), threading.Lock(), {}
+
+
+def left() -> float:
+    return seconds - (time.monotonic() - started)
+
+
+def run(job: Job, on: str) -> None:
+    """Run a job on the GPUs of CUDA_VISIBLE_DEVICES=`on`, and record it."""
+    record = {"part": job.part, "command": job.command, "expected_seconds": job.expected, "seconds": 0.0,
+              "gpus": on, "started": time.monotonic() - started}
+    if left() < max(20, 0.5 * job.expected):
+        record["problem"] = f"not run: takes {job.expected} s, {left():.0f} s were left"
+    else:
+        print(f"{record['started']:6.0f} s: {job.name}, GPU {on or '-'}, about {job.expected} s", flush=True)
+        record |= supervise(job, on)
+    with lock:
+        records[job.name] = record
+        write_result(f"{out}/jobs.json", {"environment": machine, "jobs": records})
+    print(f"{time.monotonic() - started:6.0f} s: {job.name}: {record['problem'] or 'done'}", flush=True)
+
+
+def supervise(job: Job, on: str) -> dict:
+    """Run a job with all its processes ended at its limit; return its duration and its problem."""
+    report, limit = f"{out}/{job.name}.report", min(job.limit, left())
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": on, "PYTHONUNBUFFERED": "1"}
+    command = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}; {job.command}'
+    begun = time.monotonic()
+    with open(f"{out}/{job.name}.log", "wb") as log:
+        supervisor = subprocess.Popen(
+            [sys.executable, "experiments/supervise.py", report, f"{limit:.0f}", "bash", "-c", command],
+            stdin=subprocess.PIPE, stdout=log, stderr=log, env=variables)
+        supervisor.wait()
+        supervisor.stdin.close()
+    try:
+        with open(report) as f:
+            found = json.load(f)
+        os.remove(report)
+    except (OSError, ValueError):
+        found = {"code": None, "ended_by": "a kill of its supervisor"}
+    with open(f"{out}/{job.name}.log", encoding="utf-8", errors="replace") as f:
+        lines = [line.rstrip()[:200] for line in f.read().splitlines() if line.strip()] or ["no output"]
+    print("\n".join(f"    {line}" for line in lines[-14:]), flush=True)
+    problem = None
+    if found["ended_by"] != "itself":
+        problem = f"ended by {found['ended_by']}"
+    elif found["code"] != 0:
+        problem = f"exit code {found['code']}: {lines[-1]}"
+    return {"seconds": time.monotonic() - begun, "problem": problem}
+
+
+def work(queue: list[Job], on: str) -> None:
+    """Run the jobs of a queue that several threads share, until none is left."""
+    while True:
+        with lock:
+            if not queue:
+                return
+            job = queue.pop(0)
+        run(job, on)
+
+
+def main() -> None:
+    wanted = jobs()
+    for part in parts.split(","):
+        check_choice({"parts": part}, "parts", tuple(dict.fromkeys(job.part for job in wanted)))
+    wanted = [job for job in wanted if job.part in parts.split(",")
+              and not (job.name in records and records[job.name]["problem"] is None)]
+    queues = {n: [job for job in wanted if job.gpus == n] for n in (0, 1, 2)}
+    places = [str(i) for i in range(there)] or [""]
+    threads = [threading.Thread(target=work, args=(queues[1], place)) for place in places]
+    threads.append(threading.Thread(target=work, args=(queues[0], "")))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if there != 1:
+        work(queues[2], ",".join(places[:2]))
+    failed = {name: record["problem"] for name, record in records.items() if record["problem"]}
+    print(f"{len(records) - len(failed)} of {len(records)} jobs done in {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    os.makedirs(out, exist_ok=True)
+    peer = os.path.abspath(peer) if peer else ""
+    there = gpus or torch.cuda.device_count() if real else 0
+    if real and not torch.cuda.is_available():
+        raise UserError("no GPU is visible: try the script with --device=cpu")
+    machine = environment(torch.device(device))
+    if os.path.exists(f"{out}/jobs.json"):
+        with open(f"{out}/jobs.json") as f:
+            records = json.load(f)["jobs"]
+    main()
