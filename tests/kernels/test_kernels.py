@@ -101,8 +101,9 @@ def test_linear(B, K, N, case, dtype):
         y = F.gelu(y, approximate="tanh")
     if residual is not None:
         y = y + residual.double()
-    decode._launch(x, w, b, out, ln if "norm" in case else None, "gelu" in case, residual, also,
-                   case.get("also_add", False), case.get("also_bias", True))
+    decode._launch(x, w, b, out, ln if "norm" in case else None, "gelu" in case,
+                   None if residual is None else decode.Part(residual), also, case.get("also_add", False),
+                   case.get("also_bias", True))
     assert error(out, y.detach()) < TOLERANCE[dtype]
     if also is not None:
         assert error(also, expected_also.detach()) < TOLERANCE[dtype]
