@@ -18,7 +18,7 @@ from experiments.frontier_draw import log_losses, shown_interval, spread_of
 from experiments.frontier_picture import percent
 from experiments.frontier_protocol import Protocol
 from experiments.report import table, without_nan, write
-from nanosync.errors import UserError
+from nanosync.errors import UserError, shown
 from nanosync.files import json_text
 
 
@@ -55,14 +55,22 @@ def combined(parts: list[tuple[float, Estimate]]) -> Estimate:
 
 @dataclass
 class Tier:
-    """A protocol with its runs. log_flops: see above. spread: see spread_of. ratios: arm -> log ratio."""
+    """A protocol with its runs. log_flops: see above. spread: see spread_of. ratios: arm -> log ratio.
+
+    Raises UserError if the settings of the baseline do not have the size of the model.
+    """
 
     protocol: Protocol
     runs: dict[tuple[str, int], dict]
 
     def __post_init__(self):
         settings = self.protocol.settings[self.protocol.baseline]
-        self.parameters = 12 * settings["n_layer"] * settings["n_embd"]**2  # of the layers
+        sizes = {name: settings.get(name) for name in ("n_layer", "n_embd")}
+        for name, size in sizes.items():
+            if type(size) is not int or size < 1:
+                raise UserError(f"{self.protocol.path}: {name}={shown(size)} of the baseline must be an "
+                                f"integer of at least 1: it gives the parameters of the tier")
+        self.parameters = 12 * sizes["n_layer"] * sizes["n_embd"]**2  # of the layers
         self.log_flops = math.log(6 * self.parameters) + math.log(self.protocol.values["tokens"])
         logs = log_losses(self.protocol, self.runs)
         self.spread, base = spread_of(logs), logs[self.protocol.baseline]
@@ -79,13 +87,17 @@ class Tier:
 
 
 def check_tiers(tiers: list[Tier]) -> None:
-    """Raise UserError unless tiers can be compared: of the same data, in order of size, each but the last
-    with runs."""
+    """Raise UserError unless tiers can be compared: of the same data, against the same baseline, in order of
+    size, each but the last with runs."""
     data = {run["data"] for tier in tiers for run in tier.runs.values()}
     if len(data) > 1:
         raise UserError(f"the tiers are of different data, {' and '.join(sorted(data))}: their ratios are on "
                         f"no common line")
     for small, large in pairwise(tiers):
+        if small.protocol.baseline != large.protocol.baseline:
+            raise UserError(f"{small.protocol.path} has the baseline {small.protocol.baseline}, and "
+                            f"{large.protocol.path} {large.protocol.baseline}: their ratios are on no common "
+                            f"line")
         if not small.ratios:
             raise UserError(f"{small.protocol.path} has no runs of its baseline and of another arm yet: do "
                             f"some with next")

@@ -85,7 +85,11 @@ def test_combined():
     (lambda: [tier(2, 0.01), tier(1, 0.01)], "no larger tier"),
     (lambda: [Tier(protocol_of(1), {}), tier(2, 0.01)], "has no runs of its baseline and of another arm yet"),
     (lambda: [tier(1, 0.01), Tier(protocol_of(2, arms={"dense_12": {}, "other": {"n_layer": 6}}), {})],
-     "no arm in common")])
+     "no arm in common"),
+    (lambda: [tier(1, 0.01), Tier(protocol_of(2, baseline="dense_8"), {})],
+     "has the baseline dense_12, and protocol_2.json dense_8"),
+    (lambda: [tier(1, 0.01), Tier(protocol_of(2, settings=SETTINGS | {"n_embd": 0}), {})],
+     "n_embd=0 of the baseline must be an integer of at least 1")])
 def test_what_cannot_be_compared(tiers, said):
     with pytest.raises(UserError, match=said):
         check_tiers(tiers())
