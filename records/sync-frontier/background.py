@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import glob
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -29,13 +30,13 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path.insert(0, ROOT)
 
 from configurator import Parser
-from experiments.experiment_config import check_keys
+from experiments.experiment_config import check_keys, read_json
 from experiments.experiment_logger import git_info
 from experiments.frontier_protocol import Protocol, data_digests
 from experiments.frontier_runs import merge, read_runs
 from experiments.runner import SUPERVISOR, read_report, visible_gpus
 from nanosync.errors import UserError, shown
-from nanosync.files import os_error_as_user_error, read_json, replace_file, write_json
+from nanosync.files import os_error_as_user_error, replace_file, write_json
 from nanosync.folder_lock import lock_folder
 
 PILOT, LONG, FROZEN = "protocol_regime.json", "protocol_regime_long.json", "protocol.json"
@@ -131,7 +132,7 @@ def take_over(source: str, folder: str) -> None:
             if Protocol.read(ours).digest != Protocol.read(theirs).digest:
                 raise UserError(f"{ours} is another protocol than {theirs}: remove one, or name "
                                 f"another --work")
-        elif name != "data.json" or not os.path.exists(ours) or "packages" in read_json(theirs):
+        elif name != "data.json" or not os.path.exists(ours) or "packages" in read_data(theirs):
             with os_error_as_user_error(f"cannot copy {theirs}"):
                 shutil.copyfile(theirs, ours)
         if name in FIRST:
@@ -144,14 +145,20 @@ def take_over(source: str, folder: str) -> None:
             raise UserError(f"{source} has no {name}")
 
 
+def read_data(path: str) -> dict:
+    """Read data.json. Raises UserError."""
+    data = read_json(path)
+    check_keys(data, DATA, path)
+    return data
+
+
 def prepare_data(folder: str, out: str) -> None:
     """Make the data set of data.json, which names its files from then on. Raises UserError."""
     from data.corpus_encoding import check_tokenizer
     from data.python_source.prepare import find_documents, find_roots, make
 
     path = os.path.join(folder, "data.json")
-    data = read_json(path)
-    check_keys(data, DATA, path)
+    data = read_data(path)
     check_tokenizer(data["tokenizer"])
     documents, packages = find_documents(find_roots(data["roots"])), {}
     for document in documents:
@@ -199,6 +206,8 @@ class Sequence:
         """Run frontier.py; return True if it succeeds. It ends with this process."""
         script = os.path.join(ROOT, "experiments", "frontier.py")
         print(f"\n{self.left:.0f} s left: frontier.py {command} {' '.join(options)}", flush=True)
+        with contextlib.suppress(FileNotFoundError):  # of the command before, if this supervisor is killed
+            os.remove(os.path.join(self.report, "report.json"))
         with subprocess.Popen([sys.executable, SUPERVISOR, os.path.join(self.report, "report.json"),
                                str(max(self.left, 1.0) + ENDS), sys.executable, script, command, *options],
                               stdin=subprocess.PIPE) as supervisor:
@@ -265,9 +274,12 @@ def sequence(args: argparse.Namespace) -> None:
 def wait(args: argparse.Namespace) -> int:
     """Print what is new in the log until the sequence ends or the seconds are over; return an exit code."""
     try:
-        until = time.time() + float(args.what)
+        seconds = float(args.what)
     except ValueError:
-        raise UserError(f"wait {shown(args.what)}: give the seconds, as in wait 560") from None
+        seconds = math.nan
+    if math.isnan(seconds):
+        raise UserError(f"wait {shown(args.what)}: give the seconds, as in wait 560")
+    until = time.time() + seconds
     if not os.path.isfile(os.path.join(args.work, "log.txt")):
         raise UserError(f"nothing was begun in {args.work}")
     copied = 0.0
@@ -285,7 +297,7 @@ def wait(args: argparse.Namespace) -> int:
         time.sleep(0.5)
     try:
         success = read_json(os.path.join(args.work, "ended.json"))["success"]
-    except (OSError, ValueError):
+    except UserError:
         print("the sequence was killed: begin again", flush=True)
         return 1
     return int(not success)

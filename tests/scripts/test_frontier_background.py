@@ -67,6 +67,11 @@ def test_a_killed_sequence_goes_on_where_its_results_are(tmp_path):
     folder, out = write_folder(tmp_path / "frontier", tmp_path / "sources"), tmp_path / "out"
     wait = ["wait", "1", f"--work={tmp_path / 'one'}", f"--out={out}"]
     assert "nothing was begun" in background(tmp_path, *wait, code=2)
+    assert "give the seconds" in background(tmp_path, "wait", "nan", *wait[2:], code=2)
+    described = (folder / "data.json").read_text()
+    (folder / "data.json").write_text("{")
+    assert "data.json, line 1: not JSON" in begin(folder, "broken", code=2)
+    (folder / "data.json").write_text(described)
     assert "has no protocol.json: begin pilot freezes one" in begin(folder, "one", "next", code=2)
     (folder / "hold").touch()
     process = int(re.search(r"process (\d+) started", begin(folder, "one")).group(1))
