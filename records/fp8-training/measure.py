@@ -1,12 +1,13 @@
 """Run the measurements of README.md: jobs one after the other on each GPU, the most important first.
 
 $ python records/fp8-training/measure.py --out=DIR --peer=NANOGPT    # from the repository's root
-$ python records/fp8-training/measure.py --out=DIR --parts=step,loss --gpus=1
+$ python records/fp8-training/measure.py --out=DIR --parts=data,step,loss --gpus=1
 $ python records/fp8-training/measure.py --out=DIR --device=cpu    # at toy size: does each part run?
 
 Each GPU takes the next job of the list as soon as it is free. A job that fails, or reaches its limit, is
-ended and recorded, and the others continue. After `seconds` no job runs. Without the package torchao, or
-without nanoGPT's folder `peer`, their contenders are left out.
+ended and recorded, and the others continue. After `seconds` no job runs. Parts loss and ranks read the text
+of part data, and wait for it. Without the package torchao, or without nanoGPT's folder `peer`, their
+contenders are left out.
 
 DIR gets jobs.json (command, duration and problem of each job, written as each ends), a log of each job, and
 the JSON files and folders of the jobs. The end of each log is printed. A job that DIR has as done is not run
@@ -27,7 +28,7 @@ sys.path.insert(0, os.getcwd())
 
 import torch
 
-from configurator import check_choice, configure
+from configurator import check_at_least, check_choice, configure
 from nanosync.errors import UserError
 from nanosync.files import write_result
 from nanosync.hardware import environment
@@ -143,6 +144,7 @@ def losses(rate: float, runs: int) -> tuple[str, str, str]:
 # ---- run
 
 started, lock, records = time.monotonic(), threading.Lock(), {}
+text_made = threading.Event()  # the job `data` has ended, if it is wanted
 
 
 def left() -> float:
@@ -200,7 +202,17 @@ def work(queue: list[Job], on: str) -> None:
             if not queue:
                 return
             job = queue.pop(0)
+        if f"--dataset={out}/text" in job.command:
+            text_made.wait()
         run(job, on)
+
+
+def make_text(queue: list[Job]) -> None:
+    """Run the jobs without a GPU, and let those that read the text start."""
+    try:
+        work(queue, "")
+    finally:
+        text_made.set()
 
 
 def main() -> None:
@@ -212,7 +224,7 @@ def main() -> None:
     queues = {n: [job for job in wanted if job.gpus == n] for n in (0, 1, 2)}
     places = [str(i) for i in range(there)] or [""]
     threads = [threading.Thread(target=work, args=(queues[1], place)) for place in places]
-    threads.append(threading.Thread(target=work, args=(queues[0], "")))
+    threads.append(threading.Thread(target=make_text, args=(queues[0],)))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -224,6 +236,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    check_choice(config, "device", ("cuda", "cpu"))
+    check_at_least(config, 0, "gpus")
     os.makedirs(out, exist_ok=True)
     peer = os.path.abspath(peer) if peer else ""
     there = gpus or torch.cuda.device_count() if real else 0
