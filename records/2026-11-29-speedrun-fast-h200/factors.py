@@ -6,10 +6,11 @@
 A run has half of the factors, by a Hadamard matrix of 16 rows, so an effect is the difference of two means
 of 8 runs. In the file, `factors` is {name: {setting: value}}, and `besides` has further runs of the same
 form. Their number of steps is "steps", or follows from the tokens and a run's batch sizes. A factor is kept
-if its effect is at most `keep`.
+if its effect is at most `keep`. A run whose last loss is NaN has no result.
 """
 
 import json
+import math
 import sys
 
 import numpy as np
@@ -49,17 +50,19 @@ def runs(plan: dict) -> list[tuple[str, list[str], dict]]:
 
 
 def effects(plan: dict, results: dict[str, float]) -> dict[str, float]:
-    """Return the effect of each factor, by least squares. results: name of a run -> final val loss."""
+    """Return the effect of each factor, by least squares around the mean. results: name of a run -> final val
+    loss. Of effects that the runs cannot tell apart, it takes those with the least sum of squares."""
     names, rows, losses = list(plan["factors"]), [], []
     for run, chosen, _ in runs(plan):
         if run in results:
-            rows.append([1.0, *(0.5 if name in chosen else -0.5 for name in names)])
+            rows.append([0.5 if name in chosen else -0.5 for name in names])
             losses.append(results[run])
     assert len(rows) > 1, "no results of the design"
-    found, _, rank, _ = np.linalg.lstsq(np.array(rows), np.array(losses), rcond=None)
-    if rank <= len(names):
-        print(f"only {rank} of {len(names) + 1} effects can be told apart: runs are missing", file=sys.stderr)
-    return dict(zip(names, found[1:]))
+    # without the mean, which is larger than all effects, and becomes a part of them if a run is missing
+    found, _, rank, _ = np.linalg.lstsq(rows - np.mean(rows, axis=0), losses - np.mean(losses), rcond=None)
+    if rank < len(names):
+        print(f"only {rank} of {len(names)} effects can be told apart: runs are missing", file=sys.stderr)
+    return dict(zip(names, found))
 
 
 def main() -> None:
@@ -75,7 +78,7 @@ def main() -> None:
     results = {}
     with open(more[0], encoding="utf-8") as f:
         for run in map(json.loads, f):
-            if run["step_val_ms"]:
+            if run["step_val_ms"] and math.isfinite(run["step_val_ms"][-1][1]):
                 results[run["name"]] = run["step_val_ms"][-1][1]
     found, settings = effects(plan, results), {}
     for name, effect in sorted(found.items(), key=lambda item: item[1]):

@@ -25,8 +25,11 @@ python "$here/factors.py" effects "$here/factors_6.json" "$out/runs_6.jsonl" >"$
 cat "$out/effects.txt" "$out/kept.json"
 python - "$out/kept.json" <<'PYTHON' >"$out/chosen.json"
 import json, sys
-lines = open(sys.argv[1]).read().splitlines()
-print(json.dumps({"tokens": 28835840} | json.loads(lines[-1])))
+try:
+    kept = json.loads(open(sys.argv[1]).read().splitlines()[-1])
+except (IndexError, ValueError):  # no run of the design has ended
+    kept = {}
+print(json.dumps({"tokens": 28835840} | kept))
 PYTHON
 python "$here/frontier_queue.py" "$out/chosen.json" "$peers" data/python_source >"$out/queue_7.jsonl"
 python "$here/run_queue.py" "$out/queue_7.jsonl" "$out/runs_7.jsonl" --gpus="$gpus" --at_once=6 \
