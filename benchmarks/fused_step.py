@@ -375,7 +375,10 @@ def check_settings() -> None:
         for word in words:
             if word not in WORDS:
                 raise UserError(f"contenders has {word!r}: known are {', '.join(WORDS)}")
-        if {*FP8, *strategies.TORCHAO} & set(words) and {"qkv", *GELU} & set(words):
+        recipes = {*FP8, *strategies.TORCHAO} & set(words)
+        if len(recipes) > 1:
+            raise UserError(f"contenders has {text!r}: take one of {', '.join(sorted(recipes))}")
+        if recipes and {"qkv", *GELU} & set(words):
             raise UserError(f"contenders has {text!r}: FP8 goes with none of qkv, {', '.join(GELU)}")
     for phase in phases.split(","):
         if phase not in ("check", "tune", "step", "profile"):

@@ -3,6 +3,9 @@
     python -m pytest tests/unit/test_benchmarks.py
 """
 
+import importlib
+import sys
+
 import pytest
 import torch
 
@@ -72,3 +75,12 @@ def test_rows_about_fp8():
 def test_strategies_that_contradict_themselves(compare, words):
     with pytest.raises(UserError, match=words):
         parse(dict(compare=compare, mode="train", tp_processes=1, dropout=0.0))
+
+
+@pytest.mark.parametrize("contenders, said", [("base,fp8+torchao", "take one of fp8, torchao"),
+                                              ("torchao+qkv", "FP8 goes with none of qkv")])
+def test_contenders_of_fused_step_have_one_kind_of_products(monkeypatch, contenders, said):
+    monkeypatch.setattr(sys, "argv", ["fused_step.py", f"--contenders={contenders}"])
+    monkeypatch.delitem(sys.modules, "benchmarks.fused_step", raising=False)
+    with pytest.raises(UserError, match=said):
+        importlib.import_module("benchmarks.fused_step").check_settings()
