@@ -451,7 +451,6 @@ runs_kernels = pytest.mark.skipif(
     reason="no Triton, or neither a CUDA GPU nor TRITON_INTERPRET=1")
 
 
-
 @functools.cache
 def runs_fp8_products() -> bool:
     """Return True if torch._scaled_mm takes scales of rows: a GPU since Hopper, a CPU after PyTorch 2.11."""
