@@ -22,7 +22,7 @@ STEPS = {"newest": 457.5, "record": 333, "gpt": 380}  # of a run of 60 s; newest
 ORDER = [("newest", 1, 1), ("ours", 1, 1), ("ours", 2, 1), ("newest", 2, 1),
          *((script, length, seed) for seed in (2, 3) for length in (2, 4, 1)
            for script in ("newest", "ours")),
-         ("ours", 4, 1), ("record", 1, 1), ("gpt", 1, 1), ("record", 4, 1), ("gpt", 4, 1)]
+         ("ours", 4, 1), ("newest", 4, 1), ("record", 1, 1), ("gpt", 1, 1), ("record", 4, 1), ("gpt", 4, 1)]
 ALONE = {("newest", 1, 1), ("ours", 1, 1), ("ours", 2, 1)}
 
 
