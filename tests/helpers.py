@@ -187,15 +187,30 @@ def _serve_scripts(path: str) -> None:
 
 
 class _Forked:
-    """A worker, to its launcher, which knows how to handle a subprocess.Popen."""
+    """A worker, to its launcher, which knows how to handle a subprocess.Popen.
 
-    def __init__(self, *command):
-        self.process = multiprocessing.get_context("fork").Process(target=self.run, args=command)
+    No worker begins before all are forked. One that begins connects to the launcher's store, whose thread
+    then takes locks of the C library, and a worker that is forked meanwhile would wait for them for ever.
+    """
+
+    gate = None  # pipe (read, write) that ends when the last worker is forked
+
+    def __init__(self, script: str, args: list[str], cwd: str, env: dict, out: str, err: str):
+        if env["LOCAL_RANK"] == "0":
+            _Forked.gate = os.pipe()
+        self.process = multiprocessing.get_context("fork").Process(
+            target=self.run, args=(script, args, cwd, env, out, err))
         self.process.start()
         self.pid = self.process.pid
         os.setpgid(self.pid, self.pid)  # to which the launcher sends its signals
+        if int(env["LOCAL_RANK"]) == int(env["LOCAL_WORLD_SIZE"]) - 1:
+            for descriptor in _Forked.gate:
+                os.close(descriptor)
 
     def run(self, *command) -> None:
+        os.close(_Forked.gate[1])
+        os.read(_Forked.gate[0], 1)
+        os.close(_Forked.gate[0])
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # which are the launcher's so far
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -38,13 +38,17 @@ def start(data: Path, out_dir: Path, *args: str, command: bool) -> Forked | subp
                                 stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def kill_a_rank(launcher: Forked | subprocess.Popen, out_dir: Path, rank: int, after: int) -> int | None:
-    """kill -9 a rank once so many updates are done; return the updates then done, None if the run ended."""
+def kill_a_rank(launcher: Forked | subprocess.Popen, out_dir: Path, rank: int, after: int,
+                saved: bool = False) -> int | None:
+    """kill -9 a rank once so many updates are done; return the updates then done, None if the run ended.
+
+    saved: also wait for a checkpoint, which is written beside the training.
+    """
     end = time.monotonic() + 600
     while launcher.poll() is None and time.monotonic() < end:
         done = len(losses(out_dir))
         workers = sorted(pid for pid in left_behind(out_dir) if pid != launcher.pid)
-        if done >= after and len(workers) == 2:
+        if done >= after and len(workers) == 2 and (not saved or list(out_dir.glob("ckpt/step-*"))):
             os.kill(workers[rank], signal.SIGKILL)
             return done
         time.sleep(0.01)
@@ -60,10 +64,10 @@ def repeated_lines(out_dir: Path) -> list[str]:
 
 
 def kill_and_compare(data: Path, out_dir: Path, reference: Path, kills: list[tuple[int, int]],
-                     *args: str, command: bool = False) -> dict:
-    """Kill ranks of a run, (rank, updates done before) each; return what happened."""
+                     *args: str, command: bool = False, saved: bool = False) -> dict:
+    """Kill ranks of a run, (rank, updates done before) each; return what happened. saved: see kill_a_rank."""
     launcher = start(data, out_dir, *args, command=command)
-    reached = [kill_a_rank(launcher, out_dir, *kill) for kill in kills]
+    reached = [kill_a_rank(launcher, out_dir, *kill, saved=saved) for kill in kills]
     code = launcher.wait(1200)
     archived = [entry.name for entry in out_dir.glob("earlier-*")]
     repeated = repeated_lines(out_dir)

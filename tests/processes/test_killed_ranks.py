@@ -21,7 +21,7 @@ def test_run_goes_on_after_a_rank_is_killed(tmp_path):
     data = restarts.write_shards(tmp_path / "shards")
     assert restarts.finish(data, tmp_path / "whole", processes=2) == 0
     case = restarts.kill_and_compare(data, tmp_path / "out", tmp_path / "whole", [(0, 11)],
-                                     long_runs.hold(tmp_path, "update", 11))
+                                     long_runs.hold(tmp_path, "update", 11), saved=True)
     assert case["ok"], case
     text = (tmp_path / "out" / "log.txt").read_text()
     # of step 10, or of step 5 if the kill came before the saver had written step 10
