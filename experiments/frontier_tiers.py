@@ -11,46 +11,25 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from scipy import stats
-
-from experiments.experiment_statistics import CONFIDENCE
+from experiments.experiment_statistics import welch_error
 from experiments.frontier_draw import log_losses, shown_interval, spread_of
 from experiments.frontier_picture import percent
 from experiments.frontier_protocol import Protocol
 from experiments.report import table, without_nan, write
+from experiments.search_evidence import Ratio
 from nanosync.errors import UserError, shown
 from nanosync.files import json_text
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A log ratio, or a slope: its mean, standard error and degrees of freedom (None: unknown)."""
-
-    mean: float
-    error: float | None = None
-    df: float | None = None
-    runs: int = 0
-
-    def interval(self) -> list[float] | None:
-        """Return the 95% interval, None if it is unknown."""
-        if self.error is None:
-            return None
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.df)) * self.error
-        return [self.mean - half, self.mean + half]
+def combined(v: float, one: Ratio, w: float, other: Ratio) -> Ratio:
+    """Return v * one + w * other, of independent ratios. Its error is NaN if one of theirs is."""
+    error, df = map(float, welch_error([v * one.error, w * other.error], (one.df + 1, other.df + 1)))
+    return Ratio(v * one.mean + w * other.mean, error, df, min(one.runs, other.runs))
 
 
-def combined(parts: list[tuple[float, Estimate]]) -> Estimate:
-    """Return the sum of weight * estimate over independent estimates, with the degrees of freedom of Welch
-    and Satterthwaite."""
-    mean = math.fsum(weight * one.mean for weight, one in parts)
-    if any(one.error is None for _, one in parts):
-        return Estimate(mean)
-    variances = [(weight * one.error)**2 for weight, one in parts]
-    total = math.fsum(variances)
-    if total == 0:
-        return Estimate(mean, 0.0, min(one.df for _, one in parts))
-    df = 1 / math.fsum((variance / total)**2 / one.df for variance, (_, one) in zip(variances, parts))
-    return Estimate(mean, math.sqrt(total), df)
+def interval(ratio: Ratio) -> list[float] | None:
+    """Return the 95% interval, None if the error is unknown."""
+    return None if math.isnan(ratio.error) else list(ratio.interval())
 
 
 @dataclass
@@ -77,13 +56,11 @@ class Tier:
         self.ratios = {arm: self._ratio(sample, base) for arm, sample in logs.items()
                        if sample and base and arm != self.protocol.baseline}
 
-    def _ratio(self, sample: list[float], base: list[float]) -> Estimate:
+    def _ratio(self, sample: list[float], base: list[float]) -> Ratio:
         mean = math.fsum(sample) / len(sample) - math.fsum(base) / len(base)
         runs = min(len(sample), len(base))
-        if self.spread is None:
-            return Estimate(mean, runs=runs)
-        error = self.spread[0] * math.sqrt(1 / len(sample) + 1 / len(base))
-        return Estimate(mean, error, self.spread[1], runs)
+        spread, df = self.spread or (math.nan, math.nan)
+        return Ratio(mean, spread * math.sqrt(1 / len(sample) + 1 / len(base)), df, runs)
 
 
 def check_tiers(tiers: list[Tier]) -> None:
@@ -121,26 +98,26 @@ def compare(tiers: list[Tier]) -> list[dict]:
             continue
         found = [tier.ratios.get(arm) for tier in tiers]
         row = {"arm": arm, "ratios": [None if one is None else {
-            "ratio": one.mean, "interval": one.interval(), "runs": one.runs} for one in found]}
+            "ratio": one.mean, "interval": interval(one), "runs": one.runs} for one in found]}
         known = [(tier.log_flops, one) for tier, one in zip(tiers, found) if one is not None]
         if len(known) > 1:
             (x, before), (y, after) = known[-2:]
-            add(row, "slope", combined([(1 / (y - x), after), (-1 / (y - x), before)]))
+            add(row, "slope", combined(1 / (y - x), after, -1 / (y - x), before))
         earlier = [(tier.log_flops, one) for tier, one in zip(tiers[:-1], found) if one is not None]
         if len(earlier) > 1:
             (x, before), (y, after) = earlier[-2:]
             share = (last.log_flops - y) / (y - x)
-            predicted = combined([(1 + share, after), (-share, before)])
+            predicted = combined(1 + share, after, -share, before)
             add(row, "predicted", predicted)
             if found[-1] is not None:
-                add(row, "difference", combined([(1.0, found[-1]), (-1.0, predicted)]))
+                add(row, "difference", combined(1.0, found[-1], -1.0, predicted))
         rows.append(row)
     return rows
 
 
-def add(row: dict, name: str, estimate: Estimate) -> None:
-    """Add an estimate and its interval to a row."""
-    row[name], row[f"{name}_interval"] = estimate.mean, estimate.interval()
+def add(row: dict, name: str, ratio: Ratio) -> None:
+    """Add a ratio and its interval to a row."""
+    row[name], row[f"{name}_interval"] = ratio.mean, interval(ratio)
 
 
 def verdict(row: dict) -> str:

@@ -16,7 +16,8 @@ from test_sync_frontier import SETTINGS, VALUES, run_of
 from experiments import frontier
 from experiments.frontier_protocol import Protocol
 from experiments.frontier_runs import append_runs
-from experiments.frontier_tiers import Estimate, Tier, check_tiers, combined, compare, verdict
+from experiments.frontier_tiers import Tier, check_tiers, combined, compare, interval, verdict
+from experiments.search_evidence import Ratio
 from nanosync.errors import UserError
 
 ARMS = {arm: VALUES["arms"][arm] for arm in ("dense_12", "dense_8", "drop_4_r2")}
@@ -74,11 +75,12 @@ def test_intervals_cover_the_truth():
 
 
 def test_combined():
-    one, other = Estimate(1.0, 3.0, 4), Estimate(2.0, 4.0, 8)
-    both = combined([(1.0, one), (-2.0, other)])
+    one, other = Ratio(1.0, 3.0, 4, 5), Ratio(2.0, 4.0, 8, 3)
+    both = combined(1.0, one, -2.0, other)
     assert both.mean == -3 and both.error == pytest.approx(math.hypot(3, 8))
     assert both.df == pytest.approx(73**2 / (9**2 / 4 + 64**2 / 8))
-    assert combined([(1.0, one), (1.0, Estimate(1.0))]).interval() is None
+    unknown = combined(1.0, one, 1.0, Ratio(1.0, math.nan, math.nan, 1))
+    assert interval(unknown) is None and unknown.mean == 2 and unknown.runs == 1
 
 
 @pytest.mark.parametrize("tiers, said", [
