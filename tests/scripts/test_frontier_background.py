@@ -1,4 +1,4 @@
-"""records/sync-frontier/background.py with toy protocols and a fake training script: begin and wait, a kill
+"""experiments/frontier_background.py with toy protocols and a fake training script: begin and wait, a kill
 in the middle, another machine with the earlier runs, another with other data. CPU.
 
     python -m pytest tests/scripts/test_frontier_background.py
@@ -15,7 +15,7 @@ from pathlib import Path
 from helpers import PATIENCE, python
 from test_sync_frontier_runs import FAKE, rows
 
-SCRIPT = "records/sync-frontier/background.py"
+SCRIPT = "experiments/frontier_background.py"
 SHALLOW_IS_WORSE = FAKE.replace("+ 0.01 * n_layer", "- 0.01 * n_layer").replace(
     'exists("hold")', 'exists(os.path.join(os.path.dirname(__file__), "hold"))')  # held beside the script
 

@@ -1,11 +1,11 @@
-"""Do the runs of this folder in the background of a machine whose commands may last minutes only.
+"""Do the runs of records/sync-frontier on a machine whose commands may last minutes only, in its background.
 
-    python records/sync-frontier/background.py begin pilot --minutes=26 --commit=HASH
-    python records/sync-frontier/background.py wait 560 --out=FOLDER    # again and again
+    python experiments/frontier_background.py begin pilot --minutes=26 --commit=HASH
+    python experiments/frontier_background.py wait 560 --out=FOLDER    # again and again
 
 begin pilot does the first 16 runs of protocol_regime.json and freezes protocol.json, or does the longer pilot
 before. Then it does the frozen protocol. begin next does only the last. Both work in a folder outside of the
-checkout, with a copy of the code, the data, and the protocols and runs of this folder. A run that is in a
+checkout, with a copy of the code, the data, and the protocols and runs of --folder. A run that is in a
 runs*.jsonl, here or there, is not repeated. wait prints what is new in the log. Every few seconds it copies
 runs, frozen protocols, data.json and logs to --out.
 
@@ -25,9 +25,8 @@ import sys
 import tempfile
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(os.path.dirname(HERE))
-sys.path.insert(0, ROOT)
+if __name__ == "__main__":
+    import root_path  # noqa: F401
 
 from configurator import Parser
 from experiments.experiment_config import check_keys, read_json
@@ -39,6 +38,8 @@ from nanosync.errors import UserError, shown
 from nanosync.files import os_error_as_user_error, replace_file, write_json
 from nanosync.folder_lock import lock_folder
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FOLDER = os.path.join(ROOT, "records", "sync-frontier")
 PILOT, LONG, FROZEN = "protocol_regime.json", "protocol_regime_long.json", "protocol.json"
 DATA = {"roots": (str, True), "tokenizer": (str, True), "files": (int, False), "packages": (dict, False)}
 FIRST = {PILOT: 16, LONG: 4, FROZEN: None}  # runs that a protocol does, None for all
@@ -66,7 +67,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=26, help="begin: in which all ends (26)")
     parser.add_argument("--commit", help="begin: of this code, where git does not know it")
     parser.add_argument("--per_gpu", type=int, default=6, help="begin: runs at a time on each GPU (6)")
-    parser.add_argument("--folder", default=HERE, help="begin: protocols, templates, data.json, earlier runs")
+    parser.add_argument("--folder", default=FOLDER, help="begin: protocols, templates, data.json, earlier "
+                        "runs (records/sync-frontier)")
     parser.add_argument("--work", default=WORK, help=f"folder to work in ({WORK})")
     parser.add_argument("--out", help="wait: folder for the results")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
