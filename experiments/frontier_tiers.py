@@ -1,7 +1,7 @@
 """Compare the tiers of a frontier: the same arms with more tokens, or in a larger model.
 
 The abscissa of a tier is the logarithm of its training FLOPs without attention and head, 6 x parameters of
-the layers x tokens. An arm's log ratio against the baseline is taken for a line in it. Two tiers give the
+the layers x tokens. An arm's log ratio against the baseline is assumed to be linear in it. Two tiers give the
 line's slope, and a prediction for a third, larger one, which its runs can refute. With the same model in both
 the slope is that in log tokens. All intervals are Student's at 95%; each tier has a spread between seeds of
 its own, pooled over its arms.
