@@ -144,7 +144,7 @@ def take_over(source: str, folder: str) -> None:
                 merge(protocol.runs_path, [runs], protocol)
     for name in (PILOT, "template.json", "template_long.json", "data.json"):
         if not os.path.exists(os.path.join(folder, name)):
-            raise UserError(f"{source} has no {name}")
+            raise UserError(f"{source} has no {name}: name a folder that has it, --folder=DIR")
 
 
 def read_data(path: str) -> dict:
