@@ -378,6 +378,8 @@ def check_settings() -> None:
         recipes = {*FP8, *strategies.TORCHAO} & set(words)
         if len(recipes) > 1:
             raise UserError(f"contenders has {text!r}: take one of {', '.join(sorted(recipes))}")
+        if {*strategies.TORCHAO} & set(words) and "fp8_head" in words:
+            raise UserError(f"contenders has {text!r}: torchao's head stays in bf16, leave fp8_head out")
         if recipes and {"qkv", *GELU} & set(words):
             raise UserError(f"contenders has {text!r}: FP8 goes with none of qkv, {', '.join(GELU)}")
     for phase in phases.split(","):

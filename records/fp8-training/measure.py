@@ -231,6 +231,8 @@ def main() -> None:
         thread.join()
     if there != 1:
         work(queues[2], ",".join(places[:2]))
+    for job in queues[2]:
+        print(f"{job.name}: not run, it takes {job.gpus} GPUs")
     failed = {name: record["problem"] for name, record in records.items() if record["problem"]}
     print(f"{len(records) - len(failed)} of {len(records)} jobs done in {time.monotonic() - started:.0f} s")
 
