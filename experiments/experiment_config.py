@@ -143,6 +143,15 @@ def check_keys(value, schema: dict, where: str) -> None:
             raise UserError(f"{where}: {key}={shortened(json.dumps(value[key]), 80)} must be {expected}")
 
 
+def check_options(of: dict[str, tuple[str, ...]], command: str, given: list[str]) -> None:
+    """Raise UserError for an option of other commands. of: command -> its options; given: the arguments."""
+    names = [word.partition("=")[0].removeprefix("--") for word in given if word.startswith("--")]
+    for name in names:
+        owners = [owner for owner, options in of.items() if name in options]
+        if owners and command not in owners:
+            raise UserError(f"--{name} is for {' and '.join(owners)}: leave it out of {command}")
+
+
 def check_name(name: str, key: str, where: str) -> None:
     """Raise UserError unless a name is portable as the name of a folder."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from configurator import Parser
 from experiments.campaign_folder import cut_torn_line
-from experiments.experiment_config import MAX_RUNS
+from experiments.experiment_config import MAX_RUNS, check_options
 from experiments.experiment_logger import git_info
 from experiments.frontier_freeze import freeze, text_of
 from experiments.frontier_next import Session, most_starting, places_for
@@ -87,10 +87,7 @@ def check_arguments(args: argparse.Namespace, given: list[str]) -> None:
                    "dry_run"),
           "merge": (), "draw": ("latency", "width", "out"), "freeze": ("template", "pilot", "accept"),
           "tiers": ("larger", "out")}
-    for command, names in of.items():
-        for name in names:
-            if name not in of[args.command] and any(word.split("=")[0] == f"--{name}" for word in given):
-                raise UserError(f"--{name} is for {command}: leave it out of {args.command}")
+    check_options(of, args.command, given)
     if bool(args.files) != (args.command == "merge"):
         raise UserError(f"merge needs the files of runs to add, {args.command} takes none" if args.files
                         else "merge needs the files of runs to add: name them")

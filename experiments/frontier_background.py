@@ -29,7 +29,7 @@ if __name__ == "__main__":
     import root_path  # noqa: F401
 
 from configurator import Parser
-from experiments.experiment_config import check_keys, read_json
+from experiments.experiment_config import check_keys, check_options, read_json
 from experiments.experiment_logger import git_info
 from experiments.frontier_protocol import Protocol, data_digests
 from experiments.frontier_runs import merge, read_runs
@@ -45,6 +45,7 @@ DATA = {"roots": (str, True), "tokenizer": (str, True), "files": (int, False), "
 FIRST = {PILOT: 16, LONG: 4, FROZEN: None}  # runs that a protocol does, None for all
 ESTIMATE = {PILOT: 150}  # seconds of a run while none is measured
 PLANS = "pilot", "next"
+OPTIONS = {"begin": ("minutes", "commit", "per_gpu", "folder"), "wait": ("out",)}  # besides --work
 DATASET = os.path.join("data", "python_source_gpt2")
 RESULTS = (*(name.replace("protocol", "runs") + "l" for name in FIRST), LONG, FROZEN, "data.json", "log.txt",
            "failed.txt")
@@ -52,6 +53,7 @@ RESERVE = 20.0  # seconds between the end of the last run and that of the minute
 ENDS = 5.0  # seconds after which a command that should have ended is ended
 SHORTEST = 30.0  # seconds: with less left nothing is started
 KEPT = 20_000  # bytes of the output of a failed run
+FAILURES = 50  # failed runs whose output is kept
 COPY = 5.0  # seconds between two copies of the results
 SKIPPED = ".git", ".venv", "__pycache__", "*.bin", "*.npy", ".prepare", "experiment_logs", "out", "out-*", \
     os.path.basename(DATASET)
@@ -77,6 +79,8 @@ def read_arguments() -> argparse.Namespace:
         raise UserError(f"{args.command} {shown(args.what)} is unknown: use {' or '.join(PLANS)}")
     if args.command == "sequence" and args.until is None:
         raise UserError("sequence is for begin: use begin")
+    if args.command != "sequence":
+        check_options(OPTIONS, args.command, sys.argv[1:])
     args.work = os.path.realpath(args.work)
     if not (0 < args.minutes < 1e6 and 1 <= args.per_gpu <= 100):
         raise UserError(f"--minutes={args.minutes} must be above 0, --per_gpu={args.per_gpu} from 1 to 100")
@@ -171,9 +175,9 @@ def prepare_data(folder: str, out: str) -> None:
     before = data.get("packages")
     if before is not None and found != before:
         other = [name for name in sorted(found.keys() | before.keys()) if found.get(name) != before.get(name)]
-        raise UserError(f"the Python files here are not those of the earlier runs, whose losses then do not "
-                        f"compare: {len(other)} packages differ, {', '.join(other[:8])}. Use a machine with "
-                        f"the same packages; {os.path.basename(path)} without \"packages\" begins anew")
+        raise UserError(f"these packages are not as in the earlier runs, whose losses would not compare: "
+                        f"{', '.join(other[:8])}{', …' * (len(other) > 8)}. Use a machine with the same, or "
+                        f"begin anew: remove the runs, and \"packages\" from {os.path.basename(path)}")
     make(documents, data["roots"], data["tokenizer"], out, os.cpu_count() or 1)
     write_json(path, data | {"files": len(documents), "packages": found})
 
@@ -360,9 +364,9 @@ def write_failures(work: str) -> None:
         report = read_report(path)
         if report is not None and report["ended_by"] == "itself" and report["code"] != 0:
             with open(os.path.join(path, "stdout.log"), "rb") as f:
-                parts += [f"{path}: {report}\n".encode(), f.read()[-KEPT:], b"\n"]
+                parts.append(f"{path}: {report}\n".encode() + f.read()[-KEPT:] + b"\n")
     if parts:
-        replace_file(os.path.join(work, "failed.txt"), b"".join(parts[-3 * 50:]))
+        replace_file(os.path.join(work, "failed.txt"), b"".join(parts[-FAILURES:]))
 
 
 def main() -> int:

@@ -73,7 +73,7 @@ def linear(x, weight, bias, out, norm=None, gelu: bool = False, residual=None, a
     out: (B, N), overwritten.
     norm: LayerNorm module of width K, None for no LayerNorm.
     gelu: True for GELU as act, False for the identity.
-    residual: (B, N), may be `out`, None for no addition; or a Part.
+    residual: (B, N) or a Part of that shape; may be `out`; None for no addition.
     also: (B, N), overwritten with the product, None for no second output.
     also_add: True to add the product to `also` instead.
     also_bias: True if that product includes the bias.

@@ -68,6 +68,8 @@ def test_a_killed_sequence_goes_on_where_its_results_are(tmp_path):
     wait = ["wait", "1", f"--work={tmp_path / 'one'}", f"--out={out}"]
     assert "nothing was begun" in background(tmp_path, *wait, code=2)
     assert "give the seconds" in background(tmp_path, "wait", "nan", *wait[2:], code=2)
+    assert "--out is for wait: leave it out" in background(tmp_path, "begin", "pilot", "--out=x", code=2)
+    assert "--per_gpu is for begin: leave it" in background(tmp_path, *wait, "--per_gpu=2", code=2)
     described = (folder / "data.json").read_text()
     (folder / "data.json").write_text("{")
     assert "data.json, line 1: not JSON" in begin(folder, "broken", code=2)
@@ -103,7 +105,7 @@ def test_a_killed_sequence_goes_on_where_its_results_are(tmp_path):
     assert wait_for_end(tmp_path, "two", out) and rows(out) == runs
     (tmp_path / "sources" / "b" / "m3.py").write_text("x = 4\n")
     said = begin(folder, "three", "next", code=2)
-    assert "1 packages differ, sources/b" in said
+    assert "not compare: sources/b. Use" in said
     assert not list((tmp_path / "three").glob("code/data/**/*.bin"))
 
 
