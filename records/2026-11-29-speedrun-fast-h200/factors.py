@@ -1,12 +1,13 @@
 """A factorial design of runs of train_gpt_fast.py, and the effects that its results show.
 
     python factors.py queue factors_6.json > queue.jsonl  # commands for run_queue.py
-    python factors.py effects factors_6.json runs_6.jsonl  # a table; stderr: the settings that are kept
+    python factors.py effects factors_6.json runs_6.jsonl chosen.json  # a table; the settings that are kept
 
 A run has half of the factors, by a Hadamard matrix of 16 rows, so an effect is the difference of two means
 of 8 runs. In the file, `factors` is {name: {setting: value}}, and `besides` has further runs of the same
 form. Their number of steps is "steps", or follows from the tokens and a run's batch sizes. A factor is kept
-if its effect is at most `keep`. A run whose last loss is NaN has no result.
+if its effect is at most `keep`; without results none is. A run whose last loss is NaN has no result.
+chosen.json also has the tokens of a run, see frontier_queue.py.
 """
 
 import json
@@ -57,7 +58,9 @@ def effects(plan: dict, results: dict[str, float]) -> dict[str, float]:
         if run in results:
             rows.append([0.5 if name in chosen else -0.5 for name in names])
             losses.append(results[run])
-    assert len(rows) > 1, "no results of the design"
+    if len(rows) < 2:
+        print("no results of the design", file=sys.stderr)
+        return {}
     # without the mean, which is larger than all effects, and becomes a part of them if a run is missing
     found, _, rank, _ = np.linalg.lstsq(rows - np.mean(rows, axis=0), losses - np.mean(losses), rcond=None)
     if rank < len(names):
@@ -80,14 +83,15 @@ def main() -> None:
         for run in map(json.loads, f):
             if run["step_val_ms"] and math.isfinite(run["step_val_ms"][-1][1]):
                 results[run["name"]] = run["step_val_ms"][-1][1]
-    found, settings = effects(plan, results), {}
+    found, settings = effects(plan, results), {"tokens": plan["tokens"]}
     for name, effect in sorted(found.items(), key=lambda item: item[1]):
         kept = effect <= plan["keep"]
         settings |= plan["factors"][name] if kept else {}
         print(f"{name:16} {effect:+.4f} {'kept' if kept else ''}")
     for name in plan.get("besides", {}):
         print(f"{name:16} {results.get(name)}")
-    print(json.dumps(settings), file=sys.stderr)
+    with open(more[1], "w", encoding="utf-8") as f:
+        f.write(json.dumps(settings) + "\n")
 
 
 if __name__ == "__main__":
