@@ -35,6 +35,7 @@ from nanosync.errors import UserError, shown
 from nanosync.hardware import peak_memory
 from nanosync.model_kind import MAX_FIELD, MAX_LAYERS, ModelKind, check_size
 from nanosync.muon import Muon
+from nanosync.ngram_features import SuffixMatch, pair_rows
 from nanosync.optim import set_learning_rate
 from nanosync.packing import PackedSplit
 from nanosync.random_states import seed_random_states
@@ -67,6 +68,7 @@ offset_layers: list | None = None  # layers where half of a key is the token bef
 value_layers: list | None = None  # layers whose values get a table of tokens; None: the first and last three
 value_tables: int | None = None  # number of these tables, which the layers take in turn; None: one a layer
 bigram = True  # a table of pairs of tokens, added to the input of every layer
+suffix_match = False  # add to every layer the token that followed the longest earlier match, see SuffixMatch
 embedding_skip = True  # add the embedding to the input of every layer, with a learned factor
 smear = True  # add a share of the previous token's embedding to each embedding
 exclusive_layers: list | None = None  # layers that subtract a part of a token's own value; None: 1, 3, 4, 7
@@ -77,11 +79,10 @@ half_rotary = True  # rotate half of the channels only
 softcap = True  # cap the logits
 untie_at = 0.65  # share of the steps after which head and embedding are two matrices; 1: never
 further_targets = True  # early stages also predict the second and third next token
-# optimizers: NorMuon for the matrices of layers, AdamW for the rest; the rates fall linearly to the share
-# final_rate over the last cooldown_share of the steps
+# optimizers: NorMuon for the matrices of layers, AdamW for the rest
 num_iterations = 1490
-cooldown_share = 0.6
-final_rate = 0.15
+cooldown_share = 0.6  # share of the steps, the last ones, in which the rates fall linearly
+final_rate = 0.15  # to this share of themselves
 muon_learning_rate = 0.023
 muon_momentum = 0.95
 muon_momentum_warmup = 300  # steps from 0.85 to muon_momentum; the last sixth as many steps lead back
@@ -139,6 +140,7 @@ class GPTConfig(SpeedrunConfig):
     offset_layers: list = field(default_factory=list)
     exclusive_layers: list = field(default_factory=list)
     bigram: bool = False
+    suffix_match: bool = False
     embedding_skip: bool = False
     smear: bool = False
     attention_gate: bool = False
@@ -226,7 +228,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x = a x + b x0 + c bigram + attn(norm(source)); x = d x + mlp(norm(x)). a, b, c and d are learned."""
+    """x = a x + b x0 + c pair + match + attn(norm(source)); x = d x + mlp(norm(x)). Learned: a, b, c, d."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -237,8 +239,8 @@ class Block(nn.Module):
         self.factors = nn.Parameter(torch.tensor([1.1**0.5, 0.0, 0.05, 1.1**0.5]))
         self.embedding_skip = config.embedding_skip
 
-    def forward(self, x, x0, pair, source, cos, sin, first, value, cache=None):
-        """x: stream; x0: embedding; pair: row of the bigram table or None; source: see GPT.hidden."""
+    def forward(self, x, x0, pair, match, source, cos, sin, first, value, cache=None):
+        """x: stream; x0: embedding; pair: row of the bigram table; pair, match and source can be None."""
         a, b, c, d = self.factors.to(x.dtype).unbind()
         y = self.attn(rms_norm(x if source is None else source), cos, sin, first, value, cache)
         x = a * x + y
@@ -246,6 +248,8 @@ class Block(nn.Module):
             x = x + b * x0
         if pair is not None:
             x = x + c * pair
+        if match is not None:
+            x = x + match
         return d * x + relu_squared_mlp(rms_norm(x), self.mlp.c_fc.weight, self.mlp.c_proj.weight)
 
 
@@ -260,6 +264,7 @@ class GPT(SpeedrunModel):
         self.values = nn.ParameterDict({name: torch.zeros(V, C)
                                         for name in map(config.value_table, config.value_layers)})
         self.pairs = nn.Parameter(torch.zeros(5 * V, C)) if config.bigram else None
+        self.match = SuffixMatch(config.n_layer, C) if config.suffix_match else None
         self.smear = Gate(1) if config.smear else None
         self.smear_factor = nn.Parameter(torch.zeros(1)) if config.smear else None
         # base 1024; the second half of a head's channels does not turn with half_rotary
@@ -311,7 +316,7 @@ class GPT(SpeedrunModel):
         begins = torch.zeros_like(idx, dtype=torch.bool) if config.end_of_text is None \
             else idx == config.end_of_text  # of documents
         if config.bigram:
-            pair = F.embedding(self.pair_of(idx, begins), self.pairs).to(dtype)
+            pair = F.embedding(pair_rows(idx, begins, len(self.pairs)), self.pairs).to(dtype)
         if config.smear:
             share = self.smear_factor.to(dtype) * self.smear(x[:, 1:]) * ~begins[:, 1:, None]
             x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
@@ -324,10 +329,11 @@ class GPT(SpeedrunModel):
         """
         config, start = self.config, 0 if cache is None else cache.length
         windows = self.windows if windows is None else windows
-        short, long = (first_visible(idx, config.end_of_text, window)[:, start:]
-                       for window in windows.unbind())
+        short, long = (first_visible(idx, config.end_of_text, n)[:, start:] for n in windows.unbind())
         cos, sin = self.cos[start:idx.size(1)], self.sin[start:idx.size(1)]
         x, pair = self.embed(idx[:, max(0, start - 1):])  # bigrams and smear need the token before
+        rows, shares = (None, None) if self.match is None else self.match(
+            idx, first_visible(idx, config.end_of_text), self.transformer.wte, start, x.dtype)
         if start > 0:
             x, pair, idx = x[:, 1:], None if pair is None else pair[:, 1:], idx[:, start:]
         dtype, x = x.dtype, rms_norm(x)
@@ -335,7 +341,8 @@ class GPT(SpeedrunModel):
         for i, block in enumerate(self.transformer.h):
             table = config.value_table(i)
             value = None if table is None else F.embedding(idx, self.values[table]).to(dtype)
-            x = block(x, x0, pair, middle if config.late_attention else None, cos, sin,
+            x = block(x, x0, pair, None if rows is None else rows * shares[..., i:i + 1],
+                      middle if config.late_attention else None, cos, sin,
                       long if i in config.long_layers else short, value,
                       None if cache is None else cache.layers[i])
             if i == config.middle and i < config.n_layer - 1:
@@ -353,15 +360,6 @@ class GPT(SpeedrunModel):
         logits = F.linear(x, self.head_weight().to(x.dtype))
         return cap_logits(logits.to(torch.promote_types(x.dtype, torch.float32)), CAP) \
             if self.config.softcap else logits
-
-    def pair_of(self, idx, begins):
-        """Return the row of the bigram table of each token and the token before it, (B, T).
-
-        The last row is for tokens without one: at the beginning of a document (begins) or of the sequence.
-        """
-        last = len(self.pairs) - 1
-        rows = ((36313 * idx[:, 1:]) ^ (27191 * idx[:, :-1])) % last
-        return F.pad(rows, (1, 0), value=last).masked_fill(begins, last)
 
     def forward(self, idx, targets=None, windows=None, target_weights=None):
         """Map token ids (B, T) to (None, mean loss) with targets, or to (logits (B, T, V), None) without.
@@ -388,8 +386,9 @@ class GPT(SpeedrunModel):
 def kind_of(name: str) -> str:
     """Return the kind of a parameter, which decides how the optimizer updates it."""
     kinds = {"c_attn.weight": "stacked", "c_fc.weight": "matrix", "c_proj.weight": "matrix",
-             "wte.weight": "embedding", "lm_head.weight": "embedding", "gate.weight": "gate",
-             "smear.weight": "gate", **dict.fromkeys(("factors", "own_share", "smear_factor"), "scalar")}
+             **dict.fromkeys(("wte.weight", "lm_head.weight"), "embedding"),
+             **dict.fromkeys(("gate.weight", "smear.weight", "match.rows"), "gate"),
+             **dict.fromkeys(("factors", "own_share", "smear_factor", "match.shares"), "scalar")}
     found = {kind for end, kind in kinds.items() if name.endswith(end)}
     found |= {"table"} if name.startswith(("values.", "pairs")) else set()
     assert len(found) == 1, f"no rule for parameter {name}"
@@ -415,8 +414,9 @@ def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_t
 
 
 SETTINGS = ("sequence_length", "n_layer", "n_head", "n_embd", "document_mask", "eval_windows", "long_layers",
-            "offset_layers", "value_layers", "value_tables", "exclusive_layers", "bigram", "embedding_skip",
-            "smear", "attention_gate", "late_attention", "backout", "half_rotary", "softcap", "muon_heads")
+            "offset_layers", "value_layers", "value_tables", "exclusive_layers", "bigram", "suffix_match",
+            "embedding_skip", "smear", "attention_gate", "late_attention", "backout", "half_rotary",
+            "softcap", "muon_heads")
 FAST = ModelKind("train_gpt_fast.py", GPTConfig, GPT, settings_entry="config", settings=SETTINGS,
                  state={"untied": bool, **STATE}, finish=GPT.load_state)
 

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 EPS = 1e-6  # of rms_norm
 GATE = 12  # channels that a gate of the fast speedrun reads
+LEVELS = 6  # of matches in the fast speedrun: 1, 2, 4, 8, 16 and 32 tokens
 
 
 class NanoSyncConfig(PretrainedConfig):
@@ -60,6 +61,26 @@ def rotate(x, cos, sin):
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
+
+
+def suffix_matches(idx, document):
+    """Return the token after the longest match of each position, and its level, 0 without one, (B, T) each.
+
+    A match of level i + 1 is the last earlier position up to which the 2**i tokens are the same. document:
+    first token of each token's document, (B, T).
+    """
+    T, keys, token, level = idx.size(1), idx, torch.zeros_like(idx), torch.zeros_like(idx)
+    for i in range(LEVELS):
+        ordered, order = keys.sort(dim=1, stable=True)
+        same = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+        before = torch.where(same, order.roll(1, dims=1), -1)
+        previous = torch.empty_like(order).scatter(1, order, before)
+        ranks = torch.empty_like(order).scatter(1, order, (~same).cumsum(1) - 1)
+        matches = previous - (2**i - 1) >= document
+        token = torch.where(matches, idx.gather(1, previous + 1), token)
+        level = torch.where(matches, i + 1, level)
+        keys = ranks * T + F.pad(ranks, (2**i, 0))[:, :T]  # the same for the same 2**(i + 1) tokens
+    return token, level
 
 
 def attend(q, k, v, mask=None, scale: float | None = None):
@@ -193,6 +214,9 @@ class NanoSyncForCausalLM(PreTrainedModel, GenerationMixin):
                                         for name in sorted(set(self._tables(a).values()))})
         if a["bigram"]:
             self.pairs = nn.Parameter(torch.zeros(5 * V, C))
+        if a.get("suffix_match"):
+            self.match = nn.ParameterDict(dict(shares=torch.zeros(a["n_layer"], LEVELS + 1),
+                                               rows=torch.zeros(LEVELS + 1, C)))
         if a["smear"]:
             self.smear, self.smear_factor = Gate(1), nn.Parameter(torch.zeros(1))
 
@@ -293,6 +317,7 @@ class NanoSyncForCausalLM(PreTrainedModel, GenerationMixin):
         middle, at = None, (2 * a["n_layer"] - 1) // 3
         t = torch.arange(T, device=idx.device)
         document = torch.where(begins, t, 0).cummax(dim=1).values  # first token of each token's document
+        match = self._fast_match(idx, document) if a.get("suffix_match") else None
         for i, block in enumerate(self.transformer["h"]):
             first = torch.maximum(document, t - (a["windows"][i in a["long_layers"]] - 1))
             mask = (t[None, None] >= first[:, :, None]) & (t[None, None] <= t[None, :, None])  # (B, T, T)
@@ -306,6 +331,8 @@ class NanoSyncForCausalLM(PreTrainedModel, GenerationMixin):
                 x = x + b * x0
             if pair is not None:
                 x = x + c * pair
+            if match is not None:
+                x = x + match[0] * match[1][..., i:i + 1]
             y = relu_squared(block.mlp["c_fc"](rms_norm(x)))
             x = d * x + block.mlp["c_proj"](y)
             if i == at and i < a["n_layer"] - 1:
@@ -323,6 +350,12 @@ class NanoSyncForCausalLM(PreTrainedModel, GenerationMixin):
             share = self.smear_factor * self.smear(x[:, 1:]) * ~begins[:, 1:, None]
             x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
         return x, pair
+
+    def _fast_match(self, idx, document):
+        """Return what followed the longest match, (B, T, C), and its share of each layer, (B, T, layers)."""
+        token, level = suffix_matches(idx, document)
+        row = rms_norm(self.transformer["wte"](token)) * (level > 0)[..., None]
+        return row + self.match["rows"][level], self.match["shares"].T[level]
 
     def _fast_attention(self, x, block, rotations, first, mask, value, offset: bool):
         """Return the output of attention, (B, T, C). first: first token that each token sees, (B, T)."""

@@ -22,8 +22,8 @@ from nanosync.errors import UserError
 from train_gpt_fast import GPT, GPTConfig, Stage, momentum_at, rate_at, stages_of, target_weights_at
 
 EOT = 7
-TECHNIQUES = ("bigram", "embedding_skip", "smear", "attention_gate", "late_attention", "backout",
-              "half_rotary", "softcap")
+TECHNIQUES = ("bigram", "suffix_match", "embedding_skip", "smear", "attention_gate", "late_attention",
+              "backout", "half_rotary", "softcap")
 SHAPE = dict(sequence_length=18, vocab_size=61, n_layer=3, n_head=2, n_embd=16, windows=[5, 9],
              long_layers=[1, 2], value_layers=[0, 2],
              offset_layers=[0, 2], exclusive_layers=[0, 2], end_of_text=EOT)
@@ -47,9 +47,11 @@ def random_model(**changes) -> GPT:
 
 def documents(B: int = 2, T: int = 18) -> torch.Tensor:
     """Sequences that begin inside a document; with a document of one token, and one that begins at the end.
+    Tokens repeat within documents and across their ends.
     """
     idx = tokens(B, T)
     idx[idx == EOT] += 1
+    idx[0, 5:9], idx[0, 12:15], idx[1, 12:16] = idx[0, :4], idx[0, :3], idx[1, 7:11]
     idx[0, 10] = idx[0, 11] = idx[1, 0] = idx[1, 6] = idx[1, T - 1] = EOT
     return idx
 
@@ -111,6 +113,16 @@ def attention(p, x, value, begins, window, config, offset, exclusive):
     return torch.cat(out, -1) @ p("c_proj.weight").T
 
 
+def longest_match(ids: list[int], t: int, begin: int) -> tuple[int, int]:
+    """Return the length n of the longest match of position t, at most 32, and where the token after it is;
+    (0, 0) without a match. begin: first token of t's document."""
+    for n in (32, 16, 8, 4, 2, 1):
+        for s in range(t - 1, begin + n - 2, -1):
+            if t - n + 1 >= begin and ids[s - n + 1:s + 1] == ids[t - n + 1:t + 1]:
+                return n, s + 1
+    return 0, 0
+
+
 def reference_logits(model: GPT, ids: list[int], windows: list[int]):
     """ids: one sequence."""
     config, T, p = model.config, len(ids), dict(model.named_parameters())
@@ -127,6 +139,11 @@ def reference_logits(model: GPT, ids: list[int], windows: list[int]):
     if config.bigram:  # the first token of a document, or of the sequence, has no token before it
         pairs = [5 * V - 1 if t == 0 or ids[t] == config.end_of_text else
                  (36313 * ids[t] ^ 27191 * ids[t - 1]) % (5 * V - 1) for t in range(T)]
+    if config.suffix_match:
+        matches = [longest_match(ids, t, begins[t]) for t in range(T)]
+        levels = [0 if n == 0 else 1 + int(math.log2(n)) for n, _ in matches]
+        row = torch.stack([p["match.rows"][level] + (norm(wte[ids[at]]) if level else 0.0)
+                           for level, (_, at) in zip(levels, matches)])
     x = x0 = norm(x)
     middle, at = None, (2 * L - 1) // 3
     for i in range(L):
@@ -143,6 +160,8 @@ def reference_logits(model: GPT, ids: list[int], windows: list[int]):
             x = x + b * x0
         if config.bigram:
             x = x + c * p["pairs"][pairs]
+        if config.suffix_match:
+            x = x + p["match.shares"][i][levels][:, None] * row
         x = d * x + F.relu(norm(x) @ of("mlp.c_fc.weight").T)**2 @ of("mlp.c_proj.weight").T
         if i == at and i < L - 1:
             middle = x
@@ -248,10 +267,10 @@ def test_documents_do_not_influence_each_other():
 def test_a_token_reaches_as_far_as_the_window(long_layers, window):
     """In one layer; smeared and in a pair it is in the next token, too, as with an offset in its key."""
     model = random_model(n_layer=1, long_layers=long_layers, value_layers=[0], offset_layers=[],
-                         exclusive_layers=[0], end_of_text=None)
+                         exclusive_layers=[0], end_of_text=None, suffix_match=False)
     assert changed_logits(model, tokens(2, 18), 1, 3) == [(1, t) for t in range(3, 3 + window + 1)]
     plain = dict(n_layer=1, long_layers=long_layers, exclusive_layers=[], end_of_text=None, bigram=False,
-                 smear=False)
+                 smear=False, suffix_match=False)
     for layers, reach in (([], window), ([0], window + 1)):
         model = random_model(**plain, value_layers=[], offset_layers=layers)
         assert changed_logits(model, tokens(2, 18), 1, 3) == [(1, t) for t in range(3, 3 + reach)]
@@ -339,7 +358,7 @@ def test_optimizer_has_each_parameter_once(muon_heads, matrices):
         expected = matrices if "c_attn" in name else 1 if "c_fc" in name or "c_proj" in name else \
             (0.5, 0.95, 0.008) if "wte" in name or "lm_head" in name else \
             (0.75, 0.95, 0.6) if "values" in name or "pairs" in name else \
-            (0.9, 0.99, 0.008 if name.endswith(("gate.weight", "smear.weight")) else 0.04)
+            (0.9, 0.99, 0.008 if name.endswith(("gate.weight", "smear.weight", "match.rows")) else 0.04)
         assert found[name] == expected, name
     assert all(g["eps"] == 1e-10 and g["weight_decay"] == 0 for g in optimizer.param_groups)
 

@@ -1,0 +1,87 @@
+"""What the ids of the tokens up to a position say: a row for each pair of tokens, and what followed the
+longest earlier match.
+
+The match of position t is the last p < t in t's document such that the n tokens up to p are the n tokens up
+to t, with the largest n of 1, 2, 4, 8, 16, 32. In text that repeats itself, as source code does, the token
+after p often comes next again, however far away it is. Attention learns to find it, as far as its window
+reaches (an induction head, arXiv 2209.11895). Here it is found and not learned, as in the n-gram heads of
+arXiv 2401.12973.
+
+Shapes: B = sequences, T = tokens of a sequence, C = channels.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels.qk_rotary import rms_norm
+
+LEVELS = 6  # matches of 1, 2, 4, 8, 16 and 32 tokens
+
+
+def pair_rows(idx: torch.Tensor, begins: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the row of a table of pairs for each token and the token before it, (B, T), by a hash.
+
+    The last row is for tokens without one: at the beginning of a document or of the sequence.
+
+    idx: token ids, (B, T).
+    begins: True where a document begins, (B, T).
+    size: number of rows.
+    """
+    rows = ((36313 * idx[:, 1:]) ^ (27191 * idx[:, :-1])) % (size - 1)
+    return F.pad(rows, (1, 0), value=size - 1).masked_fill(begins, size - 1)
+
+
+def suffix_matches(idx: torch.Tensor, document: torch.Tensor, levels: int = LEVELS
+                   ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the token after the longest match of each position, and the match's level, (B, T) int64 each.
+
+    The level of a match of 2**i tokens is i + 1. Without a match it is 0, and so is the token. The results at
+    t depend on the tokens document[t] to t only.
+
+    idx: token ids, (B, T).
+    document: first token of each token's document, (B, T), see first_visible.
+    """
+    T, n, idx = idx.size(1), 1, idx.long()
+    keys, token, level = idx, torch.zeros_like(idx), torch.zeros_like(idx)
+    for i in range(levels):
+        previous, ranks = _occurrences(keys)
+        matches = previous - (n - 1) >= document  # so p's n tokens are in the document, and t's
+        token = torch.where(matches, idx.gather(1, previous + 1), token)
+        level = torch.where(matches, i + 1, level)
+        # 2 n tokens are equal if the last n are, and the n before them
+        keys = ranks * T + F.pad(ranks, (n, 0))[:, :T]
+        n *= 2
+    return token, level
+
+
+def _occurrences(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for each position the last earlier one with an equal key, -1 without one, and the rank of its
+    key among the different keys of the sequence. keys, results: (B, T) int64."""
+    ordered, order = keys.sort(dim=1, stable=True)
+    same = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+    before = torch.where(same, order.roll(1, dims=1), -1)
+    previous = torch.empty_like(order).scatter(1, order, before)
+    return previous, torch.empty_like(order).scatter(1, order, (~same).cumsum(1) - 1)
+
+
+class SuffixMatch(nn.Module):
+    """What followed the longest match, for each layer's stream: a level's share of the layer, times the
+    normalised embedding of the token plus a row of the level. Without a match it is the row only."""
+
+    def __init__(self, layers: int, channels: int):
+        super().__init__()
+        self.shares = nn.Parameter(torch.zeros(layers, LEVELS + 1))
+        self.rows = nn.Parameter(torch.zeros(LEVELS + 1, channels))
+
+    def forward(self, idx, document, embedding: nn.Embedding, start: int, dtype: torch.dtype
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows (B, T - start, C) and their shares (B, T - start, layers), from the token `start` on.
+
+        idx, document: see suffix_matches.
+        dtype: of the results.
+        """
+        token, level = (x[:, start:] for x in suffix_matches(idx, document))
+        one_hot = F.one_hot(level, LEVELS + 1).to(dtype)  # products have gradients without atomic additions
+        rows = rms_norm(embedding(token).to(dtype)) * (level > 0)[..., None] + one_hot @ self.rows.to(dtype)
+        return rows, one_hot @ self.shares.to(dtype).T
