@@ -3,9 +3,9 @@
     python factors.py queue factors_6.json > queue.jsonl  # commands for run_queue.py
     python factors.py effects factors_6.json runs_6.jsonl chosen.json  # a table; the settings that are kept
 
-A run has half of the factors, by a Hadamard matrix of 16 rows, so an effect is the difference of two means
-of 8 runs. In the file, `factors` is {name: {setting: value}}, and `besides` has further runs of the same
-form. Their number of steps is "steps", or follows from the tokens and a run's batch sizes. A factor is kept
+A run has half of the factors, by a Hadamard matrix of 8 or 16 rows, so an effect is the difference of the
+means of both halves. In the file, `factors` is {name: {setting: value}}, and `besides` has further runs of
+the same form. Their number of steps is "steps", or follows from the tokens and a run's batch sizes. A factor is kept
 if its effect is at most `keep`; without results none is. A run whose last loss is NaN has no result.
 chosen.json also has the tokens of a run, see frontier_queue.py.
 """
@@ -17,7 +17,6 @@ import sys
 import numpy as np
 from scipy.linalg import hadamard
 
-COLUMNS = hadamard(16)[:, 1:] < 0  # (runs, factors): True where a run has a factor
 SHARES = [0.325, 0.325, 0.325, 0.025]  # of the steps, in stages
 
 
@@ -37,10 +36,10 @@ def command(plan: dict, name: str, settings: dict) -> list[str]:
 
 def runs(plan: dict) -> list[tuple[str, list[str], dict]]:
     """Return (name, names of its factors, settings) of each run of the design."""
-    names = list(plan["factors"])
-    assert len(names) <= COLUMNS.shape[1], "more than 15 factors"
-    found = []
-    for i, row in enumerate(COLUMNS):
+    names, found = list(plan["factors"]), []
+    assert len(names) <= 15, "more than 15 factors"
+    columns = hadamard(8 if len(names) <= 7 else 16)[:, 1:] < 0  # (runs, factors): True where one has the other
+    for i, row in enumerate(columns):
         chosen = [name for name, has in zip(names, row) if has]
         settings = {}
         for name in chosen:

@@ -2,28 +2,29 @@
 
     python frontier_queue.py SETTINGS.json PEERS DATA > queue.jsonl
 
-SETTINGS.json: settings of train_gpt_fast.py besides config/fast_python_source.py, and the "tokens" of its
-shortest run. PEERS: a folder with record_2025_07.txt and newest/, see run_record_2025_07.py and
-run_record_newest.py. DATA: a folder of shards. Some runs are alone on their GPU: their times count. The
-others share a GPU: their losses count.
+SETTINGS.json: settings of train_gpt_fast.py besides config/fast_python_source.py and those of LENGTHS.
+PEERS: a folder with record_2025_07.txt and newest/, see run_record_2025_07.py and run_record_newest.py.
+DATA: a folder of shards. Some runs are alone on their GPU: their times count. The others share a GPU: their
+losses count.
 """
 
 import json
 import os
 import sys
 
-from factors import steps_for
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node=1"]
 SECONDS = {1: 60, 2: 120, 4: 240}
 START = {"ours": 60, "newest": 170, "record": 240, "gpt": 60}  # seconds to the first step, and of the end
 STEPS = {"newest": 457.5, "record": 333, "gpt": 380}  # of a run of 60 s; newest's are extended by 1.2%
-ORDER = [("newest", 1, 1), ("ours", 1, 1), ("ours", 2, 1), ("newest", 2, 1),
-         *((script, length, seed) for seed in (2, 3) for length in (2, 4, 1)
+LENGTHS = {1: {"n_layer": 7, "num_iterations": 850}, 2: {"n_layer": 9, "num_iterations": 1470},
+           4: {"n_layer": 11, "num_iterations": 2530}}  # of ours
+# seeds from 4 on: settings were chosen with seeds 1 and 2
+ORDER = [("newest", 1, 4), ("ours", 1, 4), ("ours", 2, 4), ("newest", 2, 4),
+         *((script, length, seed) for seed in (5, 6) for length in (2, 4, 1)
            for script in ("newest", "ours")),
-         ("ours", 4, 1), ("newest", 4, 1), ("record", 1, 1), ("gpt", 1, 1), ("record", 4, 1), ("gpt", 4, 1)]
-ALONE = {("newest", 1, 1), ("ours", 1, 1), ("ours", 2, 1)}
+         ("ours", 4, 4), ("newest", 4, 4), ("record", 1, 4), ("gpt", 1, 4), ("record", 4, 4), ("gpt", 4, 4)]
+ALONE = {("newest", 1, 4), ("ours", 1, 4), ("ours", 2, 4)}
 
 
 def command(script: str, length: int, seed: int, settings: dict, peers: str, data: str) -> list[str]:
@@ -45,10 +46,11 @@ def command(script: str, length: int, seed: int, settings: dict, peers: str, dat
         return ["python", "train_gpt.py", "--dataset=python_source", "--batch_size=96",
                 "--device_batch_size=48", "--val_tokens=524288", f"--num_iterations={steps}",
                 f"--warmdown_iters={round(steps * 0.283)}", *common]
-    settings = dict(settings)
-    steps = steps_for(length * settings.pop("tokens"), settings.get("batch_sizes", [1, 1, 2, 2]), 32768)
+    given = {key: value for key, value in settings.items() if key != "tokens"} | LENGTHS[length]
+    if "long_layers" in given:
+        given |= {key: [1, 3, given["n_layer"] - 1] for key in ("long_layers", "offset_layers")}
     return ["python", "train_gpt_fast.py", "config/fast_python_source.py", *common,
-            f"--num_iterations={steps}", *(f"--{key}={value}" for key, value in settings.items())]
+            *(f"--{key}={value}" for key, value in given.items())]
 
 
 def main() -> None:
