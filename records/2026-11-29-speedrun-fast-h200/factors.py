@@ -5,9 +5,9 @@
 
 A run has half of the factors, by a Hadamard matrix of 8 or 16 rows, so an effect is the difference of the
 means of both halves. In the file, `factors` is {name: {setting: value}}, and `besides` has further runs of
-the same form. Their number of steps is "steps", or follows from the tokens and a run's batch sizes. A factor is kept
-if its effect is at most `keep`; without results none is. A run whose last loss is NaN has no result.
-chosen.json also has the tokens of a run, see frontier_queue.py.
+the same form. Their number of steps is "steps", or follows from the tokens and a run's batch sizes. A factor
+is kept if its effect is at most `keep`; without results none is. A run whose last loss is NaN has no result.
+chosen.json also has the tokens of a run.
 """
 
 import json
@@ -38,7 +38,8 @@ def runs(plan: dict) -> list[tuple[str, list[str], dict]]:
     """Return (name, names of its factors, settings) of each run of the design."""
     names, found = list(plan["factors"]), []
     assert len(names) <= 15, "more than 15 factors"
-    columns = hadamard(8 if len(names) <= 7 else 16)[:, 1:] < 0  # (runs, factors): True where one has the other
+    # (runs, factors): True where a run has a factor
+    columns = hadamard(8 if len(names) <= 7 else 16)[:, 1:] < 0
     for i, row in enumerate(columns):
         chosen = [name for name, has in zip(names, row) if has]
         settings = {}
