@@ -17,12 +17,13 @@ python "$tools/frontier_queue.py" "$out/none.json" "$peers" data/python_source >
 sed -n '1s/num_scheduled_iterations=457/num_scheduled_iterations=30/; 1s/newest-1-4/newest-smoke/; 1s/true/false/; 1p' \
     "$out/queue_all.jsonl" >"$out/queue_smoke.jsonl"
 python "$tools/run_queue.py" "$out/queue_smoke.jsonl" "$out/runs_smoke.jsonl" --gpus=1 --at_once=1 \
-    --seconds="$(left)" --logs="$out/logs_smoke" &
+    --seconds=$(($(left) < 640 ? $(left) : 640)) --logs="$out/logs_smoke" &
 python "$tools/factors.py" queue "$here/factors_7.json" >"$out/queue_7.jsonl"
 TORCHINDUCTOR_COMPILE_THREADS=2 python "$tools/run_queue.py" "$out/queue_7.jsonl" "$out/runs_7.jsonl" --gpus="$gpus" \
     --at_once=4 --seconds=$(($(left) < 620 ? $(left) : 620)) --logs="$out/logs_7"
 python "$tools/factors.py" effects "$here/factors_7.json" "$out/runs_7.jsonl" "$out/chosen.json" >"$out/effects.txt" 2>&1
 cat "$out/effects.txt" "$out/chosen.json"
+wait  # for the compilation
 echo "frontier after $(($(date +%s) - began)) s"
 python "$tools/frontier_queue.py" "$out/chosen.json" "$peers" data/python_source >"$out/queue_8.jsonl"
 TORCHINDUCTOR_COMPILE_THREADS=4 python "$tools/run_queue.py" "$out/queue_8.jsonl" "$out/runs_8.jsonl" --gpus="$gpus" \
