@@ -82,7 +82,7 @@ further_targets = True  # early stages also predict the second and third next to
 # optimizers: NorMuon for the matrices of layers, AdamW for the rest
 num_iterations = 1490
 cooldown_share = 0.6  # share of the steps, the last ones, in which the rates fall linearly
-final_rate = 0.15  # to this share of themselves
+final_rate = 0.15  # share of the learning rates that is left at the last step
 muon_learning_rate = 0.023
 muon_momentum = 0.95
 muon_momentum_warmup = 300  # steps from 0.85 to muon_momentum; the last sixth as many steps lead back
@@ -92,8 +92,8 @@ muon_heads: int | None = None  # heads of q, k or v in a matrix for NorMuon; Non
 polar_express = True  # orthogonalise with Polar Express, not with Muon's Newton-Schulz
 adam_learning_rate = 0.008  # embedding and head
 table_learning_rate = 0.6  # tables of tokens and of pairs
-scalar_learning_rate = 0.04  # factors
-gate_learning_rate = 0.008  # gates
+scalar_learning_rate = 0.04  # factors and shares
+gate_learning_rate = 0.008  # gates, and rows of matches
 # evaluation, logs, checkpoints
 val_loss_every = 250  # steps between evaluations, 0: only at the end
 val_tokens = 10485760  # tokens of an evaluation, the first of the val split; rounded down to whole sequences
@@ -240,7 +240,7 @@ class Block(nn.Module):
         self.embedding_skip = config.embedding_skip
 
     def forward(self, x, x0, pair, match, source, cos, sin, first, value, cache=None):
-        """x: stream; x0: embedding; pair: row of the bigram table; pair, match and source can be None."""
+        """x: stream; x0: embedding; pair, match: what bigram and suffix_match add; source: see GPT.hidden."""
         a, b, c, d = self.factors.to(x.dtype).unbind()
         y = self.attn(rms_norm(x if source is None else source), cos, sin, first, value, cache)
         x = a * x + y

@@ -71,7 +71,8 @@ def suffix_matches(idx, document):
     """
     T, keys, token, level = idx.size(1), idx, torch.zeros_like(idx), torch.zeros_like(idx)
     for i in range(LEVELS):
-        ordered, order = keys.sort(dim=1, stable=True)
+        ordered = (keys * T + torch.arange(T, device=keys.device)).sort(dim=1).values
+        order, ordered = ordered % T, ordered // T
         same = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
         before = torch.where(same, order.roll(1, dims=1), -1)
         previous = torch.empty_like(order).scatter(1, order, before)
@@ -215,8 +216,8 @@ class NanoSyncForCausalLM(PreTrainedModel, GenerationMixin):
         if a["bigram"]:
             self.pairs = nn.Parameter(torch.zeros(5 * V, C))
         if a.get("suffix_match"):
-            self.match = nn.ParameterDict(dict(shares=torch.zeros(a["n_layer"], LEVELS + 1),
-                                               rows=torch.zeros(LEVELS + 1, C)))
+            self.match = nn.ParameterDict(dict(shares=torch.zeros(a["n_layer"], LEVELS),
+                                               rows=torch.zeros(LEVELS, C)))
         if a["smear"]:
             self.smear, self.smear_factor = Gate(1), nn.Parameter(torch.zeros(1))
 
@@ -352,10 +353,11 @@ class NanoSyncForCausalLM(PreTrainedModel, GenerationMixin):
         return x, pair
 
     def _fast_match(self, idx, document):
-        """Return what followed the longest match, (B, T, C), and its share of each layer, (B, T, layers)."""
+        """Return the row of the token after the longest match, (B, T, C), and its shares, (B, T, layers)."""
         token, level = suffix_matches(idx, document)
-        row = rms_norm(self.transformer["wte"](token)) * (level > 0)[..., None]
-        return row + self.match["rows"][level], self.match["shares"].T[level]
+        none, at = (level == 0)[..., None], (level - 1).clamp(min=0)
+        row = rms_norm(self.transformer["wte"](token)) + self.match["rows"][at]
+        return row, self.match["shares"].T[at].masked_fill(none, 0.0)
 
     def _fast_attention(self, x, block, rotations, first, mask, value, offset: bool):
         """Return the output of attention, (B, T, C). first: first token that each token sees, (B, T)."""

@@ -1,11 +1,11 @@
-"""What the ids of the tokens up to a position say: a row for each pair of tokens, and what followed the
-longest earlier match.
+"""Features of a position that follow from the ids of the tokens up to it: a row for each pair of tokens, and
+the token after the longest earlier match.
 
 The match of position t is the last p < t in t's document such that the n tokens up to p are the n tokens up
 to t, with the largest n of 1, 2, 4, 8, 16, 32. In text that repeats itself, as source code does, the token
-after p often comes next again, however far away it is. Attention learns to find it, as far as its window
-reaches (an induction head, arXiv 2209.11895). Here it is found and not learned, as in the n-gram heads of
-arXiv 2401.12973.
+after p often comes next again, however far away it is. Attention learns to find it inside its window (an
+induction head, arXiv 2209.11895). Here it is found and not learned, as in the n-gram heads of arXiv
+2401.12973.
 
 Shapes: B = sequences, T = tokens of a sequence, C = channels.
 """
@@ -32,8 +32,7 @@ def pair_rows(idx: torch.Tensor, begins: torch.Tensor, size: int) -> torch.Tenso
     return F.pad(rows, (1, 0), value=size - 1).masked_fill(begins, size - 1)
 
 
-def suffix_matches(idx: torch.Tensor, document: torch.Tensor, levels: int = LEVELS
-                   ) -> tuple[torch.Tensor, torch.Tensor]:
+def suffix_matches(idx: torch.Tensor, document: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the token after the longest match of each position, and the match's level, (B, T) int64 each.
 
     The level of a match of 2**i tokens is i + 1. Without a match it is 0, and so is the token. The results at
@@ -44,7 +43,7 @@ def suffix_matches(idx: torch.Tensor, document: torch.Tensor, levels: int = LEVE
     """
     T, n, idx = idx.size(1), 1, idx.long()
     keys, token, level = idx, torch.zeros_like(idx), torch.zeros_like(idx)
-    for i in range(levels):
+    for i in range(LEVELS):
         previous, ranks = _occurrences(keys)
         matches = previous - (n - 1) >= document  # so p's n tokens are in the document, and t's
         token = torch.where(matches, idx.gather(1, previous + 1), token)
@@ -57,8 +56,11 @@ def suffix_matches(idx: torch.Tensor, document: torch.Tensor, levels: int = LEVE
 
 def _occurrences(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return for each position the last earlier one with an equal key, -1 without one, and the rank of its
-    key among the different keys of the sequence. keys, results: (B, T) int64."""
-    ordered, order = keys.sort(dim=1, stable=True)
+    key among the different keys of the sequence. keys, results: (B, T) int64; keys * T fits int64."""
+    T = keys.size(1)
+    # with the position in the key all keys differ, so a sort that is not stable gives the same order
+    ordered = (keys * T + torch.arange(T, device=keys.device)).sort(dim=1).values
+    order, ordered = ordered % T, ordered // T
     same = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
     before = torch.where(same, order.roll(1, dims=1), -1)
     previous = torch.empty_like(order).scatter(1, order, before)
@@ -66,22 +68,23 @@ def _occurrences(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class SuffixMatch(nn.Module):
-    """What followed the longest match, for each layer's stream: a level's share of the layer, times the
-    normalised embedding of the token plus a row of the level. Without a match it is the row only."""
+    """The token after the longest match, for each layer's stream: a share, which each layer has for each
+    level, times the token's normalised embedding plus a row of the level. Nothing without a match."""
 
     def __init__(self, layers: int, channels: int):
         super().__init__()
-        self.shares = nn.Parameter(torch.zeros(layers, LEVELS + 1))
-        self.rows = nn.Parameter(torch.zeros(LEVELS + 1, channels))
+        self.shares = nn.Parameter(torch.zeros(layers, LEVELS))
+        self.rows = nn.Parameter(torch.zeros(LEVELS, channels))
 
     def forward(self, idx, document, embedding: nn.Embedding, start: int, dtype: torch.dtype
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows (B, T - start, C) and their shares (B, T - start, layers), from the token `start` on.
 
         idx, document: see suffix_matches.
+        embedding: of the model's tokens.
         dtype: of the results.
         """
         token, level = (x[:, start:] for x in suffix_matches(idx, document))
-        one_hot = F.one_hot(level, LEVELS + 1).to(dtype)  # products have gradients without atomic additions
-        rows = rms_norm(embedding(token).to(dtype)) * (level > 0)[..., None] + one_hot @ self.rows.to(dtype)
+        one_hot = F.one_hot(level, LEVELS + 1)[..., 1:].to(dtype)  # 0 without a match
+        rows = rms_norm(embedding(token).to(dtype)) + one_hot @ self.rows.to(dtype)
         return rows, one_hot @ self.shares.to(dtype).T

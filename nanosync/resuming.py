@@ -1,5 +1,6 @@
 """Resuming: settings and state that a run takes from its checkpoint, and checks against it."""
 
+import dataclasses
 import math
 
 import torch
@@ -125,6 +126,9 @@ def take_settings(config: Config, resumed: Checkpoint, kinds: dict[str, ModelKin
         if not values:
             raise UserError(f"{resumed.path} was converted from a folder of weights and has no settings of "
                             f"{kinds[kind].script}: sample and evaluate it; it cannot be resumed")
+        # a switch that the script has since then was off
+        values = {f.name: f.default for f in dataclasses.fields(kinds[kind].config) if f.default is False} \
+            | values
     else:
         described = vars(model_config(resumed.state["model"], kinds))
         mask = resumed.state["config"].get("document_mask", False)

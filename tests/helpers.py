@@ -35,6 +35,7 @@ from kernels import fp8
 from model import GPT, GPTConfig
 from nanosync import checkpoint, checkpoint_writer, model_kind, random_states
 from nanosync.errors import UserError
+from nanosync.files import json_text
 from nanosync.hellaswag_eval import Example
 from nanosync.muon import build_muon
 from nanosync.run_log import read_log
@@ -325,6 +326,13 @@ def settings_error(script: str, *args: str) -> str | None:
     finally:
         sys.excepthook = hook
     return None
+
+
+def reseal(folder: Path) -> None:
+    """Write a checkpoint's manifest for the files as they are now."""
+    manifest = {name: {"size": os.path.getsize(folder / name), "sha256": checkpoint.sha256_of(folder / name)}
+                for name in checkpoint.FILES if (folder / name).is_file()}
+    (folder / "MANIFEST.json").write_text(json_text(manifest))
 
 
 def save_checkpoint(out_dir: Path, step: int, weights, keep: int = 10, best: bool = False, **state) -> str:

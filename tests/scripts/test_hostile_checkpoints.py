@@ -12,7 +12,7 @@ import signal
 
 import pytest
 import torch
-from helpers import PATIENCE, TINY
+from helpers import PATIENCE, TINY, reseal
 from helpers import save_random_model as save
 from safetensors.torch import load_file, save_file
 
@@ -64,13 +64,6 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="header"):
         checkpoint.find(str(tmp_path)).tensors("model")
     assert not (tmp_path / "executed").exists()
-
-
-def reseal(folder):
-    """Write a manifest for the files as they are now."""
-    manifest = {name: {"size": os.path.getsize(folder / name), "sha256": checkpoint.sha256_of(folder / name)}
-                for name in checkpoint.FILES if (folder / name).is_file()}
-    (folder / "MANIFEST.json").write_text(json_text(manifest))
 
 
 def with_state(**changes):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import FAST_SETTINGS as SETTINGS
-from helpers import ROOT, TINY, events, losses, write_dataset, write_documents
+from helpers import ROOT, TINY, events, losses, reseal, write_dataset, write_documents
 
 from nanosync import checkpoint
 
@@ -69,6 +69,14 @@ def same_end(first, second) -> bool:
     return all(tensors(first, which) == tensors(second, which) for which in ("model", "optim"))
 
 
+def without_entry(path, name: str) -> None:
+    """Make a checkpoint one of a time when the script did not have this technique."""
+    state = json.loads((path / "state.json").read_text())
+    del state["config"][name], state["model"]["config"][name]
+    (path / "state.json").write_text(json.dumps(state))
+    reseal(path)
+
+
 def test_a_run_and_its_resumption(train, tmp_path):
     """Golden losses, then the run is resumed where stages change and where the head is untied (step 10)."""
     done = train("--checkpoint_interval=5", "--keep_checkpoints=9")
@@ -97,11 +105,14 @@ def test_a_run_and_its_resumption(train, tmp_path):
         weights, moments = c.tensors("model"), c.tensors("optim")
         assert (moments["lm_head.weight.step"] == 0) == tied
         assert tied or not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
+    without_entry(out / "ckpt" / "step-00000015", "suffix_match")
     for step in (5, 10, 15):
         again = tmp_path / f"from{step}"
         done = train(f"--resume={out / 'ckpt' / f'step-{step:08d}'}", f"--out_dir={again}")
         assert done.code == 0 and same_end(out, again), (step, done.err)
         assert losses(again) == {it: loss for it, loss in through.items() if it >= step}
+    done = train(f"--resume={out / 'ckpt' / 'step-00000015'}", "--suffix_match=True", f"--out_dir={again}2")
+    assert done.code == 2 and "has suffix_match=False: leave suffix_match out" in done.err
 
 
 def test_asked_to_end(train, tmp_path):

@@ -62,7 +62,7 @@ def test_matches_of_large_ids_do_not_depend_on_later_tokens():
         assert all(torch.equal(a, b[:, :T]) for a, b in zip(part, whole))
 
 
-def test_a_token_without_a_match_has_the_row_of_level_zero():
+def test_rows_and_shares_of_a_match():
     torch.manual_seed(0)
     match, embedding = SuffixMatch(2, 8), torch.nn.Embedding(9, 8)
     with torch.no_grad():
@@ -70,11 +70,11 @@ def test_a_token_without_a_match_has_the_row_of_level_zero():
             p.normal_()
     idx = torch.tensor([[1, 2, 1, 2]])
     rows, shares = match(idx, first_visible(idx, None), embedding, 0, torch.float32)
-    for t, (token, level) in enumerate([(None, 0), (None, 0), (2, 1), (1, 2)]):
-        row = embedding.weight[0 if token is None else token]
-        unit = 0.0 if token is None else row / row.square().mean().sqrt()
-        assert torch.allclose(rows[0, t], match.rows[level] + unit, atol=1e-4)
-        assert torch.allclose(shares[0, t], match.shares[:, level])
+    assert torch.equal(shares[0, :2], torch.zeros(2, 2))  # no match
+    for t, token, level in ((2, 2, 1), (3, 1, 2)):
+        unit = embedding.weight[token] / embedding.weight[token].square().mean().sqrt()
+        assert torch.allclose(rows[0, t], match.rows[level - 1] + unit, atol=1e-4)
+        assert torch.allclose(shares[0, t], match.shares[:, level - 1])
     tail = match(idx, first_visible(idx, None), embedding, 3, torch.float32)
     assert torch.equal(tail[0], rows[:, 3:]) and torch.equal(tail[1], shares[:, 3:])
 

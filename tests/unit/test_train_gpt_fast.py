@@ -142,7 +142,7 @@ def reference_logits(model: GPT, ids: list[int], windows: list[int]):
     if config.suffix_match:
         matches = [longest_match(ids, t, begins[t]) for t in range(T)]
         levels = [0 if n == 0 else 1 + int(math.log2(n)) for n, _ in matches]
-        row = torch.stack([p["match.rows"][level] + (norm(wte[ids[at]]) if level else 0.0)
+        row = torch.stack([p["match.rows"][level - 1] + norm(wte[ids[at]]) if level else 0.0 * x[0]
                            for level, (_, at) in zip(levels, matches)])
     x = x0 = norm(x)
     middle, at = None, (2 * L - 1) // 3
@@ -161,7 +161,7 @@ def reference_logits(model: GPT, ids: list[int], windows: list[int]):
         if config.bigram:
             x = x + c * p["pairs"][pairs]
         if config.suffix_match:
-            x = x + p["match.shares"][i][levels][:, None] * row
+            x = x + p["match.shares"][i][torch.tensor(levels) - 1][:, None] * row
         x = d * x + F.relu(norm(x) @ of("mlp.c_fc.weight").T)**2 @ of("mlp.c_proj.weight").T
         if i == at and i < L - 1:
             middle = x
@@ -374,6 +374,20 @@ def test_extreme_rates_reach_the_optimizer(rates):
     for g in optimizer.param_groups:
         if "stacked" not in g:
             assert g["lr"] == pytest.approx(rest, rel=1e-12, abs=1e-319) and math.isfinite(g["lr_ratio"])
+
+
+def test_shares_and_rows_of_matches_learn_from_their_initialisation():
+    """Both are 0 at first, and their product is what the layers get."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**ON))
+    optimizer = train_gpt_fast.build_optimizer(model, config(), None)
+    for _ in range(4):
+        model(documents(), targets_of(documents()))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for level in range(3):  # matches of one, two and four tokens occur
+        assert model.match.shares[:, level].all() and model.match.rows[level].all(), level
+    assert not model.match.shares[:, 3:].any() and not model.match.rows[3:].any()
 
 
 def test_parameters_without_a_rule_are_refused():
