@@ -19,8 +19,8 @@ sed -n '1s/num_scheduled_iterations=457/num_scheduled_iterations=30/; 1s/newest-
 python "$tools/run_queue.py" "$out/queue_smoke.jsonl" "$out/runs_smoke.jsonl" --gpus=1 --at_once=1 \
     --seconds=$(($(left) < 640 ? $(left) : 640)) --logs="$out/logs_smoke" &
 python "$tools/factors.py" queue "$here/factors_7.json" >"$out/queue_7.jsonl"
-TORCHINDUCTOR_COMPILE_THREADS=2 python "$tools/run_queue.py" "$out/queue_7.jsonl" "$out/runs_7.jsonl" --gpus="$gpus" \
-    --at_once=4 --seconds=$(($(left) < 620 ? $(left) : 620)) --logs="$out/logs_7"
+TORCHINDUCTOR_COMPILE_THREADS=3 python "$tools/run_queue.py" "$out/queue_7.jsonl" "$out/runs_7.jsonl" --gpus="$gpus" \
+    --at_once=5 --seconds=$(($(left) < 620 ? $(left) : 620)) --logs="$out/logs_7"
 python "$tools/factors.py" effects "$here/factors_7.json" "$out/runs_7.jsonl" "$out/chosen.json" >"$out/effects.txt" 2>&1
 cat "$out/effects.txt" "$out/chosen.json"
 wait  # for the compilation
