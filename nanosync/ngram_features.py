@@ -85,6 +85,6 @@ class SuffixMatch(nn.Module):
         dtype: of the results.
         """
         token, level = (x[:, start:] for x in suffix_matches(idx, document))
-        one_hot = F.one_hot(level, LEVELS + 1)[..., 1:].to(dtype)  # 0 without a match
+        one_hot = (level[..., None] == torch.arange(1, LEVELS + 1, device=level.device)).to(dtype)
         rows = rms_norm(embedding(token).to(dtype)) + one_hot @ self.rows.to(dtype)
         return rows, one_hot @ self.shares.to(dtype).T

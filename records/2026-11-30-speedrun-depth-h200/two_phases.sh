@@ -1,6 +1,8 @@
-# Seven factors, then the frontier with what they showed, in one sitting: bash two_phases.sh PEERS OUT SECONDS GPUS
+# Seven factors, then the frontier with what they showed, in one sitting:
+#   bash two_phases.sh PEERS OUT SECONDS GPUS [CHOSEN]
 # In the repository's root, after `patch -p1 < candidates_3.patch` of this folder, with TIKTOKEN_CACHE_DIR set.
-# PEERS: see frontier_queue.py. OUT: folder of the results, which are appended as runs end.
+# PEERS: see frontier_queue.py. OUT: folder of the results, which are appended as runs end. CHOSEN: chosen.json of
+# an earlier first phase, which then does not run again.
 set -u
 peers=$1 out=$2 seconds=$3 gpus=$4
 here=$(dirname "$(realpath "$0")")
@@ -18,10 +20,14 @@ sed -n '1s/num_scheduled_iterations=457/num_scheduled_iterations=30/; 1s/newest-
     "$out/queue_all.jsonl" >"$out/queue_smoke.jsonl"
 python "$tools/run_queue.py" "$out/queue_smoke.jsonl" "$out/runs_smoke.jsonl" --gpus=1 --at_once=1 \
     --seconds=$(($(left) < 640 ? $(left) : 640)) --logs="$out/logs_smoke" &
-python "$tools/factors.py" queue "$here/factors_7.json" >"$out/queue_7.jsonl"
-TORCHINDUCTOR_COMPILE_THREADS=3 python "$tools/run_queue.py" "$out/queue_7.jsonl" "$out/runs_7.jsonl" --gpus="$gpus" \
-    --at_once=5 --seconds=$(($(left) < 620 ? $(left) : 620)) --logs="$out/logs_7"
-python "$tools/factors.py" effects "$here/factors_7.json" "$out/runs_7.jsonl" "$out/chosen.json" >"$out/effects.txt" 2>&1
+if [ $# -gt 4 ]; then
+    cp "$5" "$out/chosen.json" && touch "$out/effects.txt"
+else
+    python "$tools/factors.py" queue "$here/factors_7.json" >"$out/queue_7.jsonl"
+    TORCHINDUCTOR_COMPILE_THREADS=3 python "$tools/run_queue.py" "$out/queue_7.jsonl" "$out/runs_7.jsonl" --gpus="$gpus" \
+        --at_once=5 --seconds=$(($(left) < 620 ? $(left) : 620)) --logs="$out/logs_7"
+    python "$tools/factors.py" effects "$here/factors_7.json" "$out/runs_7.jsonl" "$out/chosen.json" >"$out/effects.txt" 2>&1
+fi
 cat "$out/effects.txt" "$out/chosen.json"
 wait  # for the compilation
 echo "frontier after $(($(date +%s) - began)) s"
