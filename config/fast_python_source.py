@@ -1,5 +1,5 @@
 # The fast speedrun on one GPU, on tokens of Python source: 920 steps of up to 65,536 tokens, about a minute
-# on an H200. --n_layer=8 --num_iterations=1660 takes about two.
+# on an H200.
 # First: python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards
 # Then: python train_gpt_fast.py config/fast_python_source.py
 

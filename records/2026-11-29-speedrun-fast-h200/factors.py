@@ -7,7 +7,6 @@ A run has half of the factors, by a Hadamard matrix of 8 or 16 rows, so an effec
 means of both halves. In the file, `factors` is {name: {setting: value}}, and `besides` has further runs of
 the same form. Their number of steps is "steps", or follows from the tokens and a run's batch sizes. A factor
 is kept if its effect is at most `keep`; without results none is. A run whose last loss is NaN has no result.
-chosen.json also has the tokens of a run.
 """
 
 import json
@@ -83,7 +82,7 @@ def main() -> None:
         for run in map(json.loads, f):
             if run["step_val_ms"] and math.isfinite(run["step_val_ms"][-1][1]):
                 results[run["name"]] = run["step_val_ms"][-1][1]
-    found, settings = effects(plan, results), {"tokens": plan["tokens"]}
+    found, settings = effects(plan, results), {}
     for name, effect in sorted(found.items(), key=lambda item: item[1]):
         kept = effect <= plan["keep"]
         settings |= plan["factors"][name] if kept else {}

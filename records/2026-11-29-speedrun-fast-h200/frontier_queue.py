@@ -47,7 +47,7 @@ def command(script: str, length: int, seed: int, settings: dict, peers: str, dat
         return ["python", "train_gpt.py", "--dataset=python_source", "--batch_size=96",
                 "--device_batch_size=48", "--val_tokens=524288", f"--num_iterations={steps}",
                 f"--warmdown_iters={round(steps * 0.283)}", *common]
-    given = {key: value for key, value in settings.items() if key != "tokens"} | LENGTHS[length]
+    given = settings | LENGTHS[length]
     if "long_layers" in given:
         given |= {key: [1, 3, given["n_layer"] - 1] for key in ("long_layers", "offset_layers")}
     return ["python", "train_gpt_fast.py", "config/fast_python_source.py", *common,
