@@ -19,7 +19,7 @@ def documents(tokens: list[int]) -> list[list[int]]:
 
 
 def matches(ids: list[int], n: int) -> list[list[int]]:
-    """Return the last two earlier positions, or fewer, up to which the n tokens are those up to a position."""
+    """Return the last two earlier positions, or fewer, up to which n tokens are those up to each position."""
     seen, found = {}, []
     for t in range(len(ids)):
         key = tuple(ids[t - n + 1:t + 1]) if t >= n - 1 else None
@@ -53,7 +53,7 @@ def main() -> None:
                 print(f"longest match {n:2} {'all' if kind is None else kind or 'single':6}: "
                       f"{(wrong + right) / total:.3f} of the tokens, right in {right / (wrong + right):.2f}")
     right = sum(count for (_, _, hit), count in kinds.items() if hit)
-    print(f"right in {right / total:.3f} of the tokens; five tokens' match is right and more than {FAR} tokens "
+    print(f"right in {right / total:.3f} of the tokens; five tokens' match is right and over {FAR} tokens "
           f"away in {far / total:.3f}")
 
 
