@@ -92,6 +92,7 @@ muon_heads: int | None = None  # heads of q, k or v in a matrix for NorMuon; Non
 polar_express = True  # orthogonalise with Polar Express, not with Muon's Newton-Schulz
 adam_learning_rate = 0.008  # embedding and head
 table_learning_rate = 0.6  # tables of tokens and of pairs
+lazy_tables = False  # update only a table's rows that have a gradient, without a first moment
 scalar_learning_rate = 0.04  # factors and shares
 gate_learning_rate = 0.008  # gates, and rows of matches
 # evaluation, logs, checkpoints
@@ -416,7 +417,7 @@ def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_t
 SETTINGS = ("sequence_length", "n_layer", "n_head", "n_embd", "document_mask", "eval_windows", "long_layers",
             "offset_layers", "value_layers", "value_tables", "exclusive_layers", "bigram", "suffix_match",
             "embedding_skip", "smear", "attention_gate", "late_attention", "backout", "half_rotary",
-            "softcap", "muon_heads")
+            "softcap", "muon_heads", "lazy_tables")
 FAST = ModelKind("train_gpt_fast.py", GPTConfig, GPT, settings_entry="config", settings=SETTINGS,
                  state={"untied": bool, **STATE}, finish=GPT.load_state)
 
@@ -449,12 +450,12 @@ def momentum_at(config: Config, step: int) -> float:
 
 def build_optimizer(model: GPT, config: Config, group) -> Muon:
     """Build NorMuon for the matrices of layers, and AdamW for embedding, head, tables, factors and gates."""
-    lr, H, kinds = config["muon_learning_rate"], model.config.n_head, {}
+    lr, H, lazy, kinds = config["muon_learning_rate"], model.config.n_head, config["lazy_tables"], {}
     heads = config["muon_heads"] or (H if H % 2 else 2)  # of a matrix
     rules = {  # kind -> further keys of its group
         "stacked": dict(stacked=3 * H // heads), "matrix": dict(stacked=1),
         "embedding": dict(lr_ratio=config["adam_learning_rate"] / lr, betas=(0.5, 0.95)),
-        "table": dict(lr_ratio=config["table_learning_rate"] / lr, betas=(0.75, 0.95)),
+        "table": dict(lr_ratio=config["table_learning_rate"] / lr, betas=(0.75, 0.95), lazy_rows=lazy),
         "gate": dict(lr_ratio=config["gate_learning_rate"] / lr, betas=(0.9, 0.99)),
         "scalar": dict(lr_ratio=config["scalar_learning_rate"] / lr, betas=(0.9, 0.99))}
     for name, p in model.named_parameters():
@@ -469,16 +470,15 @@ def check_settings(config: dict) -> None:
     """Raise UserError for wrong settings, before any work is done."""
     check_at_least(config, 1, "device_batch_size", "sequence_length", "n_layer", "n_head", "n_embd",
                    "val_tokens", "log_interval", "keep_checkpoints", "timeout")
-    check_at_least(config, 0, "num_iterations", "val_loss_every", "checkpoint_interval",
-                   "muon_momentum_warmup", "muon_weight_decay", "untie_at", "cooldown_share", "final_rate",
-                   "table_learning_rate", "scalar_learning_rate", "gate_learning_rate",
-                   "adam_learning_rate", "muon_beta2", "muon_momentum")
+    rates = "adam_learning_rate", "table_learning_rate", "scalar_learning_rate", "gate_learning_rate"
+    check_at_least(config, 0, "num_iterations", "val_loss_every", "checkpoint_interval", "muon_beta2",
+                   "muon_momentum", "muon_momentum_warmup", "muon_weight_decay", "untie_at", "cooldown_share",
+                   "final_rate", *rates)
     check_at_most(config, 1.0, "untie_at", "cooldown_share", "final_rate")
     for name in ("muon_momentum", "muon_beta2"):
         if config[name] >= 1:
             raise UserError(f"{name}={config[name]} must be below 1")
-    check_at_most(config, 1e6, "timeout", "muon_learning_rate", "muon_weight_decay", "adam_learning_rate",
-                  "table_learning_rate", "scalar_learning_rate", "gate_learning_rate")  # updates fit in fp32
+    check_at_most(config, 1e6, "timeout", "muon_learning_rate", "muon_weight_decay", *rates)  # fit in fp32
     check_at_most(config, MAX_LAYERS, "n_layer")
     check_at_least(config, 1e-9, "muon_learning_rate")  # so that ratios to the other rates are finite
     check_seed(config)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from kernels.lazy_rows import update_rows_
 from nanosync.distributed import begin_all_gather, begin_reduce_scatter, finish_tensor
 from nanosync.errors import UserError
 from nanosync.optim import check_adamw, parameter_groups, set_learning_rate, share_out
@@ -42,8 +43,9 @@ class Muon(torch.optim.AdamW):
         """Assign owners and allocate the state. Raises UserError.
 
         groups: parameter groups. A group with a key `stacked`, the number of matrices in each of its
-            parameters, is Muon's, any other group AdamW's. A group's learning rate is the common one times
-            its key `lr_ratio`, 1 by default, see set_learning_rate.
+            parameters, is Muon's, any other group AdamW's. With a key `lazy_rows` that is true, a group of
+            AdamW's has tables whose rows are updated by update_rows_, without weight decay. A group's
+            learning rate is the common one times its key `lr_ratio`, 1 by default, see set_learning_rate.
         group: process group, None for one process.
         sum_gradients: True if each process has only its share of a gradient. `step` then sums the shares,
             which sends less than an all-reduce of all gradients. False if gradients are the same on all
@@ -68,6 +70,7 @@ class Muon(torch.optim.AdamW):
         set_learning_rate(self, self.defaults["lr"])
         self._stacked = {p: g["stacked"] for g in self.param_groups if "stacked" in g for p in g["params"]}
         self._rest = [p for g in self.param_groups if "stacked" not in g for p in g["params"]]
+        self._lazy = {p for g in self.param_groups if g.get("lazy_rows") for p in g["params"]}
         self._check()
         first = next(iter(self._stacked))
         self._dtype = product_dtype or (torch.bfloat16 if first.is_cuda else torch.float32)
@@ -79,8 +82,9 @@ class Muon(torch.optim.AdamW):
                 self.state[p]["second_moment"] = p.new_zeros(self.state_entries(p)["second_moment"])
         for p in self._rest:  # now, so that checkpoints also have the state of a parameter without a gradient
             own = p if self.rows_of(p) is None else p[self.rows_of(p)]
-            self.state[p] = {"step": p.new_zeros((), dtype=torch.float32), "exp_avg": torch.zeros_like(own),
-                             "exp_avg_sq": torch.zeros_like(own)}
+            whole = self.state_entries(p)
+            self.state[p] = {"step": p.new_zeros((), dtype=torch.float32)} | {
+                entry: own.new_zeros(own.shape[:len(whole[entry])]) for entry in whole if entry != "step"}
 
     def _check(self) -> None:
         if self.scale not in SCALES:
@@ -89,6 +93,7 @@ class Muon(torch.optim.AdamW):
             raise UserError(f"norm_beta2={self.norm_beta2} must be at least 0 and below 1, or None")
         for g in self.param_groups:
             check_adamw(g["lr"], g["betas"], g["weight_decay"])
+        assert all(p.dim() == 2 for p in self._lazy), "lazy rows of a parameter that is no table"
         first = next(iter(self._stacked))
         for p, n in self._stacked.items():
             assert p.dim() == 2 and p.shape[0] % n == 0, f"{tuple(p.shape)} is not {n} matrices"
@@ -128,6 +133,8 @@ class Muon(torch.optim.AdamW):
 
     def state_entries(self, parameter: nn.Parameter) -> dict[str, torch.Size]:
         """Return the names and whole shapes of the tensors in a parameter's state."""
+        if parameter in self._lazy:
+            return {"exp_avg_sq": parameter.shape, "last_step": parameter.shape[:1], "step": torch.Size()}
         if parameter not in self.owner:
             return adamw_entries(parameter)
         entries = {"momentum_buffer": parameter.shape}
@@ -219,15 +226,27 @@ class Muon(torch.optim.AdamW):
             shards[p] = shard = p.detach()[self.rows_of(p)]
             shard.grad = finish_tensor(gradient)[:len(shard)]
             self.state[shard] = self.state[p]
+        groups = [g | {"params": [shards.get(p, p) for p in g["params"]]}
+                  for g in whole if "stacked" not in g]
         try:
-            self.param_groups = [g | {"params": [shards.get(p, p) for p in g["params"]]}
-                                 for g in whole if "stacked" not in g]
+            self.param_groups = [g for g in groups if not g.get("lazy_rows")]
             super().step()
+            for g in groups:
+                if g.get("lazy_rows"):
+                    self._step_lazily(g)
         finally:
             self.param_groups = whole
             for shard in shards.values():
                 del self.state[shard]
         return [(p, self._begin_gather(p, shard)) for p, shard in shards.items()]
+
+    def _step_lazily(self, group: dict) -> None:
+        for p in group["params"]:
+            if p.grad is not None:
+                state = self.state[p]
+                state["step"] += 1
+                update_rows_(p.detach(), p.grad.contiguous(), state["exp_avg_sq"], state["last_step"],
+                             state["step"], group["lr"], group["betas"][1], group["eps"])
 
     def _begin_gather(self, p: nn.Parameter, shard: torch.Tensor) -> torch.Tensor:
         own = padded(shard, self._sharded[p])

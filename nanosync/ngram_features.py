@@ -50,17 +50,15 @@ def suffix_matches(idx: torch.Tensor, document: torch.Tensor) -> tuple[torch.Ten
         level = torch.where(matches, i + 1, level)
         # 2 n tokens are equal if the last n are, and the n before them
         keys = ranks * T + F.pad(ranks, (n, 0))[:, :T]
+        keys = keys.int() if T * T < 2**31 else keys  # half the digits to sort by
         n *= 2
     return token, level
 
 
 def _occurrences(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return for each position the last earlier one with an equal key, -1 without one, and the rank of its
-    key among the different keys of the sequence. keys, results: (B, T) int64; keys * T fits int64."""
-    T = keys.size(1)
-    # with the position in the key all keys differ, so a sort that is not stable gives the same order
-    ordered = (keys * T + torch.arange(T, device=keys.device)).sort(dim=1).values
-    order, ordered = ordered % T, ordered // T
+    key among the different keys of the sequence, (B, T) int64 each. keys: (B, T) integers."""
+    ordered, order = keys.sort(dim=1, stable=True)  # equal keys by position
     same = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
     before = torch.where(same, order.roll(1, dims=1), -1)
     previous = torch.empty_like(order).scatter(1, order, before)

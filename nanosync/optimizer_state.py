@@ -59,7 +59,7 @@ def gather_state(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool)
     entries = all_values({name: (t.shape, t.dtype) for name, t in mine.items()}, group)
     rows_of = getattr(optimizer, "rows_of", lambda parameter: None)
     in_rows = {f"{name}.{entry}" for name, p in model.named_parameters() if rows_of(p) is not None
-               for entry in ("exp_avg", "exp_avg_sq")}
+               for entry in optimizer.state_entries(p) if entry != "step"}
     seen = set()  # entries without shards are on all processes
     for owner, of_owner in enumerate(entries):
         for name, (shape, dtype) in of_owner.items():

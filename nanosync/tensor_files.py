@@ -15,7 +15,8 @@ from nanosync.errors import UserError, shown
 from nanosync.files import open_regular
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-NOT_NEGATIVE = (".exp_avg_sq", ".step")  # AdamW takes the root of the one and divides by a power of the other
+# AdamW takes the root of the first and divides by powers of the second
+NOT_NEGATIVE = (".exp_avg_sq", ".step", ".last_step")
 
 
 def read_tensors(path: str) -> dict[str, torch.Tensor]:

@@ -24,13 +24,15 @@ def write_runs(folder: str) -> None:
         with open(os.path.join(folder, name), encoding="utf-8") as f:
             runs += [{"part": part} | json.loads(line) for line in f]
     with open(os.path.join(HERE, "runs.json"), "w", encoding="utf-8") as f:
-        json.dump({"machine": "two NVIDIA H200 of one host, driver 580.159.04, torch 2.11.0+cu130, bf16, compiled",
+        json.dump({"machine": "two NVIDIA H200 of one host, driver 580.159.04, torch 2.11.0+cu130, bf16, "
+                              "compiled",
                    "commit": "533436a with candidates_3.patch", "runs": runs}, f, indent=1)
 
 
 def write_points() -> None:
     with open(os.path.join(HERE, "runs.json"), encoding="utf-8") as f:
-        runs = [run for run in json.load(f)["runs"] if run["name"].split("-")[0] in NAMES and run["step_val_ms"]]
+        runs = [run for run in json.load(f)["runs"]
+                if run["name"].split("-")[0] in NAMES and run["step_val_ms"]]
     alone, rows = {}, []
     for run in runs:
         steps, _, ms = run["step_val_ms"][-1]

@@ -60,7 +60,8 @@ def test_any_number_of_processes(run_script, tmp_path):
     """1 and 2 from the start; 4 and again 1 from checkpoints of another number, before the head is untied."""
     (tmp_path / "exact.py").write_text(EXACT)
     args = ["exact.py", *FAST_SETTINGS, f"--dataset={write_documents(tmp_path / 'data')}",
-            "--batch_sizes=[4,8,8]", "--checkpoint_interval=8", "--keep_checkpoints=9", "--suffix_match=True"]
+            "--batch_sizes=[4,8,8]", "--checkpoint_interval=8", "--keep_checkpoints=9", "--suffix_match=True",
+            "--lazy_tables=True"]
     one = tmp_path / "one"
     assert (done := run_script("train_gpt_fast.py", *args, f"--out_dir={one}")).code == 0, done.err
     for n, name, resume in ((2, "two", ""), (4, "four", "one/ckpt/step-00000008"),

@@ -294,7 +294,7 @@ def test_shipped_configurations():
 
 def test_the_fast_plan_switches_off_each_technique():
     """One experiment a stage is a file; each variant is the same with one or two other settings. The
-    technique that is off by default is switched on."""
+    techniques that are off by default are switched on."""
     path = str(CONFIGS / "plan_fast.json")
     plan = run_stages.read_plan(path)
     configs = run_stages.read_configs(plan, path, [])
@@ -303,7 +303,7 @@ def test_the_fast_plan_switches_off_each_technique():
     techniques = {key for key, value in defaults.items() if value is True
                   and key not in ("save_checkpoint", "compile")}
     techniques |= {"value_layers", "offset_layers", "exclusive_layers", "untie_at", "gate_learning_rate",
-                   "muon_beta2", "muon_heads", "muon_weight_decay", "suffix_match"}
+                   "muon_beta2", "muon_heads", "muon_weight_decay", "suffix_match", "lazy_tables"}
     for stage in STAGES:
         baseline = all_settings(configs[stage, "fast"])
         changed = {}

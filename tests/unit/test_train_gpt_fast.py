@@ -390,6 +390,24 @@ def test_shares_and_rows_of_matches_learn_from_their_initialisation():
     assert not model.match.shares[:, 3:].any() and not model.match.rows[3:].any()
 
 
+def test_lazy_tables_are_the_tables_and_leave_rows_without_a_gradient():
+    model = random_model().float()  # a new one's projections are zero, and so are gradients of values
+    optimizer = train_gpt_fast.build_optimizer(model, config(lazy_tables=True), None)
+    tables = {f"values.{name}": p for name, p in model.values.items()} | {"pairs": model.pairs}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(documents(), targets_of(documents()))[1].backward()
+    touched = {name: (p.grad != 0).any(dim=1) for name, p in tables.items()}
+    optimizer.step()
+    for name, p in model.named_parameters():
+        state = optimizer.state[p]
+        if name in tables:
+            assert set(state) == {"exp_avg_sq", "last_step", "step"} and 0 < touched[name].sum() < len(p)
+            assert torch.equal((p != before[name]).any(dim=1), touched[name])
+            assert torch.equal(state["last_step"], touched[name].float())
+        else:
+            assert "last_step" not in state
+
+
 def test_parameters_without_a_rule_are_refused():
     """By initialisation and by the optimizer: neither has a rule for all else."""
     model = random_model()
