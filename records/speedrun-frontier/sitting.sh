@@ -1,0 +1,40 @@
+# Times, the design and the frontier in one sitting:
+#   bash sitting.sh PEERS SMALL OUT SECONDS GPUS [CHOSEN]
+# In the repository's root, after `patch -p1 < triples.patch` of this folder, with TIKTOKEN_CACHE_DIR set.
+# PEERS: see plan.py. SMALL: a data set of at least 20M tokens of Python source, for the times while the tokens
+# are made. OUT: folder of the results, which are appended as runs end. CHOSEN: chosen.json of an earlier design.
+set -u
+peers=$1 small=$2 out=$3 seconds=$4 gpus=$5
+here=$(dirname "$(realpath "$0")")
+tools=$here/../2026-11-29-speedrun-fast-h200
+began=$(date +%s)
+left() { echo $((seconds - $(date +%s) + began)); }
+runs() {  # NAME AT_ONCE SECONDS GPUS
+    python "$tools/run_queue.py" "$out/queue_$1.jsonl" "$out/runs_$1.jsonl" --gpus="$4" --at_once="$2" \
+        --seconds="$(($(left) < $3 ? $(left) : $3))" --logs="$out/logs_$1"
+}
+mkdir -p "$out" && touch "$out/runs_design.jsonl"
+python "$here/plan.py" times "$small" >"$out/queue_times.jsonl"
+runs times 1 140 "$gpus" &
+ls data/python_source/*_train_*.bin >/dev/null 2>&1 || python data/python_source/prepare.py \
+    --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards >"$out/prepare.txt" 2>&1
+echo "data after $(($(date +%s) - began)) s"
+wait  # for the times
+# the newest record's kernels compile for ten minutes, beside the design, which therefore compiles with few threads
+echo '{}' >"$out/none.json"
+python "$here/plan.py" frontier "$out/none.json" "$peers" | sed -n '1s/num_scheduled_iterations=[0-9]*/num_scheduled_iterations=30/;
+    1s/newest-240-4/newest-smoke/; 1p' >"$out/queue_smoke.jsonl"
+runs smoke 1 640 1 &
+if [ $# -gt 5 ]; then
+    cp "$6" "$out/chosen.json"
+else
+    python "$here/plan.py" design >"$out/queue_design.jsonl"
+    TORCHINDUCTOR_COMPILE_THREADS=3 runs design 4 620 "$gpus"
+    python "$here/plan.py" choose "$out/runs_design.jsonl" "$out/chosen.json"
+fi
+cat "$out/chosen.json"
+echo "frontier after $(($(date +%s) - began)) s"
+pkill -f "[r]un_queue.py $out/queue_smoke" # what it compiled stays
+wait
+python "$here/plan.py" frontier "$out/chosen.json" "$peers" >"$out/queue_frontier.jsonl"
+TORCHINDUCTOR_COMPILE_THREADS=4 runs frontier 4 "$seconds" "$gpus"
