@@ -1,7 +1,7 @@
 """Queues for run_queue.py of the frontier: times, a design of seven factors, the frontier itself.
 
     python plan.py times SMALL > queue_times.jsonl    # 200 steps alone, of a small data set
-    python plan.py design > queue_design.jsonl        # two minutes a run
+    python plan.py design > queue_design.jsonl        # two minutes a run; and ablations
     python plan.py choose RUNS.jsonl CHOSEN.json      # the effects; CHOSEN gets the settings that are kept
     python plan.py frontier CHOSEN.json PEERS > queue_frontier.jsonl
 
@@ -33,6 +33,13 @@ FACTORS = {
     "final": {"final_rate": 0.05},
     "table_rate": {"table_learning_rate": 0.6},
     "muon_rate": {"muon_learning_rate": 0.03}}
+# techniques off that the table of the fast script's record has with one seed, in the version of that table
+ABLATED = {"n_layer": 11, "suffix_match": False, "exclusive_layers": [], "muon_heads": 6,
+           "gate_learning_rate": 0.04}
+ABLATIONS = {"default": {}, "polar_express": {"polar_express": False},
+             "windows": {"short_windows": 4 * [768], "long_windows": 4 * [1664]},
+             "late_attention": {"late_attention": False}, "document_mask": {"document_mask": False},
+             "muon_weight_decay": {"muon_weight_decay": 0}}
 KEEP = -0.002  # effect at the same time, about one standard error
 NEWEST, RECORD, GPT = 7.57, 5.55, 6.33  # steps a second of the peers and of train_gpt.py, alone on an H200
 START = {"ours": 60, "newest": 300, "record": 240, "gpt": 60}  # seconds to the first step, and of the end
@@ -70,8 +77,10 @@ def times(small: str) -> list[dict]:
 
 
 def design() -> list[dict]:
-    plan = {"factors": FACTORS}
-    return [ours(name, 120, BASE | settings, 1) for name, _, settings in factors.runs(plan)]
+    """Return the design's runs, then ablations, which are short."""
+    runs = [ours(name, 120, BASE | settings, 1) for name, _, settings in factors.runs({"factors": FACTORS})]
+    return runs + [ours(f"off-{name}-2", 20, ABLATED | settings, 2, steps=200)
+                   for name, settings in ABLATIONS.items()]
 
 
 def choose(results: str, out: str) -> None:

@@ -29,7 +29,7 @@ if [ $# -gt 5 ]; then
     cp "$6" "$out/chosen.json"
 else
     python "$here/plan.py" design >"$out/queue_design.jsonl"
-    TORCHINDUCTOR_COMPILE_THREADS=3 runs design 4 620 "$gpus"
+    TORCHINDUCTOR_COMPILE_THREADS=3 runs design 5 620 "$gpus"
     python "$here/plan.py" choose "$out/runs_design.jsonl" "$out/chosen.json"
 fi
 cat "$out/chosen.json"
