@@ -70,10 +70,9 @@ def ours(name: str, seconds: float, given: dict, seed: int, alone: bool = False,
 def times(small: str) -> list[dict]:
     """Return runs of 200 steps, in the order of what they are needed for."""
     arms = {"9": {}, "9-lazy": FACTORS["lazy"], "9-lazy-tables": FACTORS["lazy"] | FACTORS["tables"],
-            "9-plain": {"suffix_match": False}, "9-tables": FACTORS["tables"],
-            "7-lazy": FACTORS["lazy"] | {"n_layer": 7}}
+            "9-plain": {"suffix_match": False}}
     return [ours(f"time-{name}", 20, BASE | given, 1, alone=True, steps=200, dataset=small, val_tokens=32768)
-            for name, given in arms.items()]
+            | {"start": 30} for name, given in arms.items()]
 
 
 def design() -> list[dict]:
@@ -119,7 +118,8 @@ def peer(script: str, seconds: int, seed: int, peers: str) -> dict:
 
 
 def frontier(chosen: str, peers: str) -> list[dict]:
-    """Return the frontier's runs, and after the first one a job with 200 steps of each of ours, alone."""
+    """Return the frontier's runs, and after the first one a job with 200 steps of each of ours, alone; at the
+    end the times of the head."""
     with open(chosen, encoding="utf-8") as f:
         given = BASE | json.load(f)
     lengths = {60: given | {"n_layer": 7}, 120: given, 240: given | {"n_layer": given["n_layer"] + 2}}
@@ -129,7 +129,9 @@ def frontier(chosen: str, peers: str) -> list[dict]:
              for seconds, settings in lengths.items()]
     timed = {"name": "time-ours", "start": 90, "train": 60, "alone": True,
              "command": ["bash", "-c", "; ".join(map(shlex.join, alone))]}
-    return [runs[0], timed, *runs[1:]]
+    head = {"name": "time-head", "start": 20, "train": 10, "alone": True,
+            "command": ["python", "records/speedrun-frontier/time_head.py"]}
+    return [runs[0], timed, *runs[1:], head]
 
 
 def main() -> None:
