@@ -31,7 +31,7 @@ FACTORS = {
     "batches": {"batch_sizes": [1, 2, 3, 3], "stage_rates": [1.0, 1.52, 1.73, 1.73]},
     "eleven": {"n_layer": 11},
     "final": {"final_rate": 0.05},
-    "table_rate": {"table_learning_rate": 0.6},
+    "short": {"short_windows": [128, 384, 640, 768]},
     "muon_rate": {"muon_learning_rate": 0.03}}
 # techniques off that the table of the fast script's record has with one seed, in the version of that table
 ABLATED = {"n_layer": 11, "suffix_match": False, "exclusive_layers": [], "muon_heads": 6,
