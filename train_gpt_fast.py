@@ -417,7 +417,7 @@ def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_t
 SETTINGS = ("sequence_length", "n_layer", "n_head", "n_embd", "document_mask", "eval_windows", "long_layers",
             "offset_layers", "value_layers", "value_tables", "exclusive_layers", "bigram", "suffix_match",
             "embedding_skip", "smear", "attention_gate", "late_attention", "backout", "half_rotary",
-            "softcap", "muon_heads", "lazy_tables")
+            "softcap", "muon_heads")
 FAST = ModelKind("train_gpt_fast.py", GPTConfig, GPT, settings_entry="config", settings=SETTINGS,
                  state={"untied": bool, **STATE}, finish=GPT.load_state)
 

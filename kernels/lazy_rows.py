@@ -4,11 +4,12 @@ AdamW reads and writes all of a table and its two moments, though a step needs f
 value in fp32. Here a row whose gradient is zero costs the 4 bytes of its gradient, any other row 20.
 
 AdamW also moves a row in the steps after its gradient, by the first moment. Here there is no first moment: a
-row moves once, by its gradient over the root of the second moment. For a row that rarely has a gradient both
-ways are about as long. AdamW's moves add up to sum_k (1 - b1) b1^k / sqrt((1 - b2) b2^k) times the learning
-rate, 4.85 for b1 = 0.75 and b2 = 0.95. This one has 1 / sqrt(1 - b2), 4.47.
+row moves once, by its gradient over the root of the second moment. If a row has a gradient in few steps, both
+add up to about the same: AdamW's moves to sum_k (1 - b1) b1^k / sqrt((1 - b2) b2^k) times the learning rate,
+4.85 for b1 = 0.75 and b2 = 0.95, this one to 1 / sqrt(1 - b2), 4.47.
 
-The second moment decays in every step. That of a row is brought up to date when the row has a gradient.
+The second moment decays in every step. The decay of the steps in which a row has no gradient is computed when
+the row has its next gradient.
 """
 
 import math
@@ -27,7 +28,7 @@ def update_rows_(parameter: torch.Tensor, grad: torch.Tensor, square: torch.Tens
         parameter -= lr grad / (sqrt(square / (1 - beta2^step)) + eps)
         last = step
 
-    parameter, grad, square: (rows, C). A row of the gradient that is not finite makes its row NaN.
+    parameter, grad, square: (rows, C). An entry of the gradient that is not finite makes its entry NaN.
     last: number of the update in which a row last had a gradient, 0 before the first; (rows,).
     step: number of this update, from 1, a scalar on the device.
     """

@@ -115,6 +115,8 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
             problem = f"{tuple(value.shape)} and {expected_shape}" if value.shape != shape else \
                 f"{str(value.dtype).removeprefix('torch.')} and must be floating-point"
             raise UserError(f"the optimizer's state does not fit the model: {key} is {problem}")
+        if entry == "last_step" and value.max() > state[f"{name}.step"]:
+            raise UserError(f"the optimizer's state does not fit the model: {key} is after {name}.step")
         if owns(parameter):
             # a step counter is on the parameter's device, as fused AdamW needs it
             dtype = torch.float32 if entry == "step" else parameter.dtype

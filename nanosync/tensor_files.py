@@ -15,7 +15,7 @@ from nanosync.errors import UserError, shown
 from nanosync.files import open_regular
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# AdamW takes the root of the first and divides by powers of the second
+# the optimizer takes the root of squares, and powers of steps
 NOT_NEGATIVE = (".exp_avg_sq", ".step", ".last_step")
 
 

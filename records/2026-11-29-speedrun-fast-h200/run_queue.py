@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 EVALUATION = re.compile(r"step:(\d+)/\d+ val_loss:([\d.]+|nan) train_time:(\d+)ms")
@@ -97,6 +98,7 @@ def main() -> None:
     with open(options.queue, encoding="utf-8") as f:
         waiting = [json.loads(line) for line in f if line.strip()]
     running, until = [], time.monotonic() + options.seconds - 2 * ENDING
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the runs, too
 
     def settle(run: Running, ended: bool = False) -> None:
         running.remove(run)

@@ -28,17 +28,18 @@ wait  # for the times
 echo '{}' >"$out/none.json"
 python "$here/plan.py" frontier "$out/none.json" "$peers" | sed -n '1s/num_scheduled_iterations=[0-9]*/num_scheduled_iterations=30/;
     1s/newest-240-4/newest-smoke/; 1p' >"$out/queue_smoke.jsonl"
-runs smoke 1 640 1 &
+runs smoke 1 720 1 &
 if [ $# -gt 5 ]; then
     cp "$6" "$out/chosen.json"
+    wait  # for the compilation
 else
     python "$here/plan.py" design >"$out/queue_design.jsonl"
-    TORCHINDUCTOR_COMPILE_THREADS=3 runs design 5 620 "$gpus"
+    TORCHINDUCTOR_COMPILE_THREADS=3 runs design 5 700 "$gpus"
     python "$here/plan.py" choose "$out/runs_design.jsonl" "$out/chosen.json"
+    pkill -f "run_queue.py $out/queue_smoke"  # ends the compilation; what it has compiled stays
+    wait
 fi
 cat "$out/chosen.json"
 echo "frontier after $(($(date +%s) - began)) s"
-pkill -f "[r]un_queue.py $out/queue_smoke" # what it compiled stays
-wait
 python "$here/plan.py" frontier "$out/chosen.json" "$peers" >"$out/queue_frontier.jsonl"
 TORCHINDUCTOR_COMPILE_THREADS=4 runs frontier 4 "$seconds" "$gpus"

@@ -62,6 +62,16 @@ def test_matches_of_large_ids_do_not_depend_on_later_tokens():
         assert all(torch.equal(a, b[:, :T]) for a, b in zip(part, whole))
 
 
+def test_keys_of_long_sequences_do_not_wrap():
+    """Keys are below T^2. In 32 bits the key of the last two tokens would be that of the tokens 9 and 10."""
+    T, before, last = 70002, 64597, 61364
+    assert (last * T + before) % 2**32 == 10 * T + 9
+    idx = torch.cat((torch.arange(T - 2), torch.tensor([before, last])))[None]
+    token, level = suffix_matches(idx, first_visible(idx, None))
+    assert not level[0, :-2].any() and level[0, -2:].tolist() == [1, 1]
+    assert token[0, -2:].tolist() == [before + 1, last + 1]
+
+
 def test_rows_and_shares_of_a_match():
     torch.manual_seed(0)
     match, embedding = SuffixMatch(2, 8), torch.nn.Embedding(9, 8)

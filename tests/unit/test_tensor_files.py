@@ -75,6 +75,7 @@ def test_optimizer_state_of_another_float_is_converted(trained):
     ("a", torch.tensor([1.0, torch.inf]).half(), "not finite"),
     ("a", torch.tensor([1.0, torch.nan]).bfloat16(), "not finite"),
     ("a.step", torch.tensor(-1.0), "negative"),
+    ("a.last_step", torch.tensor([0.0, -1.0]), "negative"),
     ("a.exp_avg_sq", torch.tensor([1.0, -1e-9]), "negative"),
 ])
 def test_values(name, value, words):

@@ -19,6 +19,7 @@ import train_gpt_fast
 from configurator import configure, read_settings
 from kernels.cross_entropy import cap_logits
 from nanosync.errors import UserError
+from nanosync.optimizer_state import load_state_by_name, state_by_name
 from train_gpt_fast import GPT, GPTConfig, Stage, momentum_at, rate_at, stages_of, target_weights_at
 
 EOT = 7
@@ -406,6 +407,14 @@ def test_lazy_tables_are_the_tables_and_leave_rows_without_a_gradient():
             assert torch.equal(state["last_step"], touched[name].float())
         else:
             assert "last_step" not in state
+    saved = state_by_name(optimizer, model)
+    load_state_by_name(optimizer, model, saved)
+    late = saved | {"pairs.last_step": torch.full_like(saved["pairs.last_step"], 2.0)}
+    dense = train_gpt_fast.build_optimizer(model, config(), None)
+    for other, state, message in ((optimizer, late, "pairs.last_step is after pairs.step"),
+                                  (dense, saved, "the run and its settings")):
+        with pytest.raises(UserError, match=message):
+            load_state_by_name(other, model, state)
 
 
 def test_parameters_without_a_rule_are_refused():
