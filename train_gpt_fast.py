@@ -585,13 +585,13 @@ if __name__ == "__main__":
             loss.backward()
             loss_share += loss.detach()
         set_learning_rate(optimizer, rate := muon_learning_rate * rate_at(config, stage, step))
-        optimizer.momentum = momentum_at(config, step)
+        tokens = stage.batch_size * sequence_length
+        optimizer.momentum, optimizer.lookups = momentum_at(config, step), tokens // processes.world_size
         for parameters in optimizer.param_groups:
             if "stacked" in parameters:
                 parameters["weight_decay"] = muon_weight_decay * rate
         optimizer.step()  # also sums the gradients over the processes
         optimizer.zero_grad(set_to_none=True)
-        tokens = stage.batch_size * sequence_length
         clock.step_done(step, loss_share, model.flops_per_token(stage.windows) * tokens, tokens, lr=rate)
 
     memory = peak_memory(device)

@@ -13,6 +13,7 @@ from nanosync.distributed import begin_all_gather, begin_reduce_scatter, finish_
 from nanosync.errors import UserError
 from nanosync.optim import check_adamw, parameter_groups, set_learning_rate, share_out
 from nanosync.optimizer_state import adamw_entries
+from nanosync.row_sum import RowSum
 
 SCALES = {  # name -> factor(lr, rows, columns) of an orthogonal update
     "rms": lambda lr, rows, columns: lr * 0.2 * max(rows, columns)**0.5,  # RMS 0.2 (arXiv 2502.16982)
@@ -33,7 +34,8 @@ class Muon(torch.optim.AdamW):
     every process applies all of them. Without a group one process owns all matrices. The weights are the same
     on all processes.
 
-    `momentum` can be set before each step.
+    `momentum` can be set before each step, and so can `lookups`: in how many rows of a table of a lazy group
+    this process's gradient is not zero, at most; None: in all.
     """
 
     def __init__(self, groups: list[dict], group=None, sum_gradients: bool = False, momentum: float = 0.95,
@@ -44,8 +46,9 @@ class Muon(torch.optim.AdamW):
 
         groups: parameter groups. A group with a key `stacked`, the number of matrices in each of its
             parameters, is Muon's, any other group AdamW's. With a key `lazy_rows` that is true, a group of
-            AdamW's has tables whose rows are updated by update_rows_, without weight decay. A group's
-            learning rate is the common one times its key `lr_ratio`, 1 by default, see set_learning_rate.
+            AdamW's has tables whose rows are updated by update_rows_, without weight decay; of the gradients
+            only rows that are not zero are sent. A group's learning rate is the common one times its key
+            `lr_ratio`, 1 by default, see set_learning_rate.
         group: process group, None for one process.
         sum_gradients: True if each process has only its share of a gradient. `step` then sums the shares,
             which sends less than an all-reduce of all gradients. False if gradients are the same on all
@@ -64,7 +67,7 @@ class Muon(torch.optim.AdamW):
         self.group, self.rank = group, 0 if group is None else dist.get_rank(group)
         self.processes = 1 if group is None else dist.get_world_size(group)
         self.sum_gradients, self.momentum, self.nesterov = sum_gradients, momentum, nesterov
-        self.norm_beta2, self.cautious, self.scale = norm_beta2, cautious, scale
+        self.norm_beta2, self.cautious, self.scale, self.lookups = norm_beta2, cautious, scale, None
         self._orthogonal = polar_factor if polar_express else newton_schulz
         self.bytes_sent = 0  # by this process so far, with ring algorithms: updates, and gradients if summed
         set_learning_rate(self, self.defaults["lr"])
@@ -103,7 +106,8 @@ class Muon(torch.optim.AdamW):
         """Return {sharded parameter of AdamW: rows of a process}; the last process may have fewer rows."""
         if least is None or not self.sum_gradients or self.processes == 1:
             return {}
-        rows = {p: -(-len(p) // self.processes) for p in self._rest if p.dim() > 0 and p.numel() >= least}
+        rows = {p: -(-len(p) // self.processes) for p in self._rest
+                if p.dim() > 0 and p.numel() >= least and p not in self._lazy}
         return {p: n for p, n in rows.items() if (self.processes - 1) * n < len(p)}  # the last has a row
 
     def rows_of(self, parameter: nn.Parameter) -> slice | None:
@@ -186,11 +190,13 @@ class Muon(torch.optim.AdamW):
         rest = [p for p in self._rest if p.grad is not None]
         rows = {p: begin_reduce_scatter(padded(p.grad, self.processes * self._sharded[p]), self.group)
                 for p in rest if p in self._sharded}
-        whole = [p.grad for p in rest if p not in self._sharded]
+        whole = [p.grad for p in rest if p not in self._sharded and p not in self._lazy]
         others = [dist.all_reduce(grad, group=self.group, async_op=True) for grad in whole]
+        sums = [RowSum(p.grad, self.lookups, self.group) for p in rest if p in self._lazy]
         self.bytes_sent += (self.processes - 1) * sum(sent.nbytes for sent in (part, *rows.values()))
         self.bytes_sent += sum(2 * (self.processes - 1) * grad.nbytes // self.processes for grad in whole)
-        return part, others, rows
+        self.bytes_sent += sum(row_sum.bytes_sent for row_sum in sums)
+        return part, others + sums, rows
 
     def _orthogonalise(self, parameters: list, gradients: list, out: list[torch.Tensor]) -> None:
         """Update the momentum, and write the orthogonal matrices nearest to it into `out`."""
@@ -245,7 +251,7 @@ class Muon(torch.optim.AdamW):
             if p.grad is not None:
                 state = self.state[p]
                 state["step"] += 1
-                update_rows_(p.detach(), p.grad.contiguous(), state["exp_avg_sq"], state["last_step"],
+                update_rows_(p.detach(), p.grad, state["exp_avg_sq"], state["last_step"],
                              state["step"], group["lr"], group["betas"][1], group["eps"])
 
     def _begin_gather(self, p: nn.Parameter, shard: torch.Tensor) -> torch.Tensor:
