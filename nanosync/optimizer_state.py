@@ -99,6 +99,8 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module,
         known = {entry for _, entry in expected.values()}.union(ADAMW_ENTRIES)
         other = hasattr(optimizer, "state_entries") or {key.rpartition(".")[2] for key in state} - known
         hint = ": resume with the --optimizer of the run and its settings" if other else ""
+        if any(key.endswith(".last_step") for key in mismatched):
+            hint = ": resume with --lazy_tables as the run had it"
         raise UserError(f"the optimizer's state does not fit the model: {len(mismatched)} entries differ, "
                         f"such as {shown(mismatched[0])}{hint}")
     owns = getattr(optimizer, "owns", lambda parameter: True)

@@ -412,7 +412,7 @@ def test_lazy_tables_are_the_tables_and_leave_rows_without_a_gradient():
     late = saved | {"pairs.last_step": torch.full_like(saved["pairs.last_step"], 2.0)}
     dense = train_gpt_fast.build_optimizer(model, config(), None)
     for other, state, message in ((optimizer, late, "pairs.last_step is after pairs.step"),
-                                  (dense, saved, "the run and its settings")):
+                                  (dense, saved, "resume with --lazy_tables as the run had it")):
         with pytest.raises(UserError, match=message):
             load_state_by_name(other, model, state)
 
