@@ -478,7 +478,7 @@ def check_settings(config: dict) -> None:
     for name in ("muon_momentum", "muon_beta2"):
         if config[name] >= 1:
             raise UserError(f"{name}={config[name]} must be below 1")
-    check_at_most(config, 1e6, "timeout", "muon_learning_rate", "muon_weight_decay", *rates)  # fit in fp32
+    check_at_most(config, 1e6, "timeout", "muon_learning_rate", "muon_weight_decay", *rates)  # finite updates
     check_at_most(config, MAX_LAYERS, "n_layer")
     check_at_least(config, 1e-9, "muon_learning_rate")  # so that ratios to the other rates are finite
     check_seed(config)

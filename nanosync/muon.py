@@ -96,6 +96,7 @@ class Muon(torch.optim.AdamW):
             raise UserError(f"norm_beta2={self.norm_beta2} must be at least 0 and below 1, or None")
         for g in self.param_groups:
             check_adamw(g["lr"], g["betas"], g["weight_decay"])
+            assert not (g.get("lazy_rows") and g["weight_decay"]), "lazy rows have no weight decay"
         assert all(p.dim() == 2 for p in self._lazy), "lazy rows of a parameter that is no table"
         first = next(iter(self._stacked))
         for p, n in self._stacked.items():
@@ -138,7 +139,7 @@ class Muon(torch.optim.AdamW):
     def state_entries(self, parameter: nn.Parameter) -> dict[str, torch.Size]:
         """Return the names and whole shapes of the tensors in a parameter's state."""
         if parameter in self._lazy:
-            return {"exp_avg_sq": parameter.shape, "last_step": parameter.shape[:1], "step": torch.Size()}
+            return {"step": torch.Size(), "exp_avg_sq": parameter.shape, "last_step": parameter.shape[:1]}
         if parameter not in self.owner:
             return adamw_entries(parameter)
         entries = {"momentum_buffer": parameter.shape}

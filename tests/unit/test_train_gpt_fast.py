@@ -410,8 +410,10 @@ def test_lazy_tables_are_the_tables_and_leave_rows_without_a_gradient():
     saved = state_by_name(optimizer, model)
     load_state_by_name(optimizer, model, saved)
     late = saved | {"pairs.last_step": torch.full_like(saved["pairs.last_step"], 2.0)}
+    two = saved | {"pairs.step": torch.ones(2)}
     dense = train_gpt_fast.build_optimizer(model, config(), None)
     for other, state, message in ((optimizer, late, "pairs.last_step is after pairs.step"),
+                                  (optimizer, two, r"pairs.step is \(2,\) and it must be a scalar"),
                                   (dense, saved, "resume with --lazy_tables as the run had it")):
         with pytest.raises(UserError, match=message):
             load_state_by_name(other, model, state)
