@@ -66,14 +66,19 @@ def named_schedule(config: RanksConfig, strategy: str) -> SyncSchedule:
     return NUMBERED[strategy.partition(":")[0]][-1](config, number)
 
 
+def check_strategy(strategy: str) -> None:
+    """Raise UserError for the name of a strategy that does not exist."""
+    if strategy not in (*STRATEGIES, *PRESETS) and strategy.partition(":")[0] not in NUMBERED:
+        raise UserError(f"sync_strategy={strategy!r} is unknown: use {NAMES}")
+
+
 def number_of(config: RanksConfig, strategy: str) -> int | float | None:
     """Return the number in a strategy's name, None for a name without one. Raises UserError for a strategy
     that does not exist, or whose number does not fit the configuration's sizes."""
+    check_strategy(strategy)
     if strategy in (*STRATEGIES, *PRESETS):
         return None
     name, _, text = strategy.partition(":")
-    if name not in NUMBERED:
-        raise UserError(f"sync_strategy={strategy!r} is unknown: use {NAMES}")
     kind, fits, meaning, _ = NUMBERED[name]
     try:
         number = kind(text) if text.isascii() else None
@@ -97,6 +102,7 @@ class GPTConfig(RanksConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        number_of(self, self.sync_strategy)
         if self.sync_strategy == "grouped" and (self.layers_per_group < 1
                                                 or self.n_layer % self.layers_per_group):
             raise UserError(f"layers_per_group={self.layers_per_group} does not divide "
@@ -111,7 +117,6 @@ class GPTConfig(RanksConfig):
                 if type(number) is not int or not 0 <= number < count:
                     raise UserError(f"{name} has {number!r}: with n_layer={self.n_layer} its entries must be "
                                     f"whole numbers from 0 to {count - 1}")
-        number_of(self, self.sync_strategy)
 
     def schedule(self) -> SyncSchedule:
         return named_schedule(self, self.sync_strategy)

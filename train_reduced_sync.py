@@ -32,7 +32,7 @@ from nanosync.model_kind import schedule_description
 from nanosync.optim import cosine_learning_rate, set_learning_rate
 from nanosync.resuming import resume_of
 from nanosync.run import Run
-from reduced_sync_model import parse_stop_if
+from reduced_sync_model import check_strategy, parse_stop_if
 
 # -----------------------------------------------------------------------------
 # The defaults train GPT-2 (124M) on OpenWebText, synchronised everywhere.
@@ -124,7 +124,7 @@ def check_settings(config: dict) -> None:
     """Raise UserError for wrong settings, before any work is done."""
     setup.check_training_settings(config)
     parse_stop_if(config["stop_if"])
-    strategy = config["sync_strategy"]
+    check_strategy(strategy := config["sync_strategy"])
     if config.origin["layers_per_group"] and strategy != "grouped" and resume_of(config) in ("", "auto"):
         raise UserError(f"layers_per_group={config['layers_per_group']} is for sync_strategy='grouped', "
                         f"but sync_strategy is {strategy!r}: leave layers_per_group out")

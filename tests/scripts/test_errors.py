@@ -166,6 +166,8 @@ RANKS = [  # of train.py, with --model_type=distributed_gpt
 
 REDUCED_SYNC = [
     (["--sync_strategy=sdp"], "sync_strategy='sdp' is unknown: use standard, spd, selective, grouped"),
+    (["--sync_strategy=sdp", "--layers_per_group=1"], "sync_strategy='sdp' is unknown: use standard, spd"),
+    (["--sync_strategy=sdp", "--sync_points=[9]"], "sync_strategy='sdp' is unknown: use standard, spd"),
     (["--sync_strategy=grouped", "--layers_per_group=3"], "layers_per_group=3 does not divide n_layer=2"),
     (["--sync_strategy=selective", "--attn_sync_layers=[2]"], "attn_sync_layers has 2: with n_layer=2"),
     (["--sync_strategy=custom", "--sync_points=[4]"], "sync_points has 4: with n_layer=2"),
