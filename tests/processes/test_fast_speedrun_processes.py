@@ -64,7 +64,7 @@ def difference(first, second) -> float:
 @pytest.mark.parametrize("lazy", [False, True])
 def test_any_number_of_processes(lazy, run_script, tmp_path):
     """1 and 2 from the start; 4 and again 1 from checkpoints of another number, before the head is untied.
-    With lazy tables, 1 and 4 from the start and 1 from a checkpoint of 4; test_row_sum.py has the sums of 2."""
+    With lazy tables, 1 and 4 from the start, 1 from a checkpoint of 4; test_row_sum.py has sums of 2."""
     (tmp_path / "exact.py").write_text(EXACT)
     args = ["exact.py", *FAST_SETTINGS, f"--dataset={write_documents(tmp_path / 'data')}",
             "--batch_sizes=[4,8,8]", "--checkpoint_interval=8", "--keep_checkpoints=9", "--suffix_match=True",
