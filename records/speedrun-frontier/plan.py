@@ -1,9 +1,10 @@
 """Queues for run_queue.py of the frontier: times, a design of seven factors, the frontier itself.
 
     python plan.py times SMALL > queue_times.jsonl    # 200 steps alone, of a small data set
-    python plan.py design > queue_design.jsonl        # two minutes a run; and ablations
+    python plan.py design > queue_design.jsonl        # 100 s a run
     python plan.py choose RUNS.jsonl CHOSEN.json      # the effects; CHOSEN gets the settings that are kept
     python plan.py frontier CHOSEN.json PEERS > queue_frontier.jsonl
+    python plan.py compile PEERS SMALL > queue_compile.jsonl    # 30 steps of the newest record, on GPU 1
 
 Run in the repository's root after triples.patch, with data/python_source. The queue, its fields and PEERS are
 those of ../2026-11-29-speedrun-fast-h200. The time of a run of ours is the time of a step of a run of 200
@@ -45,8 +46,8 @@ NEWEST, RECORD, GPT = 7.57, 5.55, 6.33  # steps a second of the peers and of tra
 START = {"ours": 60, "newest": 300, "record": 240, "gpt": 60}  # seconds to the first step, and of the end
 # script, seconds, seed: from 4 on, as the design has seed 1. Second in the queue are times of ours.
 FRONTIER = [("newest", 240, 4), ("ours", 240, 4), ("ours", 120, 4), ("newest", 240, 5), ("ours", 240, 5),
-            ("ours", 120, 5), ("ours", 120, 6), ("newest", 120, 6), ("record", 240, 4), ("ours", 60, 4),
-            ("ours", 60, 5), ("ours", 60, 6), ("gpt", 240, 4), ("record", 60, 4), ("gpt", 60, 4)]
+            ("ours", 120, 5), ("ours", 120, 6), ("ours", 60, 4), ("ours", 60, 5), ("ours", 60, 6),
+            ("newest", 120, 6), ("record", 240, 4), ("record", 60, 4), ("gpt", 60, 4), ("gpt", 240, 4)]
 
 
 def milliseconds(given: dict) -> float:
@@ -76,10 +77,7 @@ def times(small: str) -> list[dict]:
 
 
 def design() -> list[dict]:
-    """Return the design's runs, then ablations, which are short."""
-    runs = [ours(name, 120, BASE | settings, 1) for name, _, settings in factors.runs({"factors": FACTORS})]
-    return runs + [ours(f"off-{name}-2", 20, ABLATED | settings, 2, steps=200)
-                   for name, settings in ABLATIONS.items()]
+    return [ours(name, 100, BASE | settings, 1) for name, _, settings in factors.runs({"factors": FACTORS})]
 
 
 def choose(results: str, out: str) -> None:
@@ -102,7 +100,7 @@ def choose(results: str, out: str) -> None:
         f.write(json.dumps(kept) + "\n")
 
 
-def peer(script: str, seconds: int, seed: int, peers: str) -> dict:
+def peer(script: str, seconds: float, seed: int, peers: str) -> dict:
     name, data = f"{script}-{seconds}-{seed}", "data/python_source"
     files = [f"--train_files={data}/*_train_*.bin", f"--val_files={data}/*_val_*.bin", "--val_tokens=524288",
              "--val_loss_every=0", f"--seed={seed}"]
@@ -122,9 +120,15 @@ def peer(script: str, seconds: int, seed: int, peers: str) -> dict:
     return {"name": name, "start": START[script], "train": seconds, "alone": False, "command": command}
 
 
+def compilation(peers: str, small: str) -> list[dict]:
+    run = peer("newest", 30 / NEWEST, 1, peers)
+    command = [part.replace("data/python_source", small) for part in run["command"]]
+    return [run | {"name": "newest-compile", "command": ["env", "CUDA_VISIBLE_DEVICES=1", *command]}]
+
+
 def frontier(chosen: str, peers: str) -> list[dict]:
     """Return the frontier's runs, and after the first one a job with 200 steps of each of ours, alone; at the
-    end the times of the head."""
+    end ablations, which are short, and the times of the head."""
     with open(chosen, encoding="utf-8") as f:
         given = BASE | json.load(f)
     lengths = {60: given | {"n_layer": 7}, 120: given, 240: given | {"n_layer": given["n_layer"] + 2}}
@@ -136,14 +140,17 @@ def frontier(chosen: str, peers: str) -> list[dict]:
              "command": ["bash", "-c", "; ".join(map(shlex.join, alone))]}
     head = {"name": "time-head", "start": 20, "train": 10, "alone": True,
             "command": ["python", "records/speedrun-frontier/time_head.py"]}
-    return [runs[0], timed, *runs[1:], head]
+    ablations = [ours(f"off-{name}-2", 20, ABLATED | settings, 2, steps=200)
+                 for name, settings in ABLATIONS.items()]
+    return [runs[0], timed, *runs[1:], *ablations, head]
 
 
 def main() -> None:
     what, *more = sys.argv[1:]
     if what == "choose":
         return choose(*more)
-    for run in {"times": times, "design": design, "frontier": frontier}[what](*more):
+    queues = {"times": times, "design": design, "frontier": frontier, "compile": compilation}
+    for run in queues[what](*more):
         print(json.dumps(run))
 
 

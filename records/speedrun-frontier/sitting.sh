@@ -14,8 +14,12 @@ runs() {  # NAME AT_ONCE SECONDS GPUS
         --seconds="$(($(left) < $3 ? $(left) : $3))" --logs="$out/logs_$1"
 }
 mkdir -p "$out" && touch "$out/runs_design.jsonl"
+# the newest record's kernels compile for ten minutes, beside the times and the design, with few threads for others
+python "$here/plan.py" compile "$peers" "$small" >"$out/queue_compile.jsonl"
+runs compile 1 900 1 & compile=$!
+export TORCHINDUCTOR_COMPILE_THREADS=4
 python "$here/plan.py" times "$small" >"$out/queue_times.jsonl"
-runs times 1 115 "$gpus" &
+runs times 1 115 1 & times=$!
 # read the files of the source once, many at a time, in case a new machine is slow to read one after the other
 python -c "import sysconfig; print(*{sysconfig.get_path(name) for name in ('stdlib', 'purelib')}, sep='\n')" |
     xargs -I{} find {} -name '*.py' -print0 | xargs -0 -P 64 -n 64 cat >/dev/null
@@ -23,23 +27,17 @@ echo "files after $(($(date +%s) - began)) s"
 ls data/python_source/*_train_*.bin >/dev/null 2>&1 || python data/python_source/prepare.py \
     --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards >"$out/prepare.txt" 2>&1
 echo "data after $(($(date +%s) - began)) s"
-wait  # for the times
-# the newest record's kernels compile for ten minutes, beside the design, which therefore compiles with few threads
-echo '{}' >"$out/none.json"
-python "$here/plan.py" frontier "$out/none.json" "$peers" | sed -n '1s/num_scheduled_iterations=[0-9]*/num_scheduled_iterations=30/;
-    1s/newest-240-4/newest-smoke/; 1p' >"$out/queue_smoke.jsonl"
-runs smoke 1 720 1 &
+wait $times
 if [ $# -gt 5 ]; then
     cp "$6" "$out/chosen.json"
-    wait  # for the compilation
 else
     python "$here/plan.py" design >"$out/queue_design.jsonl"
-    TORCHINDUCTOR_COMPILE_THREADS=3 runs design 5 700 "$gpus"
+    runs design 5 620 "$gpus"
     python "$here/plan.py" choose "$out/runs_design.jsonl" "$out/chosen.json"
-    pkill -f "run_queue.py $out/queue_smoke"  # ends the compilation; what it has compiled stays
-    wait
+    pkill -f "run_queue.py $out/queue_compile"  # what it has compiled stays
 fi
+wait $compile
 cat "$out/chosen.json"
 echo "frontier after $(($(date +%s) - began)) s"
 python "$here/plan.py" frontier "$out/chosen.json" "$peers" >"$out/queue_frontier.jsonl"
-TORCHINDUCTOR_COMPILE_THREADS=4 runs frontier 4 "$seconds" "$gpus"
+runs frontier 4 "$seconds" "$gpus"
