@@ -35,7 +35,7 @@ from nanosync.errors import UserError, shown
 from nanosync.hardware import peak_memory
 from nanosync.model_kind import MAX_FIELD, MAX_LAYERS, ModelKind, check_size
 from nanosync.muon import Muon
-from nanosync.ngram_features import SuffixMatch, pair_rows
+from nanosync.ngram_features import SuffixMatch, ngram_rows
 from nanosync.optim import set_learning_rate
 from nanosync.packing import PackedSplit
 from nanosync.random_states import seed_random_states
@@ -68,6 +68,7 @@ offset_layers: list | None = None  # layers where half of a key is the token bef
 value_layers: list | None = None  # layers whose values get a table of tokens; None: the first and last three
 value_tables: int | None = None  # number of these tables, which the layers take in turn; None: one a layer
 bigram = True  # a table of pairs of tokens, added to the input of every layer
+trigram = False  # a table of triples of tokens, added to the rows of pairs
 suffix_match = False  # add to every layer the token after the longest earlier match of the last tokens
 embedding_skip = True  # add the embedding to the input of every layer, with a learned factor
 smear = True  # add a share of the previous token's embedding to each embedding
@@ -91,7 +92,7 @@ muon_weight_decay = 1.2  # cautious; times the square of the learning rate
 muon_heads: int | None = None  # heads of q, k or v in a matrix for NorMuon; None: 2, or all if n_head is odd
 polar_express = True  # orthogonalise with Polar Express, not with Muon's Newton-Schulz
 adam_learning_rate = 0.008  # embedding and head
-table_learning_rate = 0.6  # tables of tokens and of pairs
+table_learning_rate = 0.6  # tables of tokens, pairs and triples
 lazy_tables = False  # update only a table's rows that have a gradient, without a first moment
 scalar_learning_rate = 0.04  # factors and shares
 gate_learning_rate = 0.008  # gates, and rows of matches
@@ -141,6 +142,7 @@ class GPTConfig(SpeedrunConfig):
     offset_layers: list = field(default_factory=list)
     exclusive_layers: list = field(default_factory=list)
     bigram: bool = False
+    trigram: bool = False
     suffix_match: bool = False
     embedding_skip: bool = False
     smear: bool = False
@@ -176,7 +178,7 @@ class GPTConfig(SpeedrunConfig):
     @property
     def other_values(self) -> int:
         """Number of values of the model besides embedding and layers' matrices, for check_size."""
-        tables = 1 + len(set(map(self.value_table, self.value_layers))) + 5 * self.bigram
+        tables = 1 + len(set(map(self.value_table, self.value_layers))) + 5 * (self.bigram + self.trigram)
         return tables * self.vocab_size * self.n_embd + self.sequence_length * self.n_embd // self.n_head
 
     @property
@@ -229,7 +231,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x = a x + b x0 + c pair + match + attn(norm(source)); x = d x + mlp(norm(x)). Learned: a, b, c, d."""
+    """x = a x + b x0 + c ngram + match + attn(norm(source)); x = d x + mlp(norm(x)). Learned: a, b, c, d."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -240,15 +242,15 @@ class Block(nn.Module):
         self.factors = nn.Parameter(torch.tensor([1.1**0.5, 0.0, 0.05, 1.1**0.5]))
         self.embedding_skip = config.embedding_skip
 
-    def forward(self, x, x0, pair, match, source, cos, sin, first, value, cache=None):
-        """x: stream; x0: embedding; pair, match: what bigram and suffix_match add; source: see GPT.hidden."""
+    def forward(self, x, x0, ngram, match, source, cos, sin, first, value, cache=None):
+        """x: stream; x0: embedding; ngram, match: of tables and of suffix_match; source: see GPT.hidden."""
         a, b, c, d = self.factors.to(x.dtype).unbind()
         y = self.attn(rms_norm(x if source is None else source), cos, sin, first, value, cache)
         x = a * x + y
         if self.embedding_skip:
             x = x + b * x0
-        if pair is not None:
-            x = x + c * pair
+        if ngram is not None:
+            x = x + c * ngram
         if match is not None:
             x = x + match
         return d * x + relu_squared_mlp(rms_norm(x), self.mlp.c_fc.weight, self.mlp.c_proj.weight)
@@ -265,6 +267,7 @@ class GPT(SpeedrunModel):
         self.values = nn.ParameterDict({name: torch.zeros(V, C)
                                         for name in map(config.value_table, config.value_layers)})
         self.pairs = nn.Parameter(torch.zeros(5 * V, C)) if config.bigram else None
+        self.triples = nn.Parameter(torch.zeros(5 * V, C)) if config.trigram else None
         self.match = SuffixMatch(config.n_layer, C) if config.suffix_match else None
         self.smear = Gate(1) if config.smear else None
         self.smear_factor = nn.Parameter(torch.zeros(1)) if config.smear else None
@@ -308,20 +311,19 @@ class GPT(SpeedrunModel):
         if state["untied"]:
             self.untie()
 
-    def embed(self, idx):
-        """Map token ids (B, T) to embeddings, smeared, and rows of the bigram table or None, (B, T, C)."""
-        config, device_type = self.config, idx.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) \
-            else self.transformer.wte.weight.dtype
-        x, pair = self.transformer.wte(idx).to(dtype), None
-        begins = torch.zeros_like(idx, dtype=torch.bool) if config.end_of_text is None \
-            else idx == config.end_of_text  # of documents
-        if config.bigram:
-            pair = F.embedding(pair_rows(idx, begins, len(self.pairs)), self.pairs).to(dtype)
-        if config.smear:
-            share = self.smear_factor.to(dtype) * self.smear(x[:, 1:]) * ~begins[:, 1:, None]
+    def embed(self, idx, start: int = 0):
+        """Return embeddings and the sum of rows of n-grams or None, (B, T - start, C), from start on."""
+        idx, end_of_text = idx[:, (before := max(0, start - 2)):], self.config.end_of_text
+        begins = idx == (-1 if end_of_text is None else end_of_text)  # of documents
+        x = self.transformer.wte(idx)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        ngrams = [F.embedding(ngram_rows(idx, begins, n, len(table)), table).to(x.dtype)
+                  for n, table in ((2, self.pairs), (3, self.triples)) if table is not None]
+        if self.smear is not None:
+            share = self.smear_factor.to(x.dtype) * self.smear(x[:, 1:]) * ~begins[:, 1:, None]
             x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
-        return x, pair
+        return x[:, start - before:], sum(ngrams)[:, start - before:] if ngrams else None
 
     def hidden(self, idx, windows=None, cache=None):
         """Map token ids (B, T) to the input of the head (B, T, C), or of the tokens that the cache lacks.
@@ -332,17 +334,15 @@ class GPT(SpeedrunModel):
         windows = self.windows if windows is None else windows
         short, long = (first_visible(idx, config.end_of_text, n)[:, start:] for n in windows.unbind())
         cos, sin = self.cos[start:idx.size(1)], self.sin[start:idx.size(1)]
-        x, pair = self.embed(idx[:, max(0, start - 1):])  # bigrams and smear need the token before
+        x, ngram = self.embed(idx, start)
         rows, shares = (None, None) if self.match is None else self.match(
             idx, first_visible(idx, config.end_of_text), self.transformer.wte, start, x.dtype)
-        if start > 0:
-            x, pair, idx = x[:, 1:], None if pair is None else pair[:, 1:], idx[:, start:]
-        dtype, x = x.dtype, rms_norm(x)
+        idx, dtype, x = idx[:, start:], x.dtype, rms_norm(x)
         x0, middle = x, None  # middle: the stream after the layer config.middle
         for i, block in enumerate(self.transformer.h):
             table = config.value_table(i)
             value = None if table is None else F.embedding(idx, self.values[table]).to(dtype)
-            x = block(x, x0, pair, None if rows is None else rows * shares[..., i:i + 1],
+            x = block(x, x0, ngram, None if rows is None else rows * shares[..., i:i + 1],
                       middle if config.late_attention else None, cos, sin,
                       long if i in config.long_layers else short, value,
                       None if cache is None else cache.layers[i])
@@ -391,7 +391,7 @@ def kind_of(name: str) -> str:
              **dict.fromkeys(("gate.weight", "smear.weight", "match.rows"), "gate"),
              **dict.fromkeys(("factors", "own_share", "smear_factor", "match.shares"), "scalar")}
     found = {kind for end, kind in kinds.items() if name.endswith(end)}
-    found |= {"table"} if name.startswith(("values.", "pairs")) else set()
+    found |= {"table"} if name.startswith(("values.", "pairs", "triples")) else set()
     assert len(found) == 1, f"no rule for parameter {name}"
     return found.pop()
 
@@ -415,9 +415,9 @@ def model_config(config: Config, used_vocab_size: int, vocab_size: int, end_of_t
 
 
 SETTINGS = ("sequence_length", "n_layer", "n_head", "n_embd", "document_mask", "eval_windows", "long_layers",
-            "offset_layers", "value_layers", "value_tables", "exclusive_layers", "bigram", "suffix_match",
-            "embedding_skip", "smear", "attention_gate", "late_attention", "backout", "half_rotary",
-            "softcap", "muon_heads")
+            "offset_layers", "value_layers", "value_tables", "exclusive_layers", "bigram", "trigram",
+            "suffix_match", "embedding_skip", "smear", "attention_gate", "late_attention", "backout",
+            "half_rotary", "softcap", "muon_heads")
 FAST = ModelKind("train_gpt_fast.py", GPTConfig, GPT, settings_entry="config", settings=SETTINGS,
                  state={"untied": bool, **STATE}, finish=GPT.load_state)
 

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 EPS = 1e-6  # of rms_norm
 GATE = 12  # channels that a gate of the fast speedrun reads
 LEVELS = 6  # of matches in the fast speedrun: 1, 2, 4, 8, 16 and 32 tokens
+TABLES = {"bigram": "pairs", "trigram": "triples"}  # of the fast speedrun: setting -> parameter
 
 
 class NanoSyncConfig(PretrainedConfig):
@@ -61,6 +62,20 @@ def rotate(x, cos, sin):
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
+
+
+def hashed(idx, begins, n: int, rows: int):
+    """Return the row of each token and the n - 1 before it, (B, T); the last if a document begins between.
+
+    begins: True where a document begins, (B, T).
+    """
+    T, row, first = idx.size(1), 36313 * idx, torch.arange(idx.size(1), device=idx.device) < n - 1
+    alone = begins | first
+    for back, factor in zip(range(1, n), (27191, 50591)):
+        row = row ^ (factor * F.pad(idx, (back, 0))[:, :T])
+        if back < n - 1:
+            alone = alone | F.pad(begins, (back, 0))[:, :T]
+    return torch.where(alone, rows - 1, row % (rows - 1))
 
 
 def suffix_matches(idx, document):
@@ -213,8 +228,9 @@ class NanoSyncForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = linear(C, V)
         self.values = nn.ParameterDict({name: torch.zeros(V, C)
                                         for name in sorted(set(self._tables(a).values()))})
-        if a["bigram"]:
-            self.pairs = nn.Parameter(torch.zeros(5 * V, C))
+        for setting, name in TABLES.items():
+            if a.get(setting):
+                self.register_parameter(name, nn.Parameter(torch.zeros(5 * V, C)))
         if a.get("suffix_match"):
             self.match = nn.ParameterDict(dict(shares=torch.zeros(a["n_layer"], LEVELS),
                                                rows=torch.zeros(LEVELS, C)))
@@ -305,7 +321,7 @@ class NanoSyncForCausalLM(PreTrainedModel, GenerationMixin):
         return rms_norm(x)
 
     def fast(self, idx):
-        """The fast speedrun's GPT: windows, gates, and tables of values and bigrams."""
+        """The fast speedrun's GPT: windows, gates, and tables of values, pairs and triples."""
         a, tables, T = self.config.architecture, self._tables(self.config.architecture), idx.size(1)
         D, half = a["n_embd"] // a["n_head"], a["half_rotary"]
         turning = D // 4 if half else D // 2
@@ -313,7 +329,7 @@ class NanoSyncForCausalLM(PreTrainedModel, GenerationMixin):
         rotations = self._rotations(T, torch.cat((speeds, torch.zeros(D // 2 - turning))))
         eot = a["end_of_text"]
         begins = torch.zeros_like(idx, dtype=torch.bool) if eot is None else idx == eot  # of documents
-        x, pair = self._fast_embedding(idx, begins)
+        x, ngram = self._fast_embedding(idx, begins)
         x0 = x = rms_norm(x)
         middle, at = None, (2 * a["n_layer"] - 1) // 3
         t = torch.arange(T, device=idx.device)
@@ -330,8 +346,8 @@ class NanoSyncForCausalLM(PreTrainedModel, GenerationMixin):
             x = a_ * x + attended
             if a["embedding_skip"]:
                 x = x + b * x0
-            if pair is not None:
-                x = x + c * pair
+            if ngram is not None:
+                x = x + c * ngram
             if match is not None:
                 x = x + match[0] * match[1][..., i:i + 1]
             y = relu_squared(block.mlp["c_fc"](rms_norm(x)))
@@ -341,16 +357,17 @@ class NanoSyncForCausalLM(PreTrainedModel, GenerationMixin):
         return rms_norm(x - 0.5 * middle if a["backout"] and middle is not None else x)
 
     def _fast_embedding(self, idx, begins):
-        """Return embeddings, smeared, and rows of the bigram table or None, (B, T, C)."""
-        a, x, pair = self.config.architecture, self.transformer["wte"](idx), None
-        if a["bigram"]:
-            last = len(self.pairs) - 1
-            rows = ((36313 * idx[:, 1:]) ^ (27191 * idx[:, :-1])) % last
-            pair = F.embedding(F.pad(rows, (1, 0), value=last).masked_fill(begins, last), self.pairs)
+        """Return embeddings, smeared, and the sum of the rows of pairs and triples or None, (B, T, C)."""
+        a, x, ngram = self.config.architecture, self.transformer["wte"](idx), None
+        for n, (setting, name) in enumerate(TABLES.items(), 2):
+            if a.get(setting):
+                table = getattr(self, name)
+                row = F.embedding(hashed(idx, begins, n, len(table)), table)
+                ngram = row if ngram is None else ngram + row
         if a["smear"]:
             share = self.smear_factor * self.smear(x[:, 1:]) * ~begins[:, 1:, None]
             x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
-        return x, pair
+        return x, ngram
 
     def _fast_match(self, idx, document):
         """Return the row of the token after the longest match, (B, T, C), and its shares, (B, T, layers)."""

@@ -1,5 +1,5 @@
-"""Features of a position that follow from the ids of the tokens up to it: a row for each pair of tokens, and
-the token after the longest earlier match.
+"""Features of a position that follow from the ids of the tokens up to it: rows for pairs and triples of
+tokens, and the token after the longest earlier match.
 
 The match of position t is the last p < t in t's document such that the n tokens up to p are the n tokens up
 to t, with the largest n of 1, 2, 4, 8, 16, 32. In text that repeats itself, as source code does, the token
@@ -16,20 +16,26 @@ import torch.nn.functional as F
 
 from kernels.qk_rotary import rms_norm
 
+FACTORS = 36313, 27191, 50591  # of the hash: of a token, the one before it, and the one before that
 LEVELS = 6  # matches of 1, 2, 4, 8, 16 and 32 tokens
 
 
-def pair_rows(idx: torch.Tensor, begins: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the row of a table of pairs for each token and the token before it, (B, T), by a hash.
+def ngram_rows(idx: torch.Tensor, begins: torch.Tensor, n: int, size: int) -> torch.Tensor:
+    """Return the row of a table of n-grams for each token and the n - 1 before it, (B, T), by a hash.
 
-    The last row is for tokens without one: at the beginning of a document or of the sequence.
+    The last row is for tokens with fewer than n - 1 tokens before them in the document and the sequence.
 
     idx: token ids, (B, T).
     begins: True where a document begins, (B, T).
+    n: 2 or 3.
     size: number of rows.
     """
-    rows = ((36313 * idx[:, 1:]) ^ (27191 * idx[:, :-1])) % (size - 1)
-    return F.pad(rows, (1, 0), value=size - 1).masked_fill(begins, size - 1)
+    T, rows = idx.size(1), FACTORS[0] * idx
+    none = begins = F.pad(begins[:, 1:], (1, 0), value=True)
+    for i in range(1, n):
+        rows = rows ^ FACTORS[i] * F.pad(idx, (i, 0))[:, :T]
+        none = none | F.pad(begins, (i - 1, 0), value=True)[:, :T]
+    return (rows % (size - 1)).masked_fill(none, size - 1)
 
 
 def suffix_matches(idx: torch.Tensor, document: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,8 @@ from nanosync import tokenizers
 from nanosync.model_kind import model_description, schedule_description
 
 EOT = 7
-SWITCHES = ("bigram", "suffix_match", "embedding_skip", "smear", "attention_gate", "late_attention",
-            "backout", "half_rotary", "softcap")
+SWITCHES = ("bigram", "trigram", "suffix_match", "embedding_skip", "smear", "attention_gate",
+            "late_attention", "backout", "half_rotary", "softcap")
 SHAPE = dict(sequence_length=24, vocab_size=61, n_layer=5, n_head=2, n_embd=24, windows=[3, 6],
              long_layers=[1, 4], value_layers=[0, 4], offset_layers=[0, 4], exclusive_layers=[1, 4],
              end_of_text=EOT)

@@ -146,8 +146,8 @@ def test_speedrun_variants_compile_without_breaks(variant, crop):
 
 def test_fast_speedrun_compiles_once():
     """One graph for all windows, targets' weights and both states of the head; gradients are eager's."""
-    techniques = ("bigram", "suffix_match", "embedding_skip", "smear", "attention_gate", "late_attention",
-                  "backout", "half_rotary", "softcap")
+    techniques = ("bigram", "trigram", "suffix_match", "embedding_skip", "smear", "attention_gate",
+                  "late_attention", "backout", "half_rotary", "softcap")
     torch.manual_seed(0)
     eager = train_gpt_fast.GPT(train_gpt_fast.GPTConfig(
         sequence_length=32, vocab_size=61, n_layer=3, n_head=2, n_embd=16, windows=[4, 8], long_layers=[1],

@@ -31,7 +31,7 @@ def _note(run, *notes):
     sharded = {name for name, p in model.named_parameters() if optimizer.rows_of(p) is not None}
     if run.processes.world_size > 1:
         assert "lm_head.weight" in sharded
-        assert ({"values.0", "pairs"} <= sharded) != run.config["lazy_tables"]
+        assert ({"values.0", "pairs", "triples"} <= sharded) != run.config["lazy_tables"]
     state = [optimizer.state[model.pairs]["last_step"]] if run.config["lazy_tables"] else []
     digest = hashlib.sha256()
     for p in [*model.parameters(), *state]:
@@ -67,8 +67,8 @@ def test_any_number_of_processes(lazy, run_script, tmp_path):
     With lazy tables, 1 and 4 from the start, 1 from a checkpoint of 4; test_row_sum.py has sums of 2."""
     (tmp_path / "exact.py").write_text(EXACT)
     args = ["exact.py", *FAST_SETTINGS, f"--dataset={write_documents(tmp_path / 'data')}",
-            "--batch_sizes=[4,8,8]", "--checkpoint_interval=8", "--keep_checkpoints=9", "--suffix_match=True",
-            f"--lazy_tables={lazy}"]
+            "--batch_sizes=[4,8,8]", "--checkpoint_interval=8", "--keep_checkpoints=9",
+            "--suffix_match=True", "--trigram=True", f"--lazy_tables={lazy}"]
     one = tmp_path / "one"
     assert (done := run_script("train_gpt_fast.py", *args, f"--out_dir={one}")).code == 0, done.err
     arms = ((4, "four", ""), (1, "again", "four/ckpt/step-00000008")) if lazy else \

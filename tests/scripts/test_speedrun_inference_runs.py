@@ -19,7 +19,8 @@ from nanosync.model_kind import model_description
 FAST = ["--device=cpu", "--compile=False", "--n_layer=3", "--n_head=1", "--n_embd=16", "--sequence_length=64",
         "--batch_sizes=[1,2]", "--stage_shares=[0.5,0.5]", "--short_windows=[4,8]", "--long_windows=[8,16]",
         "--stage_rates=[1.0,1.0]", "--eval_windows=[8,20]", "--num_iterations=3", "--val_loss_every=0",
-        "--val_tokens=64", "--untie_at=0.5", "--suffix_match=True"]
+        "--val_tokens=64", "--untie_at=0.5", "--suffix_match=True",
+        "--trigram=True"]
 SAMPLE = ["--device=cpu", "--num_samples=1", "--max_new_tokens=90"]
 CLOCK = {"train_seconds": 1.0, "train_loss": 2.0, "last_val_loss": None, "last_val_step": None}
 

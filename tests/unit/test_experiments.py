@@ -303,7 +303,8 @@ def test_the_fast_plan_switches_off_each_technique():
     techniques = {key for key, value in defaults.items() if value is True
                   and key not in ("save_checkpoint", "compile")}
     techniques |= {"value_layers", "offset_layers", "exclusive_layers", "untie_at", "gate_learning_rate",
-                   "muon_beta2", "muon_heads", "muon_weight_decay", "suffix_match", "lazy_tables"}
+                   "muon_beta2", "muon_heads", "muon_weight_decay", "trigram", "suffix_match",
+                   "lazy_tables"}
     for stage in STAGES:
         baseline = all_settings(configs[stage, "fast"])
         changed = {}

@@ -8,7 +8,7 @@ import torch
 
 from kernels.interval_attention import first_visible
 from models.modeling_nanosync import suffix_matches as exported_matches
-from nanosync.ngram_features import LEVELS, SuffixMatch, pair_rows, suffix_matches
+from nanosync.ngram_features import LEVELS, SuffixMatch, ngram_rows, suffix_matches
 
 EOT = 0
 
@@ -92,6 +92,20 @@ def test_rows_and_shares_of_a_match():
 def test_rows_of_pairs():
     """In a document of one token, at the beginning of the sequence, and of a document: the last row."""
     idx = torch.tensor([[5, 6, EOT, EOT, 5, 6]])
-    rows = pair_rows(idx, idx == EOT, 1000)
+    rows = ngram_rows(idx, idx == EOT, 2, 1000)
     pair = (36313 * 6 ^ 27191 * 5) % 999
     assert rows.tolist() == [[999, pair, 999, 999, (36313 * 5) % 999, pair]]
+
+
+def test_rows_of_triples():
+    """The last row also for the second token of a document, and of the sequence."""
+    idx = torch.tensor([[5, 6, 4, EOT, 5, 6, EOT, 3], [2, EOT, 1, 2, 3, EOT, EOT, 4]])
+    rows = ngram_rows(idx, idx == EOT, 3, 1000)
+
+    def row(before_last, last, token):
+        return (36313 * token ^ 27191 * last ^ 50591 * before_last) % 999
+
+    assert rows.tolist() == [[999, 999, row(5, 6, 4), 999, 999, row(EOT, 5, 6), 999, 999],
+                             [999, 999, 999, row(EOT, 1, 2), row(1, 2, 3), 999, 999, 999]]
+    for T in (1, 2, 3):
+        assert torch.equal(ngram_rows(idx[:, :T], idx[:, :T] == EOT, 3, 1000), rows[:, :T])

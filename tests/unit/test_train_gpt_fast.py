@@ -23,8 +23,8 @@ from nanosync.optimizer_state import load_state_by_name, state_by_name
 from train_gpt_fast import GPT, GPTConfig, Stage, momentum_at, rate_at, stages_of, target_weights_at
 
 EOT = 7
-TECHNIQUES = ("bigram", "suffix_match", "embedding_skip", "smear", "attention_gate", "late_attention",
-              "backout", "half_rotary", "softcap")
+TECHNIQUES = ("bigram", "trigram", "suffix_match", "embedding_skip", "smear", "attention_gate",
+              "late_attention", "backout", "half_rotary", "softcap")
 SHAPE = dict(sequence_length=18, vocab_size=61, n_layer=3, n_head=2, n_embd=16, windows=[5, 9],
              long_layers=[1, 2], value_layers=[0, 2],
              offset_layers=[0, 2], exclusive_layers=[0, 2], end_of_text=EOT)
@@ -140,6 +140,9 @@ def reference_logits(model: GPT, ids: list[int], windows: list[int]):
     if config.bigram:  # the first token of a document, or of the sequence, has no token before it
         pairs = [5 * V - 1 if t == 0 or ids[t] == config.end_of_text else
                  (36313 * ids[t] ^ 27191 * ids[t - 1]) % (5 * V - 1) for t in range(T)]
+    if config.trigram:  # nor have the first two tokens two
+        triples = [5 * V - 1 if t < 2 or config.end_of_text in ids[t - 1:t + 1] else
+                   (36313 * ids[t] ^ 27191 * ids[t - 1] ^ 50591 * ids[t - 2]) % (5 * V - 1) for t in range(T)]
     if config.suffix_match:
         matches = [longest_match(ids, t, begins[t]) for t in range(T)]
         levels = [0 if n == 0 else 1 + int(math.log2(n)) for n, _ in matches]
@@ -161,6 +164,8 @@ def reference_logits(model: GPT, ids: list[int], windows: list[int]):
             x = x + b * x0
         if config.bigram:
             x = x + c * p["pairs"][pairs]
+        if config.trigram:
+            x = x + c * p["triples"][triples]
         if config.suffix_match:
             x = x + p["match.shares"][i][torch.tensor(levels) - 1][:, None] * row
         x = d * x + F.relu(norm(x) @ of("mlp.c_fc.weight").T)**2 @ of("mlp.c_proj.weight").T
@@ -266,12 +271,12 @@ def test_documents_do_not_influence_each_other():
 
 @pytest.mark.parametrize("long_layers, window", [([], 5), ([0], 9)])
 def test_a_token_reaches_as_far_as_the_window(long_layers, window):
-    """In one layer; smeared and in a pair it is in the next token, too, as with an offset in its key."""
+    """In one layer; smeared it is in the next token, too, as with an offset in its key."""
     model = random_model(n_layer=1, long_layers=long_layers, value_layers=[0], offset_layers=[],
                          exclusive_layers=[0], end_of_text=None, suffix_match=False)
     assert changed_logits(model, tokens(2, 18), 1, 3) == [(1, t) for t in range(3, 3 + window + 1)]
     plain = dict(n_layer=1, long_layers=long_layers, exclusive_layers=[], end_of_text=None, bigram=False,
-                 smear=False, suffix_match=False)
+                 trigram=False, smear=False, suffix_match=False)
     for layers, reach in (([], window), ([0], window + 1)):
         model = random_model(**plain, value_layers=[], offset_layers=layers)
         assert changed_logits(model, tokens(2, 18), 1, 3) == [(1, t) for t in range(3, 3 + reach)]
@@ -358,7 +363,7 @@ def test_optimizer_has_each_parameter_once(muon_heads, matrices):
     for name in names.values():
         expected = matrices if "c_attn" in name else 1 if "c_fc" in name or "c_proj" in name else \
             (0.5, 0.95, 0.008) if "wte" in name or "lm_head" in name else \
-            (0.75, 0.95, 0.6) if "values" in name or "pairs" in name else \
+            (0.75, 0.95, 0.6) if name.startswith(("values.", "pairs", "triples")) else \
             (0.9, 0.99, 0.008 if name.endswith(("gate.weight", "smear.weight", "match.rows")) else 0.04)
         assert found[name] == expected, name
     assert all(g["eps"] == 1e-10 and g["weight_decay"] == 0 for g in optimizer.param_groups)
