@@ -3,9 +3,9 @@
     python points.py runs FOLDER
     python points.py points    # then experiments/analyze_results.py --frontier draws them, see README.md
 
-Runs of ours shared a GPU. Their training time is that of a run of 200 steps with the same settings, alone on its
-GPU: all stages have the same shares of both, and the clock leaves out the first ten steps, which are of the
-first stage. The newest record's 1,838 steps have their share of the time of 462 steps alone on a GPU
+Runs of ours shared a GPU. Their training time is that of a run of 200 steps with the same settings, alone on
+its GPU: all stages have the same shares of both, and the clock leaves out the first ten steps, which are of
+the first stage. The newest record's 1,838 steps have their share of the time of 462 steps alone on a GPU
 (../2026-11-30-speedrun-matches-h200), as its 926 steps there. The other peers' points are of that record.
 """
 
@@ -34,7 +34,8 @@ def write_runs(folder: str) -> None:
     for name in ("two-lazy", "two-dense"):
         with open(os.path.join(folder, f"two/{name}.txt"), encoding="utf-8") as f:
             text = f.read()
-        two[name] = {"ms_after_step": dict(re.findall(r"step:(\d+)/36 train_loss:[\d.]+ train_time:(\d+)ms", text)),
+        times = re.findall(r"step:(\d+)/36 train_loss:[\d.]+ train_time:(\d+)ms", text)
+        two[name] = {"ms_after_step": dict(times),
                      "bytes_a_step": int(re.search(r"sent ([\d,]+) bytes", text)[1].replace(",", ""))}
     with open(os.path.join(HERE, "runs.json"), "w", encoding="utf-8") as f:
         json.dump({"machine": "two NVIDIA H200 of one host, driver 580.159.04, torch 2.11.0+cu130, bf16, "
