@@ -399,7 +399,8 @@ def test_shares_and_rows_of_matches_learn_from_their_initialisation():
 def test_lazy_tables_are_the_tables_and_leave_rows_without_a_gradient():
     model = random_model().float()  # a new one's projections are zero, and so are gradients of values
     optimizer = train_gpt_fast.build_optimizer(model, config(lazy_tables=True), None)
-    tables = {f"values.{name}": p for name, p in model.values.items()} | {"pairs": model.pairs}
+    tables = {f"values.{name}": p for name, p in model.values.items()} | \
+        {"pairs": model.pairs, "triples": model.triples}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(documents(), targets_of(documents()))[1].backward()
     touched = {name: (p.grad != 0).any(dim=1) for name, p in tables.items()}
@@ -574,8 +575,8 @@ def test_layers_take_the_value_tables_in_turn(number, tables):
     model = random_model(n_layer=5, value_layers=[4, 0, 1, 3], value_tables=number)
     assert [model.config.value_table(i) for i in (0, 1, 3, 4)] == tables.split()
     assert model.config.value_table(2) is None and set(model.values) == set(tables.split())
-    assert model.config.other_values == sum(p.numel() for p in (
-        model.transformer.wte.weight, *model.values.parameters(), model.pairs)) + model.cos.numel() * 2
+    tables = model.transformer.wte.weight, *model.values.parameters(), model.pairs, model.triples
+    assert model.config.other_values == sum(p.numel() for p in tables) + model.cos.numel() * 2
 
 
 @pytest.fixture
