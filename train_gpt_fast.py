@@ -312,9 +312,9 @@ class GPT(SpeedrunModel):
             self.untie()
 
     def embed(self, idx, start: int = 0):
-        """Return embeddings and the sum of rows of n-grams or None, (B, T - start, C), from start on."""
-        idx, end_of_text = idx[:, (before := max(0, start - 2)):], self.config.end_of_text
-        begins = idx == (-1 if end_of_text is None else end_of_text)  # of documents
+        """Return smeared embeddings and sums of rows of n-grams or None, (B, T - start, C), from start on."""
+        idx, before = idx[:, max(0, start - 2):], min(start, 2)  # a triple needs two tokens before its last
+        begins = idx == (-1 if self.config.end_of_text is None else self.config.end_of_text)  # of documents
         x = self.transformer.wte(idx)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -323,7 +323,7 @@ class GPT(SpeedrunModel):
         if self.smear is not None:
             share = self.smear_factor.to(x.dtype) * self.smear(x[:, 1:]) * ~begins[:, 1:, None]
             x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
-        return x[:, start - before:], sum(ngrams)[:, start - before:] if ngrams else None
+        return x[:, before:], sum(ngrams)[:, before:] if ngrams else None
 
     def hidden(self, idx, windows=None, cache=None):
         """Map token ids (B, T) to the input of the head (B, T, C), or of the tokens that the cache lacks.

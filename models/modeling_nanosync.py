@@ -69,8 +69,8 @@ def hashed(idx, begins, n: int, rows: int):
 
     begins: True where a document begins, (B, T).
     """
-    T, row, first = idx.size(1), 36313 * idx, torch.arange(idx.size(1), device=idx.device) < n - 1
-    alone = begins | first
+    T, idx = idx.size(1), idx.long()  # products exceed int32
+    row, alone = 36313 * idx, begins | (torch.arange(T, device=idx.device) < n - 1)
     for back, factor in zip(range(1, n), (27191, 50591)):
         row = row ^ (factor * F.pad(idx, (back, 0))[:, :T])
         if back < n - 1:

@@ -30,7 +30,8 @@ def ngram_rows(idx: torch.Tensor, begins: torch.Tensor, n: int, size: int) -> to
     n: 2 or 3.
     size: number of rows.
     """
-    T, rows = idx.size(1), FACTORS[0] * idx
+    T, idx = idx.size(1), idx.long()  # products exceed int32
+    rows = FACTORS[0] * idx
     none = begins = F.pad(begins[:, 1:], (1, 0), value=True)
     for i in range(1, n):
         rows = rows ^ FACTORS[i] * F.pad(idx, (i, 0))[:, :T]

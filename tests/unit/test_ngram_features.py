@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels.interval_attention import first_visible
+from models.modeling_nanosync import hashed
 from models.modeling_nanosync import suffix_matches as exported_matches
 from nanosync.ngram_features import LEVELS, SuffixMatch, ngram_rows, suffix_matches
 
@@ -109,3 +110,16 @@ def test_rows_of_triples():
                              [999, 999, 999, row(EOT, 1, 2), row(1, 2, 3), 999, 999, 999]]
     for T in (1, 2, 3):
         assert torch.equal(ngram_rows(idx[:, :T], idx[:, :T] == EOT, 3, 1000), rows[:, :T])
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_rows_of_an_exported_model_and_of_int32_ids(n):
+    """Ids of GPT-2's vocabulary times the hash's factors exceed int32."""
+    idx = torch.randint(0, 50257, (3, 64), generator=torch.Generator().manual_seed(1))
+    idx[:, ::7] = EOT
+    for T in (1, 2, 3, 64):
+        ids, begins = idx[:, :T], idx[:, :T] == EOT
+        rows = ngram_rows(ids, begins, n, 251520)
+        for found in (ngram_rows(ids.int(), begins, n, 251520), hashed(ids, begins, n, 251520),
+                      hashed(ids.int(), begins, n, 251520)):
+            assert torch.equal(found, rows)
