@@ -18,7 +18,7 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 EARLIER = os.path.join(HERE, "../2026-11-30-speedrun-matches-h200/points.csv")
 PARTS = ("times", "compile", "design", "frontier")
-LAYERS = {"60": 7, "120": 9, "240": 11}
+LENGTHS = "60", "120", "240"  # seconds, as in the names of the runs
 LINE = re.compile(r"step:(\d+)/200 train_loss:[\d.]+ train_time:(\d+)ms")
 
 
@@ -27,9 +27,11 @@ def write_runs(folder: str) -> None:
     for part in PARTS:
         with open(os.path.join(folder, f"runs_{part}.jsonl"), encoding="utf-8") as f:
             runs += [{"part": part} | json.loads(line) for line in f]
+    with open(os.path.join(folder, "logs_times/time-9.txt"), encoding="utf-8") as f:
+        alone["time-9"] = {int(step): int(ms) for step, ms in LINE.findall(f.read())}  # without the factors
     with open(os.path.join(folder, "logs_frontier/time-ours.txt"), encoding="utf-8") as f:
-        for minutes, log in zip(LAYERS, f.read().split("compiling the model")[1:]):
-            alone[minutes] = {int(step): int(ms) for step, ms in LINE.findall(log)}
+        for seconds, log in zip(LENGTHS, f.read().split("compiling the model")[1:]):
+            alone[seconds] = {int(step): int(ms) for step, ms in LINE.findall(log)}
     two = {}
     for name in ("two-lazy", "two-dense"):
         with open(os.path.join(folder, f"two/{name}.txt"), encoding="utf-8") as f:
