@@ -77,12 +77,14 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """
     if not is_sharded(tensor):
         return tensor
-    from torch.distributed.tensor import DTensor
+    # not by full_tensor, which corrupts the heap on gloo, see kernels/collectives.py
+    from nanosync.distributed import begin_all_gather, finish_tensor
 
-    mesh = tensor.device_mesh
-    local = tensor.to_local().to(mesh.device_type)  # with cpu_offload it is in the CPU's memory
-    return DTensor.from_local(local, mesh, tensor.placements, run_check=False, shape=tensor.shape,
-                              stride=tensor.stride()).full_tensor()
+    mesh, local = tensor.device_mesh, tensor.detach().to_local()
+    part = torch.zeros(-(-tensor.shape[0] // mesh.size()), *tensor.shape[1:], dtype=tensor.dtype,
+                       device=mesh.device_type)  # with cpu_offload `local` is in the CPU's memory
+    part[:len(local)] = local
+    return finish_tensor(begin_all_gather(part, mesh.get_group()))[:tensor.shape[0]]
 
 
 def part_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -398,6 +398,8 @@ def run_processes(world: int, function, folder: Path, *args, timeout: float = PA
     problems = [f"rank {i}:\n{text}" for i, text in enumerate(problems) if text]
     assert not problems, "\n".join(problems)
     assert not hanging, f"{len(hanging)} of {world} processes still ran after {timeout} s"
+    codes = [process.exitcode for process in processes]
+    assert not any(codes), f"exit codes of the processes: {codes}"  # -11: ended by signal 11
 
 
 def save_random_model(out_dir, step, keep=10, model=None, best=False, **state):
