@@ -20,7 +20,7 @@ def functional_all_reduce(x: torch.Tensor, group_name: str) -> torch.Tensor:
 
 def functional_all_gather(x: torch.Tensor, processes: int, group_name: str) -> torch.Tensor:
     """Gather x of every process of a group into a new tensor (processes, *x.shape)."""
-    ops, flat = torch.ops._c10d_functional, x.reshape(-1)
+    ops, flat = torch.ops._c10d_functional, x.detach().reshape(-1)
     if x.is_cuda and torch.compiler.is_compiling():  # the compiler allocates the result
         whole = ops.all_gather_into_tensor(flat, processes, group_name)
     else:

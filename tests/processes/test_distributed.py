@@ -152,10 +152,11 @@ class Issued(TorchDispatchMode):
 def gather(rank, world):
     x, group = torch.arange(4.0), dist.group.WORLD
     part, whole = x.chunk(world)[rank], x.view(world, -1)
+    learned = torch.nn.Parameter(part)
     sharded = DTensor.from_local(part, DeviceMesh.from_group(group, "cpu"), [Shard(0)], run_check=False)
     with Issued() as issued:
         assert torch.equal(whole_tensor(sharded), x)
-        assert torch.equal(functional_all_gather(part, world, group.group_name), whole)
+        assert torch.equal(functional_all_gather(learned, world, group.group_name), whole)
         assert torch.equal(finish_tensor(begin_all_gather(part, group)), x)
     gathers = {name for name in issued.names if "gather" in name}
     assert gathers == {"_c10d_functional.all_gather_into_tensor_out"}, gathers
