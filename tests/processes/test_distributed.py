@@ -162,19 +162,8 @@ def gather(rank, world):
     assert gathers == {"_c10d_functional.all_gather_into_tensor_out"}, gathers
 
 
-def gather_often(rank, world):
-    x, group = torch.arange(4.0), dist.group.WORLD
-    for _ in range(500):
-        gathers = [begin_all_gather(x, group) for _ in range(32)]
-        assert all(torch.equal(finish_tensor(whole), x) for whole in gathers)
-
-
-def test_gathers_do_not_corrupt_the_heap(tmp_path):
-    """On gloo, all_gather_into_tensor does (see kernels/collectives.py): in one process, where no network
-    keeps gloo's two threads apart, each of six runs crashed within 42,000 gathers.
-    """
-    run_processes(1, gather_often, tmp_path)
-    (tmp_path / "store").unlink()
+def test_gathers_avoid_the_operator_that_corrupts_the_heap(tmp_path):
+    """On gloo, all_gather_into_tensor does, see kernels/collectives.py."""
     run_processes(2, gather, tmp_path)
 
 
