@@ -18,12 +18,21 @@ def functional_all_reduce(x: torch.Tensor, group_name: str) -> torch.Tensor:
     return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group_name))
 
 
+def begin_gather(x: torch.Tensor, processes: int, group_name: str, out: torch.Tensor | None = None
+                 ) -> torch.Tensor:
+    """Start to gather x of every process of a group, in dimension 0. The result is valid after wait_tensor.
+
+    out: tensor for the result, None for a new one. Not differentiable.
+    """
+    ops, x = torch.ops._c10d_functional, x.detach()
+    if out is None:
+        if x.is_cuda and torch.compiler.is_compiling():  # the compiler allocates the result
+            return ops.all_gather_into_tensor(x, processes, group_name)
+        out = x.new_empty(processes * len(x), *x.shape[1:])
+    return ops.all_gather_into_tensor_out(x, processes, group_name, out=out)
+
+
 def functional_all_gather(x: torch.Tensor, processes: int, group_name: str) -> torch.Tensor:
     """Gather x of every process of a group into a new tensor (processes, *x.shape)."""
-    ops, flat = torch.ops._c10d_functional, x.detach().reshape(-1)
-    if x.is_cuda and torch.compiler.is_compiling():  # the compiler allocates the result
-        whole = ops.all_gather_into_tensor(flat, processes, group_name)
-    else:
-        whole = ops.all_gather_into_tensor_out(flat, processes, group_name,
-                                               out=flat.new_empty(processes * len(flat)))
-    return ops.wait_tensor(whole).view(processes, *x.shape)
+    whole = begin_gather(x.reshape(-1), processes, group_name)
+    return torch.ops._c10d_functional.wait_tensor(whole).view(processes, *x.shape)

@@ -239,9 +239,10 @@ def begin_all_gather(x: torch.Tensor, group, out: torch.Tensor | None = None) ->
 
     out: tensor for the result, None for a new one. x may be its place in `out`.
     """
-    if out is None:  # all_gather_into_tensor would allocate it, but see kernels/collectives.py
-        out = x.new_empty(group.size() * len(x), *x.shape[1:])
-    return torch.ops._c10d_functional.all_gather_into_tensor_out(x, group.size(), group.group_name, out=out)
+    # here, because kernels import Triton, which processes without a model do not need
+    from kernels.collectives import begin_gather
+
+    return begin_gather(x, group.size(), group.group_name, out)
 
 
 def begin_reduce_scatter(x: torch.Tensor, group) -> torch.Tensor:
