@@ -1,5 +1,5 @@
 # The fast speedrun on one GPU, on tokens of Python source: 566 steps of up to 98,304 tokens, about a minute
-# on an H200. In two minutes: --n_layer=9 --num_iterations=975, in four: --n_layer=11 --num_iterations=1712.
+# on an H200. In two minutes: --n_layer=9 --num_iterations=975, in four: --n_layer=9 --num_iterations=1950.
 # First: python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards
 # Then: python train_gpt_fast.py config/fast_python_source.py
 
