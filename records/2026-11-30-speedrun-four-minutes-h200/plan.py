@@ -2,10 +2,10 @@
 
     python plan.py times SMALL > queue_times.jsonl    # 200 steps alone, of a small data set
     python plan.py runs TIMES.jsonl PEERS LOGS RUNS.jsonl > queue_runs.jsonl    # TIMES: results of the first
-    python plan.py chosen RUNS.jsonl SEED    # waits for the arms, then becomes the run that they choose
+    python plan.py chosen RUNS.jsonl SEED    # waits for the arms' results, then starts the chosen run
 
 Run in the repository's root, with data/python_source. The queue, its fields and PEERS are those of
-../2026-11-29-speedrun-fast-h200. Each arm has the steps that take the time of 1,950 steps of the first one.
+../2026-11-29-speedrun-fast-h200. Each arm has the steps that take as long as 1,950 steps of the first one.
 """
 
 import json
@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "../2026-11-30-speedr
 
 from plan import ABLATED, ABLATIONS, ours, peer
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.relpath(__file__))
 
 SEED, SEEDS = 1, (4, 5, 6)  # of the arms, of the frontier
 SECONDS, STEPS = 233, 1950
@@ -40,16 +40,20 @@ def times(small: str) -> list[dict]:
 
 
 def steps_of(name: str, measured: dict) -> int:
-    """Return the steps of an arm in the time of STEPS steps of the base. measured: {arm: ms of 200 steps}."""
+    """Return the number of steps that takes an arm about as long as STEPS steps take the base.
+
+    measured: ms on the clock after 200 steps, of each arm. The clock leaves out the first ten.
+    """
     if name != "batches":
         return STEPS
     length = measured if len(measured) == 2 else LENGTH
     return round(STEPS * length["base"] / length["batches"])
 
 
-def after(path: str, text: str, command: list[str]) -> list[str]:
-    """Return a command that begins when a file has a text."""
-    wait = f"until grep -q {shlex.quote(text)} {path}; do sleep 1; done"
+def after(name: str, logs: str, results: str, command: list[str]) -> list[str]:
+    """Return a command that begins after the first step of an earlier run, or fails if that has ended."""
+    log, results = shlex.quote(os.path.join(logs, name + ".txt")), shlex.quote(results)
+    wait = f"until grep -qs step: {log}; do ! grep -qs '\"{name}\"' {results} || exit 1; sleep 1; done"
     return ["bash", "-c", f"{wait}; exec {shlex.join(command)}"]
 
 
@@ -66,7 +70,7 @@ def runs(times_file: str, peers: str, logs: str, results: str) -> list[dict]:
               for seed in SEEDS]
     newest = peer("newest", 240, 5, peers) | {"start": 650, "train": 100}  # compiles beside the arms
     second = peer("newest", 240, 6, peers)
-    second["command"] = after(os.path.join(logs, "newest-240-5.txt"), "step:", second["command"])
+    second["command"] = after(newest["name"], logs, results, second["command"])
     ablations = [ours(f"off-{name}-2", 24, ABLATED | EARLIER | settings, 2, steps=200)
                  for name, settings in ABLATIONS.items() if name not in ("default", "polar_express")]
     gathers = {"name": "gathers", "start": 30, "train": 30, "alone": False,
@@ -77,6 +81,8 @@ def runs(times_file: str, peers: str, logs: str, results: str) -> list[dict]:
 
 def choose(losses: dict[str, float]) -> dict:
     """Return the settings of the arms whose loss is lower than the base's by at least -KEEP."""
+    if not math.isfinite(losses["base"]):
+        sys.exit("the first arm has no loss, so none can be compared with it")
     kept = dict(BASE)
     for name, settings in ARMS.items():
         if losses[name] - losses["base"] <= KEEP:
@@ -85,7 +91,8 @@ def choose(losses: dict[str, float]) -> dict:
 
 
 def become_chosen(results: str, seed: str) -> None:
-    """Wait for the results of all arms, then run what they choose. An arm that failed is not kept."""
+    """Wait for the results of all arms, then run what they choose. An arm that failed is not kept. One that
+    was not started has no result, and then this waits until it is ended."""
     losses = {}
     while losses.keys() != ARMS.keys():
         time.sleep(1)

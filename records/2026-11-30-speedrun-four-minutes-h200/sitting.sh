@@ -1,7 +1,7 @@
 # All runs in one sitting on two GPUs:
 #   bash sitting.sh PEERS SMALL OUT SECONDS
-# In the repository's root, with TIKTOKEN_CACHE_DIR set. PEERS and SMALL: see ../2026-11-30-speedrun-frontier-h200.
-# OUT: folder of the results, which are appended as runs end.
+# In the root of a copy of the repository that nothing else changes, with TIKTOKEN_CACHE_DIR set. PEERS and SMALL:
+# see ../2026-11-30-speedrun-frontier-h200. OUT: folder of the results, which are appended as runs end.
 set -u
 peers=$1 small=$2 out=$3 seconds=$4
 here=$(dirname "$(realpath "$0")")
@@ -9,8 +9,8 @@ tools=$here/../2026-11-29-speedrun-fast-h200
 began=$(date +%s)
 left() { echo $((seconds - $(date +%s) + began)); }
 runs() {  # NAME AT_ONCE SECONDS
-    python "$tools/run_queue.py" "$out/queue_$1.jsonl" "$out/runs_$1.jsonl" --gpus=2 --at_once="$2" --seconds="$3" \
-        --logs="$out/logs_$1"
+    python "$tools/run_queue.py" "$out/queue_$1.jsonl" "$out/runs_$1.jsonl" --gpus=2 --at_once="$2" \
+        --seconds="$3" --logs="$out/logs_$1"
 }
 mkdir -p "$out" && touch "$out/runs_times.jsonl" "$out/runs_runs.jsonl"
 python "$here/plan.py" times "$small" >"$out/queue_times.jsonl"
