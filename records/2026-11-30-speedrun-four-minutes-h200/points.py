@@ -15,6 +15,10 @@ import os
 import re
 import sys
 
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "../2026-11-29-speedrun-fast-h200"))
+
+import points_file
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 FRONTIER = os.path.join(HERE, "../2026-11-30-speedrun-frontier-h200")
 LINE = re.compile(r"step:(\d+)/200 train_loss:[\d.]+ train_time:(\d+)ms")
@@ -59,10 +63,7 @@ def write_points() -> None:
         steps, loss, _ = run["step_val_ms"][-1]
         seconds = alone if script == "ours" else STEP[script] * steps
         rows.append([NAMES[script], int(rest[1]), round(seconds, 2), loss, steps])
-    with open(os.path.join(HERE, "points.csv"), "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["name", "seed", "seconds", "loss", "steps"])
-        writer.writerows(sorted(rows, key=lambda row: (row[0], row[4], row[1])))
+    points_file.write_points(os.path.join(HERE, "points.csv"), rows)
 
 
 if __name__ == "__main__":

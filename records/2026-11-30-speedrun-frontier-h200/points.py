@@ -15,6 +15,10 @@ import os
 import re
 import sys
 
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "../2026-11-29-speedrun-fast-h200"))
+
+import points_file
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 EARLIER = os.path.join(HERE, "../2026-11-30-speedrun-matches-h200/points.csv")
 PARTS = ("times", "compile", "design", "frontier")
@@ -68,10 +72,7 @@ def write_points() -> None:
             seconds_of(found["ours_alone_ms_after_step"][rest[0]], steps)
         name = {"ours": "train_gpt_fast.py", "newest": "record of 2026-07-17"}[script]
         rows.append([name, rest[1], round(seconds, 2), loss, steps])
-    with open(os.path.join(HERE, "points.csv"), "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["name", "seed", "seconds", "loss", "steps"])
-        writer.writerows(sorted(rows, key=lambda row: (row[0], row[4], row[1])))
+    points_file.write_points(os.path.join(HERE, "points.csv"), rows)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ two minutes is in proportion to its steps. The points of the record of 2025-07-1
 ../2026-11-29-speedrun-fast-h200, alone on their GPU.
 """
 
-import csv
 import json
 import os
 import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "../2026-11-29-speedrun-fast-h200"))
+
+import points_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PARTS = {"factors": "runs_7.jsonl", "frontier": "runs_8.jsonl", "frontier, last call": "runs_9.jsonl"}
@@ -50,10 +53,7 @@ def write_points() -> None:
             if run["name"].startswith("peer") and "alone" in run["call"]:
                 steps, loss, ms = run["step_val_ms"][-1]
                 rows.append(["record of 2025-07-18", run["name"].split("-")[1], ms / 1e3, loss, steps])
-    with open(os.path.join(HERE, "points.csv"), "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["name", "seed", "seconds", "loss", "steps"])
-        writer.writerows(sorted(rows, key=lambda row: (row[0], row[4], row[1])))
+    points_file.write_points(os.path.join(HERE, "points.csv"), rows)
 
 
 if __name__ == "__main__":
