@@ -7,7 +7,7 @@ $ torchrun --standalone --nproc_per_node=4 train_gpt.py --variant=palm
 
 One process, on tokens from Python's own source:
 $ python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards
-$ python train_gpt.py --dataset=python_source --num_iterations=1000 --warmdown_iters=284
+$ python train_gpt.py --dataset=python_source_gpt2 --num_iterations=1000 --warmdown_iters=284
 
 This file has the settings, the model, the variants and the run, in this order, so a changed copy of it is an
 experiment. Model, schedule and printed lines are those of modded-nanogpt's record of 2024-10-14 (rotary

@@ -4,7 +4,7 @@
 # Then: python train_gpt_fast.py config/fast_python_source.py
 
 out_dir = "out-fast-python"
-dataset = "python_source"
+dataset = "python_source_gpt2"
 
 sequence_length = 32768
 device_batch_size = 1

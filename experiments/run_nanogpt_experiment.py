@@ -5,9 +5,9 @@
     python run_nanogpt_experiment.py --config configs/baseline.json --n_runs 5 --n_gpus 4 --dry_run
     python run_nanogpt_experiment.py --resume experiment_logs/nanogpt_palm_screening_20261121_120000
 
---key=value for any key of the script replaces the JSON's value, as in --dataset=python_source. The files that
-it writes are described in experiment_logger.py. The runs are done one after the other; --parallel=4 does four
-at a time on separate GPUs, whose timings then share the host. Ctrl-C or a kill ends all running runs.
+--key=value for any key of the script replaces the JSON's value, as in --dataset=python_source_gpt2. The files
+that it writes are described in experiment_logger.py. The runs are done one after the other; --parallel=4 does
+four at a time on separate GPUs, whose timings then share the host. Ctrl-C or a kill ends all running runs.
 --resume does the missing runs, each from its beginning, so that no measured time has a gap.
 """
 

@@ -2,7 +2,7 @@
 
     python experiments/run_stages.py --plan experiments/configs/plan.json [--dry_run] [--parallel 4]
     cd experiments
-    python run_stages.py --plan configs/plan.json --until stage_a_screening --dataset=python_source
+    python run_stages.py --plan configs/plan.json --until stage_a_screening --dataset=python_source_gpt2
 
 The results so far decide what runs next; campaign.py has the rules. --key=value goes to the script in all
 experiments. A run is launched only if the budget has room for the most that it may take: 1.5 times the cost

@@ -227,6 +227,9 @@ def open_dataset(name: str, block_size: int, length_key: str = "block_size",
         script = os.path.join("data", f"cached_{os.path.basename(folder)}.py")
         if os.path.exists(os.path.join(ROOT, script)):
             hint = f"run python {script}"
+        elif os.path.basename(folder) == "python_source_gpt2":
+            hint = "run python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 " \
+                   "--format=shards"
         raise UserError(f"no data set {name!r}: there is no folder {folder} ({hint})")
     meta = read_meta(folder)
     dtype = (meta or {}).get("dtype")

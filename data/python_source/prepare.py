@@ -3,6 +3,7 @@
     python data/python_source/prepare.py    # the standard library, by characters
     python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 --format=shards
 
+Characters go to data/python_source, GPT-2's tokens to data/python_source_gpt2, so both can be there.
 Of files with equal content one is taken. A hash of the path inside the root orders the files and splits them
 into train and val. So no file is in both, and the split is the same on every machine with the same files. The
 characters are printable ASCII, tab and newline; all others become one unknown character. GPT-2's tokens need
@@ -147,18 +148,24 @@ def read_files(paths: list[str], blank_lines: bool) -> Iterator[CorpusDocument]:
 READERS["python"] = read_files
 
 
+def folder_of(tokenizer: str) -> str:
+    """Return the folder of the data set without --out."""
+    return HERE if tokenizer == "char" else f"{HERE}_{tokenizer}"
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--roots", default="stdlib", help="stdlib, site-packages, folders; comma-separated")
     parser.add_argument("--tokenizer", default="char", choices=["char", "gpt2"])
     parser.add_argument("--format", default="bin", choices=["bin", "shards"])
     parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens a shard (100,000,000)")
-    parser.add_argument("--out", default=HERE, help="folder of the data set (this one)")
+    parser.add_argument("--out", help=f"folder of the data set (data/{NAME}, with gpt2 data/{NAME}_gpt2)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
     args = parser.parse_args()
     if args.shard_tokens < 1 or args.workers < 1:
         raise UserError("--shard_tokens and --workers must be at least 1")
 
+    args.out = args.out or folder_of(args.tokenizer)
     check_out(args.out, NAME, args.tokenizer, args.format)
     if not os.path.exists(os.path.join(args.out, "meta.json")):
         check_tokenizer(args.tokenizer)  # its files are there, or an error says how to get them

@@ -112,6 +112,18 @@ def test_python_source_as_gpt2_shards(sources, tmp_path):
         open_tokens(*split_files(str(tmp_path), "val")[1], kind) == 50256).sum()
 
 
+def test_python_source_in_characters_and_in_gpt2_tokens_have_folders_of_their_own():
+    """So what make demo wrote is not in the way of the configurations that need GPT-2's tokens."""
+    folder_of = script_module("python_source/prepare.py").folder_of
+    assert folder_of("char") == str(ROOT / "data" / "python_source")
+    assert folder_of("gpt2") == str(ROOT / "data" / "python_source_gpt2")
+    configs = [ROOT / "config" / "fast_python_source.py", *ROOT.glob("experiments/configs/*/fast_*.json"),
+               *ROOT.glob("experiments/configs/fp8/*.json")]
+    assert len(configs) == 5
+    for path in configs:
+        assert '"python_source_gpt2"' in path.read_text(), path
+
+
 def test_python_source_roots_of_the_same_name(sources, tmp_path):
     find_roots = script_module("python_source/prepare.py").find_roots
     for name in ("one/src", "two/src", "stdlib", "src"):

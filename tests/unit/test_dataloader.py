@@ -175,6 +175,8 @@ def test_nanogpt_folder_without_meta(tmp_path, monkeypatch):
     monkeypatch.setattr(dataloader, "ROOT", str(tmp_path))
     with pytest.raises(UserError, match=r"there is no folder data/yours \(run python data/cached_yours.py\)"):
         open_dataset("yours", T)
+    with pytest.raises(UserError, match=r"prepare\.py --roots=stdlib,site-packages --tokenizer=gpt2"):
+        open_dataset(str(tmp_path / "python_source_gpt2"), T)
 
 
 def test_other_files_than_meta_counts(shards):
