@@ -6,6 +6,7 @@ time shows the cost of communication.
 """
 
 import dataclasses
+import math
 import statistics
 import time
 
@@ -43,14 +44,16 @@ def several_schedules(config: dict) -> dict[str, SyncSchedule]:
 
     Where a strategy depends on the number of TP ranks, it weights sums. Its speed does not depend on that.
     """
-    syncs, n_layer = config["syncs"], config["n_layer"]
-    if syncs is None and config["mode"] in MODES and config["block_types"] is None:
+    syncs, n_layer, mode = config["syncs"], config["n_layer"], config["mode"]
+    channels = min(config["widths"]) if mode in MODES else config["n_embd"]
+    if syncs is None and mode in MODES and config["block_types"] is None:
         syncs = [2 * n_layer // n for n in (1, 2, 4, 8, 24) if 2 * n_layer % n == 0]
     ranks, found = config["tp_size"], {}
     for entry in syncs or []:
         count, delay = entry if isinstance(entry, list) and len(entry) == 2 else (entry, 0)
         if isinstance(entry, str) and entry[:1].isalpha():
-            shape = RanksConfig(n_layer=n_layer, n_head=ranks, n_embd=ranks, tp_size=ranks)
+            n_embd = math.ceil(channels / ranks) * ranks  # what the ranks cannot divide is refused elsewhere
+            shape = RanksConfig(n_layer=n_layer, n_head=ranks, n_embd=n_embd, tp_size=ranks)
             found[entry] = named_schedule(shape, entry)
         elif type(count) is int and count > 0 and type(delay) is int and delay >= 0:
             schedule = SyncSchedule.evenly(n_layer, count)

@@ -185,7 +185,7 @@ def test_sums_without_a_group_are_the_values():
 
 
 def test_delayed_schedules_of_the_benchmark():
-    config = dict(mode="decode", n_layer=12, tp_size=2, block_types=None)
+    config = dict(mode="decode", n_layer=12, tp_size=2, block_types=None, widths=[2048, 64], n_embd=2)
     found = several_schedules(config | dict(syncs=[24, [24, 2], [6, 1], "ladder"]))
     assert list(found) == ["24 syncs", "24 syncs, delay 2", "6 syncs, delay 1", "ladder"]
     assert found["24 syncs"].is_dense and {s.delay for s in found["24 syncs, delay 2"].sublayers} == {2}
@@ -194,6 +194,11 @@ def test_delayed_schedules_of_the_benchmark():
     for entry in ([24], [24, 1, 1], [24, -1], [24, 0.5], [0, 1], [True, 1], None):
         with pytest.raises(UserError, match="pairs"):
             several_schedules(config | dict(syncs=[entry]))
+    shares = several_schedules(config | dict(syncs=["caat:0.5", "caat:0.02"]))  # of 64 channels, not of n_embd
+    assert [schedule.channels for schedule in shares.values()] == [0.5, 0.02]
+    for share, changed in (("caat:0.005", {}), ("caat:0.02", {"widths": [8]}), ("caat:0.25", {"mode": "train"})):
+        with pytest.raises(UserError, match=f"{share}.* which is some of n_embd="):
+            several_schedules(config | dict(syncs=[share]) | changed)
 
 
 def test_unknown_sums():
