@@ -194,9 +194,10 @@ def test_delayed_schedules_of_the_benchmark():
     for entry in ([24], [24, 1, 1], [24, -1], [24, 0.5], [0, 1], [True, 1], None):
         with pytest.raises(UserError, match="pairs"):
             several_schedules(config | dict(syncs=[entry]))
-    shares = several_schedules(config | dict(syncs=["caat:0.5", "caat:0.02"]))  # of 64 channels, not of n_embd
+    shares = several_schedules(config | dict(syncs=["caat:0.5", "caat:0.02"]))  # of 64 channels
     assert [schedule.channels for schedule in shares.values()] == [0.5, 0.02]
-    for share, changed in (("caat:0.005", {}), ("caat:0.02", {"widths": [8]}), ("caat:0.25", {"mode": "train"})):
+    for share, changed in (("caat:0.005", {}), ("caat:0.02", {"widths": [8]}),
+                           ("caat:0.25", {"mode": "train"})):
         with pytest.raises(UserError, match=f"{share}.* which is some of n_embd="):
             several_schedules(config | dict(syncs=[share]) | changed)
 
