@@ -9,12 +9,13 @@
 next trains what is missing, seed by seed, and starts no run that does not fit into the minutes. Each finished
 run is a line of runs.jsonl, at once and completely or not at all. So the same command resumes after any
 interruption. It runs as many runs at a time as there are GPUs; --parallel=2 on one GPU has two share it.
-merge adds the runs of other files; runs of another protocol are an error. draw writes frontier.png and
-frontier.md beside runs.jsonl: the loss against the dense model's with 95% intervals, over the µs a token from
-bench.py --mode=decode --json=FILE. freeze writes a protocol from a template, with the settings that the runs
-of a pilot choose. tiers compares the arms of a protocol with those of larger ones, and predicts the largest
-from the two before it. frontier_protocol.py describes the protocol, frontier_freeze.py template and pilot,
-frontier_runs.py the runs, frontier_tiers.py the prediction.
+merge adds the runs of other files. Runs of another protocol are an error, unless --of names it: then those
+with the same settings count. draw writes frontier.png and frontier.md beside runs.jsonl: the loss against the
+dense model's with 95% intervals, over the µs a token from bench.py --mode=decode --json=FILE. freeze writes a
+protocol from a template, with the settings that the runs of a pilot choose. tiers compares the arms of a
+protocol with those of larger ones, and predicts the largest from the two before it. frontier_protocol.py
+describes the protocol, frontier_freeze.py template and pilot, frontier_runs.py the runs, frontier_tiers.py
+the prediction.
 """
 
 import argparse
@@ -62,6 +63,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--cache", metavar="DIR", help="next: compiled code that all runs share (default: in "
                         "--log_dir)")
     parser.add_argument("--commit", help="next: of this code, where git does not know it")
+    parser.add_argument("--of", metavar="FILE", help="merge: protocol of the files, if it is another; of its "
+                        "runs those with the same settings and seed are taken")
     parser.add_argument("--dry_run", action="store_true", help="next: print what is missing, run nothing")
     parser.add_argument("--latency", action="append", default=[], metavar="FILE",
                         help="draw: JSON of bench.py --mode=decode; several times for several exchanges and "
@@ -85,7 +88,7 @@ def check_arguments(args: argparse.Namespace, given: list[str]) -> None:
     """Raise UserError for options that the command does not have, or out of range."""
     of = {"next": ("minutes", "parallel", "estimate", "first", "log_dir", "cache", "commit",
                    "dry_run"),
-          "merge": (), "draw": ("latency", "width", "out"), "freeze": ("template", "pilot", "accept"),
+          "merge": ("of",), "draw": ("latency", "width", "out"), "freeze": ("template", "pilot", "accept"),
           "tiers": ("larger", "out")}
     check_options(of, args.command, given)
     if bool(args.files) != (args.command == "merge"):
@@ -192,9 +195,10 @@ def main() -> None:
     if args.command == "next":
         do_next(args, protocol, path)
     elif args.command == "merge":
-        new, known = merge(path, args.files, protocol)
+        new, known, foreign = merge(path, args.files, protocol, args.of and Protocol.read(args.of))
         missing = len(protocol.runs) - len(read_runs(path, protocol))
-        print(f"{path}: {new} runs added, {known} were there already, {missing} are missing")
+        print(f"{path}: {new} runs added, {known} were there already, {missing} are missing"
+              + f"; {foreign} are not of this protocol" * (foreign > 0))
     elif args.command == "tiers":
         do_tiers(args, protocol, path)
     else:

@@ -3,11 +3,12 @@
     python experiments/frontier_background.py begin pilot --minutes=26 --commit=HASH
     python experiments/frontier_background.py wait 560 --out=FOLDER    # again and again
 
-begin pilot does the first 16 runs of protocol_regime.json and freezes protocol.json, or does the longer pilot
-before. Then it does the frozen protocol. begin next does only the last. Both work in a folder outside of the
-checkout, with a copy of the code, the data, and the protocols and runs of --folder. A run that is in a
-runs*.jsonl, here or there, is not repeated. wait prints what is new in the log. Every few seconds it copies
-runs, frozen protocols, data.json and logs to --out.
+begin pilot does the first 20 runs of protocol_regime.json and freezes protocol.json. If they show too little,
+it does the longer pilot before; with --accept it freezes all the same, and the protocol says so. Then it does
+the frozen protocol. begin next does only the last. Both work in a folder outside of the checkout, with a copy
+of the code, the data, and the protocols and runs of --folder. A run that is in a runs*.jsonl, here or there,
+is not repeated. wait prints what is new in the log. Every few seconds it copies runs, frozen protocols,
+data.json and logs to --out.
 
 data.json has the packages whose Python files are the data. With other packages than those of earlier runs,
 begin ends before it makes the data.
@@ -42,10 +43,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDER = os.path.join(ROOT, "records", "sync-frontier")
 PILOT, LONG, FROZEN = "protocol_regime.json", "protocol_regime_long.json", "protocol.json"
 DATA = {"roots": (str, True), "tokenizer": (str, True), "files": (int, False), "packages": (dict, False)}
-FIRST = {PILOT: 16, LONG: 4, FROZEN: None}  # runs that a protocol does, None for all
+FIRST = {PILOT: 20, LONG: 4, FROZEN: None}  # runs that a protocol does, None for all
 ESTIMATE = {PILOT: 150}  # seconds of a run while none is measured
 PLANS = "pilot", "next"
-OPTIONS = {"begin": ("minutes", "commit", "per_gpu", "folder"), "wait": ("out",)}  # besides --work
+OPTIONS = {"begin": ("minutes", "commit", "per_gpu", "folder", "accept"), "wait": ("out",)}  # besides --work
 DATASET = os.path.join("data", "python_source_gpt2")
 RESULTS = (*(name.replace("protocol", "runs") + "l" for name in FIRST), LONG, FROZEN, "data.json", "log.txt",
            "failed.txt")
@@ -69,6 +70,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=26, help="begin: in which all ends (26)")
     parser.add_argument("--commit", help="begin: of this code, where git does not know it")
     parser.add_argument("--per_gpu", type=int, default=6, help="begin: runs at a time on each GPU (6)")
+    parser.add_argument("--accept", action="store_true", help="begin pilot: freeze a protocol in any case")
     parser.add_argument("--folder", default=FOLDER, help="begin: protocols, templates, data.json, earlier "
                         "runs (records/sync-frontier)")
     parser.add_argument("--work", default=WORK, help=f"folder to work in ({WORK})")
@@ -113,9 +115,9 @@ def begin(args: argparse.Namespace) -> None:
         sequence = subprocess.Popen(
             [sys.executable, os.path.join(code, os.path.relpath(__file__, ROOT)), "sequence", args.what,
              f"--until={STARTED + 60 * args.minutes - RESERVE}", f"--per_gpu={args.per_gpu}",
-             f"--work={args.work}", f"--commit={commit}"], stdin=subprocess.DEVNULL, stdout=log,
-            stderr=subprocess.STDOUT, cwd=folder, start_new_session=True, pass_fds=[descriptor],
-            env=os.environ | {"PYTHONUNBUFFERED": "1"})
+             f"--work={args.work}", f"--commit={commit}", *["--accept"] * args.accept],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder,
+            start_new_session=True, pass_fds=[descriptor], env=os.environ | {"PYTHONUNBUFFERED": "1"})
     print(f"process {sequence.pid} started after {time.time() - STARTED:.0f} s; it ends within "
           f"{args.minutes:g} minutes", flush=True)
 
@@ -199,7 +201,7 @@ class Sequence:
     """The commands of a plan, one after the other, in the current folder."""
 
     def __init__(self, args: argparse.Namespace):
-        self.until, self.commit, self.report = args.until, args.commit, args.work
+        self.until, self.commit, self.report, self.accept = args.until, args.commit, args.work, args.accept
         self.parallel = args.per_gpu * max(len(visible_gpus()), 1)
         self.succeeded = True  # the last command
 
@@ -239,10 +241,10 @@ class Sequence:
                 break
         return not self.missing(name)
 
-    def freeze(self, name: str, template: str, pilot: str) -> bool:
+    def freeze(self, name: str, template: str, pilot: str, *options: str) -> bool:
         """Freeze a protocol, unless it is there; return True if it is there then."""
         return os.path.exists(name) or self.frontier("freeze", f"--protocol={name}", f"--template={template}",
-                                                     f"--pilot={pilot}")
+                                                     f"--pilot={pilot}", *options)
 
     def pilot(self) -> bool:
         """Do the pilot, and a longer one if the first is not good enough; return True if one is frozen."""
@@ -251,7 +253,7 @@ class Sequence:
         if not os.path.exists(LONG):
             if not self.next(PILOT):
                 return False
-            if self.freeze(FROZEN, "template.json", PILOT):
+            if self.freeze(FROZEN, "template.json", PILOT, *["--accept"] * self.accept):
                 return True
         return (self.freeze(LONG, "template_long.json", PILOT) and self.next(LONG)
                 and self.freeze(FROZEN, "template.json", LONG))
@@ -260,7 +262,7 @@ class Sequence:
         """Do a plan as far as the minutes allow; return False if something other than the time stopped it."""
         complete = (plan != "pilot" or self.pilot()) and self.next(FROZEN)
         for name in filter(os.path.exists, FIRST):
-            of = FIRST[name] or len(Protocol.read(name).runs)
+            of = len(Protocol.read(name).runs[:FIRST[name]])
             print(f"{name}: {self.missing(name)} runs are missing of {of}", flush=True)
         return complete or self.succeeded or self.left < SHORTEST
 

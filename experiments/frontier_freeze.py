@@ -91,6 +91,12 @@ class Pilot:
                 return pooled_std(*samples)
         return None
 
+    def seconds(self) -> float:
+        """Return the seconds of the longest run, of those with as many at a time as the newest."""
+        newest = max(self.runs.values(), key=lambda run: run["time"])
+        return max(run["seconds"]["wall"] for run in self.runs.values()
+                   if run["parallel"] == newest["parallel"])
+
     def described(self) -> list[str]:
         """Return lines on the groups: which was chosen, and by what."""
         lines = []
@@ -164,7 +170,7 @@ def protocol_values(template: dict, path: str, pilot: Pilot) -> dict:
         raise UserError(f"{path}: seeds has {', '.join(again)}, and {pilot.path} chose by the losses of "
                         f"these seeds: use others")
     tokens = template.get("tokens", values["tokens"])
-    seconds = max(run["seconds"]["wall"] for run in pilot.runs.values()) * tokens / values["tokens"]
+    seconds = pilot.seconds() * tokens / values["tokens"]
     return {"name": template["name"], "description": template.get("description", ""),
             "script": values["script"], "dataset": values["dataset"], "data_sha256": None,
             "tokens": tokens, "seeds": template["seeds"], "settings": own | template["settings"],

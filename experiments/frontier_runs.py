@@ -7,9 +7,11 @@
 
 status is finished, or non_finite for a run whose loss became infinite or NaN, which has no val_loss. A run
 that failed otherwise, or was killed, has no line. seconds.start is what is neither training nor evaluation:
-start, compilation, end. parallel: runs at a time on the same GPU.
+start, compilation, end. parallel: runs at a time on the same GPU. A run that another protocol has
+with the same settings can be taken from it (`merge` with `of`). Then ran_as has the digest of the other.
 """
 
+import json
 import os
 from collections.abc import Iterable
 
@@ -25,7 +27,8 @@ FINISHED, NON_FINITE = "finished", "non_finite"
 RUN = {"protocol": (str, True), "data": (str, True), "arm": (str, True), "seed": (int, True),
        "status": (str, True), "val_loss": ((*NUMBER, NONE), True), "curve": (list, True),
        "syncs": ((int, NONE), True), "seconds": (dict, True), "parallel": (int, True), "card": (str, True),
-       "torch": ((str, NONE), True), "commit": ((str, NONE), True), "time": (NUMBER, True)}
+       "torch": ((str, NONE), True), "commit": ((str, NONE), True), "time": (NUMBER, True),
+       "ran_as": (str, False)}
 SECONDS = {"wall": (NUMBER, True), "start": (NUMBER, True), "training": (NUMBER, True),
            "evaluation": (NUMBER, True)}
 MOST_PARALLEL = 1000
@@ -47,10 +50,10 @@ def add_run(runs: dict[tuple[str, int], dict], run: dict, where: str) -> bool:
     key = run["arm"], run["seed"]
     known = runs.get(key)
     if known is not None and known != run:
-        other = next(name for name in RUN if known[name] != run[name])
+        other = next(name for name in RUN if known.get(name) != run.get(name))
         raise UserError(f"{where}: {run['arm']} with seed {run['seed']} is there already with "
-                        f"{other}={shown(known[other], 40)} and not {shown(run[other], 40)}: remove one of "
-                        f"both lines")
+                        f"{other}={shown(known.get(other), 40)} and not {shown(run.get(other), 40)}: "
+                        f"remove one of both lines")
     data = next(iter(runs.values()), run)["data"]
     if data != run["data"]:
         raise UserError(f"{where} is of the data {run['data']}, and the other runs of {data}: their losses "
@@ -104,20 +107,41 @@ def append_runs(path: str, runs: Iterable[dict]) -> None:
             os.fsync(f.fileno())
 
 
-def merge(path: str, others: list[str], protocol: Protocol) -> tuple[int, int]:
-    """Append the runs of other files that are not there yet; return how many were new, how many known. Raises
-    UserError, and then writes nothing."""
-    runs, new, known = read_runs(path, protocol), [], 0
+def merge(path: str, others: list[str], protocol: Protocol,
+          of: Protocol | None = None) -> tuple[int, int, int]:
+    """Append the runs of other files that are not there yet; return how many were new, how many known, and
+    how many the protocol does not have. Raises UserError, and then writes nothing.
+
+    of: the protocol of the other files, None for the same. Of its runs those count that the protocol has with
+    the same settings and seed, under whatever name.
+    """
+    runs, new, known, foreign = read_runs(path, protocol), [], 0, 0
+    names = None if of is None else same_arms(of, protocol)
     for other in others:
         if not os.path.isfile(other):
             raise UserError(f"cannot read {other}: there is no such file")
         for number, run in enumerate(read_lines(other, appended=True), 1):
             where = f"{other}, run {number}"
-            check_run(run, where, protocol)
+            check_run(run, where, of or protocol)
+            if names is not None:
+                if run["arm"] not in names or run["seed"] not in protocol.seeds:
+                    foreign += 1
+                    continue
+                run = {"ran_as": of.digest} | run | {"protocol": protocol.digest, "arm": names[run["arm"]]}
             if add_run(runs, run, where):
                 new.append(run)
             else:
                 known += 1
     if new:
         append_runs(path, new)
-    return len(new), known
+    return len(new), known, foreign
+
+
+def same_arms(of: Protocol, protocol: Protocol) -> dict[str, str]:
+    """Return the arms of a protocol -> their names in another, if it has them with the same settings."""
+    def kinds(one: Protocol) -> dict[str, str]:
+        return {json.dumps([one.values["script"], settings], sort_keys=True): arm
+                for arm, settings in one.settings.items()}
+
+    theirs, ours = kinds(of), kinds(protocol)
+    return {arm: ours[kind] for kind, arm in theirs.items() if kind in ours}

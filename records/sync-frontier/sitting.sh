@@ -1,27 +1,31 @@
 #!/bin/bash
-# A machine with two GPUs whose calls last ten minutes: sitting.sh first SECONDS OUT pilot|next, then sitting.sh more
-# SECONDS OUT, then sitting.sh last SECONDS OUT. Data, latency of five schedules, runs of the frontier, start times.
-# TOKENS: folder with GPT-2's tokenizer files; COMMIT: of this code; MINUTES: of the runs.
-part=$1 end=$(($(date +%s) + $2)) out=$3 plan=$4 work=/tmp/sync-frontier
-mkdir -p "$out" $work
+# Runs of the frontier on a machine with two GPUs whose calls last ten minutes:
+#     sitting.sh first SECONDS OUT pilot|next [--accept], then sitting.sh more SECONDS OUT, then sitting.sh last SECONDS OUT
+# TOKENS: folder with GPT-2's tokenizer files; COMMIT: of this code; MINUTES: of the runs; PER_GPU: runs at a time;
+# COMPILED: archive of compiled code; LATENCY=1: time five schedules first; STARTS=1: time the start of a run last.
+part=$1 end=$(($(date +%s) + $2)) out=$3 work=/tmp/sync-frontier
+shift 3
+mkdir -p "$out" $work/frontier
 left() { echo $((end - $(date +%s))); }
 if [ "$part" = first ]; then
     cp -r "$TOKENS" /tmp/tokens
     export TIKTOKEN_CACHE_DIR=/tmp/tokens
+    [ -z "$COMPILED" ] || tar xzf "$COMPILED" -C $work/frontier
     (time python3 data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 \
         --out=$work/code/data/python_source_gpt2) > "$out/prepare.txt" 2>&1 &
-    if [ "$plan" = pilot ]; then
+    if [ -n "$LATENCY" ]; then
         timeout 150 torchrun --standalone --nproc_per_node=2 bench.py --mode=decode --batch_sizes=[1] \
             --max_new_tokens=130 --rounds=5 --widths=[768] --tp_allreduce=oneshot,nccl --json="$out/decode2_caat.json" \
             --syncs="[24,4,'mean:1','caat:0.5','caat:0.25']" > "$out/decode.txt" 2>&1
-        tail -20 "$out/decode.txt"
+        tail -n 12 "$out/decode.txt"
     fi
     wait
-    tail -4 "$out/prepare.txt"
-    python3 experiments/frontier_background.py begin "$plan" --minutes="$MINUTES" --commit="$COMMIT" || exit
+    tail -n 4 "$out/prepare.txt"
+    python3 experiments/frontier_background.py begin "$@" --minutes="$MINUTES" --commit="$COMMIT" \
+        --per_gpu="${PER_GPU:-6}" || exit
 fi
 python3 experiments/frontier_background.py wait "$(left)" --out="$out"
-if [ "$part" = last ] && [ "$(left)" -gt 60 ]; then
+if [ "$part" = last ] && [ -n "$STARTS" ] && [ "$(left)" -gt 60 ]; then
     cp -r $work/code/records/sync-frontier/start /tmp/start
     for one in "0 cold /tmp/cold" "1 warm $work/frontier/experiment_logs/compile_cache"; do
         set -- $one
@@ -31,5 +35,10 @@ if [ "$part" = last ] && [ "$(left)" -gt 60 ]; then
     done
     wait
     cp /tmp/start/runs*.jsonl "$out"
-    tail -3 "$out"/start_*.txt
+    for file in "$out"/start_*.txt; do tail -n 3 "$file"; done
+fi
+if [ "$part" != first ]; then
+    (cd $work/frontier && find experiment_logs -name 'run_*.jsonl' -o -name stdout.log | tar czf "$out/run_logs.tgz" -T -)
+    tar czf "$out/compiled.tgz" -C $work/frontier experiment_logs/compile_cache
+    ls -la "$out"
 fi

@@ -50,9 +50,9 @@ def background(tmp_path: Path, command: str, what: str, *args: str, code: int = 
     return done.out + done.err
 
 
-def begin(folder: Path, work: str, what: str = "pilot", code: int = 0) -> str:
+def begin(folder: Path, work: str, what: str = "pilot", *args: str, code: int = 0) -> str:
     return background(folder.parent, "begin", what, f"--folder={folder}", f"--work={folder.parent / work}",
-                      "--minutes=20", "--commit=abc", "--per_gpu=2", code=code)
+                      "--minutes=20", "--commit=abc", "--per_gpu=2", *args, code=code)
 
 
 def wait_for_end(tmp_path: Path, work: str, out: Path, code: int = 0) -> str:
@@ -110,13 +110,18 @@ def test_a_killed_sequence_goes_on_where_its_results_are(tmp_path):
 
 
 def test_a_longer_pilot_follows_one_that_shows_too_little(tmp_path):
-    """Neither shows that depth matters, so nothing is frozen. A failing run is tried twice, and reported."""
+    """Neither shows that depth matters, so nothing is frozen, unless that is asked for. A failing run is
+    tried twice, and reported."""
     folder, out = write_folder(tmp_path / "frontier", tmp_path / "sources"), tmp_path / "out"
     (folder / "fake_train.py").write_text(FAKE)
     begin(folder, "work")
     said = wait_for_end(tmp_path, "work", out, code=1)
     assert said.count("no pilot is good enough") == 2 and "not for lack of time" in said
     assert len(rows(out, "runs_regime_long.jsonl")) == 4 and not (out / "protocol.json").exists()
+    begin(folder, "accepting", "pilot", "--accept")
+    said = wait_for_end(tmp_path, "accepting", accepted := tmp_path / "accepted")
+    assert "accepted although it is less than was asked for" in said and len(rows(accepted)) == 4
+    assert not (accepted / "runs_regime_long.jsonl").exists()
 
     shutil.rmtree(folder)
     shutil.rmtree(tmp_path / "sources")
@@ -126,5 +131,5 @@ def test_a_longer_pilot_follows_one_that_shows_too_little(tmp_path):
     (folder / "protocol_regime.json").write_text(json.dumps(pilot))
     begin(folder, "other")
     said = wait_for_end(tmp_path, "other", out, code=1)
-    assert said.count("runs failed and have no line") == 2 and "2 runs are missing of 16" in said
+    assert said.count("runs failed and have no line") == 2 and "2 runs are missing of 4" in said
     assert "crashed before its first step" in (out / "failed.txt").read_text()

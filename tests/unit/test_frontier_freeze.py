@@ -13,6 +13,8 @@ from helpers import ROOT
 from test_sync_frontier import SETTINGS, run_of
 
 from experiments import frontier, frontier_freeze
+from experiments.frontier_background import FIRST
+from experiments.frontier_background import PILOT as PILOT_FILE
 from experiments.frontier_protocol import Protocol, check_strategies, data_digests, digest_of
 from experiments.frontier_runs import append_runs
 from nanosync.errors import UserError
@@ -188,11 +190,11 @@ def test_the_templates_of_the_record_are_valid(folder, monkeypatch):
     (folder[0] / "protocol_regime.json").write_text(json.dumps(pilot))
     plan = Protocol.read("protocol_regime.json")
     data = digest_of(data_digests(plan))
-    effects = EFFECTS | {"drop_4": 0.01}
+    effects, losses = EFFECTS | {"drop_4": 0.01}, LOSSES | {"top": 2.2}
     runs = []
-    for arm, seed in plan.runs[:16]:
+    for arm, seed in plan.runs[:FIRST[PILOT_FILE]]:
         kind, rate = arm.rsplit("_", 1)
-        loss = LOSSES[rate] * math.exp(effects[kind] + 0.001 * (-1)**seed)
+        loss = losses[rate] * math.exp(effects[kind] + 0.001 * (-1)**seed)
         runs.append(run_of(plan, arm, seed, loss, data=data, curve=[[plan.steps(arm), loss, loss]]))
     append_runs("runs_regime.jsonl", runs)
     for name, n_arms in (("template.json", 28), ("template_long.json", 2)):

@@ -159,10 +159,10 @@ def test_merging_is_idempotent_and_refuses_contradictions(tmp_path):
     with open(theirs, "a") as f:
         f.write('{"protocol": "' + plan.digest)  # of a killed process
     before = open(ours).read()
-    assert merge(ours, [theirs], plan) == (2, 1)
+    assert merge(ours, [theirs], plan) == (2, 1, 0)
     assert open(ours).read().startswith(before) and len(read_runs(ours, plan)) == 4
     after = open(ours).read()
-    assert merge(ours, [theirs, ours], plan) == (0, 7) and open(ours).read() == after
+    assert merge(ours, [theirs, ours], plan) == (0, 7, 0) and open(ours).read() == after
     for wrong, words in ((run_of(plan, "dense_12", 1, 2.2), "is there already with val_loss=2.0 and not 2.2"),
                          (run_of(plan, "dense_12", 3, data="f" * 16), "is of the data"),
                          (run_of(protocol(tokens=2560), "dense_12", 3), "a changed protocol is a new file"),
@@ -184,6 +184,41 @@ def test_merging_is_idempotent_and_refuses_contradictions(tmp_path):
         assert "\n" not in str(found.value) and open(ours).read() == after, "written in part"
     with pytest.raises(UserError, match="no such file"):
         merge(ours, [str(tmp_path / "none.jsonl")], plan)
+
+
+def test_runs_of_another_protocol_count_with_the_same_settings(tmp_path, monkeypatch, capsys):
+    """A protocol that has more arms, one of them under another name, takes the runs of the one before."""
+    before, ours, theirs = protocol(), str(tmp_path / "runs.jsonl"), str(tmp_path / "runs_before.jsonl")
+    arms = dict(reversed(ARMS.items())) | {"more": {"n_layer": 7}}
+    arms["all_syncs"] = arms.pop("dense_12")
+    plan = protocol(name="more", arms=arms, baseline="all_syncs", seeds=[1, 2, 3])
+    append_runs(theirs, [run_of(before, "dense_12", 1, 2.5), run_of(before, "dense_12", 4),
+                         run_of(before, "drop_4_r2", 2, None)])
+    assert merge(ours, [theirs], plan, before) == (2, 0, 1)
+    assert merge(ours, [theirs], plan, before) == (0, 2, 1), "not idempotent"
+    runs = read_runs(ours, plan)
+    assert runs["all_syncs", 1]["val_loss"] == 2.5 and runs["drop_4_r2", 2]["status"] == "non_finite"
+    assert {run["ran_as"] for run in runs.values()} == {before.digest}
+    third = protocol(name="third", arms=arms | {"last": {"n_layer": 6}}, baseline="all_syncs")
+    path = str(tmp_path / "third.jsonl")
+    assert merge(path, [ours], third, plan) == (2, 0, 0)
+    assert {run["ran_as"] for run in read_runs(path, third).values()} == {before.digest}
+    for other in (protocol(tokens=2560), protocol(settings=SETTINGS | {"learning_rate": 0.5})):
+        assert merge(str(tmp_path / "none.jsonl"), [theirs], other, before) == (0, 0, 3)
+    with pytest.raises(UserError, match="is there already with val_loss=2"):
+        append_runs(contradicts := str(tmp_path / "wrong.jsonl"), [run_of(before, "dense_12", 1)])
+        merge(ours, [contradicts], plan, before)
+    with pytest.raises(UserError, match="a changed protocol is a new file"):
+        merge(ours, [theirs], plan, plan)
+
+    for name, one in (("protocol.json", plan), ("protocol_before.json", before)):
+        (tmp_path / name).write_text(json.dumps(one.values))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["frontier.py", "merge", theirs, "--protocol=protocol.json",
+                                     "--of=protocol_before.json"])
+    frontier.main()
+    said = capsys.readouterr().out
+    assert "0 runs added, 2 were there already" in said and "; 1 are not of this protocol" in said
 
 
 def test_nothing_starts_that_does_not_fit(monkeypatch):
