@@ -3,8 +3,8 @@
 A run starts only if it fits by the shorter of two estimates. The first is the longest run of its arm so far,
 on the same GPU and with as many runs at a time. Without a run of the arm it is the longest of all arms,
 without any run the protocol's seconds_per_run. The second adds up the work that is left of all runs that
-train, and of the new one. A run that takes longer is ended when the minutes end. Nothing starts after a run
-that does not fit, so the runs stay balanced.
+train on the GPU with the most of it, and of the new one. A run that takes longer is ended when the minutes
+end. Nothing starts after a run that does not fit, so the runs stay balanced.
 
 Of the runs that share a GPU at most half are before their first step (STARTING_SHARE). Otherwise all would
 compile at the same time, while the GPU waits, and then train at the same time. All runs share a folder of
@@ -91,19 +91,21 @@ class Session:
         """Return the seconds in which all runs and a further one should end; infinite until each GPU has done
         a run's worth of work here.
 
-        A GPU does so much work a second, shared in whatever way. So the last run ends after the start of the
-        new one and the work that is left, which is spread evenly over the GPUs.
+        A GPU does so much work a second, shared in whatever way. So the new run ends when the work of its GPU
+        is done, which here is the one with the most, or when it would end alone.
         """
         trained = [run for run in self.seen if run.progress.first is not None]
         shares = [min(run.progress.step / run.job.steps, 1.0) for run in trained]
         n_gpus = len({run.gpus for run in self.seen})
         if not trained or sum(shares) < n_gpus:
             return math.inf
-        per_run = (time.monotonic() - min(run.progress.first[0] for run in trained)) / sum(shares)
+        per_run = n_gpus * (time.monotonic() - min(run.progress.first[0] for run in trained)) / sum(shares)
         start = max(run.progress.first[0] - run.started for run in trained)
-        left = sum(1 - share for run, share in zip(trained, shares) if run.supervisor.poll() is None)
-        left += sum(run.progress.first is None and run.supervisor.poll() is None for run in self.seen)
-        return start + per_run * (left + n_gpus)
+        left = dict.fromkeys([run.gpus for run in self.seen], 0.0)  # GPU -> runs
+        for run in self.seen:
+            if run.supervisor.poll() is None:
+                left[run.gpus] += 1 - min(run.progress.step / run.job.steps, 1.0)
+        return max(start + per_run, per_run * (max(left.values()) + 1))
 
     @property
     def hopeless(self) -> bool:

@@ -293,14 +293,16 @@ def test_a_run_fits_by_the_work_that_is_left(monkeypatch):
     for run in (running(10, ended=True), running(10, ended=True), running(10),
                 running(None)):
         one.watch(run)
-    # three runs' work in 150 s, 50 s a run; left are the one that starts and the new one, after a start of 30
-    assert one.until_all_end() == pytest.approx(30 + 50 * 2)
+    # three runs' work in 150 s, 50 s a run; left are the one that starts and the new one
+    assert one.until_all_end() == pytest.approx(50 * 2)
     one.until = 250 + 150
     assert one.may_start(Job(SimpleNamespace(config=plan.configs["dense_12"]), 1), 4)
     one.watch(running(5))
-    assert one.until_all_end() == pytest.approx(30 + 150 / 3.5 * 2.5)
+    assert one.until_all_end() == pytest.approx(150 / 3.5 * 2.5)
     one.watch(running(5, gpus="1"))
-    assert one.until_all_end() == pytest.approx(30 + 150 / 4 * (2 + 2)), "of two GPUs each does its half"
+    assert one.until_all_end() == pytest.approx(2 * 150 / 4 * 2.5), "each of two GPUs does its own half"
+    one.seen = [running(10)]
+    assert one.until_all_end() == pytest.approx(30 + 150), "alone, after a start of 30"
     one.seen = [running(9)]
     assert one.until_all_end() == math.inf, "less than a run's worth of work says nothing"
 
@@ -456,7 +458,9 @@ def test_each_arm_is_compared_with_the_dense_model_of_its_time():
     (["next", "--minutes=1", "--first=0"], "--first=0"), (["draw", "--first=3"], "--first is for next"),
     (["next", "--minutes=1", "--accept"], "--accept is for freeze"),
     (["freeze"], "give --template=FILE --pilot=FILE"), (["freeze", "--template=x"], "give --template"),
-    (["freeze", "--template=none.json", "--pilot=none.json"], "cannot read none.json"),
+    (["freeze", "--template=none.json", "--pilot=none.json", "--protocol=new.json"], "cannot read none.json"),
+    (["freeze", "--template=none.json", "--pilot=none.json"], "has runs, so it does not change"),
+    (["merge", "x.jsonl", "--of=none.json"], "cannot read none.json"), (["draw", "--of=x"], "--of is for merge"),
     (["draw", "--runs=none.jsonl", "--protocol=records/sync-frontier/protocol_regime.json"], "no runs yet")])
 def test_errors_of_the_command_are_one_line(args, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["frontier.py", *args])
