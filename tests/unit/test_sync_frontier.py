@@ -460,7 +460,8 @@ def test_each_arm_is_compared_with_the_dense_model_of_its_time():
     (["freeze"], "give --template=FILE --pilot=FILE"), (["freeze", "--template=x"], "give --template"),
     (["freeze", "--template=none.json", "--pilot=none.json", "--protocol=new.json"], "cannot read none.json"),
     (["freeze", "--template=none.json", "--pilot=none.json"], "has runs, so it does not change"),
-    (["merge", "x.jsonl", "--of=none.json"], "cannot read none.json"), (["draw", "--of=x"], "--of is for merge"),
+    (["merge", "x.jsonl", "--of=none.json"], "cannot read none.json"),
+    (["draw", "--of=x"], "--of is for merge"),
     (["draw", "--runs=none.jsonl", "--protocol=records/sync-frontier/protocol_regime.json"], "no runs yet")])
 def test_errors_of_the_command_are_one_line(args, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["frontier.py", *args])
