@@ -33,6 +33,7 @@ from experiments.experiment_config import MAX_RUNS, check_options
 from experiments.experiment_logger import git_info
 from experiments.frontier_freeze import freeze, text_of
 from experiments.frontier_next import Session, most_starting, places_for
+from experiments.frontier_picture import EXCHANGES
 from experiments.frontier_protocol import Protocol, check_strategies, data_digests, digest_of
 from experiments.frontier_runs import merge, read_runs
 from experiments.report import write
@@ -69,6 +70,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--latency", action="append", default=[], metavar="FILE",
                         help="draw: JSON of bench.py --mode=decode; several times for several exchanges and "
                         "numbers of processes")
+    parser.add_argument("--exchanges", default=",".join(EXCHANGES), help="draw: those of the latency tables "
+                        f"that count ({','.join(EXCHANGES)})")
     parser.add_argument("--width", type=int, help="draw: n_embd of the rows of the latency tables (default: "
                         "the model's, else the smallest)")
     parser.add_argument("--out", metavar="STEM", help="draw, tiers: path of the files without ending "
@@ -86,10 +89,9 @@ def read_arguments() -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace, given: list[str]) -> None:
     """Raise UserError for options that the command does not have, or out of range."""
-    of = {"next": ("minutes", "parallel", "estimate", "first", "log_dir", "cache", "commit",
-                   "dry_run"),
-          "merge": ("of",), "draw": ("latency", "width", "out"), "freeze": ("template", "pilot", "accept"),
-          "tiers": ("larger", "out")}
+    of = {"next": ("minutes", "parallel", "estimate", "first", "log_dir", "cache", "commit", "dry_run"),
+          "merge": ("of",), "draw": ("latency", "exchanges", "width", "out"),
+          "freeze": ("template", "pilot", "accept"), "tiers": ("larger", "out")}
     check_options(of, args.command, given)
     if bool(args.files) != (args.command == "merge"):
         raise UserError(f"merge needs the files of runs to add, {args.command} takes none" if args.files
@@ -98,6 +100,9 @@ def check_arguments(args: argparse.Namespace, given: list[str]) -> None:
         raise UserError("next needs the time in which to end: give --minutes=28")
     if args.command == "freeze" and not (args.template and args.pilot):
         raise UserError("freeze needs a template and a pilot: give --template=FILE --pilot=FILE")
+    unknown = set(args.exchanges.split(",")) - set(EXCHANGES)
+    if unknown:
+        raise UserError(f"--exchanges={shown(args.exchanges)}: use some of {', '.join(EXCHANGES)}")
     if args.command == "tiers" and not args.larger:
         raise UserError("tiers needs a protocol with more parameters x tokens: give --larger=FILE")
     for name, most in (("minutes", MOST_MINUTES), ("estimate", MOST_MINUTES), ("width", 10**6),
@@ -207,7 +212,7 @@ def main() -> None:
         runs = read_runs(path, protocol)
         if not runs:
             raise UserError(f"{path} has no runs yet: do some with next")
-        tables = read_tables(args.latency, protocol, args.width)
+        tables = read_tables(args.latency, protocol, args.width, args.exchanges.split(","))
         stem = args.out or stem_beside(path)
         print(write_frontier(protocol, runs, tables, stem))
 

@@ -63,9 +63,10 @@ def is_count(name: str) -> bool:
     return len(words) == 2 and words[0].isdigit() and words[1] == "syncs"
 
 
-def read_tables(paths: list[str], protocol: Protocol, width: int | None) -> Tables:
+def read_tables(paths: list[str], protocol: Protocol, width: int | None, exchanges=(*EXCHANGES,)) -> Tables:
     """Read latency tables. Of a table for other layers only the dense model counts. width: n_embd of their
-    rows; None: the model's, else the smallest that they have. Raises UserError."""
+    rows; None: the model's, else the smallest that they have. exchanges: those that count. Raises
+    UserError."""
     rows, devices, of_base = [], [], protocol.settings[protocol.baseline]
     for path in paths:
         content = read_json(path)
@@ -89,7 +90,7 @@ def read_tables(paths: list[str], protocol: Protocol, width: int | None) -> Tabl
         raise UserError(f"--width={width}: the latency tables have {', '.join(map(str, sorted(widths)))}")
     tables = Tables(width=chosen, devices=tuple(dict.fromkeys(devices)))
     for row in sorted(rows, key=lambda row: row["batch_size"]):
-        if row["n_embd"] == chosen:
+        if row["n_embd"] == chosen and row["allreduce"] in exchanges:
             tables.us.setdefault((row["allreduce"], row["processes"]), {}).setdefault(row["name"], row["us"])
     return tables
 

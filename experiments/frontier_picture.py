@@ -61,11 +61,15 @@ def draw(rows: list[dict], measured: list[tuple[str, int]], setting: str, path: 
             points = points_of(rows, exchange, n)
             draw_points(axes[i, j], points, colors, exchange is None)
             values += [y for point in points for y in point["ends"]]
+            axes[i, j].set_visible(exchange is None or (exchange, n) in measured)
             axes[i, j].set_title("" if exchange is None else f"{EXCHANGES[exchange]}, {n} GPUs", fontsize=9)
         axes[i, 0].set_ylabel("val loss against dense, %", fontsize=9)
     scale(axes[0, 0], values)
-    for ax in axes[-1]:
-        ax.set_xlabel(f"µs a token ({setting})" if measured else "all-reduces of a forward pass", fontsize=9)
+    for column in axes.T:
+        last = [ax for ax in column if ax.get_visible()][-1]
+        last.set_xlabel(f"µs a token ({setting})" if measured else "all-reduces of a forward pass",
+                        fontsize=9)
+        last.tick_params(labelbottom=True)
     figure.legend(handles=legend(plt, rows, colors, not measured), frameon=False, fontsize=8,
                   loc="outside lower center", ncols=5)
     figure.draw_without_rendering()  # which decides the places of the axes, and so the room for labels
