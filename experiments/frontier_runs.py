@@ -116,7 +116,7 @@ def merge(path: str, others: list[str], protocol: Protocol,
     the same settings and seed, under whatever name.
     """
     runs, new, known, foreign = read_runs(path, protocol), [], 0, 0
-    names = None if of is None else same_arms(of, protocol)
+    names = same_arms(of, protocol) if of is not None and of.digest != protocol.digest else None
     for other in others:
         if not os.path.isfile(other):
             raise UserError(f"cannot read {other}: there is no such file")

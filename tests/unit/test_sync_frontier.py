@@ -199,6 +199,8 @@ def test_runs_of_another_protocol_count_with_the_same_settings(tmp_path, monkeyp
     runs = read_runs(ours, plan)
     assert runs["all_syncs", 1]["val_loss"] == 2.5 and runs["drop_4_r2", 2]["status"] == "non_finite"
     assert {run["ran_as"] for run in runs.values()} == {before.digest}
+    assert merge(str(tmp_path / "same.jsonl"), [theirs], before, before) == (3, 0, 0)
+    assert not any("ran_as" in run for run in read_runs(str(tmp_path / "same.jsonl"), before).values())
     third = protocol(name="third", arms=arms | {"last": {"n_layer": 6}}, baseline="all_syncs")
     path = str(tmp_path / "third.jsonl")
     assert merge(path, [ours], third, plan) == (2, 0, 0)
