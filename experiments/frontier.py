@@ -64,14 +64,14 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--cache", metavar="DIR", help="next: compiled code that all runs share (default: in "
                         "--log_dir)")
     parser.add_argument("--commit", help="next: of this code, where git does not know it")
-    parser.add_argument("--of", metavar="FILE", help="merge: protocol of the files, if it is another; of its "
-                        "runs those with the same settings and seed are taken")
+    parser.add_argument("--of", metavar="FILE", help="merge: protocol of the files, if it is another: take "
+                        "the runs that have the same settings and seed")
     parser.add_argument("--dry_run", action="store_true", help="next: print what is missing, run nothing")
     parser.add_argument("--latency", action="append", default=[], metavar="FILE",
                         help="draw: JSON of bench.py --mode=decode; several times for several exchanges and "
                         "numbers of processes")
-    parser.add_argument("--exchanges", default=",".join(EXCHANGES), help="draw: those of the latency tables "
-                        f"that count ({','.join(EXCHANGES)})")
+    parser.add_argument("--exchanges", metavar="NAMES", help="draw: those of the latency tables that count "
+                        f"(default: {','.join(EXCHANGES)})")
     parser.add_argument("--width", type=int, help="draw: n_embd of the rows of the latency tables (default: "
                         "the model's, else the smallest)")
     parser.add_argument("--out", metavar="STEM", help="draw, tiers: path of the files without ending "
@@ -100,8 +100,9 @@ def check_arguments(args: argparse.Namespace, given: list[str]) -> None:
         raise UserError("next needs the time in which to end: give --minutes=28")
     if args.command == "freeze" and not (args.template and args.pilot):
         raise UserError("freeze needs a template and a pilot: give --template=FILE --pilot=FILE")
-    unknown = set(args.exchanges.split(",")) - set(EXCHANGES)
-    if unknown:
+    if args.exchanges is not None and not args.latency:
+        raise UserError("--exchanges chooses from latency tables: give --latency=FILE")
+    if args.exchanges is not None and set(args.exchanges.split(",")) - set(EXCHANGES):
         raise UserError(f"--exchanges={shown(args.exchanges)}: use some of {', '.join(EXCHANGES)}")
     if args.command == "tiers" and not args.larger:
         raise UserError("tiers needs a protocol with more parameters x tokens: give --larger=FILE")
@@ -200,7 +201,8 @@ def main() -> None:
     if args.command == "next":
         do_next(args, protocol, path)
     elif args.command == "merge":
-        new, known, foreign = merge(path, args.files, protocol, args.of and Protocol.read(args.of))
+        of = None if args.of is None else Protocol.read(args.of)
+        new, known, foreign = merge(path, args.files, protocol, of)
         missing = len(protocol.runs) - len(read_runs(path, protocol))
         print(f"{path}: {new} runs added, {known} were there already, {missing} are missing"
               + f"; {foreign} are not of this protocol" * (foreign > 0))
@@ -212,7 +214,8 @@ def main() -> None:
         runs = read_runs(path, protocol)
         if not runs:
             raise UserError(f"{path} has no runs yet: do some with next")
-        tables = read_tables(args.latency, protocol, args.width, args.exchanges.split(","))
+        exchanges = args.exchanges.split(",") if args.exchanges else EXCHANGES
+        tables = read_tables(args.latency, protocol, args.width, exchanges)
         stem = args.out or stem_beside(path)
         print(write_frontier(protocol, runs, tables, stem))
 

@@ -81,6 +81,8 @@ def read_arguments() -> argparse.Namespace:
         raise UserError(f"{args.command} {shown(args.what)} is unknown: use {' or '.join(PLANS)}")
     if args.command == "sequence" and args.until is None:
         raise UserError("sequence is for begin: use begin")
+    if args.accept and args.what != "pilot":
+        raise UserError("--accept is for begin pilot: leave it out")
     if args.command != "sequence":
         check_options(OPTIONS, args.command, sys.argv[1:])
     args.work = os.path.realpath(args.work)
@@ -256,7 +258,7 @@ class Sequence:
             if self.freeze(FROZEN, "template.json", PILOT, *["--accept"] * self.accept):
                 return True
         return (self.freeze(LONG, "template_long.json", PILOT) and self.next(LONG)
-                and self.freeze(FROZEN, "template.json", LONG))
+                and self.freeze(FROZEN, "template.json", LONG, *["--accept"] * self.accept))
 
     def go(self, plan: str) -> bool:
         """Do a plan as far as the minutes allow; return False if something other than the time stopped it."""

@@ -80,9 +80,14 @@ def read_tables(paths: list[str], protocol: Protocol, width: int | None, exchang
         if not found:
             raise UserError(f"{path} has no times of exchanges: use the JSON of bench.py --mode=decode with "
                             f"--tp_allreduce=oneshot, fused or nccl")
+        found = [row for row in found if row["allreduce"] in exchanges]
         rows += found
         environment = content.get("environment")
-        devices.append(str(environment.get("device") if isinstance(environment, dict) else "unknown"))
+        if found:
+            devices.append(str(environment.get("device") if isinstance(environment, dict) else "unknown"))
+    if paths and not rows:
+        raise UserError(f"the latency tables have no times of {', '.join(exchanges)}: give other "
+                        f"--exchanges, or tables that have them")
     widths = {row["n_embd"] for row in rows}
     own = of_base.get("n_embd")
     chosen = width or (own if own in widths else min(widths, default=None))
@@ -90,7 +95,7 @@ def read_tables(paths: list[str], protocol: Protocol, width: int | None, exchang
         raise UserError(f"--width={width}: the latency tables have {', '.join(map(str, sorted(widths)))}")
     tables = Tables(width=chosen, devices=tuple(dict.fromkeys(devices)))
     for row in sorted(rows, key=lambda row: row["batch_size"]):
-        if row["n_embd"] == chosen and row["allreduce"] in exchanges:
+        if row["n_embd"] == chosen:
             tables.us.setdefault((row["allreduce"], row["processes"]), {}).setdefault(row["name"], row["us"])
     return tables
 

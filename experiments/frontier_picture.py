@@ -63,7 +63,9 @@ def draw(rows: list[dict], measured: list[tuple[str, int]], setting: str, path: 
             values += [y for point in points for y in point["ends"]]
             axes[i, j].set_visible(exchange is None or (exchange, n) in measured)
             axes[i, j].set_title("" if exchange is None else f"{EXCHANGES[exchange]}, {n} GPUs", fontsize=9)
-        axes[i, 0].set_ylabel("val loss against dense, %", fontsize=9)
+        first = next(ax for ax in axes[i] if ax.get_visible())
+        first.set_ylabel("val loss against dense, %", fontsize=9)
+        first.tick_params(labelleft=True)
     scale(axes[0, 0], values)
     for column in axes.T:
         last = [ax for ax in column if ax.get_visible()][-1]

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from experiments.campaign_folder import cut_torn_line
 from experiments.experiment_config import NUMBER, check_keys, in_range
 from experiments.experiment_logger import lines_of, read_lines
-from experiments.frontier_protocol import DIGEST, Protocol
+from experiments.frontier_protocol import DIGEST, Protocol, digest_of
 from nanosync.errors import UserError, shown
 from nanosync.files import open_regular, os_error_as_user_error
 
@@ -74,6 +74,10 @@ def check_run(run: dict, where: str, protocol: Protocol) -> None:
     if len(run["data"]) != DIGEST or not run["card"].isprintable():
         raise UserError(f"{where} has data={shown(run['data'])} and card={shown(run['card'])}, which this "
                         f"command does not write")
+    frozen = protocol.values["data_sha256"]
+    if frozen is not None and run["data"] != digest_of(frozen):
+        raise UserError(f"{where} is of the data {run['data']}, and {protocol.path} of {digest_of(frozen)}: "
+                        f"their losses do not compare")
     finished = run["status"] == FINISHED
     if run["status"] not in (FINISHED, NON_FINITE) or finished != (run["val_loss"] is not None):
         raise UserError(f"{where} has status={shown(run['status'])} and val_loss={shown(run['val_loss'])}: "
@@ -128,6 +132,7 @@ def merge(path: str, others: list[str], protocol: Protocol,
                     foreign += 1
                     continue
                 run = {"ran_as": of.digest} | run | {"protocol": protocol.digest, "arm": names[run["arm"]]}
+                check_run(run, where, protocol)
             if add_run(runs, run, where):
                 new.append(run)
             else:

@@ -1,8 +1,11 @@
 #!/bin/bash
 # Runs of the frontier on a machine with two GPUs whose calls last ten minutes:
-#     sitting.sh first SECONDS OUT pilot|next [--accept], then sitting.sh more SECONDS OUT, then sitting.sh last SECONDS OUT
-# TOKENS: folder with GPT-2's tokenizer files; COMMIT: of this code; MINUTES: of the runs; PER_GPU: runs at a time;
-# COMPILED: archive of compiled code; LATENCY=1: time five schedules first; STARTS=1: time the start of a run last.
+#     sitting.sh first SECONDS OUT pilot|next [--accept]
+#     sitting.sh more SECONDS OUT
+#     sitting.sh last SECONDS OUT
+# TOKENS: folder with GPT-2's tokenizer files; COMMIT: of this code; MINUTES: of the runs; PER_GPU: runs at a
+# time; COMPILED: archive of compiled code; LATENCY=1: time five schedules first; STARTS=1: time a start last.
+# The sitting of log_1.txt had LATENCY=1 STARTS=1, that of log_2.txt COMPILED.
 part=$1 end=$(($(date +%s) + $2)) out=$3 work=/tmp/sync-frontier
 shift 3
 mkdir -p "$out" $work/frontier
@@ -15,8 +18,8 @@ if [ "$part" = first ]; then
         --out=$work/code/data/python_source_gpt2) > "$out/prepare.txt" 2>&1 &
     if [ -n "$LATENCY" ]; then
         timeout 150 torchrun --standalone --nproc_per_node=2 bench.py --mode=decode --batch_sizes=[1] \
-            --max_new_tokens=130 --rounds=5 --widths=[768] --tp_allreduce=oneshot,nccl --json="$out/decode2_caat.json" \
-            --syncs="[24,4,'mean:1','caat:0.5','caat:0.25']" > "$out/decode.txt" 2>&1
+            --max_new_tokens=130 --rounds=5 --widths=[768] --tp_allreduce=oneshot,nccl \
+            --json="$out/decode2_caat.json" --syncs="[24,4,'mean:1','caat:0.5','caat:0.25']" > "$out/decode.txt" 2>&1
         tail -n 12 "$out/decode.txt"
     fi
     wait
@@ -29,16 +32,16 @@ if [ "$part" = last ] && [ -n "$STARTS" ] && [ "$(left)" -gt 60 ]; then
     cp -r $work/code/records/sync-frontier/start /tmp/start
     for one in "0 cold /tmp/cold" "1 warm $work/frontier/experiment_logs/compile_cache"; do
         set -- $one
-        CUDA_VISIBLE_DEVICES=$1 python3 $work/code/experiments/frontier.py next --cache="$3" --log_dir=/tmp/start/logs \
-            --protocol=/tmp/start/protocol_$2.json --minutes="$(python3 -c "print($(left) / 60)")" --estimate=40 \
-            --commit="$COMMIT" > "$out/start_$2.txt" 2>&1 &
+        CUDA_VISIBLE_DEVICES=$1 python3 $work/code/experiments/frontier.py next --cache="$3" --estimate=40 \
+            --log_dir=/tmp/start/logs --protocol=/tmp/start/protocol_$2.json --commit="$COMMIT" \
+            --minutes="$(python3 -c "print($(left) / 60)")" > "$out/start_$2.txt" 2>&1 &
     done
     wait
     cp /tmp/start/runs*.jsonl "$out"
     for file in "$out"/start_*.txt; do tail -n 3 "$file"; done
 fi
 if [ "$part" != first ]; then
-    (cd $work/frontier && find experiment_logs -name 'run_*.jsonl' -o -name stdout.log | tar czf "$out/run_logs.tgz" -T -)
-    tar czf "$out/compiled.tgz" -C $work/frontier experiment_logs/compile_cache
+    (cd $work/frontier && find experiment_logs -name 'run_*.jsonl' | tar czf "$out/run_logs.tgz" -T -)
+    tar czf - -C $work/frontier experiment_logs/compile_cache | split -b 15M - "$out/compiled.tgz."
     ls -la "$out"
 fi

@@ -70,6 +70,7 @@ def test_a_killed_sequence_goes_on_where_its_results_are(tmp_path):
     assert "give the seconds" in background(tmp_path, "wait", "nan", *wait[2:], code=2)
     assert "--out is for wait: leave it out" in background(tmp_path, "begin", "pilot", "--out=x", code=2)
     assert "--per_gpu is for begin: leave it" in background(tmp_path, *wait, "--per_gpu=2", code=2)
+    assert "--accept is for begin pilot" in background(tmp_path, "begin", "next", "--accept", code=2)
     described = (folder / "data.json").read_text()
     (folder / "data.json").write_text("{")
     assert "data.json, line 1: not JSON" in begin(folder, "broken", code=2)

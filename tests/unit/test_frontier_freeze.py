@@ -117,6 +117,17 @@ def test_of_several_pilots_the_first_that_shows_enough_decides(folder, monkeypat
     assert Protocol.read("protocol.json").values["tokens"] == 2560
 
 
+def test_the_estimate_is_of_runs_with_as_many_at_a_time(folder):
+    write_pilot(folder)
+    runs = [json.loads(line) for line in open("runs_pilot.jsonl")]
+    for i, run in enumerate(runs):
+        run |= {"parallel": 6 if i % 2 else 4, "time": 100.0 - i,
+                "seconds": run["seconds"] | {"wall": 50.0 + i}}
+    with open("runs_pilot.jsonl", "w") as f:
+        f.writelines(json.dumps(run) + "\n" for run in runs)
+    assert frontier_freeze.Pilot("protocol_pilot.json").seconds() == 50 + max(range(0, len(runs), 2))
+
+
 def test_a_template_for_a_further_pilot_asks_for_nothing(folder, monkeypatch):
     write_template(shallow=None, depth=None, spread=None, tokens=2560)
     write_pilot(folder, seeds=(1,))

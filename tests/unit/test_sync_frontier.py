@@ -16,7 +16,7 @@ from helpers import ROOT
 
 from experiments import frontier, frontier_draw, frontier_next, frontier_picture
 from experiments.experiment_config import command
-from experiments.frontier_protocol import Protocol, check_strategies
+from experiments.frontier_protocol import Protocol, check_strategies, digest_of
 from experiments.frontier_runs import append_runs, merge, read_runs
 from experiments.runner import Job, ready_places
 from nanosync import distributed
@@ -212,6 +212,13 @@ def test_runs_of_another_protocol_count_with_the_same_settings(tmp_path, monkeyp
         merge(ours, [contradicts], plan, before)
     with pytest.raises(UserError, match="a changed protocol is a new file"):
         merge(ours, [theirs], plan, plan)
+    frozen = protocol(data_sha256={"train.bin": "0" * 64})
+    with pytest.raises(UserError, match="is of the data 0123456789abcdef, and protocol"):
+        merge(str(tmp_path / "frozen.jsonl"), [theirs], frozen, before)
+    assert not (tmp_path / "frozen.jsonl").exists()
+    data = digest_of(frozen.values["data_sha256"])
+    append_runs(right := str(tmp_path / "right.jsonl"), [run_of(before, "dense_12", 1, data=data)])
+    assert merge(str(tmp_path / "frozen.jsonl"), [right], frozen, before) == (1, 0, 0)
 
     for name, one in (("protocol.json", plan), ("protocol_before.json", before)):
         (tmp_path / name).write_text(json.dumps(one.values))
@@ -303,6 +310,8 @@ def test_a_run_fits_by_the_work_that_is_left(monkeypatch):
     assert one.until_all_end() == pytest.approx(150 / 3.5 * 2.5)
     one.watch(running(5, gpus="1"))
     assert one.until_all_end() == pytest.approx(2 * 150 / 4 * 2.5), "each of two GPUs does its own half"
+    one.watch(running(5, ended=True))
+    assert one.until_all_end() == pytest.approx(2 * 150 / 4.5 * 2.5), "an ended run has nothing left"
     one.seen = [running(10)]
     assert one.until_all_end() == pytest.approx(30 + 150), "alone, after a start of 30"
     one.seen = [running(9)]
@@ -353,6 +362,10 @@ def test_table_and_picture(tmp_path):
     assert rows["dense_12"]["ratio"] == 0 and rows["dense_12"]["interval"] is None
     low, high = rows["drop_12_r2"]["interval"]
     assert low < rows["drop_12_r2"]["ratio"] < high
+    only = frontier_draw.read_tables(paths, plan, None, ["nccl"])
+    assert set(only.us) == {("nccl", 2), ("nccl", 4)}
+    with pytest.raises(UserError, match="no times of fused: give other --exchanges"):
+        frontier_draw.read_tables(paths, plan, None, ["fused"])
     one, four = (rows[arm]["interval"] for arm in ("drop_4_r2", "drop_4_r4"))
     assert one[1] - one[0] > four[1] - four[0], "one run is not as certain as four"
     assert {arm for arm, row in rows.items() if row["preliminary"]} == {"drop_1_r4", "drop_4_r2"}
@@ -374,6 +387,23 @@ def test_table_and_picture(tmp_path):
     (tmp_path / "x.json").write_text('{"rows": [{"us": 3}]}')
     with pytest.raises(UserError, match="no times of exchanges"):
         frontier_draw.read_tables([str(tmp_path / "x.json")], plan, None)
+
+
+def test_panels_without_a_table_are_hidden(tmp_path, monkeypatch):
+    """A row or column that begins or ends with one has its labels beside the panels that are shown."""
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "close", (figures := []).append)
+    rows = frontier_draw.rows_of(plan := protocol(), synthetic(plan, {}))
+    paths = [latency_table(tmp_path / "oneshot.json", "oneshot", 2.6),
+             latency_table(tmp_path / "nccl.json", "nccl", 11.6)]
+    frontier_draw.add_times(rows, frontier_draw.read_tables(paths, plan, None))
+    frontier_picture.draw(rows, [("oneshot", 2), ("nccl", 4)], "a GPU", str(tmp_path / "frontier.png"))
+    axes = figures[0].axes
+    assert [ax.get_visible() for ax in axes] == [True, False, False, True]
+    for ax in (axes[0], axes[3]):
+        assert ax.get_ylabel() and ax.get_xlabel()
+        assert ax.yaxis.get_tick_params()["labelleft"] and ax.xaxis.get_tick_params()["labelbottom"]
 
 
 def test_intervals_cover_the_true_ratio():
@@ -463,7 +493,9 @@ def test_each_arm_is_compared_with_the_dense_model_of_its_time():
     (["freeze", "--template=none.json", "--pilot=none.json", "--protocol=new.json"], "cannot read none.json"),
     (["freeze", "--template=none.json", "--pilot=none.json"], "has runs, so it does not change"),
     (["merge", "x.jsonl", "--of=none.json"], "cannot read none.json"),
-    (["draw", "--of=x"], "--of is for merge"),
+    (["draw", "--of=x"], "--of is for merge"), (["merge", "x.jsonl", "--of="], "cannot read"),
+    (["draw", "--exchanges=nvlink", "--latency=x"], "--exchanges='nvlink': use some of oneshot"),
+    (["draw", "--exchanges=nccl"], "give --latency=FILE"),
     (["draw", "--runs=none.jsonl", "--protocol=records/sync-frontier/protocol_regime.json"], "no runs yet")])
 def test_errors_of_the_command_are_one_line(args, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["frontier.py", *args])
