@@ -11,9 +11,13 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from helpers import PATIENCE, python
 from test_sync_frontier_runs import FAKE, rows
+
+from experiments import frontier_background
 
 SCRIPT = "experiments/frontier_background.py"
 SHALLOW_IS_WORSE = FAKE.replace("+ 0.01 * n_layer", "- 0.01 * n_layer").replace(
@@ -110,6 +114,18 @@ def test_a_killed_sequence_goes_on_where_its_results_are(tmp_path):
     assert not list((tmp_path / "three").glob("code/data/**/*.bin"))
 
 
+@pytest.mark.parametrize("accept", [False, True])
+def test_a_pilot_is_accepted_without_a_longer_one(accept, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sequence = frontier_background.Sequence(SimpleNamespace(
+        until=time.time() + 1000, commit="abc", work=str(tmp_path), accept=accept, per_gpu=1))
+    calls = []
+    monkeypatch.setattr(sequence, "next", lambda name: True)
+    monkeypatch.setattr(sequence, "frontier", lambda *words: calls.append(words) or accept)
+    assert sequence.pilot() == accept
+    assert ["--accept" in words for words in calls] == ([True] if accept else [False, False])
+
+
 def test_a_longer_pilot_follows_one_that_shows_too_little(tmp_path):
     """Neither shows that depth matters, so nothing is frozen, unless that is asked for. A failing run is
     tried twice, and reported."""
@@ -119,10 +135,9 @@ def test_a_longer_pilot_follows_one_that_shows_too_little(tmp_path):
     said = wait_for_end(tmp_path, "work", out, code=1)
     assert said.count("no pilot is good enough") == 2 and "not for lack of time" in said
     assert len(rows(out, "runs_regime_long.jsonl")) == 4 and not (out / "protocol.json").exists()
-    begin(folder, "accepting", "pilot", "--accept")
-    said = wait_for_end(tmp_path, "accepting", accepted := tmp_path / "accepted")
-    assert "accepted although it is less than was asked for" in said and len(rows(accepted)) == 4
-    assert not (accepted / "runs_regime_long.jsonl").exists()
+    begin(folder, "work", "pilot", "--accept")
+    said = wait_for_end(tmp_path, "work", out)
+    assert "accepted although it is less than was asked for" in said and len(rows(out)) == 4
 
     shutil.rmtree(folder)
     shutil.rmtree(tmp_path / "sources")
