@@ -29,7 +29,14 @@ from nanosync.distributed import all_reduce_sum
 from nanosync.errors import UserError
 from nanosync.files import ROOT, dataset_folder
 from nanosync.step_profile import WAIT
-from nanosync.token_files import FORMATS, check_counts, open_tokens, read_meta, split_files
+from nanosync.token_files import (
+    FORMATS,
+    PYTHON_SOURCE_GPT2,
+    check_counts,
+    open_tokens,
+    read_meta,
+    split_files,
+)
 
 CHECK_TOKENS = 500_000_000  # tokens of a split, evenly spread, that are compared with the vocabulary
 
@@ -228,8 +235,7 @@ def open_dataset(name: str, block_size: int, length_key: str = "block_size",
         if os.path.exists(os.path.join(ROOT, script)):
             hint = f"run python {script}"
         elif os.path.basename(folder) == "python_source_gpt2":
-            hint = "run python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 " \
-                   "--format=shards"
+            hint = f"run {PYTHON_SOURCE_GPT2} --format=shards"
         raise UserError(f"no data set {name!r}: there is no folder {folder} ({hint})")
     meta = read_meta(folder)
     dtype = (meta or {}).get("dtype")

@@ -40,6 +40,7 @@ PICKLED_META = (  # nanoGPT's character-level data sets have a meta.pkl
     "{folder} has its vocabulary in meta.pkl, a pickle, which can run code and is not loaded here: run "
     "python convert.py {folder}/meta.pkl {folder}, or write {folder}/meta.json, with all characters in "
     'the order of their ids: {{"tokenizer": "char", "vocab_size": 3, "chars": "abc"}}')
+PYTHON_SOURCE_GPT2 = "python data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,6 @@ def dtype_for(vocab_size: int) -> str:
     """Return the name of the narrowest dtype that holds the tokens of a vocabulary."""
     return next(name for name, size in MAX_VOCAB_SIZE.items() if vocab_size <= size)
 
-
 def split_files(folder: str, split: str) -> tuple[str, list[str]]:
     """Return the format's name and the sorted files of 'train' or 'val'. Raises UserError."""
     for name, kind in FORMATS.items():
@@ -68,6 +68,8 @@ def split_files(folder: str, split: str) -> tuple[str, list[str]]:
     if os.path.basename(folder) == "fineweb10B":
         script = os.path.join(os.path.dirname(folder), "cached_fineweb10B.py")
     hint = f": run python {script}" if os.path.isfile(script) else ""
+    if os.path.basename(folder) == "python_source_gpt2":
+        hint = f": run {PYTHON_SOURCE_GPT2}"
     raise UserError(f"data set {folder} has no {split} tokens ({split}.bin, *_{split}_*.bin or "
                     f"*_{split}_*.npy){hint}")
 

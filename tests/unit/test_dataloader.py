@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import write_dataset, write_shard
 
-from nanosync import dataloader
+from nanosync import dataloader, token_files
 from nanosync.dataloader import DataLoader, Split, WindowOrder, evaluate, evaluation_batches, open_dataset
 from nanosync.errors import UserError
 
@@ -177,6 +177,8 @@ def test_nanogpt_folder_without_meta(tmp_path, monkeypatch):
         open_dataset("yours", T)
     with pytest.raises(UserError, match=r"prepare\.py --roots=stdlib,site-packages --tokenizer=gpt2"):
         open_dataset(str(tmp_path / "python_source_gpt2"), T)
+    with pytest.raises(UserError, match=r"has no val tokens .*: run python .*--tokenizer=gpt2"):
+        token_files.split_files(str(tmp_path / "python_source_gpt2"), "val")
 
 
 def test_other_files_than_meta_counts(shards):
