@@ -91,8 +91,8 @@ class Session:
         """Return the seconds in which all runs and a further one should end; infinite until each GPU has done
         a run's worth of work here.
 
-        A GPU does so much work a second, shared in whatever way. So the new run ends when the work of its GPU
-        is done, which here is the one with the most, or when it would end alone.
+        A GPU does so much work a second, shared in whatever way. The new run is counted on the GPU with the
+        most work. It ends when that is done, but not before it would end alone.
         """
         trained = [run for run in self.seen if run.progress.first is not None]
         shares = [min(run.progress.step / run.job.steps, 1.0) for run in trained]
