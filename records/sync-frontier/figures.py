@@ -10,6 +10,7 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
+from experiments.experiment_statistics import pooled_std
 from experiments.frontier_freeze import Pilot
 from experiments.frontier_protocol import Protocol
 from experiments.frontier_runs import read_runs
@@ -48,6 +49,11 @@ def main() -> None:
             row.append(text)
         rows.append(row)
     print(table(["learning rate", *MODELS.values()], rows))
+    for rate, value in RATES.items():
+        pairs = [[math.log(loss) for loss in losses(model, rate).values()] for model in MODELS]
+        if any(len(pair) > 1 for pair in pairs):
+            own, degrees = pooled_std(*pairs)
+            print(f"spread between the seeds at {value}: {own:.2%}, {degrees} degrees of freedom")
 
     for name in ("cold", "warm"):
         with open(os.path.join(FOLDER, "start", f"runs_{name}.jsonl")) as f:
