@@ -1,8 +1,8 @@
 """Draw the frontier of a protocol: the loss against the dense model's over the time of a token.
 
-Losses are compared as log ratios against the baseline. The spread between seeds is pooled over all arms, and
-intervals are Student's at 95%. An arm with fewer than PRELIMINARY finished runs is preliminary, as is every
-arm while the baseline is.
+Losses are compared as log ratios against the baseline, after what runs of one seed have in common
+(frontier_fit.py). The spread is pooled over all arms, and intervals are Student's at 95%. An arm with fewer
+than PRELIMINARY finished runs is preliminary, as is every arm while the baseline is.
 
 Times are those of `bench.py --mode=decode`: of the row that has the name of the arm's strategy, or "6 syncs",
 with as many processes as the arm has ranks, smallest batch. The loss of some arms does not depend on the
@@ -16,13 +16,12 @@ import os
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import stats
 
 from experiments.experiment_config import in_range, read_json
-from experiments.experiment_statistics import CONFIDENCE, differ, pooled_std
+from experiments.experiment_statistics import differ, pooled_std
+from experiments.frontier_fit import Fit, interval
 from experiments.frontier_picture import EXCHANGES, PRELIMINARY, draw, percent
 from experiments.frontier_protocol import Protocol
-from experiments.frontier_runs import FINISHED
 from experiments.report import table, without_nan, write
 from experiments.search_plan import SCHEDULE
 from nanosync.errors import UserError
@@ -107,26 +106,12 @@ def is_row(row) -> bool:
         and all(type(row.get(key)) is int and row[key] > 0 for key in ("n_embd", "batch_size", "processes"))
 
 
-def log_losses(protocol: Protocol, runs: dict[tuple[str, int], dict]) -> dict[str, list[float]]:
-    """Return the log losses of the finished runs of each arm."""
-    return {arm: [math.log(run["val_loss"]) for (name, _), run in runs.items()
-                  if name == arm and run["status"] == FINISHED] for arm in protocol.arms}
-
-
-def spread_of(logs: dict[str, list[float]]) -> tuple[float, int] | None:
-    """Return the standard deviation between seeds, pooled over the arms, and its degrees of freedom; None if
-    no two runs of an arm differ."""
-    samples = [sample for sample in logs.values() if sample]
-    return pooled_std(*samples) if any(map(differ, samples)) else None
-
-
-def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict]) -> list[dict]:
+def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict], fit: Fit) -> list[dict]:
     """Return what the runs say of each arm that has one, in the protocol's order."""
-    logs = log_losses(protocol, runs)
-    base, pooled = logs[protocol.baseline], spread_of(logs)
     of_base, rows = protocol.settings[protocol.baseline], []
-    all_layers = of_base.get("n_layer")
-    for arm, sample in logs.items():
+    base, all_layers = fit.logs.get(protocol.baseline, []), of_base.get("n_layer")
+    for arm in protocol.arms:
+        sample = fit.logs.get(arm, [])
         of_arm = [run for (name, _), run in runs.items() if name == arm]
         if not of_arm:
             continue
@@ -134,10 +119,7 @@ def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict]) -> list[dict]
         layers = settings.get("n_layer")
         dense = all(settings.get(key) == of_base.get(key) for key in SCHEDULE)
         shallow = dense and layers != all_layers
-        ratio = math.fsum(sample) / len(sample) - math.fsum(base) / len(base) if sample and base else None
-        interval = None
-        if ratio is not None and not is_base:
-            interval = interval_of(ratio, pooled, 1 / len(sample) + 1 / len(base))
+        ratio = None if is_base else fit.contrast({arm: 1.0, protocol.baseline: -1.0})
         strategy = settings.get("sync_strategy", DROPPING[0])
         dropping = syncs is not None and strategy in DROPPING
         default = f"{layers} layers" if shallow else f"{syncs} syncs" if dropping else strategy
@@ -148,8 +130,9 @@ def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict]) -> list[dict]
             "ranks": settings.get("tp_size"), "layers": layers, "all_layers": all_layers, "dense": dense,
             "shallow": shallow, "any_ranks": dense or kind in ANY_RANKS, "latency_row": named or default,
             "plain": kind in PLAIN and named is None,
-            "loss": math.exp(math.fsum(sample) / len(sample)) if sample else None, "ratio": ratio,
-            "interval": interval, "preliminary": min(len(sample), len(base)) < PRELIMINARY})
+            "loss": math.exp(math.fsum(sample) / len(sample)) if sample else None,
+            "ratio": 0.0 if is_base and sample else ratio and ratio.mean,
+            "interval": interval(ratio), "preliminary": min(len(sample), len(base)) < PRELIMINARY})
     return rows
 
 
@@ -165,12 +148,12 @@ def add_times(rows: list[dict], tables: Tables) -> None:
                                          "estimated": found[1]})
 
 
-def against_shallow(rows: list[dict], pooled: tuple[float, int] | None) -> list[dict]:
+def against_shallow(rows: list[dict], fit: Fit) -> list[dict]:
     """Compare each arm with the dense model of the same time of a token, for each exchange and number of
     processes: [{"arm", "exchange", "processes", "us", "ratio", "interval"}].
 
     The log loss of this dense model is interpolated between the two dense models whose times are next to the
-    arm's. A slower arm compares with the slowest of them, a faster one with none. pooled: see spread_of.
+    arm's. A slower arm compares with the slowest of them, a faster one with none.
     """
     found = []
     for key in sorted({(t["exchange"], t["processes"]) for row in rows for t in row["times"]}):
@@ -185,21 +168,12 @@ def against_shallow(rows: list[dict], pooled: tuple[float, int] | None) -> list[
             i = next(i for i in range(len(dense) - 1) if us <= dense[i + 1][0])
             (left, a), (right, b) = dense[i:i + 2]
             share = (us - left) / (right - left)
-            ratio = math.log(row["loss"]) - (1 - share) * math.log(a["loss"]) - share * math.log(b["loss"])
-            parts = 1 / row["runs"] + (1 - share)**2 / a["runs"] + share**2 / b["runs"]
-            found.append({"arm": row["arm"], "exchange": key[0], "processes": key[1], "us": at[row["arm"]],
-                          "ratio": ratio, "interval": interval_of(ratio, pooled, parts),
-                          "preliminary": min(row["runs"], a["runs"], b["runs"]) < PRELIMINARY})
+            ratio = fit.contrast({row["arm"]: 1.0, a["arm"]: share - 1, b["arm"]: -share})
+            if ratio is not None:
+                found.append({"arm": row["arm"], "exchange": key[0], "processes": key[1],
+                              "us": at[row["arm"]], "ratio": ratio.mean, "interval": interval(ratio),
+                              "preliminary": min(row["runs"], a["runs"], b["runs"]) < PRELIMINARY})
     return found
-
-
-def interval_of(ratio: float, pooled: tuple[float, int] | None, parts: float) -> list[float] | None:
-    """Return Student's interval of a difference of log losses; None without a spread. parts: its variance, in
-    units of that of a run."""
-    if pooled is None:
-        return None
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, pooled[1])) * pooled[0] * math.sqrt(parts)
-    return [ratio - half, ratio + half]
 
 
 def verdict(row: dict) -> str:
@@ -257,20 +231,24 @@ def shown_number(value: int | None) -> str:
 
 def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) -> str:
     """Write STEM.png, STEM.md and STEM.json; return what was written. Raises UserError."""
-    rows = rows_of(protocol, runs)
+    fit = Fit(runs)
+    rows = rows_of(protocol, runs, fit)
     add_times(rows, tables)
     cards = ", ".join(sorted({run["card"] for run in runs.values()}))
     draft = " (draft)" if protocol.values["data_sha256"] is None else ""
     missing = [arm for arm in protocol.arms if all(row["arm"] != arm for row in rows)]
-    timed, spread = any(row["times"] for row in rows), spread_of(log_losses(protocol, runs))
+    timed, spread = any(row["times"] for row in rows), fit.spread
+    between = pooled_std(*fit.logs.values()) if any(map(differ, fit.logs.values())) else None
     text = f"# {protocol.name}{draft}\n\n{len(runs)} of {len(protocol.runs)} runs of protocol " \
            f"{protocol.digest}, {protocol.values['tokens']:,} tokens each, on {cards}. Intervals: " \
-           f"Student's, 95%, spread between seeds pooled over all arms. Fewer than {PRELIMINARY} runs: " \
-           f"preliminary.\n\n" \
+           f"Student's, 95%, after what runs of one seed have in common, with a spread that is pooled over " \
+           f"all arms. Fewer than {PRELIMINARY} runs: preliminary.\n\n" \
            f"{rows_table(rows, tables)}"
-    if spread is not None:
-        text += f"\nThe loss varies by {spread[0]:.2%} between seeds ({spread[1]} degrees of freedom).\n"
-    controls = against_shallow(rows, spread)
+    if between is not None:
+        text += f"\nThe loss varies by {between[0]:.2%} between seeds ({between[1]} degrees of freedom)"
+        text += ".\n" if spread is None else f", by {spread[0]:.2%} without what runs of one seed have in " \
+            f"common ({spread[1]}).\n"
+    controls = against_shallow(rows, fit)
     if controls:
         text += f"\n## Against a dense model of the same time\n\n{shallow_table(controls)}"
     if timed:
@@ -282,7 +260,8 @@ def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) ->
         text += f"\nWithout a run: {', '.join(missing)}.\n"
     write(stem + ".json", json_text(without_nan({"protocol": protocol.digest, "runs": len(runs),
                                                  "planned": len(protocol.runs),
-                                                 "spread": spread and spread[0], "arms": rows,
+                                                 "spread": spread and spread[0],
+                                                 "spread_between_seeds": between and between[0], "arms": rows,
                                                  "against_shallow": controls})))
     draw(rows, list(tables.us), f"width {tables.width}, {', '.join(tables.devices)}", stem + ".png")
     write(stem + ".md", text + f"\n![Frontier]({os.path.basename(stem)}.png)\n")

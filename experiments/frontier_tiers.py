@@ -3,8 +3,8 @@
 The abscissa of a tier is the logarithm of its training FLOPs without attention and head, 6 x parameters of
 the layers x tokens. An arm's log ratio against the baseline is assumed to be linear in it. Two tiers give the
 line's slope, and a prediction for a third, larger one, which its runs can refute. With the same model in both
-the slope is that in log tokens. All intervals are Student's at 95%; each tier has a spread between seeds of
-its own, pooled over its arms.
+the slope is that in log tokens. All intervals are Student's at 95%; each tier has a spread of its own
+(frontier_fit.py).
 """
 
 import math
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from experiments.experiment_statistics import welch_error
-from experiments.frontier_draw import log_losses, shown_interval, spread_of
+from experiments.frontier_draw import shown_interval
+from experiments.frontier_fit import Fit, interval
 from experiments.frontier_picture import percent
 from experiments.frontier_protocol import Protocol
 from experiments.report import table, without_nan, write
@@ -27,14 +28,9 @@ def combined(v: float, one: Ratio, w: float, other: Ratio) -> Ratio:
     return Ratio(v * one.mean + w * other.mean, error, df, min(one.runs, other.runs))
 
 
-def interval(ratio: Ratio) -> list[float] | None:
-    """Return the 95% interval, None if the error is unknown."""
-    return None if math.isnan(ratio.error) else list(ratio.interval())
-
-
 @dataclass
 class Tier:
-    """A protocol with its runs. log_flops: see above. spread: see spread_of. ratios: arm -> log ratio.
+    """A protocol with its runs. log_flops: see above. spread: see Fit. ratios: arm -> log ratio.
 
     Raises UserError if the settings of the baseline do not have the size of the model.
     """
@@ -51,16 +47,11 @@ class Tier:
                                 f"integer of at least 1: it gives the parameters of the tier")
         self.parameters = 12 * sizes["n_layer"] * sizes["n_embd"]**2  # of the layers
         self.log_flops = math.log(6 * self.parameters) + math.log(self.protocol.values["tokens"])
-        logs = log_losses(self.protocol, self.runs)
-        self.spread, base = spread_of(logs), logs[self.protocol.baseline]
-        self.ratios = {arm: self._ratio(sample, base) for arm, sample in logs.items()
-                       if sample and base and arm != self.protocol.baseline}
-
-    def _ratio(self, sample: list[float], base: list[float]) -> Ratio:
-        mean = math.fsum(sample) / len(sample) - math.fsum(base) / len(base)
-        runs = min(len(sample), len(base))
-        spread, df = self.spread or (math.nan, math.nan)
-        return Ratio(mean, spread * math.sqrt(1 / len(sample) + 1 / len(base)), df, runs)
+        fit, baseline = Fit(self.runs), self.protocol.baseline
+        self.spread = fit.spread
+        ratios = {arm: fit.contrast({arm: 1.0, baseline: -1.0}) for arm in self.protocol.arms
+                  if arm != baseline}
+        self.ratios = {arm: ratio for arm, ratio in ratios.items() if ratio is not None}
 
 
 def check_tiers(tiers: list[Tier]) -> None:

@@ -11,6 +11,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 from experiments.experiment_statistics import pooled_std
+from experiments.frontier_fit import Fit
 from experiments.frontier_freeze import Pilot
 from experiments.frontier_protocol import Protocol
 from experiments.frontier_runs import read_runs
@@ -29,7 +30,9 @@ def read(name: str) -> dict:
 def main() -> None:
     pilot = Pilot(os.path.join(FOLDER, "protocol_regime.json"))
     spread, freedom = pilot.spread()
-    print("\n".join(pilot.described()), f"\nspread {spread:.2%}, {freedom} degrees of freedom\n")
+    print("\n".join(pilot.described()), f"\nspread {spread:.2%}, {freedom} degrees of freedom")
+    print("without what runs of one seed have in common {:.2%}, {} degrees of freedom\n".format(
+        *Fit(pilot.runs).spread))
     first_ten = {(arm.removesuffix("_r2"), seed): run for (arm, seed), run in read("").items()}
     runs = pilot.runs | {(f"{arm}_top", seed): run for (arm, seed), run in first_ten.items()}
 
