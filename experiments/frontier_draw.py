@@ -1,8 +1,8 @@
 """Draw the frontier of a protocol: the loss against the dense model's over the time of a token.
 
-Losses are compared as log ratios against the baseline, after what runs of one seed have in common
-(frontier_fit.py). The spread is pooled over all arms, and intervals are Student's at 95%. An arm with fewer
-than PRELIMINARY finished runs is preliminary, as is every arm while the baseline is.
+Losses are compared as log ratios against the baseline. The effect of the seed, which all arms share, is
+removed (frontier_fit.py). The spread is pooled over all arms, and intervals are Student's at 95%. An arm with
+fewer than PRELIMINARY runs that compare is preliminary, as is every arm while the baseline is.
 
 Times are those of `bench.py --mode=decode`: of the row that has the name of the arm's strategy, or "6 syncs",
 with as many processes as the arm has ranks, smallest batch. The loss of some arms does not depend on the
@@ -14,6 +14,7 @@ two numbers.
 import math
 import os
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -109,7 +110,7 @@ def is_row(row) -> bool:
 def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict], fit: Fit) -> list[dict]:
     """Return what the runs say of each arm that has one, in the protocol's order."""
     of_base, rows = protocol.settings[protocol.baseline], []
-    base, all_layers = fit.logs.get(protocol.baseline, []), of_base.get("n_layer")
+    compared, all_layers = fit.compared.get(protocol.baseline, 0), of_base.get("n_layer")
     for arm in protocol.arms:
         sample = fit.logs.get(arm, [])
         of_arm = [run for (name, _), run in runs.items() if name == arm]
@@ -126,13 +127,14 @@ def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict], fit: Fit) -> 
         named = protocol.values["latency_rows"].get(arm)
         kind = strategy.partition(":")[0]
         rows.append({
-            "arm": arm, "runs": len(sample), "diverged": len(of_arm) - len(sample), "syncs": syncs,
-            "ranks": settings.get("tp_size"), "layers": layers, "all_layers": all_layers, "dense": dense,
-            "shallow": shallow, "any_ranks": dense or kind in ANY_RANKS, "latency_row": named or default,
-            "plain": kind in PLAIN and named is None,
+            "arm": arm, "baseline": is_base, "runs": len(sample), "diverged": len(of_arm) - len(sample),
+            "syncs": syncs, "ranks": settings.get("tp_size"), "layers": layers, "all_layers": all_layers,
+            "dense": dense, "shallow": shallow, "any_ranks": dense or kind in ANY_RANKS,
+            "latency_row": named or default, "plain": kind in PLAIN and named is None,
             "loss": math.exp(math.fsum(sample) / len(sample)) if sample else None,
             "ratio": 0.0 if is_base and sample else ratio and ratio.mean,
-            "interval": interval(ratio), "preliminary": min(len(sample), len(base)) < PRELIMINARY})
+            "interval": interval(ratio),
+            "preliminary": min(fit.compared.get(arm, 0), compared) < PRELIMINARY})
     return rows
 
 
@@ -148,40 +150,42 @@ def add_times(rows: list[dict], tables: Tables) -> None:
                                          "estimated": found[1]})
 
 
-def against_shallow(rows: list[dict], fit: Fit) -> list[dict]:
+def against_shallow(protocol: Protocol, rows: list[dict], fit: Fit) -> list[dict]:
     """Compare each arm with the dense model of the same time of a token, for each exchange and number of
     processes: [{"arm", "exchange", "processes", "us", "ratio", "interval"}].
 
-    The log loss of this dense model is interpolated between the two dense models whose times are next to the
-    arm's. A slower arm compares with the slowest of them, a faster one with none.
+    The log loss of this dense model is interpolated between the two dense models of the arm's settings whose
+    times are next to the arm's. A slower arm compares with the slowest of them, a faster one with none.
     """
     found = []
     for key in sorted({(t["exchange"], t["processes"]) for row in rows for t in row["times"]}):
         at = {row["arm"]: t["us"] for row in rows if row["loss"] is not None for t in row["times"]
               if (t["exchange"], t["processes"]) == key}
-        dense = sorted(((at[row["arm"]], row) for row in rows if row["dense"] and row["arm"] in at),
-                       key=lambda pair: pair[0])
         for row in rows:
-            if row["dense"] or row["arm"] not in at or len(dense) < 2 or at[row["arm"]] < dense[0][0]:
+            if row["dense"] or row["arm"] not in at:
                 continue
-            us = min(at[row["arm"]], dense[-1][0])
-            i = next(i for i in range(len(dense) - 1) if us <= dense[i + 1][0])
-            (left, a), (right, b) = dense[i:i + 2]
+            dense = {at[other["arm"]]: other["arm"] for other in rows if other["dense"] and other["arm"] in at
+                     and protocol.group(other["arm"]) == protocol.group(row["arm"])}
+            times = sorted(dense)
+            if len(times) < 2 or at[row["arm"]] < times[0]:
+                continue
+            us = min(at[row["arm"]], times[-1])
+            left, right = next(pair for pair in pairwise(times) if us <= pair[1])
             share = (us - left) / (right - left)
-            ratio = fit.contrast({row["arm"]: 1.0, a["arm"]: share - 1, b["arm"]: -share})
+            ratio = fit.contrast({row["arm"]: 1.0, dense[left]: share - 1, dense[right]: -share})
             if ratio is not None:
                 found.append({"arm": row["arm"], "exchange": key[0], "processes": key[1],
                               "us": at[row["arm"]], "ratio": ratio.mean, "interval": interval(ratio),
-                              "preliminary": min(row["runs"], a["runs"], b["runs"]) < PRELIMINARY})
+                              "preliminary": ratio.runs < PRELIMINARY})
     return found
 
 
 def verdict(row: dict) -> str:
     """Say what is decided about an arm."""
-    if row["ratio"] is None or (row["interval"] is None and row["ratio"] != 0):
-        text = "unknown"
-    elif row["interval"] is None:
+    if row["baseline"]:
         text = "baseline"
+    elif row["interval"] is None:
+        text = "unknown"
     else:
         low, high = row["interval"]
         text = "lower" if high < 0 else "higher" if low > 0 else "not told apart"
@@ -202,7 +206,7 @@ def rows_table(rows: list[dict], tables: Tables) -> str:
             row["arm"], shown_number(row["syncs"]), "any" if row["any_ranks"] else shown_number(row["ranks"]),
             shown_number(row["layers"]), str(row["runs"]),
             "-" if row["loss"] is None else f"{row['loss']:.4f}",
-            "-" if row["ratio"] is None else f"{percent(row['ratio']):+.2f}%",
+            shown_percent(row["ratio"]),
             shown_interval(row["interval"]),
             *(times.get(column, "-") for column in columns), verdict(row)])
     return table(header, cells)
@@ -216,9 +220,13 @@ def shallow_table(controls: list[dict]) -> str:
         exchange = f"{EXCHANGES[one['exchange']]}, {one['processes']} GPUs"
         text = "unknown" if interval is None else "better" if interval[1] < 0 else "worse" \
             if interval[0] > 0 else "not told apart"
-        cells.append([one["arm"], exchange, f"{one['us']:.0f}", f"{percent(one['ratio']):+.2f}%",
+        cells.append([one["arm"], exchange, f"{one['us']:.0f}", shown_percent(one["ratio"]),
                       shown_interval(interval), text + ", preliminary" * one["preliminary"]])
     return table(["arm", "exchange", "µs", "against dense", "95% CI", "decided"], cells)
+
+
+def shown_percent(log_ratio: float | None) -> str:
+    return "-" if log_ratio is None else f"{round(percent(log_ratio), 2) + 0.0:+.2f}%"  # + 0.0: no -0.00
 
 
 def shown_interval(interval: list[float] | None) -> str:
@@ -240,15 +248,22 @@ def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) ->
     timed, spread = any(row["times"] for row in rows), fit.spread
     between = pooled_std(*fit.logs.values()) if any(map(differ, fit.logs.values())) else None
     text = f"# {protocol.name}{draft}\n\n{len(runs)} of {len(protocol.runs)} runs of protocol " \
-           f"{protocol.digest}, {protocol.values['tokens']:,} tokens each, on {cards}. Intervals: " \
-           f"Student's, 95%, after what runs of one seed have in common, with a spread that is pooled over " \
-           f"all arms. Fewer than {PRELIMINARY} runs: preliminary.\n\n" \
+           f"{protocol.digest}, {protocol.values['tokens']:,} tokens each, on {cards}. The " \
+           f"effect of the seed, which all arms share, is removed. Intervals are Student's at 95%; the " \
+           f"spread is pooled over all arms. Fewer than {PRELIMINARY} runs: preliminary.\n\n" \
            f"{rows_table(rows, tables)}"
+    if len({frozenset(seed for name, seed in runs if name == arm) for arm in fit.logs}) > 1:
+        text += "\nArms have different seeds, so *against dense* is not the quotient of two values of *val " \
+                "loss*.\n"
     if between is not None:
-        text += f"\nThe loss varies by {between[0]:.2%} between seeds ({between[1]} degrees of freedom)"
-        text += ".\n" if spread is None else f", by {spread[0]:.2%} without what runs of one seed have in " \
-            f"common ({spread[1]}).\n"
-    controls = against_shallow(rows, fit)
+        text += f"\nStandard deviation of the loss: {between[0]:.2%} between the seeds of an arm " \
+                f"({between[1]} degrees of freedom)"
+        text += ". No intervals: they need two arms with two common seeds.\n" if spread is None else \
+            f", {spread[0]:.2%} after the effect of the seed is removed ({spread[1]}).\n"
+    apart = [row["arm"] for row in rows if row["ratio"] is None and row["runs"]]
+    if apart and protocol.baseline in fit.logs:
+        text += f"\nNo chain of common seeds connects these with {protocol.baseline}: {', '.join(apart)}.\n"
+    controls = against_shallow(protocol, rows, fit)
     if controls:
         text += f"\n## Against a dense model of the same time\n\n{shallow_table(controls)}"
     if timed:

@@ -1,12 +1,13 @@
 """The log losses of a frontier: an effect of the arm, one of the seed, and an error.
 
-Runs with the same seed see the same data in the same order. What that does to all of them is no difference
-between arms, so it is taken off: the effects of arms and seeds are fitted by least squares (a randomised
-block design with missing values). The spread of the errors is pooled over all arms. If all arms have the same
-seeds, the difference of two arms is that of their means, as without the seeds' effects.
+Runs with the same seed see the same data in the same order. What a seed does to all arms is no difference
+between them, so the effects of arms and seeds are fitted together, by least squares (a randomised block
+design with missing values). The spread of the errors is pooled over all arms. If all arms have the same
+seeds, the difference of two arms is that of their means.
 """
 
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -14,11 +15,14 @@ from experiments.experiment_statistics import differ
 from experiments.frontier_runs import FINISHED
 from experiments.search_evidence import Ratio
 
+SMALL = 1e-10  # of the largest singular value: smaller ones are zeros with rounding
+
 
 class Fit:
     """The least squares fit of the finished runs.
 
-    runs: see read_runs. logs: arm -> its log losses. spread: the standard deviation of the errors and its
+    runs: see read_runs. logs: arm -> its log losses. compared: arm -> number of its runs whose seed another
+    arm has; the others say nothing about differences. spread: the standard deviation of the errors and its
     degrees of freedom; None if no runs tell, or if nothing is left for errors.
     """
 
@@ -27,23 +31,27 @@ class Fit:
         self.logs: dict[str, list[float]] = {}
         for (arm, _), value in found.items():
             self.logs.setdefault(arm, []).append(value)
-        seeds = list(dict.fromkeys(seed for _, seed in found))
+        of_seed = Counter(seed for _, seed in found)
+        self.compared = {arm: sum(of_seed[seed] > 1 for name, seed in found if name == arm)
+                         for arm in self.logs}
         self.arms = list(self.logs)
-        columns = [(0, arm) for arm in self.arms] + [(1, seed) for seed in seeds]
-        self.design = np.array([[key[i] == one for i, one in columns] for key in found], float)
-        self.design = self.design.reshape(len(found), len(columns))
-        self.inverse = np.linalg.pinv(self.design)
+        columns = [(0, arm) for arm in self.arms] + [(1, seed) for seed in of_seed]
+        design = np.array([[key[i] == one for i, one in columns] for key in found], float)
+        self.design = design.reshape(len(found), len(columns))
+        left, scales, right = np.linalg.svd(self.design, full_matrices=False)
+        kept = scales > SMALL * scales.max(initial=0.0)
+        self.inverse = (right[kept].T / scales[kept]) @ left[:, kept].T
         values = np.array([*found.values()])
         self.effects = self.inverse @ values
         errors = values - self.design @ self.effects
-        freedom = len(found) - (int(np.linalg.matrix_rank(self.design)) if found else 0)
+        freedom = len(found) - int(kept.sum())
         self.spread = None
         if freedom and differ(errors, max(map(abs, values))):
             self.spread = math.sqrt(float(errors @ errors) / freedom), freedom
 
     def contrast(self, weights: dict[str, float]) -> Ratio | None:
-        """Return a weighted sum of the arms' log losses, whose weights add up to 0. Its error is NaN without
-        a spread. None if an arm has no finished run, or if no chain of common seeds connects them."""
+        """Return a sum of the arms' log losses with weights that add up to 0. Its error is NaN without a
+        spread. None if an arm has no finished run, or if no chain of common seeds connects the arms."""
         if not all(arm in self.logs for arm in weights):
             return None
         wanted = np.zeros(self.design.shape[1])
@@ -54,7 +62,7 @@ class Fit:
             return None
         spread, freedom = self.spread or (math.nan, math.nan)
         return Ratio(float(wanted @ self.effects), spread * math.sqrt(float(by_run @ by_run)), freedom,
-                     min(len(self.logs[arm]) for arm, weight in weights.items() if weight))
+                     min(self.compared[arm] for arm, weight in weights.items() if weight))
 
 
 def interval(ratio: Ratio | None) -> list[float] | None:

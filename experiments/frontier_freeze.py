@@ -22,9 +22,15 @@ import math
 
 from experiments.experiment_config import NUMBER, check_keys, in_range, read_json
 from experiments.experiment_statistics import differ, pooled_std
-from experiments.frontier_protocol import PROTOCOL, Protocol, check_strategies, data_digests, digest_of
+from experiments.frontier_protocol import (
+    OF_ARMS,
+    PROTOCOL,
+    Protocol,
+    check_strategies,
+    data_digests,
+    digest_of,
+)
 from experiments.frontier_runs import FINISHED, read_runs
-from experiments.search_plan import SCHEDULE
 from nanosync.errors import UserError, shown
 from nanosync.files import json_text
 
@@ -32,7 +38,6 @@ FROM_PILOT = "script", "dataset", "data_sha256", "tokens", "seconds_per_run"  # 
 TEMPLATE = {key: value for key, value in PROTOCOL.items() if key not in FROM_PILOT} | {
     "tokens": (int, False), "shallow": (str, False), "depth": (NUMBER, False), "spread": (NUMBER, False)}
 ASKED = "shallow", "depth", "spread"  # all or none
-OF_ARMS = *SCHEDULE, "n_layer", "tp_size"  # settings by which the arms of a group differ
 LOGGING = "eval_interval", "eval_iters", "log_interval"  # settings that may differ from the pilot's
 
 
@@ -44,9 +49,8 @@ class Pilot:
         self.protocol = Protocol.read(path)
         self.path, self.runs = path, read_runs(self.protocol.runs_path, self.protocol)
         self.groups: dict[str, list[str]] = {}  # settings as JSON -> arms
-        for arm, settings in self.protocol.arms.items():
-            group = {key: value for key, value in settings.items() if key not in OF_ARMS}
-            self.groups.setdefault(json.dumps(group, sort_keys=True), []).append(arm)
+        for arm in self.protocol.arms:
+            self.groups.setdefault(self.protocol.group(arm), []).append(arm)
         missing = [arm for arm in self.protocol.arms if (arm, self.protocol.seeds[0]) not in self.runs]
         if missing:
             raise UserError(f"{path} has no run of {', '.join(missing)} with its first seed, "

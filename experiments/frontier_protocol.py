@@ -32,6 +32,7 @@ from experiments.experiment_config import (
     read_json,
     steps_key,
 )
+from experiments.search_plan import SCHEDULE
 from nanosync.errors import UserError, shown
 from nanosync.files import dataset_folder, os_error_as_user_error, sha256_of
 from nanosync.token_files import split_files
@@ -46,6 +47,7 @@ MAY_CHANGE = "description", "latency_rows", "seconds_per_run"
 LENGTHS = "lr_decay_iters", "max_iters", "num_iterations"  # follow from the tokens
 SET_HERE = (*RUNNER_SETTINGS, *LENGTHS, "dataset", "save_checkpoint", "checkpoint_interval",
             "always_save_checkpoint", "wandb_log", "use_tensorboard", "eval_only", "stop_if", "init_from")
+OF_ARMS = *SCHEDULE, "n_layer", "tp_size"  # settings by which the arms of a group differ
 MAX_ARMS, MAX_SEEDS, MAX_SEED, MAX_TOKENS, MAX_SECONDS = 1000, 1000, 10_000, 10**15, 1e7
 DIGEST = 16  # hexadecimal digits of a digest in runs.jsonl
 
@@ -90,6 +92,11 @@ class Protocol:
             raise UserError(f"{self.path} is not named protocol*.json, so its runs have no file: give "
                             f"--runs=FILE")
         return os.path.join(folder, "runs" + file.removeprefix("protocol") + "l")
+
+    def group(self, arm: str) -> str:
+        """Return the settings that make an arm comparable: all but schedule, ranks and layers, as JSON."""
+        return json.dumps({key: value for key, value in self.arms[arm].items() if key not in OF_ARMS},
+                          sort_keys=True)
 
     def steps(self, arm: str) -> int:
         """Return the updates of a run."""

@@ -67,8 +67,8 @@ def check_tiers(tiers: list[Tier]) -> None:
                             f"{large.protocol.path} {large.protocol.baseline}: their ratios are on no common "
                             f"line")
         if not small.ratios:
-            raise UserError(f"{small.protocol.path} has no runs of its baseline and of another arm yet: do "
-                            f"some with next")
+            raise UserError(f"{small.protocol.path} has no run of another arm with a seed of its "
+                            f"baseline yet: do some with next")
         if large.log_flops <= small.log_flops:
             raise UserError(f"{large.protocol.path} is no larger tier than {small.protocol.path}: name them "
                             f"in order of parameters x tokens")

@@ -85,7 +85,7 @@ def test_combined():
 
 @pytest.mark.parametrize("tiers, said", [
     (lambda: [tier(2, 0.01), tier(1, 0.01)], "no larger tier"),
-    (lambda: [Tier(protocol_of(1), {}), tier(2, 0.01)], "has no runs of its baseline and of another arm yet"),
+    (lambda: [Tier(protocol_of(1), {}), tier(2, 0.01)], "has no run of another arm with a seed of its base"),
     (lambda: [tier(1, 0.01), Tier(protocol_of(2, arms={"dense_12": {}, "other": {"n_layer": 6}}), {})],
      "no arm in common"),
     (lambda: [tier(1, 0.01), Tier(protocol_of(2, baseline="dense_8"), {})],

@@ -383,7 +383,7 @@ def test_table_and_picture(tmp_path):
     text = (tmp_path / "frontier.md").read_text()
     assert "higher, preliminary, 1 diverged" in text and "(draft)" in text
     assert 0.002 < json.loads((tmp_path / "frontier.json").read_text())["spread"] < 0.006
-    assert "The loss varies by 0.3" in text or "The loss varies by 0.4" in text
+    assert "not the quotient" in text and "No chain" not in text
 
     frontier_draw.write_frontier(plan, runs, frontier_draw.read_tables([], plan, None), str(tmp_path / "b"))
     assert (tmp_path / "b.png").stat().st_size > 1e4, "without a table, over the syncs"
@@ -431,27 +431,80 @@ def test_intervals_cover_the_true_ratio(runs_missing):
     assert known >= (950 if runs_missing else 1000) and 0.93 <= covered / known <= 0.97
 
 
-def test_what_runs_of_a_seed_have_in_common_is_no_difference_of_arms():
+def test_the_effect_of_a_seed_is_no_difference_of_arms(tmp_path):
     """A second run of the baseline alone, on a seed 5% easier, changes no ratio. Arms that no common seed
     connects do not compare."""
     plan = protocol()
     runs = {(arm, 1): run_of(plan, arm, 1, loss) for arm, loss in (("dense_12", 2.0), ("drop_4_r2", 2.1))}
     runs["dense_12", 2] = run_of(plan, "dense_12", 2, 1.9)
     assert rows_of(plan, runs)[1]["ratio"] == pytest.approx(math.log(2.1 / 2.0))
-    assert Fit(runs).spread is None
+    fit = Fit(runs)
+    assert fit.spread is None and fit.compared == {"dense_12": 1, "drop_4_r2": 1}
+
+    def texts() -> tuple[str, dict]:
+        frontier_draw.write_frontier(plan, runs, frontier_draw.Tables(), str(tmp_path / "f"))
+        return (tmp_path / "f.md").read_text(), json.loads((tmp_path / "f.json").read_text())
+
+    text, found = texts()
+    assert "No intervals: they need two arms with two common seeds." in text and found["spread"] is None
+    assert f"{found['spread_between_seeds']:.2%} between the seeds of an arm (1 deg" in text
     runs["drop_12_r2", 3] = run_of(plan, "drop_12_r2", 3, 2.0)
     apart = {row["arm"]: row for row in rows_of(plan, runs)}["drop_12_r2"]
     assert apart["ratio"] is None and frontier_draw.verdict(apart) == "unknown, preliminary"
+    assert "No chain of common seeds connects these with dense_12: drop_12_r2." in texts()[0]
     runs["dense_8", 1] = run_of(plan, "dense_8", 1, 2.2)
     runs["dense_8", 3] = run_of(plan, "dense_8", 3, 2.3)
     joined = {row["arm"]: row for row in rows_of(plan, runs)}["drop_12_r2"]
     assert joined["ratio"] == pytest.approx(math.log(2.0 / 2.3) + math.log(2.2 / 2.0)), "by dense_8"
+    runs["drop_12_r2", 1] = run_of(plan, "drop_12_r2", 1, 1.93)
+    text, found = texts()
+    assert found["spread"] != found["spread_between_seeds"] and "No chain" not in text
+    assert f"{found['spread']:.2%} after the effect of the seed is removed (1)" in text
+
+
+def test_the_error_of_a_ratio_is_that_of_the_seeds_in_common():
+    """The third run of the baseline is the only one of its seed, so it makes no ratio more certain."""
+    plan, losses = protocol(), iter((2.0, 2.02, 2.01, 2.1, 2.2, 2.31, 2.3))
+    runs = {(arm, seed): run_of(plan, arm, seed, next(losses))
+            for arm, n in (("dense_12", 3), ("drop_4_r2", 2), ("dense_8", 2)) for seed in plan.seeds[:n]}
+    fit = Fit(runs)
+    ratio = fit.contrast({"drop_4_r2": 1.0, "dense_12": -1.0})
+    assert fit.spread[1] == 2 and ratio.error / fit.spread[0] == pytest.approx(math.sqrt(1 / 2 + 1 / 2))
+    assert ratio.runs == 2 and fit.contrast({"drop_4_r2": 1.0, "dense_12": -1.0, "dense_8": 0.0}).runs == 2
+    lone = Fit(runs | {("drop_12_r2", 4): run_of(plan, "drop_12_r2", 4)})
+    assert lone.compared["drop_12_r2"] == 0 and lone.spread == pytest.approx(fit.spread)
+
+
+@pytest.mark.parametrize("arms, seeds", [(22, 18), (36, 16), (55, 16)])
+def test_ratios_of_many_runs_are_differences_of_means(arms, seeds):
+    """Arms and seeds add up to the same, so one singular value is 0 but for rounding."""
+    draw, runs = random.Random(3), {}
+    for arm in range(arms):
+        for seed in range(seeds):
+            runs[f"a{arm}", seed] = {"status": "finished", "val_loss": math.exp(draw.gauss(1, 0.1))}
+    fit = Fit(runs)
+    means = {arm: sum(sample) / seeds for arm, sample in fit.logs.items()}
+    assert fit.spread[1] == (arms - 1) * (seeds - 1)
+    for arm in list(fit.logs)[1:]:
+        assert fit.contrast({arm: 1.0, "a0": -1.0}).mean == pytest.approx(means[arm] - means["a0"])
+
+
+def test_a_baseline_that_diverged_has_no_ratio(tmp_path):
+    plan = protocol()
+    runs = {("dense_12", 1): run_of(plan, "dense_12", 1, None),
+            ("drop_4_r2", 1): run_of(plan, "drop_4_r2", 1)}
+    rows = rows_of(plan, runs)
+    assert [row["ratio"] for row in rows] == [None, None]
+    assert [frontier_draw.verdict(row) for row in rows] == ["baseline, preliminary, 1 diverged",
+                                                           "unknown, preliminary"]
+    frontier_draw.write_frontier(plan, runs, frontier_draw.Tables(), str(tmp_path / "f"))
+    assert "Standard deviation" not in (tmp_path / "f.md").read_text()
 
 
 def test_few_runs_have_no_interval():
     plan = protocol()
     rows = rows_of(plan, {("dense_12", 1): run_of(plan, "dense_12", 1),
-                                        ("drop_4_r2", 1): run_of(plan, "drop_4_r2", 1, 2.1)})
+                          ("drop_4_r2", 1): run_of(plan, "drop_4_r2", 1, 2.1)})
     assert [frontier_draw.verdict(row) for row in rows] == ["baseline, preliminary", "unknown, preliminary"]
     frontier_draw.add_times(rows, frontier_draw.Tables())
     assert len(frontier_draw.rows_table(rows, frontier_draw.Tables()).splitlines()) == 4
@@ -470,8 +523,7 @@ def test_an_arm_that_hides_its_sums_has_no_time_of_a_dropped_one():
                                       ({"palm": 480.0}, {"ladder": "palm"}, [480.0], [480.0])):
         plan = protocol(arms=arms, latency_rows=named)
         syncs = {"dense_12": 24, "ladder": 23, "palm": 12}
-        rows = rows_of(plan, {(arm, 1): run_of(plan, arm, 1, syncs=n)
-                                            for arm, n in syncs.items()})
+        rows = rows_of(plan, {(arm, 1): run_of(plan, arm, 1, syncs=n) for arm, n in syncs.items()})
         for n in (2, 4):  # the loss of all three does not depend on the ranks
             frontier_draw.add_times(rows, frontier_draw.Tables({("nccl", n): measured | more}, 768))
             assert [row["dense"] for row in rows] == [True, False, False]
@@ -499,7 +551,7 @@ def test_each_arm_is_compared_with_the_dense_model_of_its_time():
                         ({"12 syncs": 700.0, "4 syncs": 410.0}, ["drop_12_r2", "drop_4_r2"])):
         frontier_draw.add_times(rows, frontier_draw.Tables({
             ("nccl", 2): {"24 syncs": 600.0, "8 layers": 400.0} | more}))
-        found = frontier_draw.against_shallow(rows, fit)
+        found = frontier_draw.against_shallow(plan, rows, fit)
         assert [one["arm"] for one in found] == syncs, "faster than all dense models"
         log_dense = (math.log(2.0) + math.log(2.2)) / 2 if more["12 syncs"] == 500 else math.log(2.0)
         assert found[0]["ratio"] == pytest.approx(math.log(2.05) - log_dense)
@@ -508,7 +560,24 @@ def test_each_arm_is_compared_with_the_dense_model_of_its_time():
         assert (high - low) / 2 == pytest.approx(2.2622 * fit.spread[0] * math.sqrt(parts), rel=1e-3)
     assert "better" in frontier_draw.shallow_table([found[0] | {"interval": [-0.02, -0.01]}])
     same = {key: run | {"val_loss": losses[key[0]]} for key, run in runs.items()}
-    assert frontier_draw.against_shallow(rows, Fit(same))[0]["interval"] is None
+    assert frontier_draw.against_shallow(plan, rows, Fit(same))[0]["interval"] is None
+
+
+def test_dense_models_of_other_settings_are_no_control():
+    """The arms of a pilot have several learning rates."""
+    at_rate = {"low": {"learning_rate": 1e-4}, "high": {"learning_rate": 1e-3}}
+    arms = {f"{arm}_{rate}": ARMS[arm] | changed for rate, changed in at_rate.items()
+            for arm in ("dense_12", "dense_8", "drop_12_r2")}
+    plan, losses = protocol(arms=arms, baseline="dense_12_low"), {"low": 3.0, "high": 2.0}
+    runs = {(arm, seed): run_of(plan, arm, seed, losses[arm.split("_")[-1]],
+                                syncs=SYNCS[arm.rpartition("_")[0]]) for arm, seed in plan.runs}
+    rows = rows_of(plan, runs)
+    frontier_draw.add_times(rows, frontier_draw.Tables({
+        ("nccl", 2): {"24 syncs": 600.0, "8 layers": 400.0, "12 syncs": 700.0}}))
+    found = frontier_draw.against_shallow(plan, rows, Fit(runs))
+    assert [one["ratio"] for one in found] == [pytest.approx(0, abs=1e-12)] * 2
+    text = frontier_draw.shallow_table(found)
+    assert "+0.00%" in text and "-0.00" not in text
 
 
 # the command
