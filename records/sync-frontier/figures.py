@@ -8,6 +8,8 @@ import math
 import os
 import sys
 
+import numpy as np
+
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 from experiments.experiment_statistics import pooled_std
@@ -31,10 +33,11 @@ def main() -> None:
     pilot = Pilot(os.path.join(FOLDER, "protocol_regime.json"))
     spread, freedom = pilot.spread()
     print("\n".join(pilot.described()), f"\nspread {spread:.2%}, {freedom} degrees of freedom")
-    print("without what runs of one seed have in common {:.2%}, {} degrees of freedom\n".format(
+    print("after the effect of the seed is removed {:.2%}, {} degrees of freedom\n".format(
         *Fit(pilot.runs).spread))
-    first_ten = {(arm.removesuffix("_r2"), seed): run for (arm, seed), run in read("").items()}
-    runs = pilot.runs | {(f"{arm}_top", seed): run for (arm, seed), run in first_ten.items()}
+    frozen = read("")
+    top = {(arm.removesuffix("_r2"), seed): run for (arm, seed), run in frozen.items()}
+    runs = pilot.runs | {(f"{arm}_top", seed): run for (arm, seed), run in top.items()}
 
     def losses(model: str, rate: str) -> dict[int, float]:
         return {seed: run["val_loss"] for (arm, seed), run in runs.items() if arm == f"{model}_{rate}"}
@@ -45,7 +48,8 @@ def main() -> None:
         for model in MODELS:
             own = losses(model, rate)
             ratios = [math.log(own[seed] / dense[seed]) for seed in own]
-            error = spread * math.sqrt(2 / len(ratios))  # of a mean of differences between two runs
+            of_rate = Fit(frozen).spread[0] if rate == "top" else spread
+            error = of_rate * math.sqrt(2 / len(ratios))  # of a mean of differences between two runs
             text = " / ".join(f"{loss:.4f}" for loss in own.values())
             if model != "dense_12":
                 text += f" ({math.expm1(sum(ratios) / len(ratios)):+.2%} ± {error:.2%})"
@@ -62,12 +66,40 @@ def main() -> None:
         with open(os.path.join(FOLDER, "start", f"runs_{name}.jsonl")) as f:
             for run in map(json.loads, f):
                 print(name, run["arm"], run["seconds"])
-    ended = [run["time"] for run in first_ten.values()]
-    began = [run["time"] - run["seconds"]["wall"] for run in first_ten.values()]
-    print(f"{len(ended)} runs of the frozen protocol in {max(ended) - min(began):.0f} s on two GPUs")
+    for commit in dict.fromkeys(run["commit"] for run in frozen.values()):
+        own = [run for run in frozen.values() if run["commit"] == commit]
+        seconds = max(run["time"] for run in own) - min(run["time"] - run["seconds"]["wall"] for run in own)
+        print(f"{len(own)} runs of the frozen protocol in {seconds:.0f} s on two GPUs, "
+              f"{2 * seconds / len(own):.1f} s of a GPU each")
     with open(os.path.join(FOLDER, "sharing.json")) as f:
         shared = [part["updates"] for part in json.load(f)["bins"] if 100 <= part["from_s"] < 280]
     print(f"{2 * 20 * len(shared) / sum(shared) * 1e3:.1f} ms of a GPU for an update, shared")
+
+
+    print_spread(frozen)
+
+
+def print_spread(runs: dict) -> None:
+    """Print how the first two seeds of the frozen protocol differ, in groups of arms."""
+    arms = {arm for arm, _ in runs}
+    pairs = {arm: [runs[arm, seed] for seed in (11, 12)] for arm in sorted(arms)}
+    val = {arm: math.log(b["val_loss"] / a["val_loss"]) for arm, (a, b) in pairs.items()}
+    train = {arm: math.log(b["curve"][-1][2] / a["curve"][-1][2]) for arm, (a, b) in pairs.items()}
+    correlation = np.corrcoef([*val.values()], [*train.values()])[0, 1]
+    apart = np.std([val[arm] - train[arm] for arm in arms]) / math.sqrt(2)
+    print(f"seed 12 against 11: correlation of val and train {correlation:.3f}, spread of their difference "
+          f"{apart:.2%}")
+    squares = {arm: change**2 for arm, change in val.items()}
+    for arm in sorted(arms, key=squares.get)[-3:]:
+        share = squares[arm] / sum(squares.values())
+        print(f"{arm}: {math.expm1(val[arm]):+.2%}, {share:.0%} of the squares")
+    few = {arm for arm in arms if arm.startswith(("drop_1_", "drop_2_"))}
+    of_pilot = {"dense_12", "dense_8", "drop_4_r2", "drop_1_r2"}
+    for name, group in (("all", arms), ("1 and 2 syncs", few), ("the others", arms - few),
+                        ("dense", {arm for arm in arms if arm.startswith("dense")}),
+                        ("the pilot's arms", of_pilot), ("without 1 sync", of_pilot - few)):
+        print(f"spread, {name}: {math.sqrt(sum(squares[arm] for arm in group) / len(group) / 2):.2%}, "
+              f"{len(group)} degrees of freedom")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 #     sitting.sh more SECONDS OUT
 #     sitting.sh last SECONDS OUT
 # TOKENS: folder with GPT-2's tokenizer files; COMMIT: of this code; MINUTES: of the runs; PER_GPU: runs at a
-# time; COMPILED: archive of compiled code; LATENCY=1: time five schedules first; STARTS=1: time a start last.
-# The sitting of log_1.txt had LATENCY=1 STARTS=1, that of log_2.txt COMPILED.
+# time; COMPILED: archive of compiled code; SAVE=1: make one; LATENCY=1: time five schedules first; STARTS=1: time
+# a start last. log_1.txt is of LATENCY=1 STARTS=1 SAVE=1, log_2.txt and log_3.txt of COMPILED SAVE=1.
 part=$1 end=$(($(date +%s) + $2)) out=$3 work=/tmp/sync-frontier
 shift 3
 mkdir -p "$out" $work/frontier
@@ -13,7 +13,7 @@ left() { echo $((end - $(date +%s))); }
 if [ "$part" = first ]; then
     cp -r "$TOKENS" /tmp/tokens
     export TIKTOKEN_CACHE_DIR=/tmp/tokens
-    [ -z "$COMPILED" ] || tar xzf "$COMPILED" -C $work/frontier
+    [ -z "$COMPILED" ] || python3 -m tarfile -e "$COMPILED" $work/frontier
     (time python3 data/python_source/prepare.py --roots=stdlib,site-packages --tokenizer=gpt2 \
         --out=$work/code/data/python_source_gpt2) > "$out/prepare.txt" 2>&1 &
     if [ -n "$LATENCY" ]; then
@@ -42,6 +42,7 @@ if [ "$part" = last ] && [ -n "$STARTS" ] && [ "$(left)" -gt 60 ]; then
 fi
 if [ "$part" != first ]; then
     (cd $work/frontier && find experiment_logs -name 'run_*.jsonl' | tar czf "$out/run_logs.tgz" -T -)
-    tar czf - -C $work/frontier experiment_logs/compile_cache | split -b 15M - "$out/compiled.tgz."
+    [ -z "$SAVE" ] || tar cf - -C $work/frontier experiment_logs/compile_cache |
+        xz --lzma2=preset=3,dict=256MiB > "$out/compiled.tar.xz"
     ls -la "$out"
 fi
