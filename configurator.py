@@ -432,6 +432,9 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
         install_error_hook(forks=True)
 
+    def parse_args(self, args=None, namespace=None):  # names of files may stand on both sides of an option
+        return self.parse_intermixed_args(args, namespace)
+
     def parse_known_args(self, args=None, namespace=None):  # which parse_args calls
         args = sys.argv[1:] if args is None else args
         for arg in args:

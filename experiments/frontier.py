@@ -51,7 +51,7 @@ def read_arguments() -> argparse.Namespace:
     """Return the command and its options. Raises UserError."""
     parser = Parser(__doc__)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("files", nargs="*", metavar="OTHER", help="merge: files of runs to add")
+    parser.add_argument("files", nargs="*", default=[], metavar="OTHER", help="merge: files of runs to add")
     parser.add_argument("--protocol", default=PROTOCOL, metavar="FILE", help=f"default: {PROTOCOL}")
     parser.add_argument("--runs", metavar="FILE", help="default: runs.jsonl beside protocol.json")
     parser.add_argument("--minutes", type=float, help="next: in which to end")

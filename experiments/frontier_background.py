@@ -5,10 +5,10 @@
 
 begin pilot does the first 20 runs of protocol_regime.json and freezes protocol.json. If they show too little,
 it does the longer pilot before; with --accept it freezes all the same, and the protocol says so. Then it does
-the frozen protocol. begin next does only the last. Both work in a folder outside of the checkout, with a copy
-of the code, the data, and the protocols and runs of --folder. A run that is in a runs*.jsonl, here or there,
-is not repeated. wait prints what is new in the log. Every few seconds it copies runs, frozen protocols,
-data.json and logs to --out.
+the frozen protocol. begin next does only the last, of any --folder with a protocol.json and a data.json. Both
+work in a folder outside of the checkout, with a copy of the code, the data, and the protocols and runs of
+--folder. A run that is in a runs*.jsonl, here or there, is not repeated. wait prints what is new in the log.
+Every few seconds it copies runs, frozen protocols, data.json and logs to --out.
 
 data.json has the packages whose Python files are the data. With other packages than those of earlier runs,
 begin ends before it makes the data.
@@ -96,8 +96,10 @@ def read_arguments() -> argparse.Namespace:
 def begin(args: argparse.Namespace) -> None:
     """Prepare the folder to work in, and start the sequence. Raises UserError."""
     commit = args.commit or commit_of_git()
-    if os.path.commonpath([os.path.realpath(ROOT), args.work]) == os.path.realpath(ROOT):
-        raise UserError(f"--work={args.work} is inside of the checkout: name a folder outside")
+    if os.path.commonpath([os.path.realpath(ROOT), args.work]) in (os.path.realpath(ROOT), args.work):
+        raise UserError(f"--work={args.work} is inside of the checkout or above it: name a folder beside it")
+    if not os.path.isdir(args.folder):
+        raise UserError(f"--folder={args.folder} is no folder")
     with os_error_as_user_error(f"cannot write to {args.work}"):
         os.makedirs(args.work, exist_ok=True)
     descriptor = lock_folder(args.work, "work")
@@ -106,9 +108,7 @@ def begin(args: argparse.Namespace) -> None:
         shutil.copytree(ROOT, code, symlinks=True, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns(*SKIPPED))
         os.makedirs(folder, exist_ok=True)
-    take_over(args.folder, folder)
-    if args.what == "next" and not os.path.exists(os.path.join(folder, FROZEN)):
-        raise UserError(f"{args.folder} has no {FROZEN}: begin pilot freezes one")
+    take_over(args.folder, folder, args.what)
     prepare_data(folder, os.path.join(code, DATASET))
     check_data(folder, code)
     with contextlib.suppress(FileNotFoundError):
@@ -132,8 +132,9 @@ def commit_of_git() -> str:
     return git["commit"] + "-dirty" * bool(git["dirty"])
 
 
-def take_over(source: str, folder: str) -> None:
-    """Copy protocols, templates and data.json to the folder, and merge the runs. Raises UserError."""
+def take_over(source: str, folder: str, what: str) -> None:
+    """Copy protocols, templates and data.json to the folder, and merge the runs. Raises UserError, also for
+    files that the plan `what` needs."""
     for name in (PILOT, LONG, FROZEN, "template.json", "template_long.json", "data.json"):
         ours, theirs = (os.path.join(parent, name) for parent in (folder, source))
         if not os.path.exists(theirs):
@@ -150,9 +151,11 @@ def take_over(source: str, folder: str) -> None:
             runs = os.path.join(source, os.path.basename(protocol.runs_path))
             if os.path.exists(runs):
                 merge(protocol.runs_path, [runs], protocol)
-    for name in (PILOT, "template.json", "template_long.json", "data.json"):
+    needed = (PILOT, "template.json", "template_long.json") if what == "pilot" else (FROZEN,)
+    for name in (*needed, "data.json"):
         if not os.path.exists(os.path.join(folder, name)):
-            raise UserError(f"{source} has no {name}: name a folder that has it, --folder=DIR")
+            fix = "begin pilot freezes one" if name == FROZEN else "name a folder that has it, --folder=DIR"
+            raise UserError(f"{source} has no {name}: {fix}")
 
 
 def read_data(path: str) -> dict:

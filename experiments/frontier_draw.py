@@ -7,8 +7,9 @@ fewer than PRELIMINARY runs that compare is preliminary, as is every arm while t
 Times are those of `bench.py --mode=decode`: of the row that has the name of the arm's strategy, or "6 syncs",
 with as many processes as the arm has ranks, smallest batch. The loss of some arms does not depend on the
 ranks, so they have a time for each number of processes. A dense model of 8 layers has the time of
-`--n_layer=8`. Without it its share of the time of all layers is an estimate, as is the time of syncs between
-two numbers.
+`--n_layer=8`, on as many GPUs and on one. If that is missing for some number of processes, its share of the
+time of all layers is an estimate, taken from another number of processes, else from the layers. The time of
+syncs between two numbers is another.
 """
 
 import math
@@ -21,7 +22,7 @@ import numpy as np
 from experiments.experiment_config import in_range, read_json
 from experiments.experiment_statistics import differ, pooled_std
 from experiments.frontier_fit import Fit, interval
-from experiments.frontier_picture import EXCHANGES, PRELIMINARY, draw, percent
+from experiments.frontier_picture import EXCHANGES, LINEAR, PRELIMINARY, draw, percent
 from experiments.frontier_protocol import Protocol
 from experiments.report import table, without_nan, write
 from experiments.search_plan import SCHEDULE
@@ -29,17 +30,19 @@ from nanosync.errors import UserError
 from nanosync.files import json_text
 
 DROPPING = "standard", "spd", "selective", "grouped", "custom"  # strategies that drop syncs and do no more
-PLAIN = *DROPPING, "palm", "mean"  # whose time is that of a dropping one with as many syncs
+ONE_GPU = "TP=1"  # name of the row of the dense model on one GPU
 ANY_RANKS = "standard", "palm", "ladder"  # whose loss does not depend on the TP ranks
 
 
 @dataclass
 class Tables:
-    """The µs of a token: (exchange, processes) -> name of a row -> µs; and the width of their model."""
+    """The µs of a token: (exchange, processes) -> name of a row -> µs; and the width of their model.
+    one_gpu: name of a row -> µs, of dense models on one GPU."""
 
     us: dict[tuple[str, int], dict[str, float]] = field(default_factory=dict)
     width: int | None = None
     devices: tuple[str, ...] = ()
+    one_gpu: dict[str, float] = field(default_factory=dict)
 
     def of(self, exchange: str, processes: int, row: dict) -> tuple[float, bool] | None:
         """Return the time of an arm's row, and True if it is estimated; None if it is unknown."""
@@ -47,8 +50,11 @@ class Tables:
         if row["latency_row"] in times:
             return times[row["latency_row"]], False
         if row["shallow"]:
-            dense = times.get(f"{2 * row['all_layers']} syncs")
-            return None if dense is None else (dense * row["layers"] / row["all_layers"], True)
+            base = f"{2 * row['all_layers']} syncs"
+            shares = [other[row["latency_row"]] / other[base] for (name, _), other in self.us.items()
+                      if name == exchange and row["latency_row"] in other and base in other]
+            share = shares[0] if shares else row["layers"] / row["all_layers"]
+            return (times[base] * share, True) if base in times else None
         if not row["plain"] or row["syncs"] is None:
             return None
         counts = sorted((int(name.split()[0]), us) for name, us in times.items() if is_count(name))
@@ -60,23 +66,26 @@ class Tables:
 def is_count(name: str) -> bool:
     """Return True for the name of a row such as '6 syncs'."""
     words = name.split()
-    return len(words) == 2 and words[0].isdigit() and words[1] == "syncs"
+    return len(words) == 2 and words[0].isascii() and words[0].isdigit() and words[1] == "syncs"
 
 
 def read_tables(paths: list[str], protocol: Protocol, width: int | None, exchanges=(*EXCHANGES,)) -> Tables:
     """Read latency tables. Of a table for other layers only the dense model counts. width: n_embd of their
     rows; None: the model's, else the smallest that they have. exchanges: those that count. Raises
     UserError."""
-    rows, devices, of_base = [], [], protocol.settings[protocol.baseline]
+    rows, alone, devices, of_base = [], [], [], protocol.settings[protocol.baseline]
     for path in paths:
         content = read_json(path)
         found = content.get("rows") if isinstance(content, dict) else None
         found = [row for row in found if is_row(row)] if isinstance(found, list) else []
         config = content.get("config") if found else None
         layers = config.get("n_layer") if isinstance(config, dict) else None
-        if layers is not None and layers != of_base.get("n_layer"):
-            found = [row | {"name": f"{layers} layers"} for row in found
-                     if row["name"] == f"{2 * layers} syncs"]
+        shallow = layers is not None and layers != of_base.get("n_layer")
+        dense = f"{layers} layers" if shallow else f"{2 * of_base.get('n_layer', 0)} syncs"
+        alone += [row | {"name": dense} for row in found if row["name"] == ONE_GPU]
+        found = [row for row in found if row["allreduce"] in EXCHANGES]
+        if shallow:
+            found = [row | {"name": dense} for row in found if row["name"] == f"{2 * layers} syncs"]
         if not found:
             raise UserError(f"{path} has no times of exchanges: use the JSON of bench.py --mode=decode with "
                             f"--tp_allreduce=oneshot, fused or nccl")
@@ -94,15 +103,18 @@ def read_tables(paths: list[str], protocol: Protocol, width: int | None, exchang
     if rows and chosen not in widths:
         raise UserError(f"--width={width}: the latency tables have {', '.join(map(str, sorted(widths)))}")
     tables = Tables(width=chosen, devices=tuple(dict.fromkeys(devices)))
-    for row in sorted(rows, key=lambda row: row["batch_size"]):
+    for row in sorted(rows + alone, key=lambda row: row["batch_size"]):
         if row["n_embd"] == chosen:
-            tables.us.setdefault((row["allreduce"], row["processes"]), {}).setdefault(row["name"], row["us"])
+            times = tables.one_gpu if row["allreduce"] is None else tables.us.setdefault(
+                (row["allreduce"], row["processes"]), {})
+            times.setdefault(row["name"], row["us"])
     return tables
 
 
 def is_row(row) -> bool:
-    """Return True for a row of a latency table with an exchange."""
-    return isinstance(row, dict) and row.get("allreduce") in EXCHANGES and isinstance(row.get("name"), str) \
+    """Return True for a row of a latency table with an exchange, or of the dense model on one GPU."""
+    return isinstance(row, dict) and isinstance(row.get("name"), str) \
+        and (row.get("allreduce") in EXCHANGES or (row["name"] == ONE_GPU and row.get("allreduce") is None)) \
         and in_range(row.get("us")) and row["us"] > 0 \
         and all(type(row.get(key)) is int and row[key] > 0 for key in ("n_embd", "batch_size", "processes"))
 
@@ -130,7 +142,7 @@ def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict], fit: Fit) -> 
             "arm": arm, "baseline": is_base, "runs": len(sample), "diverged": len(of_arm) - len(sample),
             "syncs": syncs, "ranks": settings.get("tp_size"), "layers": layers, "all_layers": all_layers,
             "dense": dense, "shallow": shallow, "any_ranks": dense or kind in ANY_RANKS,
-            "latency_row": named or default, "plain": kind in PLAIN and named is None,
+            "latency_row": named or default, "plain": kind in DROPPING and named is None,
             "loss": math.exp(math.fsum(sample) / len(sample)) if sample else None,
             "ratio": 0.0 if is_base and sample else ratio and ratio.mean,
             "interval": interval(ratio),
@@ -139,9 +151,10 @@ def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict], fit: Fit) -> 
 
 
 def add_times(rows: list[dict], tables: Tables) -> None:
-    """Add to each row its times: [{"exchange", "processes", "us", "estimated"}]."""
+    """Add to each row its times, [{"exchange", "processes", "us", "estimated"}], and as "one_gpu" the µs of a
+    dense model on one GPU, else None."""
     for row in rows:
-        row["times"] = []
+        row["times"], row["one_gpu"] = [], tables.one_gpu.get(row["latency_row"]) if row["dense"] else None
         for exchange, processes in sorted(tables.us):
             if row["any_ranks"] or row["ranks"] == processes:
                 found = tables.of(exchange, processes, row)
@@ -150,17 +163,18 @@ def add_times(rows: list[dict], tables: Tables) -> None:
                                          "estimated": found[1]})
 
 
-def against_shallow(protocol: Protocol, rows: list[dict], fit: Fit) -> list[dict]:
+def against_shallow(protocol: Protocol, rows: list[dict], fit: Fit, one_gpu: bool = False) -> list[dict]:
     """Compare each arm with the dense model of the same time of a token, for each exchange and number of
     processes: [{"arm", "exchange", "processes", "us", "ratio", "interval"}].
 
     The log loss of this dense model is interpolated between the two dense models of the arm's settings whose
     times are next to the arm's. A slower arm compares with the slowest of them, a faster one with none.
+    one_gpu: True to give dense models the time of one GPU if that is shorter.
     """
     found = []
     for key in sorted({(t["exchange"], t["processes"]) for row in rows for t in row["times"]}):
-        at = {row["arm"]: t["us"] for row in rows if row["loss"] is not None for t in row["times"]
-              if (t["exchange"], t["processes"]) == key}
+        at = {row["arm"]: min(t["us"], (one_gpu and row["one_gpu"]) or t["us"]) for row in rows
+              if row["loss"] is not None for t in row["times"] if (t["exchange"], t["processes"]) == key}
         for row in rows:
             if row["dense"] or row["arm"] not in at:
                 continue
@@ -197,18 +211,20 @@ def rows_table(rows: list[dict], tables: Tables) -> str:
     """Return the arms as a Markdown table."""
     columns = sorted(tables.us, key=lambda key: (list(EXCHANGES).index(key[0]), key[1]))
     header = ["arm", "syncs", "TP ranks", "layers", "runs", "val loss", "against dense", "95% CI",
-              *(f"µs, {EXCHANGES[exchange]}, {n} GPUs" for exchange, n in columns), "decided"]
+              *(f"µs, {EXCHANGES[exchange]}, {n} GPUs" for exchange, n in columns),
+              *["µs, one GPU"] * bool(tables.one_gpu), "decided"]
     cells = []
     for row in rows:
         times = {(t["exchange"], t["processes"]): f"{t['us']:.0f}" + " (estimated)" * t["estimated"]
                  for t in row["times"]}
+        alone = ["-" if row["one_gpu"] is None else f"{row['one_gpu']:.0f}"] * bool(tables.one_gpu)
         cells.append([
             row["arm"], shown_number(row["syncs"]), "any" if row["any_ranks"] else shown_number(row["ranks"]),
             shown_number(row["layers"]), str(row["runs"]),
             "-" if row["loss"] is None else f"{row['loss']:.4f}",
             shown_percent(row["ratio"]),
             shown_interval(row["interval"]),
-            *(times.get(column, "-") for column in columns), verdict(row)])
+            *(times.get(column, "-") for column in columns), *alone, verdict(row)])
     return table(header, cells)
 
 
@@ -264,10 +280,14 @@ def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) ->
     if apart and protocol.baseline in fit.logs:
         text += f"\nNo chain of common seeds connects these with {protocol.baseline}: {', '.join(apart)}.\n"
     controls = against_shallow(protocol, rows, fit)
-    if controls:
-        text += f"\n## Against a dense model of the same time\n\n{shallow_table(controls)}"
+    or_on_one = against_shallow(protocol, rows, fit, one_gpu=True) if tables.one_gpu else []
+    for where, found in (("on as many GPUs", controls), ("on as many GPUs or on one", or_on_one)):
+        if found:
+            text += f"\n## Against a dense model of the same time {where}\n\n{shallow_table(found)}"
     if timed:
-        text += f"\nµs a token: width {tables.width}, smallest batch, {', '.join(tables.devices)}.\n"
+        width = protocol.settings[protocol.baseline].get("n_embd")
+        text += f"\nµs a token: width {tables.width}, smallest batch, {', '.join(tables.devices)}."
+        text += "\n" if width in (None, tables.width) else f" The losses are of width {width}.\n"
     untimed = [row["arm"] for row in rows if not row["times"]]
     if timed and untimed:
         text += f"\nWithout a time, so not in the picture: {', '.join(untimed)}.\n"
@@ -277,7 +297,10 @@ def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) ->
                                                  "planned": len(protocol.runs),
                                                  "spread": spread and spread[0],
                                                  "spread_between_seeds": between and between[0], "arms": rows,
-                                                 "against_shallow": controls})))
+                                                 "against_shallow": controls,
+                                                 "against_shallow_or_one_gpu": or_on_one})))
     draw(rows, list(tables.us), f"width {tables.width}, {', '.join(tables.devices)}", stem + ".png")
-    write(stem + ".md", text + f"\n![Frontier]({os.path.basename(stem)}.png)\n")
+    text += f"\n![Frontier]({os.path.basename(stem)}.png)\n\nBars are 95% intervals. An axis of the loss " \
+            f"that goes far beyond {LINEAR:g}% is logarithmic there.\n"
+    write(stem + ".md", text)
     return f"written: {stem}.md, {stem}.json, {stem}.png; {len(runs)} of {len(protocol.runs)} runs"

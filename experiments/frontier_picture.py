@@ -14,6 +14,7 @@ EXCHANGES = {"oneshot": "one-shot exchange", "nccl": "NCCL", "fused": "fused exc
 COLORS = ["#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2", "#56B4E9", "#8c564b", "#7F3C8D"]
 GREY = "#707070"  # of dense models
 MARKERS = {2: "o", 4: "s", 8: "^"}  # by TP ranks, where a panel has several
+ESTIMATED = "X"  # marker of an estimated time
 TICKS = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64]  # %, beyond LINEAR the axis is logarithmic
 LINEAR = 2.0  # %
 SIZE, DPI = 7.5, 200  # points of a label; pixels of an inch
@@ -59,7 +60,7 @@ def draw(rows: list[dict], measured: list[tuple[str, int]], setting: str, path: 
     for i, n in enumerate(ranks):
         for j, exchange in enumerate(exchanges):
             points = points_of(rows, exchange, n)
-            draw_points(axes[i, j], points, colors, exchange is None)
+            draw_points(axes[i, j], rows, points, colors, exchange is None)
             values += [y for point in points for y in point["ends"]]
             axes[i, j].set_visible(exchange is None or (exchange, n) in measured)
             axes[i, j].set_title("" if exchange is None else f"{EXCHANGES[exchange]}, {n} GPUs", fontsize=9)
@@ -86,25 +87,29 @@ def draw(rows: list[dict], measured: list[tuple[str, int]], setting: str, path: 
 
 
 def points_of(rows: list[dict], exchange: str | None, ranks: int | None) -> list[dict]:
-    """Return the arms of a panel: row, x, y in %, ends of the interval in %."""
+    """Return the arms of a panel: row, x, estimated, y in %, ends of the interval in %."""
     points = []
     for row in rows:
-        places = [row["syncs"]] if exchange is None else [
-            t["us"] for t in row["times"] if (t["exchange"], t["processes"]) == (exchange, ranks)]
-        if row["ratio"] is not None and places and places[0] is not None:
-            points.append({"row": row, "x": places[0], "y": percent(row["ratio"]),
+        of_panel = [t for t in row["times"] if (t["exchange"], t["processes"]) == (exchange, ranks)]
+        places = [(t["us"], t["estimated"]) for t in of_panel]
+        if exchange is None:
+            places = [(row["syncs"], False)]
+        if row["ratio"] is not None and places and places[0][0] is not None:
+            x, estimated = places[0]
+            points.append({"row": row, "x": x, "y": percent(row["ratio"]), "estimated": estimated,
                            "ends": [percent(end) for end in row["interval"] or [row["ratio"]] * 2]})
     return points
 
 
-def draw_points(ax, points: list[dict], colors: dict[str, str], by_ranks: bool) -> None:
-    """Draw points with their intervals, and lines through the dense models and the evenly dropped syncs.
-    by_ranks: True to show the TP ranks by markers."""
+def draw_points(ax, rows: list[dict], points: list[dict], colors: dict[str, str], by_ranks: bool) -> None:
+    """Draw points with their intervals, and lines through the dense models, also those on one GPU, and the
+    evenly dropped syncs. by_ranks: True to show the TP ranks by markers."""
     for point in points:
         row, color = point["row"], color_of(point["row"], colors)
+        marker = MARKERS.get(row["ranks"], "D") if by_ranks else ESTIMATED if point["estimated"] else "o"
         ax.plot([point["x"]] * 2, point["ends"], color=color, linewidth=1, alpha=0.6, zorder=2)
         ax.scatter([point["x"]], [point["y"]], s=12 + 2.2 * (row["syncs"] or 0), zorder=3, linewidths=1.2,
-                   marker=MARKERS.get(row["ranks"], "D") if by_ranks else "o", edgecolors=color,
+                   marker=marker, edgecolors=color,
                    facecolors="white" if row["preliminary"] else color)
     lines = {}
     for point in points:
@@ -115,6 +120,11 @@ def draw_points(ax, points: list[dict], colors: dict[str, str], by_ranks: bool) 
             lines.setdefault((colors[family(row)], row["ranks"]), []).append((point["x"], point["y"]))
     for key, line in lines.items():
         ax.plot(*zip(*sorted(line)), color=key if key == GREY else key[0], linewidth=1, alpha=0.7, zorder=1)
+    if not by_ranks:
+        alone = sorted((row["one_gpu"], percent(row["ratio"])) for row in rows
+                       if row["one_gpu"] is not None and row["ratio"] is not None)
+        if alone:
+            ax.plot(*zip(*alone), ":", marker=".", markersize=4, color=GREY, linewidth=1, zorder=1)
     ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8)
@@ -184,6 +194,10 @@ def legend(plt, rows: list[dict], colors: dict[str, str], by_ranks: bool) -> lis
     ranks = sorted({row["ranks"] for row in rows if not row["any_ranks"] and row["ranks"]})
     if by_ranks and len(ranks) > 1:
         handles += [handle(f"{n} TP ranks", "0.3", marker=MARKERS.get(n, "D")) for n in ranks]
+    if not by_ranks and any(row["one_gpu"] is not None for row in rows):
+        handles.append(handle("dense, on one GPU", GREY, marker=".", linestyle=":", linewidth=1))
+    if not by_ranks and any(t["estimated"] for row in rows for t in row["times"]):
+        handles.append(handle("estimated time", "0.3", marker=ESTIMATED))
     if any(row["preliminary"] for row in rows):
         handles.append(handle(f"preliminary: fewer than {PRELIMINARY} runs", "0.3", markerfacecolor="white"))
     return handles

@@ -74,8 +74,6 @@ def main() -> None:
     with open(os.path.join(FOLDER, "sharing.json")) as f:
         shared = [part["updates"] for part in json.load(f)["bins"] if 100 <= part["from_s"] < 280]
     print(f"{2 * 20 * len(shared) / sum(shared) * 1e3:.1f} ms of a GPU for an update, shared")
-
-
     print_spread(frozen)
 
 

@@ -5,7 +5,7 @@
 #     sitting.sh last SECONDS OUT
 # TOKENS: folder with GPT-2's tokenizer files; COMMIT: of this code; MINUTES: of the runs; PER_GPU: runs at a
 # time; COMPILED: archive of compiled code; SAVE=1: make one; LATENCY=1: time five schedules first; STARTS=1: time
-# a start last. log_1.txt is of LATENCY=1 STARTS=1 SAVE=1, log_2.txt and log_3.txt of COMPILED SAVE=1.
+# a start last. log_1.txt is of LATENCY=1 STARTS=1 SAVE=1, log_2.txt and log_3.txt of COMPILED SAVE=1 PER_GPU=4.
 part=$1 end=$(($(date +%s) + $2)) out=$3 work=/tmp/sync-frontier
 shift 3
 mkdir -p "$out" $work/frontier
@@ -28,6 +28,7 @@ if [ "$part" = first ]; then
         --per_gpu="${PER_GPU:-6}" || exit
 fi
 python3 experiments/frontier_background.py wait "$(left)" --out="$out"
+code=$?
 if [ "$part" = last ] && [ -n "$STARTS" ] && [ "$(left)" -gt 60 ]; then
     cp -r $work/code/records/sync-frontier/start /tmp/start
     for one in "0 cold /tmp/cold" "1 warm $work/frontier/experiment_logs/compile_cache"; do
@@ -40,9 +41,10 @@ if [ "$part" = last ] && [ -n "$STARTS" ] && [ "$(left)" -gt 60 ]; then
     cp /tmp/start/runs*.jsonl "$out"
     for file in "$out"/start_*.txt; do tail -n 3 "$file"; done
 fi
-if [ "$part" != first ]; then
+if [ "$part" = last ]; then
     (cd $work/frontier && find experiment_logs -name 'run_*.jsonl' | tar czf "$out/run_logs.tgz" -T -)
     [ -z "$SAVE" ] || tar cf - -C $work/frontier experiment_logs/compile_cache |
         xz --lzma2=preset=3,dict=256MiB > "$out/compiled.tar.xz"
     ls -la "$out"
 fi
+exit $code

@@ -103,7 +103,11 @@ def test_a_killed_sequence_goes_on_where_its_results_are(tmp_path):
     assert pilot[:2] == begun and [run["seed"] for run in pilot] == [1, 1, 2, 2]
     assert sorted(run["seed"] for run in runs) == [11, 11, 12, 12]
 
-    # the frozen protocol, on the same machine again, then on one with other packages
+    # the frozen protocol alone, on the same machine again, then on one with other packages
+    (folder / "template.json").unlink()
+    assert "has no template.json: name a folder" in begin(folder, "four", "pilot", code=2)
+    for name in ("protocol_regime.json", "runs_regime.jsonl", "template_long.json"):
+        (folder / name).unlink()
     for name in ("protocol.json", "runs.jsonl"):
         shutil.copy(out / name, folder)
     begin(folder, "two", "next")

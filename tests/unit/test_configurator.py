@@ -159,6 +159,9 @@ def test_arguments_of_other_scripts_expand_the_home(tmp_path, monkeypatch):
     parser.add_argument("--out")
     parsed = parser.parse_args(["~/a", "b", "--out", "~/c"])
     assert parsed.paths == [f"{tmp_path}/a", "b"] and parsed.out == f"{tmp_path}/c"
+    assert parser.parse_args(["~/a", "--out=x", "b"]).paths == [f"{tmp_path}/a", "b"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["a", "--other=x", "b"])
 
 
 def test_config_files_of_the_repository_from_any_folder(tmp_path, monkeypatch):

@@ -515,11 +515,10 @@ def test_few_runs_have_no_interval():
 
 
 def test_an_arm_that_hides_its_sums_has_no_time_of_a_dropped_one():
-    """A ladder communicates after all sublayers and is no dense model; bench.py's row has its name. PaLM's
-    blocks only drop syncs, so without a row of their own they have the time of as many syncs."""
+    """bench.py's rows have the names of ladder and palm. Neither has the time of as many syncs."""
     arms = {"dense_12": {}, "ladder": {"sync_strategy": "ladder"}, "palm": {"sync_strategy": "palm"}}
     measured = {"24 syncs": 600.0, "12 syncs": 500.0, "6 syncs": 450.0}
-    for more, named, ladder, palm in (({}, {}, [], [500.0]), ({"ladder": 400.0}, {}, [400.0], [500.0]),
+    for more, named, ladder, palm in (({}, {}, [], []), ({"ladder": 400.0}, {}, [400.0], []),
                                       ({"palm": 480.0}, {"ladder": "palm"}, [480.0], [480.0])):
         plan = protocol(arms=arms, latency_rows=named)
         syncs = {"dense_12": 24, "ladder": 23, "palm": 12}
@@ -537,6 +536,40 @@ def test_a_dense_model_of_fewer_layers_has_its_own_measured_time(tmp_path):
     path.write_text(json.dumps({"config": {"n_layer": 8}, "rows": [
         row | {"name": "16 syncs", "us": 410.0}, row | {"name": "8 syncs", "us": 350.0}]}))
     assert frontier_draw.read_tables([str(path)], protocol(), None).us == {("nccl", 2): {"8 layers": 410.0}}
+
+
+def test_a_shallow_model_is_estimated_from_other_numbers_of_processes():
+    """From their share of the dense model's time if they have it, else from the layers."""
+    plan = protocol()
+    rows = rows_of(plan, {(arm, 1): run_of(plan, arm, 1) for arm in ("dense_12", "dense_8")})
+    tables = frontier_draw.Tables({("nccl", 2): {"24 syncs": 600.0, "8 layers": 450.0},
+                                   ("nccl", 4): {"24 syncs": 800.0}, ("oneshot", 4): {"24 syncs": 300.0}})
+    frontier_draw.add_times(rows, tables)
+    assert [(t["us"], t["estimated"]) for t in rows[1]["times"]] == [(450, False), (600, True), (200, True)]
+
+
+def test_a_dense_model_on_one_gpu_is_a_control(tmp_path):
+    """Tables have it as TP=1. All layers on one GPU take 420 µs, so 12 syncs at 450 compare with them."""
+    row, paths = {"n_embd": 32, "batch_size": 1}, []
+    for layers, several, alone in ((12, {"24 syncs": 600.0, "12 syncs": 450.0}, 420.0),
+                                   (8, {"16 syncs": 400.0, "² syncs": 1.0}, 300.0)):
+        paths.append(str(tmp_path / f"{layers}.json"))
+        (tmp_path / f"{layers}.json").write_text(json.dumps({"config": {"n_layer": layers}, "rows": [
+            *(row | {"name": name, "us": us, "processes": 2, "allreduce": "nccl"}
+              for name, us in several.items()),
+            row | {"name": "TP=1", "us": alone, "processes": 1, "allreduce": None}]}))
+    plan, losses = protocol(), {"dense_12": 2.0, "dense_8": 2.2, "drop_12_r2": 2.05}
+    tables = frontier_draw.read_tables(paths, plan, None)
+    assert tables.one_gpu == {"24 syncs": 420.0, "8 layers": 300.0} and set(tables.us) == {("nccl", 2)}
+    runs = {(arm, seed): run_of(plan, arm, seed, loss) for arm, loss in losses.items() for seed in plan.seeds}
+    rows = rows_of(plan, runs)
+    frontier_draw.add_times(rows, tables)
+    for one_gpu, log_dense in ((False, (math.log(2.2) * 3 + math.log(2.0)) / 4), (True, math.log(2.0))):
+        found = frontier_draw.against_shallow(plan, rows, Fit(runs), one_gpu)
+        assert [one["ratio"] for one in found] == [pytest.approx(math.log(2.05) - log_dense)]
+    frontier_draw.write_frontier(plan, runs, tables, str(tmp_path / "f"))
+    text = (tmp_path / "f.md").read_text()
+    assert "of the same time on as many GPUs or on one" in text and "µs, one GPU" in text
 
 
 def test_each_arm_is_compared_with_the_dense_model_of_its_time():
