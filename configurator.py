@@ -422,7 +422,7 @@ def unknown_key(name: str, settings: dict[str, Setting], where: str) -> UserErro
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser of the prepare.py scripts. An error is one line and exit code 2, Ctrl-C exit code 130."""
+    """Argument parser of the prepare.py scripts. An error is one line and exit code 2, Ctrl-C code 130."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
