@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from experiments.experiment_statistics import CONFIDENCE, differ, p_at_most, pooled_std, welch
 
@@ -88,7 +88,7 @@ class Results:
         mean = self.mean(stage, b) - self.mean(stage, a)
         if noise is None or not all(n):
             return mean, None
-        half = stats.t.ppf((1 + confidence) / 2, noise[1]) * noise[0] * math.sqrt(1 / n[0] + 1 / n[1])
+        half = stdtrit(noise[1], (1 + confidence) / 2) * noise[0] * math.sqrt(1 / n[0] + 1 / n[1])
         return mean, (mean - float(half), mean + float(half))
 
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import special  # scipy.stats takes most of a second to import
 
 CONFIDENCE = 0.95
 MOST_RUNS = 1000  # the limit of `runs_needed`
@@ -53,7 +53,7 @@ def mean_interval(values: list[float], confidence: float = CONFIDENCE) -> tuple[
     if not differ(values):
         return None
     x = np.asarray(values, float)
-    half = stats.t.ppf((1 + confidence) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    half = special.stdtrit(len(x) - 1, (1 + confidence) / 2) * x.std(ddof=1) / math.sqrt(len(x))
     return float(x.mean() - half), float(x.mean() + half)
 
 
@@ -62,18 +62,29 @@ def p_at_most(values: list[float], target: float | None) -> float | None:
     the true mean is the target. None if the values do not differ, or without a target."""
     if target is None or not differ(values):
         return None
-    return float(stats.ttest_1samp(values, target, alternative="less").pvalue)
+    return float(special.stdtr(len(values) - 1, _t_of(values, target)))
+
+
+def _t_of(values: list[float], mean: float) -> float:
+    """Return Student's t of a sample against a mean."""
+    x = np.asarray(values, float)
+    return float((x.mean() - mean) / (x.std(ddof=1) / math.sqrt(len(x))))
+
+
+def _chi2_quantile(p, df: float):
+    """Return the quantiles of the chi-squared distribution."""
+    return 2 * special.gammaincinv(df / 2, p)
 
 
 def power_at_most(mean: float, std: float, n: int, target: float, alpha: float) -> float:
     """Return the probability that n runs of this mean and std pass the test of `p_at_most` at level alpha."""
-    return _beyond(stats.t.ppf(1 - alpha, n - 1), n - 1, (target - mean) / std * math.sqrt(n))
+    return _beyond(special.stdtrit(n - 1, 1 - alpha), n - 1, (target - mean) / std * math.sqrt(n))
 
 
 def _beyond(critical: float, df: float, shift: float) -> float:
     """Return P(T > critical) of the noncentral t distribution: a mean, over the sample's possible spreads, of
     normal probabilities. scipy's nct is NaN in the tails of few degrees of freedom."""
-    spread = np.sqrt(stats.chi2.ppf(_QUANTILES, df) / df)
+    spread = np.sqrt(_chi2_quantile(_QUANTILES, df) / df)
     return float(_WEIGHTS @ special.ndtr(shift - critical * spread))
 
 
@@ -107,8 +118,8 @@ def welch(a: list[float], b: list[float]) -> Difference:
     if min(n) < 2 or not (differ(a) or differ(b)):
         return Difference(mean, None, None, None, n)
     error, df = map(float, welch_error([spread(a) / math.sqrt(n[0]), spread(b) / math.sqrt(n[1])], n))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, df)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, df))
+    half = float(special.stdtrit(df, (1 + CONFIDENCE) / 2)) * error
+    p = 2 * float(special.stdtr(df, -abs(mean) / error))
     return Difference(mean, (mean - half, mean + half), p, df, n)
 
 
@@ -137,7 +148,8 @@ def paired(a: list[float], b: list[float]) -> Difference:
     if not differ(differences, max(map(abs, (*a, *b)))):
         return Difference(mean, None, None, None, n)
     interval = mean_interval(differences)
-    return Difference(mean, interval, float(stats.ttest_1samp(differences, 0.0).pvalue), len(a) - 1.0, n)
+    p = 2 * float(special.stdtr(len(a) - 1, -abs(_t_of(differences, 0.0))))
+    return Difference(mean, interval, p, len(a) - 1.0, n)
 
 
 def holm(p_values: list[float | None]) -> list[float | None]:
@@ -182,10 +194,10 @@ class WelchPower:
         quantiles, weights = _quadrature(64)
         true = [s / math.sqrt(m) for s, m in zip(std, n)]  # standard errors of the two means
         # the same as estimated from a sample, at the quantiles of their distribution
-        a, b = (e * np.sqrt(stats.chi2.ppf(quantiles, m - 1) / (m - 1)) for e, m in zip(true, n))
+        a, b = (e * np.sqrt(_chi2_quantile(quantiles, m - 1) / (m - 1)) for e, m in zip(true, n))
         error, df = welch_error([a[:, None], b[None, :]], n)
         self.scale = math.hypot(*true)
-        self._bars = stats.t.isf(alpha / 2, df) * error / self.scale
+        self._bars = -special.stdtrit(df, alpha / 2) * error / self.scale
         self._weights = np.outer(weights, weights)
 
     def __call__(self, difference: float) -> float:
@@ -199,6 +211,8 @@ def minimum_detectable(a: list[float], b: list[float], alpha: float = 0.05, powe
                        ) -> float | None:
     """Return the smallest true difference that samples of these sizes and spreads find with this power; None
     if the values do not differ."""
+    from scipy import optimize
+
     if min(len(a), len(b)) < 2 or not (differ(a) or differ(b)):
         return None
     power_at = WelchPower((spread(a), spread(b)), (len(a), len(b)), alpha)

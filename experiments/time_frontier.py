@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 from experiments.compare_experiments import judged_otherwise
 from experiments.experiment_config import NUMBER, in_range, printable, read_json
@@ -65,7 +65,7 @@ class Estimate:
         """The 95% interval."""
         if self.error is None:
             return None
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.df)) * self.error
+        half = float(stdtrit(self.df, (1 + CONFIDENCE) / 2)) * self.error
         return (self.value - half, self.value + half) if math.isfinite(half) else None
 
 
@@ -152,7 +152,7 @@ def difference(a: Estimate, b: Estimate) -> tuple[Estimate, float | None]:
     if a.error is None or b.error is None or not 0 < a.error + b.error < math.inf:
         return Estimate(value, None, None), None
     error, df = welch_error([a.error, b.error], (a.df + 1, b.df + 1))
-    return Estimate(value, float(error), float(df)), 2 * float(stats.t.sf(abs(value) / error, df))
+    return Estimate(value, float(error), float(df)), 2 * float(stdtr(df, -abs(value) / error))
 
 
 # reading
