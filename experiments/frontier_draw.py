@@ -249,24 +249,33 @@ def shown_interval(interval: list[float] | None) -> str:
     return "-" if interval is None else "{:+.2f} to {:+.2f}%".format(*map(percent, interval))
 
 
+def spreads_text(spreads: dict[str, tuple[float, float]]) -> str:
+    """Return the spreads of groups in words."""
+    if len(spreads) == 1:
+        [(spread, df)] = spreads.values()
+        return f"{spread:.2%} ({df:.0f})"
+    return ", ".join(f"{name} {spread:.2%} ({df:.1f})" for name, (spread, df) in spreads.items())
+
+
 def shown_number(value: int | None) -> str:
     return "-" if value is None else str(value)
 
 
 def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) -> str:
     """Write STEM.png, STEM.md and STEM.json; return what was written. Raises UserError."""
-    fit = Fit(runs)
+    fit = Fit(runs, protocol.values["spread_groups"])
     rows = rows_of(protocol, runs, fit)
     add_times(rows, tables)
     cards = ", ".join(sorted({run["card"] for run in runs.values()}))
     draft = " (draft)" if protocol.values["data_sha256"] is None else ""
     missing = [arm for arm in protocol.arms if all(row["arm"] != arm for row in rows)]
-    timed, spread = any(row["times"] for row in rows), fit.spread
+    timed, spreads = any(row["times"] for row in rows), {name: s for name, s in fit.spreads.items() if s}
     between = pooled_std(*fit.logs.values()) if any(map(differ, fit.logs.values())) else None
     text = f"# {protocol.name}{draft}\n\n{len(runs)} of {len(protocol.runs)} runs of protocol " \
            f"{protocol.digest}, {protocol.values['tokens']:,} tokens each, on {cards}. The " \
            f"effect of the seed, which all arms share, is removed. Intervals are Student's at 95%; the " \
-           f"spread is pooled over all arms. Fewer than {PRELIMINARY} runs: preliminary.\n\n" \
+           f"spread is pooled over {'the arms of each group' if len(fit.spreads) > 1 else 'all arms'}. " \
+           f"Fewer than {PRELIMINARY} runs: preliminary.\n\n" \
            f"{rows_table(rows, tables)}"
     if len({frozenset(seed for name, seed in runs if name == arm) for arm in fit.logs}) > 1:
         text += "\nArms have different seeds, so *against dense* is not the quotient of two values of *val " \
@@ -274,8 +283,8 @@ def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) ->
     if between is not None:
         text += f"\nStandard deviation of the loss: {between[0]:.2%} between the seeds of an arm " \
                 f"({between[1]} degrees of freedom)"
-        text += ". No intervals: they need two arms with two common seeds.\n" if spread is None else \
-            f", {spread[0]:.2%} after the effect of the seed is removed ({spread[1]}).\n"
+        text += f". After the effect of the seed is removed: {spreads_text(spreads)}.\n" if spreads else \
+            ". No intervals: they need two arms with two common seeds.\n"
     apart = [row["arm"] for row in rows if row["ratio"] is None and row["runs"]]
     if apart and protocol.baseline in fit.logs:
         text += f"\nNo chain of common seeds connects these with {protocol.baseline}: {', '.join(apart)}.\n"
@@ -295,7 +304,8 @@ def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) ->
         text += f"\nWithout a run: {', '.join(missing)}.\n"
     write(stem + ".json", json_text(without_nan({"protocol": protocol.digest, "runs": len(runs),
                                                  "planned": len(protocol.runs),
-                                                 "spread": spread and spread[0],
+                                                 "spreads": {name: {"spread": one[0], "df": one[1]}
+                                                             for name, one in spreads.items()},
                                                  "spread_between_seeds": between and between[0], "arms": rows,
                                                  "against_shallow": controls,
                                                  "against_shallow_or_one_gpu": or_on_one})))

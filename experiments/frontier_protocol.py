@@ -6,11 +6,13 @@
      "settings": {"n_layer": 12, "tp_size": 2, "...": "settings of the script for all arms"},
      "baseline": "dense_12",
      "arms": {"dense_12": {"sync_strategy": "standard"}, "drop_6_r4": {"...": "settings of this arm"}},
-     "latency_rows": {"ladder": "ladder"}, "seconds_per_run": 60}
+     "latency_rows": {"ladder": "ladder"}, "spread_groups": {"1 and 2 syncs": ["drop_2_r2", "drop_1_r2"]},
+     "seconds_per_run": 60}
 
-A protocol with runs does not change: a change is a new file. Only description, latency_rows and
-seconds_per_run may change. Without data_sha256 (null) the protocol is a draft: its runs are of the data that
-the first run had. latency_rows has the names of arms in the tables of bench.py, "6 syncs" without an entry.
+A protocol with runs does not change: a change is a new file. Only description, latency_rows, spread_groups
+and seconds_per_run may change. Without data_sha256 (null) the protocol is a draft: its runs are of the data
+that the first run had. spread_groups names arms whose losses vary between seeds otherwise than those of the
+rest. latency_rows has the names of arms in the tables of bench.py, "6 syncs" without an entry.
 seconds_per_run is the estimate for a machine without a measured run.
 """
 
@@ -41,13 +43,14 @@ NONE = type(None)
 PROTOCOL = {"name": (str, True), "description": (str, False), "script": (str, False), "dataset": (str, True),
             "data_sha256": ((dict, NONE), True), "tokens": (int, True), "seeds": (list, True),
             "settings": (dict, True), "baseline": (str, True), "arms": (dict, True),
-            "latency_rows": (dict, False), "seconds_per_run": (NUMBER, True)}
-OPTIONAL = {"description": "", "script": "train_reduced_sync.py", "latency_rows": {}}
-MAY_CHANGE = "description", "latency_rows", "seconds_per_run"
+            "latency_rows": (dict, False), "spread_groups": (dict, False), "seconds_per_run": (NUMBER, True)}
+OPTIONAL = {"description": "", "script": "train_reduced_sync.py", "latency_rows": {}, "spread_groups": {}}
+MAY_CHANGE = "description", "latency_rows", "spread_groups", "seconds_per_run"
 LENGTHS = "lr_decay_iters", "max_iters", "num_iterations"  # follow from the tokens
 SET_HERE = (*RUNNER_SETTINGS, *LENGTHS, "dataset", "save_checkpoint", "checkpoint_interval",
             "always_save_checkpoint", "wandb_log", "use_tensorboard", "eval_only", "stop_if", "init_from")
 OF_ARMS = *SCHEDULE, "n_layer", "tp_size"  # settings by which the arms of a group differ
+REST = "the rest"  # the arms that are in no group of spread_groups
 MAX_ARMS, MAX_SEEDS, MAX_SEED, MAX_TOKENS, MAX_SECONDS = 1000, 1000, 10_000, 10**15, 1e7
 DIGEST = 16  # hexadecimal digits of a digest in runs.jsonl
 
@@ -162,7 +165,22 @@ def check_protocol(values, path: str) -> None:
         if arm not in arms or not isinstance(row, str):
             raise UserError(f"{path}: latency_rows has {shown(arm)}: {shown(row)}: it needs names of arms, "
                             f"each with the name of a row")
+    check_groups(values.get("spread_groups", {}), arms, path)
     check_digests(values["data_sha256"], path)
+
+
+def check_groups(groups: dict, arms: dict, path: str) -> None:
+    """Raise UserError unless groups have a name each, and arms that are in no other group."""
+    seen = set()
+    for name, group in groups.items():
+        if not isinstance(group, list) or not group or name in ("", REST):
+            raise UserError(f"{path}: spread_groups has {shown(name)}: {shown(group)}: it needs names, each "
+                            f"with a list of arms")
+        for arm in group:
+            if not isinstance(arm, str) or arm not in arms or arm in seen:
+                raise UserError(f"{path}: spread_groups, {shown(name)}: {shown(arm)} is no arm, or is there "
+                                f"twice")
+            seen.add(arm)
 
 
 def check_digests(digests, path: str) -> None:

@@ -15,7 +15,7 @@ from experiments.experiment_statistics import welch_error
 from experiments.frontier_draw import shown_interval
 from experiments.frontier_fit import Fit, interval
 from experiments.frontier_picture import percent
-from experiments.frontier_protocol import Protocol
+from experiments.frontier_protocol import REST, Protocol
 from experiments.report import table, without_nan, write
 from experiments.search_evidence import Ratio
 from nanosync.errors import UserError, shown
@@ -30,7 +30,8 @@ def combined(v: float, one: Ratio, w: float, other: Ratio) -> Ratio:
 
 @dataclass
 class Tier:
-    """A protocol with its runs. log_flops: see above. spread: see Fit. ratios: arm -> log ratio.
+    """A protocol with its runs. log_flops: see above. spread: of the arms in no group, see Fit. ratios: arm
+    -> log ratio.
 
     Raises UserError if the settings of the baseline do not have the size of the model.
     """
@@ -47,8 +48,8 @@ class Tier:
                                 f"integer of at least 1: it gives the parameters of the tier")
         self.parameters = 12 * sizes["n_layer"] * sizes["n_embd"]**2  # of the layers
         self.log_flops = math.log(6 * self.parameters) + math.log(self.protocol.values["tokens"])
-        fit, baseline = Fit(self.runs), self.protocol.baseline
-        self.spread = fit.spread
+        fit, baseline = Fit(self.runs, self.protocol.values["spread_groups"]), self.protocol.baseline
+        self.spread = fit.spreads.get(REST)
         ratios = {arm: fit.contrast({arm: 1.0, baseline: -1.0}) for arm in self.protocol.arms
                   if arm != baseline}
         self.ratios = {arm: ratio for arm, ratio in ratios.items() if ratio is not None}
