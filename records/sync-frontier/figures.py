@@ -15,7 +15,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from experiments.experiment_statistics import pooled_std
 from experiments.frontier_fit import Fit
 from experiments.frontier_freeze import Pilot
-from experiments.frontier_protocol import Protocol
+from experiments.frontier_protocol import REST, Protocol
 from experiments.frontier_runs import read_runs
 from experiments.report import table
 
@@ -33,8 +33,8 @@ def main() -> None:
     pilot = Pilot(os.path.join(FOLDER, "protocol_regime.json"))
     spread, freedom = pilot.spread()
     print("\n".join(pilot.described()), f"\nspread {spread:.2%}, {freedom} degrees of freedom")
-    print("after the effect of the seed is removed {:.2%}, {} degrees of freedom\n".format(
-        *Fit(pilot.runs).spread))
+    print("after the effect of the seed is removed {:.2%}, {:.0f} degrees of freedom\n".format(
+        *Fit(pilot.runs).spreads[REST]))
     frozen = read("")
     top = {(arm.removesuffix("_r2"), seed): run for (arm, seed), run in frozen.items()}
     runs = pilot.runs | {(f"{arm}_top", seed): run for (arm, seed), run in top.items()}
@@ -48,7 +48,7 @@ def main() -> None:
         for model in MODELS:
             own = losses(model, rate)
             ratios = [math.log(own[seed] / dense[seed]) for seed in own]
-            of_rate = Fit(frozen).spread[0] if rate == "top" else spread
+            of_rate = Fit(frozen).spreads[REST][0] if rate == "top" else spread
             error = of_rate * math.sqrt(2 / len(ratios))  # of a mean of differences between two runs
             text = " / ".join(f"{loss:.4f}" for loss in own.values())
             if model != "dense_12":
