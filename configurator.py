@@ -29,7 +29,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from nanosync.errors import UserError, install_error_hook, one_line, shortened, shown
-from nanosync.files import ROOT, check_json, expand_path, is_utf8, nearest_file, read_file
+from nanosync.files import ROOT, check_json, expand_path, expand_paths, is_utf8, nearest_file, read_file
 from nanosync.literals import TooLarge, annotated_type, evaluate
 from nanosync.setting_hints import LAUNCHER, form, name_here
 
@@ -429,21 +429,21 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
         install_error_hook(forks=True)
 
-    def parse_args(self, args=None, namespace=None):  # names of files may stand on both sides of an option
-        return self.parse_intermixed_args(args, namespace)
+    def parse_args(self, args=None, namespace=None):
+        args = self._checked(args)  # files may stand on both sides of an option: intermixed, which has no --
+        parse = super().parse_args if "--" in args else self.parse_intermixed_args
+        return argparse.Namespace(**expand_paths(vars(parse(args, namespace))))
 
-    def parse_known_args(self, args=None, namespace=None):  # which parse_args calls
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, rest = super().parse_known_args(self._checked(args), namespace)
+        return argparse.Namespace(**expand_paths(vars(parsed))), rest
+
+    def _checked(self, args: list[str] | None) -> list[str]:
         args = sys.argv[1:] if args is None else args
         for arg in args:
             if not is_utf8(arg):  # cannot be printed or written to meta.json
                 self.error(f"argument {shown(arg)} {NOT_UTF8}")
-        parsed, rest = super().parse_known_args(["--help"] if asks_for_help(args) else args, namespace)
-        for name, value in vars(parsed).items():
-            if isinstance(value, str):
-                setattr(parsed, name, expand_path(value))
-            elif isinstance(value, list):
-                setattr(parsed, name, [expand_path(v) if isinstance(v, str) else v for v in value])
-        return parsed, rest
+        return ["--help"] if asks_for_help(args) else args
 
     def error(self, message):
         print(f"error: {one_line(message)} (--help lists the options)", file=sys.stderr)

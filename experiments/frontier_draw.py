@@ -51,9 +51,10 @@ class Tables:
             return times[row["latency_row"]], False
         if row["shallow"]:
             base = f"{2 * row['all_layers']} syncs"
-            shares = [other[row["latency_row"]] / other[base] for (name, _), other in self.us.items()
-                      if name == exchange and row["latency_row"] in other and base in other]
-            share = shares[0] if shares else row["layers"] / row["all_layers"]
+            shares = {n: other[row["latency_row"]] / other[base] for (name, n), other in self.us.items()
+                      if name == exchange and row["latency_row"] in other and base in other}
+            nearest = min(shares, key=lambda n: (abs(math.log(n / processes)), n), default=None)
+            share = shares.get(nearest, row["layers"] / row["all_layers"])
             return (times[base] * share, True) if base in times else None
         if not row["plain"] or row["syncs"] is None:
             return None
@@ -80,7 +81,7 @@ def read_tables(paths: list[str], protocol: Protocol, width: int | None, exchang
         found = [row for row in found if is_row(row)] if isinstance(found, list) else []
         config = content.get("config") if found else None
         layers = config.get("n_layer") if isinstance(config, dict) else None
-        shallow = layers is not None and layers != of_base.get("n_layer")
+        shallow = type(layers) is int and layers != of_base.get("n_layer")
         dense = f"{layers} layers" if shallow else f"{2 * of_base.get('n_layer', 0)} syncs"
         alone += [row | {"name": dense} for row in found if row["name"] == ONE_GPU]
         found = [row for row in found if row["allreduce"] in EXCHANGES]
@@ -103,8 +104,9 @@ def read_tables(paths: list[str], protocol: Protocol, width: int | None, exchang
     if rows and chosen not in widths:
         raise UserError(f"--width={width}: the latency tables have {', '.join(map(str, sorted(widths)))}")
     tables = Tables(width=chosen, devices=tuple(dict.fromkeys(devices)))
-    for row in sorted(rows + alone, key=lambda row: row["batch_size"]):
-        if row["n_embd"] == chosen:
+    batch = min((row["batch_size"] for row in rows if row["n_embd"] == chosen), default=None)
+    for row in rows + alone:
+        if (row["n_embd"], row["batch_size"]) == (chosen, batch):
             times = tables.one_gpu if row["allreduce"] is None else tables.us.setdefault(
                 (row["allreduce"], row["processes"]), {})
             times.setdefault(row["name"], row["us"])
@@ -113,8 +115,11 @@ def read_tables(paths: list[str], protocol: Protocol, width: int | None, exchang
 
 def is_row(row) -> bool:
     """Return True for a row of a latency table with an exchange, or of the dense model on one GPU."""
-    return isinstance(row, dict) and isinstance(row.get("name"), str) \
-        and (row.get("allreduce") in EXCHANGES or (row["name"] == ONE_GPU and row.get("allreduce") is None)) \
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+        return False
+    exchange = row.get("allreduce")
+    alone = exchange is None and row["name"] == ONE_GPU and row.get("processes") == 1
+    return (alone or (isinstance(exchange, str) and exchange in EXCHANGES)) \
         and in_range(row.get("us")) and row["us"] > 0 \
         and all(type(row.get(key)) is int and row[key] > 0 for key in ("n_embd", "batch_size", "processes"))
 
@@ -249,12 +254,10 @@ def shown_interval(interval: list[float] | None) -> str:
     return "-" if interval is None else "{:+.2f} to {:+.2f}%".format(*map(percent, interval))
 
 
-def spreads_text(spreads: dict[str, tuple[float, float]]) -> str:
+def spreads_text(spreads: dict[str, tuple[float, float] | None]) -> str:
     """Return the spreads of groups in words."""
-    if len(spreads) == 1:
-        [(spread, df)] = spreads.values()
-        return f"{spread:.2%} ({df:.0f})"
-    return ", ".join(f"{name} {spread:.2%} ({df:.1f})" for name, (spread, df) in spreads.items())
+    words = ["unknown" if told is None else f"{told[0]:.2%} ({told[1]:.0f})" for told in spreads.values()]
+    return words[0] if len(words) == 1 else ", ".join(map(" ".join, zip(spreads, words)))
 
 
 def shown_number(value: int | None) -> str:
@@ -283,7 +286,7 @@ def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) ->
     if between is not None:
         text += f"\nStandard deviation of the loss: {between[0]:.2%} between the seeds of an arm " \
                 f"({between[1]} degrees of freedom)"
-        text += f". After the effect of the seed is removed: {spreads_text(spreads)}.\n" if spreads else \
+        text += f". After the effect of the seed is removed: {spreads_text(fit.spreads)}.\n" if spreads else \
             ". No intervals: they need two arms with two common seeds.\n"
     apart = [row["arm"] for row in rows if row["ratio"] is None and row["runs"]]
     if apart and protocol.baseline in fit.logs:

@@ -4,8 +4,8 @@ Runs with the same seed see the same data in the same order. What a seed does to
 between them, so the effects of arms and seeds are fitted together, by least squares (a randomised block
 design with missing values). If all arms have the same seeds, the difference of two arms is that of their
 means. The spread of the errors is pooled over all arms, or over those of a group of the protocol's
-spread_groups and over the rest; then runs have weights by it, and a difference between groups has degrees of
-freedom after Satterthwaite.
+spread_groups and over the rest; then runs have weights by it, and a difference between groups has the fewer
+degrees of freedom of both.
 """
 
 import math
@@ -19,7 +19,8 @@ from experiments.frontier_runs import FINISHED
 from experiments.search_evidence import Ratio
 
 SMALL = 1e-10  # what is smaller is a zero with rounding
-ROUNDS = 4  # of weights and spreads that follow from each other
+LEAST_FREEDOM = 0.5  # degrees of freedom below which a spread is unknown
+ROUNDS = 100  # at most, of weights and spreads that follow from each other
 
 
 class Fit:
@@ -49,7 +50,11 @@ class Fit:
         self.members = {name: of_run == name for name in (REST, *(groups or {})) if name in of_run}
         self.spreads: dict[str, tuple[float, float] | None] = {}
         for _ in range(ROUNDS if len(self.members) > 1 else 1):
+            before = dict(self.spreads)
             self._solve(values)
+            if all(a == b or (a and b and math.isclose(a[0], b[0], rel_tol=1e-9))
+                   for a, b in zip(before.values(), self.spreads.values())) and before:
+                break
 
     def _solve(self, values: np.ndarray) -> None:
         """Fit, with runs weighted by the spreads of the last call, and estimate the spreads anew."""
@@ -65,7 +70,7 @@ class Fit:
         freedom = 1 - np.einsum("ij,ji->i", self.design, self.inverse)  # of each run's error
         for name, runs_of in self.members.items():
             own, df = errors[runs_of], float(freedom[runs_of].sum())
-            told = df > SMALL and differ([*own, 0.0], largest)
+            told = df > LEAST_FREEDOM and differ([*own, 0.0], largest) and self.spreads.get(name, True)
             self.spreads[name] = (math.sqrt(float(own @ own) / df), df) if told else None
 
     def contrast(self, weights: dict[str, float]) -> Ratio | None:
@@ -85,9 +90,8 @@ class Fit:
             if squares > SMALL:
                 spread, df = self.spreads[name] or (math.nan, math.nan)
                 parts.append((spread**2 * squares, df))
-        variance = sum(part for part, _ in parts)
-        df = variance**2 / sum(part**2 / df for part, df in parts) if parts else math.nan
-        return Ratio(float(wanted @ self.effects), math.sqrt(variance), df,
+        freedom = min((df for _, df in parts), default=math.nan)
+        return Ratio(float(wanted @ self.effects), math.sqrt(sum(part for part, _ in parts)), freedom,
                      min(self.compared[arm] for arm, weight in weights.items() if weight))
 
 

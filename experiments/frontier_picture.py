@@ -79,7 +79,7 @@ def draw(rows: list[dict], measured: list[tuple[str, int]], setting: str, path: 
     figure.set_layout_engine("none")
     for i, n in enumerate(ranks):
         for j, exchange in enumerate(exchanges):
-            label(axes[i, j], points_of(rows, exchange, n), colors)
+            label(axes[i, j], points_of(rows, exchange, n), one_gpu_points(rows) if exchange else [], colors)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=DPI, facecolor="white")
     plt.close(figure)
@@ -120,15 +120,19 @@ def draw_points(ax, rows: list[dict], points: list[dict], colors: dict[str, str]
             lines.setdefault((colors[family(row)], row["ranks"]), []).append((point["x"], point["y"]))
     for key, line in lines.items():
         ax.plot(*zip(*sorted(line)), color=key if key == GREY else key[0], linewidth=1, alpha=0.7, zorder=1)
-    if not by_ranks:
-        alone = sorted((row["one_gpu"], percent(row["ratio"])) for row in rows
-                       if row["one_gpu"] is not None and row["ratio"] is not None)
-        if alone:
-            ax.plot(*zip(*alone), ":", marker=".", markersize=4, color=GREY, linewidth=1, zorder=1)
+    alone = [] if by_ranks else one_gpu_points(rows)
+    if alone:
+        ax.plot(*zip(*alone), ":", marker=".", markersize=4, color=GREY, linewidth=1, zorder=1)
     ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8)
     ax.margins(x=0.09)
+
+
+def one_gpu_points(rows: list[dict]) -> list[tuple[float, float]]:
+    """Return x and y in % of the dense models on one GPU."""
+    return sorted((row["one_gpu"], percent(row["ratio"])) for row in rows if row["one_gpu"] is not None
+                  and row["ratio"] is not None and name_of(row).endswith("layers"))
 
 
 def color_of(row: dict, colors: dict[str, str]) -> str:
@@ -148,14 +152,16 @@ def scale(ax, values: list[float]) -> None:
     ax.minorticks_off()
 
 
-def label(ax, points: list[dict], colors: dict[str, str]) -> None:
-    """Write the name of each arm where it covers the least of the points and of other names."""
+def label(ax, points: list[dict], others: list[tuple[float, float]], colors: dict[str, str]) -> None:
+    """Write the name of each arm where it covers the least of the points and of other names, and where few
+    other points are beside it. others: x, y of points without a name."""
     from matplotlib.patheffects import withStroke
 
     to_points = 72 / ax.figure.dpi
     at = [ax.transData.transform((point["x"], point["y"])) * to_points for point in points]
     left, right = (end * to_points for end in (ax.bbox.x0, ax.bbox.x1))
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at]
+    taken = [(x - 4, y - 4, x + 4, y + 4)
+             for x, y in [*at, *(ax.transData.transform(other) * to_points for other in others)]]
     for point, (x, y) in sorted(zip(points, at), key=lambda pair: pair[1][1]):
         text = name_of(point["row"])
         width = 0.56 * SIZE * len(text)
@@ -164,8 +170,10 @@ def label(ax, points: list[dict], colors: dict[str, str]) -> None:
             start = x + 6 if side > 0 else x - 6 - width
             box = (start, y + dy - SIZE / 2, start + width, y + dy + SIZE / 2)
             outside = max(left - box[0], 0) + max(box[2] - right - 12, 0)
-            boxes.append((sum(overlap(box, other) for other in taken) + 20 * outside + 0.2 * abs(dy), box,
-                          side, dy))
+            beside = sum(start - 8 < a < start + width + 8 and abs(b - y - dy) < 1.6 * SIZE
+                         for a, b in at if (a, b) != (x, y))
+            covered = sum(overlap(box, other) for other in taken)
+            boxes.append((covered + 20 * outside + 15 * beside + 0.2 * abs(dy), box, side, dy))
         _, box, side, dy = min(boxes)
         taken.append(box)
         far = abs(dy) > 9

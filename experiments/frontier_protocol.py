@@ -173,9 +173,9 @@ def check_groups(groups: dict, arms: dict, path: str) -> None:
     """Raise UserError unless groups have a name each, and arms that are in no other group."""
     seen = set()
     for name, group in groups.items():
-        if not isinstance(group, list) or not group or name in ("", REST):
+        if not isinstance(group, list) or len(group) < 2 or name in ("", REST) or not name.isprintable():
             raise UserError(f"{path}: spread_groups has {shown(name)}: {shown(group)}: it needs names, each "
-                            f"with a list of arms")
+                            f"with a list of at least two arms")
         for arm in group:
             if not isinstance(arm, str) or arm not in arms or arm in seen:
                 raise UserError(f"{path}: spread_groups, {shown(name)}: {shown(arm)} is no arm, or is there "

@@ -185,6 +185,12 @@ def expand_path(path: str) -> str:
     return os.path.expanduser(path)
 
 
+def expand_paths(values: dict) -> dict:
+    """Apply expand_path to strings and to those in lists."""
+    return {name: [expand_path(v) if isinstance(v, str) else v for v in value] if isinstance(value, list)
+            else expand_path(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
 def dataset_folder(name: str) -> str:
     """Return the folder of a data set: data/<name>, or the folder `name` if it is a path.
 

@@ -160,8 +160,11 @@ def test_arguments_of_other_scripts_expand_the_home(tmp_path, monkeypatch):
     parsed = parser.parse_args(["~/a", "b", "--out", "~/c"])
     assert parsed.paths == [f"{tmp_path}/a", "b"] and parsed.out == f"{tmp_path}/c"
     assert parser.parse_args(["~/a", "--out=x", "b"]).paths == [f"{tmp_path}/a", "b"]
-    with pytest.raises(SystemExit):
-        parser.parse_args(["a", "--other=x", "b"])
+    assert parser.parse_args(["--", "-a", "~/b"]).paths == ["-a", f"{tmp_path}/b"]
+    for wrong in (["a", "--other=x", "b"], ["a", "\udcff"]):
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args(wrong)
+        assert ended.value.code == 2
 
 
 def test_config_files_of_the_repository_from_any_folder(tmp_path, monkeypatch):
