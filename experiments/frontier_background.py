@@ -99,7 +99,7 @@ def begin(args: argparse.Namespace) -> None:
     if os.path.commonpath([os.path.realpath(ROOT), args.work]) in (os.path.realpath(ROOT), args.work):
         raise UserError(f"--work={args.work} is inside of the checkout or above it: name a folder beside it")
     if not os.path.isdir(args.folder):
-        raise UserError(f"--folder={args.folder} is no folder")
+        raise UserError(f"--folder={args.folder} is no folder: name one with protocols and data.json")
     with os_error_as_user_error(f"cannot write to {args.work}"):
         os.makedirs(args.work, exist_ok=True)
     descriptor = lock_folder(args.work, "work")

@@ -183,8 +183,9 @@ def against_shallow(protocol: Protocol, rows: list[dict], fit: Fit, one_gpu: boo
         for row in rows:
             if row["dense"] or row["arm"] not in at:
                 continue
+            settings = protocol.setting_group(row["arm"])
             dense = {at[other["arm"]]: other["arm"] for other in rows if other["dense"] and other["arm"] in at
-                     and protocol.group(other["arm"]) == protocol.group(row["arm"])}
+                     and protocol.setting_group(other["arm"]) == settings}
             times = sorted(dense)
             if len(times) < 2 or at[row["arm"]] < times[0]:
                 continue

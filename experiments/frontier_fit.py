@@ -20,7 +20,7 @@ from experiments.search_evidence import Ratio
 
 SMALL = 1e-10  # what is smaller is a zero with rounding
 LEAST_FREEDOM = 0.5  # degrees of freedom below which a spread is unknown
-ROUNDS = 100  # at most, of weights and spreads that follow from each other
+ROUNDS = 20  # of weights and spreads that follow from each other
 
 
 class Fit:
@@ -50,11 +50,7 @@ class Fit:
         self.members = {name: of_run == name for name in (REST, *(groups or {})) if name in of_run}
         self.spreads: dict[str, tuple[float, float] | None] = {}
         for _ in range(ROUNDS if len(self.members) > 1 else 1):
-            before = dict(self.spreads)
             self._solve(values)
-            if all(a == b or (a and b and math.isclose(a[0], b[0], rel_tol=1e-9))
-                   for a, b in zip(before.values(), self.spreads.values())) and before:
-                break
 
     def _solve(self, values: np.ndarray) -> None:
         """Fit, with runs weighted by the spreads of the last call, and estimate the spreads anew."""
@@ -70,7 +66,8 @@ class Fit:
         freedom = 1 - np.einsum("ij,ji->i", self.design, self.inverse)  # of each run's error
         for name, runs_of in self.members.items():
             own, df = errors[runs_of], float(freedom[runs_of].sum())
-            told = df > LEAST_FREEDOM and differ([*own, 0.0], largest) and self.spreads.get(name, True)
+            known = self.spreads.get(name, True)  # what was unknown once stays so
+            told = known and df > LEAST_FREEDOM and differ([*own, 0.0], largest)
             self.spreads[name] = (math.sqrt(float(own @ own) / df), df) if told else None
 
     def contrast(self, weights: dict[str, float]) -> Ratio | None:

@@ -50,7 +50,7 @@ class Pilot:
         self.path, self.runs = path, read_runs(self.protocol.runs_path, self.protocol)
         self.groups: dict[str, list[str]] = {}  # settings as JSON -> arms
         for arm in self.protocol.arms:
-            self.groups.setdefault(self.protocol.group(arm), []).append(arm)
+            self.groups.setdefault(self.protocol.setting_group(arm), []).append(arm)
         missing = [arm for arm in self.protocol.arms if (arm, self.protocol.seeds[0]) not in self.runs]
         if missing:
             raise UserError(f"{path} has no run of {', '.join(missing)} with its first seed, "

@@ -96,7 +96,7 @@ class Protocol:
                             f"--runs=FILE")
         return os.path.join(folder, "runs" + file.removeprefix("protocol") + "l")
 
-    def group(self, arm: str) -> str:
+    def setting_group(self, arm: str) -> str:
         """Return the settings that make an arm comparable: all but schedule, ranks and layers, as JSON."""
         return json.dumps({key: value for key, value in self.arms[arm].items() if key not in OF_ARMS},
                           sort_keys=True)

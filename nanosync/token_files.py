@@ -57,6 +57,7 @@ def dtype_for(vocab_size: int) -> str:
     """Return the name of the narrowest dtype that holds the tokens of a vocabulary."""
     return next(name for name, size in MAX_VOCAB_SIZE.items() if vocab_size <= size)
 
+
 def split_files(folder: str, split: str) -> tuple[str, list[str]]:
     """Return the format's name and the sorted files of 'train' or 'val'. Raises UserError."""
     for name, kind in FORMATS.items():
