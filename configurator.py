@@ -430,7 +430,7 @@ class Parser(argparse.ArgumentParser):
         install_error_hook(forks=True)
 
     def parse_args(self, args=None, namespace=None):
-        args = self._checked(args)  # names of files may stand on both sides of an option, unless there is a --
+        args = self._checked(args)  # names of files may stand on both sides of an option, if no -- is there
         parse = super().parse_args if "--" in args else self.parse_intermixed_args
         return argparse.Namespace(**expand_paths(vars(parse(args, namespace))))
 

@@ -29,6 +29,11 @@ def read(name: str) -> dict:
     return read_runs(protocol.runs_path, protocol)
 
 
+def frozen_mean(runs: dict, arm: str) -> float:
+    """Return the geometric mean of the losses of an arm."""
+    return math.exp(np.mean([math.log(run["val_loss"]) for (name, _), run in runs.items() if name == arm]))
+
+
 def main() -> None:
     pilot = Pilot(os.path.join(FOLDER, "protocol_regime.json"))
     spread, freedom = pilot.spread()
@@ -56,11 +61,15 @@ def main() -> None:
             row.append(text)
         rows.append(row)
     print(table(["learning rate", *MODELS.values()], rows))
+    depth = math.log(frozen_mean(frozen, "dense_8") / frozen_mean(frozen, "dense_12"))
+    print(f"8 layers {depth / Fit(frozen).spreads[REST][0]:.1f} standard deviations above 12")
     for rate, value in RATES.items():
         pairs = [[math.log(loss) for loss in losses(model, rate).values()] for model in MODELS]
         if any(len(pair) > 1 for pair in pairs):
             own, degrees = pooled_std(*pairs)
-            print(f"spread between the seeds at {value}: {own:.2%}, {degrees} degrees of freedom")
+            three, fewer = pooled_std(*pairs[:-1])
+            print(f"spread between the seeds at {value}: {own:.2%}, {degrees} degrees of freedom; without 1 "
+                  f"sync {three:.2%}, {fewer}")
 
     for name in ("cold", "warm"):
         with open(os.path.join(FOLDER, "start", f"runs_{name}.jsonl")) as f:
@@ -75,6 +84,29 @@ def main() -> None:
         shared = [part["updates"] for part in json.load(f)["bins"] if 100 <= part["from_s"] < 280]
     print(f"{2 * 20 * len(shared) / sum(shared) * 1e3:.1f} ms of a GPU for an update, shared")
     print_spread(frozen)
+    print_intervals(frozen)
+
+
+def print_intervals(runs: dict) -> None:
+    """Print simultaneous intervals of all arms against the baseline, and how often intervals of the rest hold
+    the truth if the four arms that vary most in the first two of three seeds are a group by chance."""
+    spread, freedom = Fit(runs).spreads[REST]
+    draw, arms = np.random.default_rng(0), len({arm for arm, _ in runs})
+    means = draw.standard_normal((100_000, arms))
+    largest = np.abs(means[:, 1:] - means[:, :1]).max(1) / math.sqrt(2)
+    t = np.quantile(largest / np.sqrt(draw.chisquare(freedom, 100_000) / freedom), 0.95)
+    print(f"simultaneous 95% intervals of {arms - 1} arms with two runs: t = {t:.2f}, ±{t * spread:.2%}")
+    held = []
+    for _ in range(2000):
+        values = draw.standard_normal((arms, 3))
+        wild = np.argsort(np.abs(values[1:, 0] - values[1:, 1]))[-4:] + 1
+        found = {(f"{arm}", seed): {"status": "finished", "val_loss": math.exp(values[arm, seed])}
+                 for arm in range(arms) for seed in range(3)}
+        other = next(arm for arm in range(1, arms) if arm not in wild)
+        low, high = Fit(found, {"wild": [f"{arm}" for arm in wild]}).contrast(
+            {f"{other}": 1.0, "0": -1.0}).interval()
+        held.append(low < 0 < high)
+    print(f"a group chosen by chance: intervals of the rest cover {np.mean(held):.1%}")
 
 
 def print_spread(runs: dict) -> None:
