@@ -1,6 +1,6 @@
-"""Write clipped.json: the share of updates after step 400 whose gradient was clipped (norm above 1), by run.
+"""Add to clipped.json: the share of updates after step 400 whose gradient was clipped (norm above 1), by run.
 
-    tar xzf run_logs.tgz && python clipped.py    # run_logs.tgz is what sitting.sh last leaves
+    tar xzf run_logs.tgz && python records/sync-frontier/clipped.py    # the archive is of sitting.sh last
 """
 
 import glob
@@ -8,13 +8,15 @@ import json
 import os
 
 FROM = 400  # steps
+OUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "clipped.json")
 
-shares = {}
+with open(OUT) as f:
+    shares = json.load(f)
 for path in sorted(glob.glob("experiment_logs/sync-frontier/*/runs/*/out/run_*.jsonl")):
     arm, run = path.split("/")[2], path.split("/")[4]
     with open(path) as f:
         events = [json.loads(line) for line in f]
     norms = [event["norm"] for event in events if event["event"] == "iter" and event["step"] > FROM]
     shares[f"{arm} {run}"] = round(sum(norm > 1 for norm in norms) / len(norms), 4)
-with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "clipped.json"), "w") as f:
-    json.dump(shares, f, indent=1)
+with open(OUT, "w") as f:
+    json.dump(shares, f, indent=1, sort_keys=True)

@@ -9,6 +9,7 @@ import os
 import sys
 
 import numpy as np
+from scipy.special import chdtri, stdtr, stdtrit
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
@@ -18,15 +19,19 @@ from experiments.frontier_freeze import Pilot
 from experiments.frontier_protocol import REST, Protocol
 from experiments.frontier_runs import read_runs
 from experiments.report import table
+from experiments.search_evidence import percent
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
+GROUP = "1 and 2 syncs"  # of protocol.json's spread_groups
+ONE_GPU = "7d2ab59"  # commit of the runs on one GPU; the others were on two
 RATES = {"low": "0.0006", "mid": "0.0012", "high": "0.0024", "top": "0.0048"}
 MODELS = {"dense_12": "24 syncs", "dense_8": "8 layers", "drop_4": "4 syncs", "drop_1": "1 sync"}
 
 
-def read(name: str) -> dict:
-    protocol = Protocol.read(os.path.join(FOLDER, f"protocol{name}.json"))
-    return read_runs(protocol.runs_path, protocol)
+def read() -> tuple[dict, dict]:
+    """Return the runs of the frozen protocol and its groups of a spread."""
+    protocol = Protocol.read(os.path.join(FOLDER, "protocol.json"))
+    return read_runs(protocol.runs_path, protocol), protocol.values["spread_groups"]
 
 
 def frozen_mean(runs: dict, arm: str) -> float:
@@ -40,7 +45,8 @@ def main() -> None:
     print("\n".join(pilot.described()), f"\nspread {spread:.2%}, {freedom} degrees of freedom")
     print("after the effect of the seed is removed {:.2%}, {:.0f} degrees of freedom\n".format(
         *Fit(pilot.runs).spreads[REST]))
-    frozen = read("")
+    frozen, groups = read()
+    fit = Fit(frozen, groups)
     top = {(arm.removesuffix("_r2"), seed): run for (arm, seed), run in frozen.items()}
     runs = pilot.runs | {(f"{arm}_top", seed): run for (arm, seed), run in top.items()}
 
@@ -53,8 +59,9 @@ def main() -> None:
         for model in MODELS:
             own = losses(model, rate)
             ratios = [math.log(own[seed] / dense[seed]) for seed in own]
-            of_rate = Fit(frozen).spreads[REST][0] if rate == "top" else spread
-            error = of_rate * math.sqrt(2 / len(ratios))  # of a mean of differences between two runs
+            pair = [fit.spreads[name][0] if rate == "top" else spread
+                    for name in (REST, GROUP if f"{model}_r2" in groups[GROUP] else REST)]
+            error = math.hypot(*pair) / math.sqrt(len(ratios))  # of a mean of differences between two runs
             text = " / ".join(f"{loss:.4f}" for loss in own.values())
             if model != "dense_12":
                 text += f" ({math.expm1(sum(ratios) / len(ratios)):+.2%} ± {error:.2%})"
@@ -62,7 +69,10 @@ def main() -> None:
         rows.append(row)
     print(table(["learning rate", *MODELS.values()], rows))
     depth = math.log(frozen_mean(frozen, "dense_8") / frozen_mean(frozen, "dense_12"))
-    print(f"8 layers {depth / Fit(frozen).spreads[REST][0]:.1f} standard deviations above 12")
+    print(f"8 layers {depth / fit.spreads[REST][0]:.1f} standard deviations above 12")
+    for name, (own, degrees) in (fit.spreads | {"all": Fit(frozen).spreads[REST]}).items():
+        low, high = (own * math.sqrt(degrees / chdtri(degrees, tail)) for tail in (0.025, 0.975))
+        print(f"spread of {name}: {own:.2%} ({low:.2%} to {high:.2%}), {degrees:.0f} degrees of freedom")
     for rate, value in RATES.items():
         pairs = [[math.log(loss) for loss in losses(model, rate).values()] for model in MODELS]
         if any(len(pair) > 1 for pair in pairs):
@@ -76,40 +86,20 @@ def main() -> None:
             for run in map(json.loads, f):
                 print(name, run["arm"], run["seconds"])
     for commit in dict.fromkeys(run["commit"] for run in frozen.values()):
-        own = [run for run in frozen.values() if run["commit"] == commit]
+        own, gpus = [run for run in frozen.values() if run["commit"] == commit], 1 + (commit != ONE_GPU)
         seconds = max(run["time"] for run in own) - min(run["time"] - run["seconds"]["wall"] for run in own)
-        print(f"{len(own)} runs of the frozen protocol in {seconds:.0f} s on two GPUs, "
-              f"{2 * seconds / len(own):.1f} s of a GPU each")
+        print(f"{len(own)} runs of the frozen protocol in {seconds:.0f} s, GPUs: {gpus}, "
+              f"{gpus * seconds / len(own):.1f} s of a GPU each")
     with open(os.path.join(FOLDER, "sharing.json")) as f:
         shared = [part["updates"] for part in json.load(f)["bins"] if 100 <= part["from_s"] < 280]
     print(f"{2 * 20 * len(shared) / sum(shared) * 1e3:.1f} ms of a GPU for an update, shared")
-    print_spread(frozen)
-    print_intervals(frozen)
+    print_two_seeds(frozen)
+    print_third_seed(frozen, groups)
+    print_chance()
+    print_intervals(fit, Fit(frozen))
 
 
-def print_intervals(runs: dict) -> None:
-    """Print simultaneous intervals of all arms against the baseline, and how often intervals of the rest hold
-    the truth if the four arms that vary most in the first two of three seeds are a group by chance."""
-    spread, freedom = Fit(runs).spreads[REST]
-    draw, arms = np.random.default_rng(0), len({arm for arm, _ in runs})
-    means = draw.standard_normal((100_000, arms))
-    largest = np.abs(means[:, 1:] - means[:, :1]).max(1) / math.sqrt(2)
-    t = np.quantile(largest / np.sqrt(draw.chisquare(freedom, 100_000) / freedom), 0.95)
-    print(f"simultaneous 95% intervals of {arms - 1} arms with two runs: t = {t:.2f}, ±{t * spread:.2%}")
-    held = []
-    for _ in range(2000):
-        values = draw.standard_normal((arms, 3))
-        wild = np.argsort(np.abs(values[1:, 0] - values[1:, 1]))[-4:] + 1
-        found = {(f"{arm}", seed): {"status": "finished", "val_loss": math.exp(values[arm, seed])}
-                 for arm in range(arms) for seed in range(3)}
-        other = next(arm for arm in range(1, arms) if arm not in wild)
-        low, high = Fit(found, {"wild": [f"{arm}" for arm in wild]}).contrast(
-            {f"{other}": 1.0, "0": -1.0}).interval()
-        held.append(low < 0 < high)
-    print(f"a group chosen by chance: intervals of the rest cover {np.mean(held):.1%}")
-
-
-def print_spread(runs: dict) -> None:
+def print_two_seeds(runs: dict) -> None:
     """Print how the first two seeds of the frozen protocol differ, in groups of arms."""
     arms = {arm for arm, _ in runs}
     pairs = {arm: [runs[arm, seed] for seed in (11, 12)] for arm in sorted(arms)}
@@ -124,12 +114,69 @@ def print_spread(runs: dict) -> None:
         share = squares[arm] / sum(squares.values())
         print(f"{arm}: {math.expm1(val[arm]):+.2%}, {share:.0%} of the squares")
     few = {arm for arm in arms if arm.startswith(("drop_1_", "drop_2_"))}
-    of_pilot = {"dense_12", "dense_8", "drop_4_r2", "drop_1_r2"}
-    for name, group in (("all", arms), ("1 and 2 syncs", few), ("the others", arms - few),
-                        ("dense", {arm for arm in arms if arm.startswith("dense")}),
-                        ("the pilot's arms", of_pilot), ("without 1 sync", of_pilot - few)):
-        print(f"spread, {name}: {math.sqrt(sum(squares[arm] for arm in group) / len(group) / 2):.2%}, "
-              f"{len(group)} degrees of freedom")
+    for name, group in (("all", arms), (GROUP, few), ("the others", arms - few),
+                        ("dense", {arm for arm in arms if arm.startswith("dense")})):
+        spread = math.sqrt(sum(squares[arm] for arm in group) / len(group) / 2)
+        print(f"spread of seeds 11 and 12, {name}: {spread:.2%}, {len(group)} degrees of freedom")
+
+
+def print_third_seed(runs: dict, groups: dict) -> None:
+    """Print what seed 13, of which the groups of a spread were not chosen, says alone."""
+    logs = {key: math.log(run["val_loss"]) for key, run in runs.items()}
+    arms = [arm for arm, seed in runs if seed == 13]
+    before = {arm: (logs[arm, 11] + logs[arm, 12]) / 2 for arm in arms}
+    for name in (REST, GROUP):
+        own = [arm for arm in arms if (arm in groups[GROUP]) == (name == GROUP)]
+        change = [logs[arm, 13] - before[arm] for arm in own]
+        print(f"spread of seed 13 against 11 and 12, {name}: {np.std(change, ddof=1) / math.sqrt(1.5):.2%}, "
+              f"{len(own) - 1} degrees of freedom")
+    old, new = ([values[arm] - values["dense_12"] for arm in arms]
+                for values in (before, {arm: logs[arm, 13] for arm in arms}))
+    print(f"differences from 24 syncs of {len(arms)} arms, seed 13 and the mean of 11 and 12: correlation "
+          f"{np.corrcoef(old, new)[0, 1]:.2f}")
+
+
+def print_chance() -> None:
+    """Print how often intervals of the rest hold the truth if all arms vary alike, and the four that vary
+    most in the first two of three seeds are made a group."""
+    draw, arms, held = np.random.default_rng(0), 28, []
+    for _ in range(2000):
+        values = draw.standard_normal((arms, 3))
+        wild = np.argsort(np.abs(values[1:, 0] - values[1:, 1]))[-4:] + 1
+        found = {(f"{arm}", seed): {"status": "finished", "val_loss": math.exp(values[arm, seed])}
+                 for arm in range(arms) for seed in range(3)}
+        other = next(arm for arm in range(1, arms) if arm not in wild)
+        low, high = Fit(found, {"wild": [f"{arm}" for arm in wild]}).contrast(
+            {f"{other}": 1.0, "0": -1.0}).interval()
+        held.append(low < 0 < high)
+    print(f"a group chosen by chance: intervals of the rest cover {np.mean(held):.1%}")
+
+
+def print_intervals(fit: Fit, one: Fit) -> None:
+    """Print each arm's difference from the baseline: 95% interval, the same with one spread for all, the
+    simultaneous interval of all arms, and the difference that would be found with 80% probability."""
+    draw, n = np.random.default_rng(0), 100_000
+    first, arms = fit.arms.index("dense_12"), [arm for arm in fit.arms if arm != "dense_12"]
+    errors, estimates = np.zeros((len(fit.design), n)), {}
+    for name, runs_of in fit.members.items():
+        spread, freedom = fit.spreads[name]
+        errors[runs_of] = spread * draw.standard_normal((runs_of.sum(), n))
+        estimates[name] = spread**2 * draw.chisquare(freedom, n) / freedom
+    by_run = np.array([fit.inverse[fit.arms.index(arm)] - fit.inverse[first] for arm in arms])
+    variances = sum(np.outer((by_run[:, runs_of]**2).sum(1), estimates[name])
+                    for name, runs_of in fit.members.items())
+    ratios = [fit.contrast({arm: 1.0, "dense_12": -1.0}) for arm in arms]
+    freedom = np.array([[ratio.df] for ratio in ratios])
+    p = 2 * stdtr(freedom, -np.abs(by_run @ errors / np.sqrt(variances)))
+    level = np.quantile(p.min(0), 0.05)  # 5% of experiments without differences have a smaller p
+    rows = []
+    for arm, ratio in zip(arms, ratios, strict=True):
+        alike, simultaneous = one.contrast({arm: 1.0, "dense_12": -1.0}), ratio.interval(1 - level)
+        found = ratio.error * (stdtrit(ratio.df, 0.975) + stdtrit(ratio.df, 0.8))
+        rows.append([arm, percent(ratio.mean), *(f"{percent(low)} to {percent(high)}" for low, high in (
+            ratio.interval(), alike.interval(), simultaneous)), f"{found:.2%}"])
+    print(table(["arm", "against 24 syncs", "95% CI", "one spread for all", f"simultaneous ({1 - level:.2%})",
+                 "found with 80%"], rows))
 
 
 if __name__ == "__main__":
