@@ -4,8 +4,8 @@ Runs with the same seed see the same data in the same order. What a seed does to
 between them, so the effects of arms and seeds are fitted together, by least squares (a randomised block
 design with missing values). If all arms have the same seeds, the difference of two arms is that of their
 means. The spread of the errors is pooled over all arms, or over those of a group of the protocol's
-spread_groups and over the rest; then runs have weights by it, and a difference between groups has the fewer
-degrees of freedom of both.
+spread_groups and over the rest; then runs have weights by it, and a difference of arms in several groups has
+Satterthwaite's degrees of freedom.
 """
 
 import math
@@ -87,8 +87,9 @@ class Fit:
             if squares > SMALL:
                 spread, df = self.spreads[name] or (math.nan, math.nan)
                 parts.append((spread**2 * squares, df))
-        freedom = min((df for _, df in parts), default=math.nan)
-        return Ratio(float(wanted @ self.effects), math.sqrt(sum(part for part, _ in parts)), freedom,
+        variance = sum(part for part, _ in parts)
+        freedom = variance**2 / sum(part**2 / df for part, df in parts) if variance else math.nan
+        return Ratio(float(wanted @ self.effects), math.sqrt(variance), freedom,
                      min(self.compared[arm] for arm, weight in weights.items() if weight))
 
 

@@ -1,4 +1,4 @@
-"""Print the figures of README.md from the runs beside it.
+"""Print the figures of README.md from the runs beside it, and write intervals.md.
 
     python records/sync-frontier/figures.py
 """
@@ -22,7 +22,8 @@ from experiments.report import table
 from experiments.search_evidence import percent
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-GROUP = "1 and 2 syncs"  # of protocol.json's spread_groups
+GROUP, FEW = "1 and 2 syncs", ("drop_1_", "drop_2_")  # of protocol.json's spread_groups; its arms
+UNSTABLE = "drop_2_r4", 12  # see clipped.json
 ONE_GPU = "7d2ab59"  # commit of the runs on one GPU; the others were on two
 RATES = {"low": "0.0006", "mid": "0.0012", "high": "0.0024", "top": "0.0048"}
 MODELS = {"dense_12": "24 syncs", "dense_8": "8 layers", "drop_4": "4 syncs", "drop_1": "1 sync"}
@@ -40,13 +41,25 @@ def frozen_mean(runs: dict, arm: str) -> float:
 
 
 def main() -> None:
+    runs, groups = read()
+    fit, one = Fit(runs, groups), Fit(runs)
+    print_rates(runs, groups, fit)
+    print_times(runs)
+    print_spreads(fit, one)
+    print_two_seeds(runs)
+    print_third_seed(runs, groups)
+    print_unstable(runs, groups)
+    print_chance()
+    write_intervals(fit, one)
+
+
+def print_rates(frozen: dict, groups: dict, fit: Fit) -> None:
+    """Print what the pilot says, and the losses at each of its learning rates, with those of the frontier."""
     pilot = Pilot(os.path.join(FOLDER, "protocol_regime.json"))
     spread, freedom = pilot.spread()
     print("\n".join(pilot.described()), f"\nspread {spread:.2%}, {freedom} degrees of freedom")
     print("after the effect of the seed is removed {:.2%}, {:.0f} degrees of freedom\n".format(
         *Fit(pilot.runs).spreads[REST]))
-    frozen, groups = read()
-    fit = Fit(frozen, groups)
     top = {(arm.removesuffix("_r2"), seed): run for (arm, seed), run in frozen.items()}
     runs = pilot.runs | {(f"{arm}_top", seed): run for (arm, seed), run in top.items()}
 
@@ -70,9 +83,6 @@ def main() -> None:
     print(table(["learning rate", *MODELS.values()], rows))
     depth = math.log(frozen_mean(frozen, "dense_8") / frozen_mean(frozen, "dense_12"))
     print(f"8 layers {depth / fit.spreads[REST][0]:.1f} standard deviations above 12")
-    for name, (own, degrees) in (fit.spreads | {"all": Fit(frozen).spreads[REST]}).items():
-        low, high = (own * math.sqrt(degrees / chdtri(degrees, tail)) for tail in (0.025, 0.975))
-        print(f"spread of {name}: {own:.2%} ({low:.2%} to {high:.2%}), {degrees:.0f} degrees of freedom")
     for rate, value in RATES.items():
         pairs = [[math.log(loss) for loss in losses(model, rate).values()] for model in MODELS]
         if any(len(pair) > 1 for pair in pairs):
@@ -81,6 +91,9 @@ def main() -> None:
             print(f"spread between the seeds at {value}: {own:.2%}, {degrees} degrees of freedom; without 1 "
                   f"sync {three:.2%}, {fewer}")
 
+
+def print_times(frozen: dict) -> None:
+    """Print the times of runs."""
     for name in ("cold", "warm"):
         with open(os.path.join(FOLDER, "start", f"runs_{name}.jsonl")) as f:
             for run in map(json.loads, f):
@@ -93,10 +106,17 @@ def main() -> None:
     with open(os.path.join(FOLDER, "sharing.json")) as f:
         shared = [part["updates"] for part in json.load(f)["bins"] if 100 <= part["from_s"] < 280]
     print(f"{2 * 20 * len(shared) / sum(shared) * 1e3:.1f} ms of a GPU for an update, shared")
-    print_two_seeds(frozen)
-    print_third_seed(frozen, groups)
-    print_chance()
-    print_intervals(fit, Fit(frozen))
+
+
+def print_spreads(fit: Fit, one: Fit) -> None:
+    """Print the spreads of the fits, with groups and with one spread for all, and their 95% intervals."""
+    raw = {"the rest": [logs for arm, logs in fit.logs.items() if not arm.startswith(FEW)],
+           GROUP: [logs for arm, logs in fit.logs.items() if arm.startswith(FEW)],
+           "all": [*fit.logs.values()]}
+    for name, (own, degrees) in (fit.spreads | {"all": one.spreads[REST]}).items():
+        low, high = (own * math.sqrt(degrees / chdtri(degrees, tail)) for tail in (0.025, 0.975))
+        print(f"spread of {name}: {own:.2%} ({low:.2%} to {high:.2%}), {degrees:.0f} degrees of freedom; "
+              "with the effect of the seed {:.2%}, {}".format(*pooled_std(*raw[name])))
 
 
 def print_two_seeds(runs: dict) -> None:
@@ -113,7 +133,7 @@ def print_two_seeds(runs: dict) -> None:
     for arm in sorted(arms, key=squares.get)[-3:]:
         share = squares[arm] / sum(squares.values())
         print(f"{arm}: {math.expm1(val[arm]):+.2%}, {share:.0%} of the squares")
-    few = {arm for arm in arms if arm.startswith(("drop_1_", "drop_2_"))}
+    few = {arm for arm in arms if arm.startswith(FEW)}
     for name, group in (("all", arms), (GROUP, few), ("the others", arms - few),
                         ("dense", {arm for arm in arms if arm.startswith("dense")})):
         spread = math.sqrt(sum(squares[arm] for arm in group) / len(group) / 2)
@@ -121,7 +141,7 @@ def print_two_seeds(runs: dict) -> None:
 
 
 def print_third_seed(runs: dict, groups: dict) -> None:
-    """Print what seed 13, of which the groups of a spread were not chosen, says alone."""
+    """Print how seed 13, which was not there when the groups were chosen, differs from the two before."""
     logs = {key: math.log(run["val_loss"]) for key, run in runs.items()}
     arms = [arm for arm, seed in runs if seed == 13]
     before = {arm: (logs[arm, 11] + logs[arm, 12]) / 2 for arm in arms}
@@ -130,10 +150,18 @@ def print_third_seed(runs: dict, groups: dict) -> None:
         change = [logs[arm, 13] - before[arm] for arm in own]
         print(f"spread of seed 13 against 11 and 12, {name}: {np.std(change, ddof=1) / math.sqrt(1.5):.2%}, "
               f"{len(own) - 1} degrees of freedom")
-    old, new = ([values[arm] - values["dense_12"] for arm in arms]
+    old, new = ([values[arm] - values["dense_12"] for arm in arms if arm != "dense_12"]
                 for values in (before, {arm: logs[arm, 13] for arm in arms}))
-    print(f"differences from 24 syncs of {len(arms)} arms, seed 13 and the mean of 11 and 12: correlation "
+    print(f"differences of {len(old)} arms from 24 syncs, seed 13 and the mean of 11 and 12: correlation "
           f"{np.corrcoef(old, new)[0, 1]:.2f}")
+
+
+def print_unstable(runs: dict, groups: dict) -> None:
+    """Print what changes without the run that was unstable."""
+    others = {key: run for key, run in runs.items() if key != UNSTABLE}
+    for name, (own, degrees) in (Fit(others, groups).spreads | {"all": Fit(others).spreads[REST]}).items():
+        print(f"without {UNSTABLE}: spread of {name} {own:.2%}, {degrees:.0f} degrees of freedom")
+    print(f"without {UNSTABLE}:", Fit(others, groups).contrast({UNSTABLE[0]: 1.0, "dense_12": -1.0}).text())
 
 
 def print_chance() -> None:
@@ -152,9 +180,9 @@ def print_chance() -> None:
     print(f"a group chosen by chance: intervals of the rest cover {np.mean(held):.1%}")
 
 
-def print_intervals(fit: Fit, one: Fit) -> None:
-    """Print each arm's difference from the baseline: 95% interval, the same with one spread for all, the
-    simultaneous interval of all arms, and the difference that would be found with 80% probability."""
+def write_intervals(fit: Fit, one: Fit) -> None:
+    """Write intervals.md: each arm's difference from the baseline, its 95% interval, that with one spread for
+    all, the simultaneous interval of all arms, and about which difference would be found with 80%."""
     draw, n = np.random.default_rng(0), 100_000
     first, arms = fit.arms.index("dense_12"), [arm for arm in fit.arms if arm != "dense_12"]
     errors, estimates = np.zeros((len(fit.design), n)), {}
@@ -175,8 +203,9 @@ def print_intervals(fit: Fit, one: Fit) -> None:
         found = ratio.error * (stdtrit(ratio.df, 0.975) + stdtrit(ratio.df, 0.8))
         rows.append([arm, percent(ratio.mean), *(f"{percent(low)} to {percent(high)}" for low, high in (
             ratio.interval(), alike.interval(), simultaneous)), f"{found:.2%}"])
-    print(table(["arm", "against 24 syncs", "95% CI", "one spread for all", f"simultaneous ({1 - level:.2%})",
-                 "found with 80%"], rows))
+    with open(os.path.join(FOLDER, "intervals.md"), "w") as f:
+        f.write(table(["arm", "against 24 syncs", "95% CI", "one spread for all",
+                       f"simultaneous ({1 - level:.2%})", "found with 80%"], rows) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 #!/bin/bash
-# Runs of the frontier on a machine with two GPUs whose calls last ten minutes:
+# Runs of the frontier on a machine whose calls last ten minutes:
 #     sitting.sh first SECONDS OUT pilot|next [--accept]
 #     sitting.sh more SECONDS OUT
 #     sitting.sh last SECONDS OUT
 # TOKENS: folder with GPT-2's tokenizer files; COMMIT: of this code; MINUTES: of the runs; PER_GPU: runs at a
 # time; COMPILED: archive of compiled code; SAVE=1: make one; LATENCY=1: time five schedules first; STARTS=1: time
-# a start last. log_1.txt is of LATENCY=1 STARTS=1 SAVE=1, log_2.txt and log_3.txt of COMPILED SAVE=1 PER_GPU=4.
+# a start last. log_1.txt is of LATENCY=1 STARTS=1 SAVE=1, log_2.txt and log_3.txt of COMPILED SAVE=1 PER_GPU=4,
+# all on two GPUs; log_4.txt of COMPILED PER_GPU=4 on one.
 part=$1 end=$(($(date +%s) + $2)) out=$3 work=/tmp/sync-frontier
 shift 3
 mkdir -p "$out" $work/frontier

@@ -505,6 +505,10 @@ def test_groups_of_arms_have_spreads_of_their_own(tmp_path):
             widths[arm] += high - low
     assert all(930 <= n <= 970 for n in inside.values()), inside
     assert widths["drop_1_r4"] > 2.5 * widths["drop_4_r2"]
+    fewer = Fit({key: run for key, run in runs.items() if key != ("drop_4_r2", plan.seeds[-1])},
+                plan.values["spread_groups"])
+    freedom = fewer.contrast({"drop_4_r2": 1.0, "dense_12": -1.0}).df
+    assert freedom > 0.9 * fewer.spreads[REST][1] > fewer.spreads["wild"][1], "little of the wild arms"
     frontier_draw.write_frontier(plan, runs, frontier_draw.Tables(), str(tmp_path / "f"))
     text = (tmp_path / "f.md").read_text()
     assert "over the arms of each group" in text and ", wild " in text and "removed: the rest " in text
