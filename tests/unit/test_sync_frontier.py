@@ -150,7 +150,7 @@ def test_one_process_starts_without_torchrun():
 
 
 def test_the_protocols_of_the_record_are_valid():
-    for path in (ROOT / "records" / "sync-frontier").glob("protocol*.json"):
+    for path in (ROOT / "records" / "sync-frontier").rglob("protocol*.json"):
         plan = Protocol.read(str(path))
         assert plan.runs_path.endswith(path.name.replace("protocol", "runs") + "l")
         check_strategies(plan)
