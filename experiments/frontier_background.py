@@ -105,6 +105,10 @@ def begin(args: argparse.Namespace) -> None:
     descriptor = lock_folder(args.work, "work")
     code, folder = os.path.join(args.work, "code"), os.path.join(args.work, "frontier")
     with os_error_as_user_error(f"cannot copy to {args.work}"):
+        for parent, folders, files in os.walk(code):  # links of the last begin, which copytree cannot replace
+            for path in (os.path.join(parent, name) for name in folders + files):
+                if os.path.islink(path):
+                    os.remove(path)
         shutil.copytree(ROOT, code, symlinks=True, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns(*SKIPPED))
         os.makedirs(folder, exist_ok=True)
