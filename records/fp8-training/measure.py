@@ -249,4 +249,6 @@ if __name__ == "__main__":
     if os.path.exists(f"{out}/jobs.json"):
         with open(f"{out}/jobs.json") as f:
             records = json.load(f)["jobs"]
+    if not os.path.isdir(f"{out}/text"):  # results of another machine, without the text
+        records.pop("data", None)
     main()
