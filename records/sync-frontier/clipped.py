@@ -15,7 +15,8 @@ with open(OUT) as f:
     shares = json.load(f)
 logs = sorted(glob.glob("experiment_logs/sync-frontier/*/runs/*/out/run_*.jsonl"))
 if not logs:
-    sys.exit("error: no logs here: unpack run_logs.tgz in this folder")
+    print("error: no logs here: unpack run_logs.tgz in this folder", file=sys.stderr)
+    sys.exit(2)
 for path in logs:
     arm, run = path.split("/")[2], path.split("/")[4]
     with open(path) as f:
