@@ -11,7 +11,7 @@ contenders are left out.
 
 DIR gets jobs.json (command, duration and problem of each job, written as each ends), a log of each job, and
 the JSON files and folders of the jobs. The end of each log is printed. A job that DIR has as done is not run
-again.
+again, but for `data` if its text is not there.
 """
 
 import importlib.util
@@ -249,6 +249,6 @@ if __name__ == "__main__":
     if os.path.exists(f"{out}/jobs.json"):
         with open(f"{out}/jobs.json") as f:
             records = json.load(f)["jobs"]
-    if not os.path.isdir(f"{out}/text"):  # results of another machine, without the text
+    if "data" in parts.split(",") and not os.path.isdir(f"{out}/text"):  # results of another machine
         records.pop("data", None)
     main()
