@@ -19,6 +19,7 @@ TICKS = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64]  # %, beyond LINEAR the axis is loga
 LINEAR = 2.0  # %
 SIZE, DPI = 7.5, 200  # points of a label; pixels of an inch
 PLACES = [(x, y) for y in (0, 9, -9, 18, -18, 27, -27) for x in (1, -1)]  # of a label: dy in points, side
+FAR = 9  # points from which a line leads from a label to its point
 
 
 def percent(log_ratio: float) -> float:
@@ -153,8 +154,8 @@ def scale(ax, values: list[float]) -> None:
 
 
 def label(ax, points: list[dict], others: list[tuple[float, float]], colors: dict[str, str]) -> None:
-    """Write the name of each arm where it covers the least of the points and of other names, and where few
-    other points are beside it. others: x, y of points without a name."""
+    """Write the name of each arm where it covers the least of the points and of other names, where few other
+    points are beside it, and where its line crosses no other's. others: x, y of points without a name."""
     from matplotlib.patheffects import withStroke
 
     to_points = 72 / ax.figure.dpi
@@ -162,6 +163,7 @@ def label(ax, points: list[dict], others: list[tuple[float, float]], colors: dic
     left, right = (end * to_points for end in (ax.bbox.x0, ax.bbox.x1))
     taken = [(x - 4, y - 4, x + 4, y + 4)
              for x, y in [*at, *(ax.transData.transform(other) * to_points for other in others)]]
+    lines = []  # (point, middle of its name) of names that are far from their point
     for point, (x, y) in sorted(zip(points, at), key=lambda pair: pair[1][1]):
         text = name_of(point["row"])
         width = 0.56 * SIZE * len(text)
@@ -173,16 +175,27 @@ def label(ax, points: list[dict], others: list[tuple[float, float]], colors: dic
             beside = sum(start - 8 < a < start + width + 8 and abs(b - y - dy) < 1.6 * SIZE
                          for a, b in at if (a, b) != (x, y))
             covered = sum(overlap(box, other) for other in taken)
-            boxes.append((covered + 20 * outside + 15 * beside + 0.2 * abs(dy), box, side, dy))
+            line = (x, y), (start + width / 2, y + dy)
+            crossed = sum(cross(*line, *other) for other in lines) if abs(dy) > FAR else 0
+            boxes.append((covered + 20 * outside + 15 * beside + 60 * crossed + 0.2 * abs(dy), box, side, dy))
         _, box, side, dy = min(boxes)
         taken.append(box)
-        far = abs(dy) > 9
+        if far := abs(dy) > FAR:
+            lines.append(((x, y), ((box[0] + box[2]) / 2, y + dy)))
         ax.annotate(text, (point["x"], point["y"]), textcoords="offset points", xytext=(6 * side, dy),
                     fontsize=SIZE, va="center", ha="left" if side > 0 else "right", zorder=4,
                     color=color_of(point["row"], colors),
                     path_effects=[withStroke(linewidth=1.5, foreground="white")], arrowprops={
                         "arrowstyle": "-", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3,
                         "color": color_of(point["row"], colors)} if far else None)
+
+
+def cross(a: tuple, b: tuple, c: tuple, d: tuple) -> bool:
+    """Return True if the line from a to b crosses that from c to d."""
+    def left_of(p: tuple, q: tuple, r: tuple) -> bool:
+        return (q[0] - p[0]) * (r[1] - p[1]) > (q[1] - p[1]) * (r[0] - p[0])
+
+    return left_of(a, b, c) != left_of(a, b, d) and left_of(c, d, a) != left_of(c, d, b)
 
 
 def overlap(a: tuple, b: tuple) -> float:
