@@ -110,7 +110,8 @@ def test_a_killed_sequence_goes_on_where_its_results_are(tmp_path):
         (folder / name).unlink()
     for name in ("protocol.json", "runs.jsonl"):
         shutil.copy(out / name, folder)
-    begin(folder, "two", "next")
+    begin(folder, "two", "next")  # which replaces the links of the checkout in its copy
+    assert (tmp_path / "two" / "code" / "records" / "sync-frontier" / "tier_2" / "data.json").is_symlink()
     assert wait_for_end(tmp_path, "two", out) and rows(out) == runs
     (tmp_path / "sources" / "b" / "m3.py").write_text("x = 4\n")
     said = begin(folder, "three", "next", code=2)
