@@ -3,7 +3,8 @@
 $ python -m benchmarks.fused_step --out=FOLDER
 $ python -m benchmarks.fused_step --out=FOLDER --phases=step,profile --contenders=base,gelu --peer=NANOGPT
 
-`check` compares each kernel with fp64, beside PyTorch's error in the same dtype. Contenders with a wrong
+`compile` builds each contender alone, so that later calls find its code in the compiler's cache. `check`
+compares each kernel with fp64, beside PyTorch's error in the same dtype. Contenders with a wrong
 kernel are left out of what follows, and the script exits with code 1. `tune` times tiles of the contenders'
 products with GELU, and keeps the fastest for what follows. `step` lets whole training steps take turns for
 each batch size (forward, backward, clipping, AdamW; compiled), and compares the losses of the first steps.
@@ -19,11 +20,13 @@ compiled); nanogpt (the GPT of `peer`). All but nanogpt and FP8 have the Triton 
 word triton. Without a GPU everything runs at toy size, on PyTorch's code, and no figure means anything.
 """
 
+import gc
 import json
 import os
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -42,7 +45,7 @@ from nanosync.optim import build_adamw, clip_gradients, parameter_groups
 
 # -----------------------------------------------------------------------------
 out = "out-fused-step"  # folder for the JSON files
-phases = "check,tune,step"  # of check, tune, step, profile
+phases = "check,tune,step"  # of compile, check, tune, step, profile
 contenders = ("base,gelu,gelu-derivative,gelu-derivative8,gelu-derivative8+tanh,gelu-recompute,qkv,adamw,"
               "scaled")
 peer = ""  # folder of a nanoGPT, for the contender nanogpt
@@ -285,15 +288,31 @@ def build(batch_size: int, figures: dict, title: str, share: float, note: Callab
         bad, label = wrong & set(name.split("+")), f"{title} {name}"
         if bad:
             attempts.fail(label, f"the check found a wrong kernel: {', '.join(sorted(bad))}")
+        begun = time.perf_counter()
         contender = None if bad else attempts.run(label, lambda n=name: Contender(n, batch_size), share)
         if contender is None:
             figures[name] = {"failed": attempts.failures[label]}
         else:
             made[name] = contender
-            print(f"{label}: losses {contender.losses}", flush=True)
+            print(f"{label}: losses {contender.losses}, built in {time.perf_counter() - begun:.0f} s",
+                  flush=True)
             figures[name] = {"losses": contender.losses, "peak_gb": getattr(contender, "peak_gb", None)}
         note()
     return made
+
+
+def compile_alone() -> None:
+    """Build each contender and drop it, which leaves its compiled code on disk."""
+    for B in batch_sizes:
+        for name in contenders.split(","):
+            begun = time.perf_counter()
+            built = attempts.run(f"compile {name}", lambda n=name, b=B: Contender(n, b) is not None, 0.9)
+            if built:
+                print(f"compile B={B} {name}: {time.perf_counter() - begun:.0f} s", flush=True)
+            torch.compiler.reset()
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 all_figures: dict = {}
@@ -383,8 +402,8 @@ def check_settings() -> None:
         if recipes and {"qkv", *GELU} & set(words):
             raise UserError(f"contenders has {text!r}: FP8 goes with none of qkv, {', '.join(GELU)}")
     for phase in phases.split(","):
-        if phase not in ("check", "tune", "step", "profile"):
-            raise UserError(f"phases has {phase!r}: known are check, tune, step, profile")
+        if phase not in ("compile", "check", "tune", "step", "profile"):
+            raise UserError(f"phases has {phase!r}: known are compile, check, tune, step, profile")
     if "nanogpt" in contenders and not os.path.isfile(os.path.join(peer, "model.py")):
         raise UserError("the contender nanogpt needs --peer, a folder with nanoGPT's model.py")
 
@@ -409,6 +428,8 @@ if __name__ == "__main__":
           f"{runs[usable(torch.empty(0, device=device))]}, kernels for Hopper {runs[is_hopper(device)]}",
           flush=True)
     wanted, attempts, wrong = phases.split(","), Attempts(seconds), set()
+    if "compile" in wanted:
+        compile_alone()
     if "check" in wanted:
         wrong = fused_checks.check(device, dtype, SIZES, lambda f: write("check", f))
     tune() if "tune" in wanted and is_hopper(device) else read_tiles()

@@ -1,19 +1,22 @@
-"""Run the measurements of README.md: jobs one after the other on each GPU, the most important first.
+"""Run the measurements of README.md.
 
 $ python records/fp8-training/measure.py --out=DIR --peer=NANOGPT    # from the repository's root
 $ python records/fp8-training/measure.py --out=DIR --parts=data,step,loss --gpus=1
 $ python records/fp8-training/measure.py --out=DIR --device=cpu    # at toy size: does each part run?
 
-Each GPU takes the next job of the list as soon as it is free. A job that fails, or reaches its limit, is
-ended and recorded, and the others continue. After `seconds` no job runs. Parts loss and ranks read the text
-of part data, and wait for it. Without the package torchao, or without nanoGPT's folder `peer`, their
-contenders are left out.
+Jobs without a time to measure run first: those of a lane one after the other, and all lanes side by side.
+They also compile the contenders, so that the compiler's cache has them. Then jobs that measure run alone on
+their GPU, the most important first: each GPU takes the next one as soon as it is free. A job that fails, or
+reaches its limit, is ended and recorded, and the others continue. After `seconds` no job runs. Parts loss and
+ranks read the text of part data, and wait for it. Without the package torchao, or without nanoGPT's folder
+`peer`, their contenders are left out.
 
 DIR gets jobs.json (command, duration and problem of each job, written as each ends), a log of each job, and
 the JSON files and folders of the jobs. The end of each log is printed. A job that DIR has as done is not run
 again, but for `data` if its text is not there.
 """
 
+import glob
 import importlib.util
 import json
 import os
@@ -36,7 +39,7 @@ from nanosync.hardware import environment
 # -----------------------------------------------------------------------------
 out = "out-fp8-training"  # folder of the results
 peer = ""  # folder of nanoGPT's model.py
-parts = "data,tests,step,loss,xl,profile,ranks,biases,kernels,resume"  # groups of jobs, see `jobs`
+parts = "data,tests,compile,loss,step,xl,profile,ranks,biases,kernels,resume"  # groups of jobs, see `jobs`
 seconds = 1560.0  # after which no job runs
 gpus = 0  # GPUs, 0 for all; two are enough
 device = "cuda"  # 'cpu': toy sizes
@@ -55,6 +58,15 @@ FP8 = ("nanogpt,base,fp8+fp8_head+adamw,fp8_late+fp8_head+adamw,fp8+fp8_head+tri
        "fp8_tensorwise+fp8_head+adamw,fp8+fp8_head+gelu_apart+adamw")
 FP8_SHORT = ("nanogpt,base,fp8+fp8_head+adamw,fp8_late+fp8_head+adamw,fp8_late+fp8_head+triton+adamw,torchao,"
              "fp8+adamw,fp8_emulated+fp8_head+adamw")
+COMPILED = {  # lane -> batch size and contenders, without those whose graph another lane has
+    "bf16": (64, "nanogpt,base,qkv,gelu-derivative8+qkv,gelu+qkv,gelu-derivative+qkv,gelu-derivative8,"
+                 "gelu-derivative8+tanh+qkv"),
+    "fp8": (64, "fp8+fp8_head,fp8_late+fp8_head,fp8+fp8_head+triton,fp8_late+fp8_head+triton,torchao,"
+                "torchao_rowwise,fp8,fp8_tensorwise+fp8_head,fp8+fp8_head+gelu_apart"),
+    "small": (12, "nanogpt,base,qkv,gelu-derivative8+qkv,gelu+qkv,fp8+fp8_head,fp8_late+fp8_head,"
+                  "fp8_late+fp8_head+triton,torchao,fp8,fp8_emulated+fp8_head"),
+}
+XL_COMPARED = "triton,fp8+fp8_head+triton,fp8+fp8_head"
 PROFILED = ("base,nanogpt,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw,fp8_late+fp8_head+triton+adamw,"
             "torchao")
 BIASES = "nanogpt,base,adamw,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw"
@@ -62,13 +74,15 @@ BIASES = "nanogpt,base,adamw,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw"
 
 @dataclass(frozen=True)
 class Job:
-    """A command of a part, for a shell. It is ended after `limit` seconds. It has so many GPUs for itself."""
+    """A command of a part, for a shell. It is ended after `limit` seconds. It has so many GPUs for itself, or
+    shares a GPU with other lanes."""
 
     part: str
     name: str
     expected: int  # seconds on H200
     command: str
     gpus: int = 1
+    lane: str = ""
 
     @property
     def limit(self) -> float:
@@ -79,32 +93,44 @@ def jobs() -> list[Job]:
     """Return all jobs, the most important first."""
     found = []
 
-    def add(part: str, name: str, expected: int, command: str, on_gpu: str, on_cpu: str, n: int = 1) -> None:
-        found.append(Job(part, name, expected if real else 20, f"{command} {on_gpu if real else on_cpu}", n))
+    def add(part: str, name: str, expected: int, command: str, on_gpu: str, on_cpu: str, n: int = 1,
+            lane: str = "") -> None:
+        command = f"{command} {on_gpu if real else on_cpu}"
+        found.append(Job(part, name, expected if real else 20, command, n, lane))
 
-    def fused(part: str, name: str, expected: int, phases: str, B: int, contenders: str, more: str) -> None:
+    def fused(part: str, name: str, expected: int, phases: str, B: int, contenders: str, more: str,
+              lane: str = "") -> None:
         folder = f"{out}/{name}"
         tiles = "" if "tune" in phases else \
             f"mkdir -p {folder}; cp {out}/bf16-64/tune.json {folder} 2>/dev/null; "
         add(part, name, expected, f"{tiles}python -m benchmarks.fused_step --out={folder} --phases={phases} "
             f"--batch_sizes=[{B}] --peer={peer} --contenders={known(contenders)} "
-            f"--seconds={1.3 * expected:.0f}", more, f"{more} --rounds=2 --steps=1")
+            f"--seconds={1.3 * expected:.0f}", more, f"{more} --rounds=2 --steps=1", lane=lane)
 
     add("data", "data", 20, f"python data/python_source/prepare.py --tokenizer=gpt2 --format=shards "
-        f"--out={out}/text", "--roots=stdlib,site-packages", "--roots=nanosync,tests", n=0)
-    workers = "-n 8" if importlib.util.find_spec("xdist") else ""
-    add("tests", "tests", 150, f"TRITON_INTERPRET=0 python -m pytest -q -p no:cacheprovider "
-        f"--junitxml={out}/tests.xml", f"{workers} tests/kernels", "tests/kernels/test_split_sums.py")
-    fused("step", "bf16-64", 400, "check,tune,step", 64, BF16, "")
-    fused("step", "fp8-64", 340, "step", 64, FP8, "")
-    fused("step", "fp8-12", 190, "step", 12, FP8_SHORT, "")
-    fused("step", "bf16-12", 170, "step", 12, BF16_SHORT, "")
-    add("loss", "loss-0.0006", 330, *losses(6e-4, 3))
-    add("xl", "xl", 280, f"python bench.py --json={out}/xl.json --seconds=400",
-        f"{XL} --compare=triton,fp8+fp8_head+triton,fp8+fp8_head", f"{TOY_BENCH} --compare=ddp,fp8_emulated")
-    for rate, runs, expected in ((6e-3, 1, 110), (1.2e-2, 1, 110), (2.4e-2, 1, 110)):
-        add("loss", f"loss-{rate:g}", expected, *losses(rate, runs))
-    fused("profile", "profile", 120, "profile", 64, PROFILED, "")
+        f"--out={out}/text", "--roots=stdlib,site-packages", "--roots=nanosync,tests", lane="data")
+    workers = "-n 4" if importlib.util.find_spec("xdist") else ""
+    add("tests", "tests", 260, f"TRITON_INTERPRET=0 nice {shlex.quote(sys.executable)} -m pytest -q "
+        f"-p no:cacheprovider "
+        f"--junitxml={out}/tests.xml", f"{workers} tests/kernels", "tests/kernels/test_split_sums.py",
+        lane="tests")
+    for lane, (B, contenders) in COMPILED.items():
+        fused("compile", f"compile-{lane}", 300, "compile", B, contenders, "", lane)
+    add("loss", "loss-0.0006", 330, *losses(6e-4, 3), lane="loss")
+    compared = XL_COMPARED if real else "ddp,fp8_emulated"
+    size = XL if real else TOY_BENCH
+    add("compile", "compile-xl", 200, "; ".join(
+        f"python bench.py --compare={name} {size} --rounds=1" for name in compared.split(",")), "", "",
+        lane="xl")
+    for rate in (2.4e-2, 6e-3, 1.2e-2):
+        add("loss", f"loss-{rate:g}", 110, *losses(rate, 1), lane="xl")
+    fused("step", "bf16-64", 240, "check,tune,step", 64, BF16, "")
+    fused("step", "fp8-64", 180, "step", 64, FP8, "")
+    fused("step", "bf16-12", 100, "step", 12, BF16_SHORT, "")
+    fused("step", "fp8-12", 110, "step", 12, FP8_SHORT, "")
+    add("xl", "xl", 200, f"python bench.py --json={out}/xl.json --seconds=300 --compare={compared}", XL,
+        TOY_BENCH)
+    fused("profile", "profile", 90, "profile", 64, PROFILED, "")
     for R in (2, 4):
         add("ranks", f"ranks-{R}", 185, f"python bench.py --model_type=distributed_gpt --tp_size={R} "
             f"--seconds=280 --json={out}/ranks-{R}.json", "--batch_size=64 --rounds=5 --steps=6 "
@@ -169,7 +195,10 @@ def run(job: Job, on: str) -> None:
 def supervise(job: Job, on: str) -> dict:
     """Run a job with all its processes ended at its limit; return its duration and its problem."""
     report, limit = f"{out}/{job.name}.report", min(job.limit, left())
-    variables = os.environ | {"CUDA_VISIBLE_DEVICES": on, "PYTHONUNBUFFERED": "1"}
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": on, "PYTHONUNBUFFERED": "1",
+                              "TORCHINDUCTOR_CACHE_DIR": f"{out}/compiled"}
+    if job.lane:
+        variables |= {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"}
     command = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}; {job.command}'
     begun = time.monotonic()
     with open(f"{out}/{job.name}.log", "wb") as log:
@@ -207,12 +236,29 @@ def work(queue: list[Job], on: str) -> None:
         run(job, on)
 
 
-def make_text(queue: list[Job]) -> None:
-    """Run the jobs without a GPU, and let those that read the text start."""
-    try:
-        work(queue, "")
-    finally:
-        text_made.set()
+def work_side_by_side(jobs: list[Job], places: list[str]) -> None:
+    """Run each lane on a GPU that it shares with others. What the compiler then chose by timing kernels is
+    forgotten, since other lanes disturbed it."""
+    lanes = list(dict.fromkeys(job.lane for job in jobs))
+
+    def work_lane(lane: str, on: str) -> None:
+        try:
+            work([job for job in jobs if job.lane == lane], on)
+        finally:
+            if lane == "data":
+                text_made.set()
+
+    run_threads([threading.Thread(target=work_lane, args=(lane, places[i % len(places)]))
+                 for i, lane in enumerate(lanes)])
+    for path in glob.glob(f"{out}/compiled/**/*.best_config", recursive=True):
+        os.remove(path)
+
+
+def run_threads(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def main() -> None:
@@ -221,14 +267,12 @@ def main() -> None:
         check_choice({"parts": part}, "parts", tuple(dict.fromkeys(job.part for job in wanted)))
     wanted = [job for job in wanted if job.part in parts.split(",")
               and not (job.name in records and records[job.name]["problem"] is None)]
-    queues = {n: [job for job in wanted if job.gpus == n] for n in (0, 1, 2)}
     places = [str(i) for i in range(there)] or [""]
-    threads = [threading.Thread(target=work, args=(queues[1], place)) for place in places]
-    threads.append(threading.Thread(target=make_text, args=(queues[0],)))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    if not any(job.name == "data" for job in wanted):
+        text_made.set()
+    work_side_by_side([job for job in wanted if job.lane], places)
+    queues = {n: [job for job in wanted if job.gpus == n and not job.lane] for n in (1, 2)}
+    run_threads([threading.Thread(target=work, args=(queues[1], place)) for place in places])
     if there != 1:
         work(queues[2], ",".join(places[:2]))
     for job in queues[2]:
