@@ -35,6 +35,7 @@ from kernels import INTERPRETED, triton, usable
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+EXACT_SUMS = {E5M2}  # see `product`
 TINY = 1e-30  # smallest largest entry: a row of zeros needs a scale, too
 MULTIPLE = 16  # the sizes of a weight must be multiples of it
 
@@ -101,6 +102,9 @@ def product(a: Cast, b: Cast, bias: torch.Tensor | None, dtype: torch.dtype, emu
 
     a: (M, K); b: (N, K); bias: (N,) or None. Both have a scale a row, or both have one scale.
     out: tensor for the result.
+
+    The sums of Hopper's matrix units have 14 bits. With a factor in EXACT_SUMS they go to fp32 every 128
+    terms, which is slower. A gradient needs it: in that of the logits one entry of 50,000 outweighs the rest.
     """
     bias = None if bias is None else bias.to(dtype)
     if emulated:
@@ -108,7 +112,8 @@ def product(a: Cast, b: Cast, bias: torch.Tensor | None, dtype: torch.dtype, emu
             y = (a.values.float() @ b.values.float().t()) * a.scale * b.scale.t()
         y = (y if bias is None else y + bias.float()).to(dtype)
         return y if out is None else out.copy_(y)
-    options = dict(scale_a=a.scale, scale_b=b.scale.t(), out_dtype=dtype, bias=bias, use_fast_accum=True)
+    fast = a.values.dtype not in EXACT_SUMS
+    options = dict(scale_a=a.scale, scale_b=b.scale.t(), out_dtype=dtype, bias=bias, use_fast_accum=fast)
     if out is None:
         return torch._scaled_mm(a.values, b.values.t(), **options)
     return torch._scaled_mm(a.values, b.values.t(), **options, out=out)

@@ -43,6 +43,8 @@ parts = "data,tests,compile,loss,step,xl,profile,ranks,biases,kernels,resume"  #
 seconds = 1560.0  # after which no job runs
 gpus = 0  # GPUs, 0 for all; two are enough
 device = "cuda"  # 'cpu': toy sizes
+arms = "bf16,fp8"  # of part loss, of experiments/configs/fp8
+rates: list = [2.4e-2, 6e-3, 1.2e-2]  # learning rates of part loss beside 6e-4
 # -----------------------------------------------------------------------------
 config = configure(globals())
 out, real = os.path.abspath(out), device == "cuda"
@@ -51,24 +53,20 @@ TOY = "--device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_s
 TOY_BENCH = f"{TOY} --vocab_size=128 --steps=1 --warmup=1 --rounds=2"
 TOY_TRAINING = f"{TOY} --max_iters=6 --warmup_iters=2 --lr_decay_iters=6 --eval_interval=6 --eval_iters=2"
 BF16 = ("nanogpt,base,qkv+adamw,gelu-derivative8+qkv+adamw,gelu+qkv+adamw,gelu-derivative+qkv+adamw,adamw,"
-        "gelu-derivative8,qkv,gelu-derivative8+tanh+qkv+adamw")
-BF16_SHORT = "nanogpt,base,qkv+adamw,gelu-derivative8+qkv+adamw,gelu+qkv+adamw,adamw,scaled"
-FP8 = ("nanogpt,base,fp8+fp8_head+adamw,fp8_late+fp8_head+adamw,fp8+fp8_head+triton+adamw,"
-       "fp8_late+fp8_head+triton+adamw,torchao,torchao_rowwise,fp8+fp8_head,fp8,"
-       "fp8_tensorwise+fp8_head+adamw,fp8+fp8_head+gelu_apart+adamw")
-FP8_SHORT = ("nanogpt,base,fp8+fp8_head+adamw,fp8_late+fp8_head+adamw,fp8_late+fp8_head+triton+adamw,torchao,"
-             "fp8+adamw,fp8_emulated+fp8_head+adamw")
+        "gelu-derivative8")
+FP8 = ("nanogpt,base,fp8+fp8_head+adamw,fp8_late+fp8_head+triton+adamw,fp8+adamw,fp8_late+triton+adamw,"
+       "torchao,torchao_rowwise,fp8_tensorwise+fp8_head+adamw")
+SMALL = ("nanogpt,base,adamw,gelu-derivative8+qkv+adamw,gelu+qkv+adamw,fp8+fp8_head+adamw,"
+         "fp8_late+fp8_head+triton+adamw,fp8+adamw,torchao")
 COMPILED = {  # lane -> batch size and contenders, without those whose graph another lane has
-    "bf16": (64, "nanogpt,base,qkv,gelu-derivative8+qkv,gelu+qkv,gelu-derivative+qkv,gelu-derivative8,"
-                 "gelu-derivative8+tanh+qkv"),
-    "fp8": (64, "fp8+fp8_head,fp8_late+fp8_head,fp8+fp8_head+triton,fp8_late+fp8_head+triton,torchao,"
-                "torchao_rowwise,fp8,fp8_tensorwise+fp8_head,fp8+fp8_head+gelu_apart"),
-    "small": (12, "nanogpt,base,qkv,gelu-derivative8+qkv,gelu+qkv,fp8+fp8_head,fp8_late+fp8_head,"
-                  "fp8_late+fp8_head+triton,torchao,fp8,fp8_emulated+fp8_head"),
+    "bf16": (64, "nanogpt,base,qkv,gelu-derivative8+qkv,gelu+qkv,gelu-derivative+qkv,gelu-derivative8"),
+    "fp8": (64, "fp8+fp8_head,fp8_late+fp8_head+triton,fp8,fp8_late+triton,torchao,torchao_rowwise,"
+                "fp8_tensorwise+fp8_head"),
+    "small": (12, "nanogpt,base,gelu-derivative8+qkv,gelu+qkv,fp8+fp8_head,fp8_late+fp8_head+triton,fp8,"
+                  "torchao"),
 }
-XL_COMPARED = "triton,fp8+fp8_head+triton,fp8+fp8_head"
-PROFILED = ("base,nanogpt,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw,fp8_late+fp8_head+triton+adamw,"
-            "torchao")
+XL_COMPARED = "triton,fp8+fp8_head+triton"
+PROFILED = "base,nanogpt,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw,fp8_late+fp8_head+triton+adamw"
 BIASES = "nanogpt,base,adamw,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw"
 
 
@@ -122,15 +120,14 @@ def jobs() -> list[Job]:
     add("compile", "compile-xl", 200, "; ".join(
         f"python bench.py --compare={name} {size} --rounds=1" for name in compared.split(",")), "", "",
         lane="xl")
-    for rate in (2.4e-2, 6e-3, 1.2e-2):
+    for rate in rates:
         add("loss", f"loss-{rate:g}", 110, *losses(rate, 1), lane="xl")
-    fused("step", "bf16-64", 240, "check,tune,step", 64, BF16, "")
-    fused("step", "fp8-64", 180, "step", 64, FP8, "")
-    fused("step", "bf16-12", 100, "step", 12, BF16_SHORT, "")
-    fused("step", "fp8-12", 110, "step", 12, FP8_SHORT, "")
-    add("xl", "xl", 200, f"python bench.py --json={out}/xl.json --seconds=300 --compare={compared}", XL,
+    fused("step", "bf16-64", 200, "check,tune,step", 64, BF16, "")
+    fused("step", "fp8-64", 150, "step", 64, FP8, "")
+    fused("step", "small-12", 110, "step", 12, SMALL, "")
+    add("xl", "xl", 150, f"python bench.py --json={out}/xl.json --seconds=300 --compare={compared}", XL,
         TOY_BENCH)
-    fused("profile", "profile", 90, "profile", 64, PROFILED, "")
+    fused("profile", "profile", 80, "profile", 64, PROFILED, "")
     for R in (2, 4):
         add("ranks", f"ranks-{R}", 185, f"python bench.py --model_type=distributed_gpt --tp_size={R} "
             f"--seconds=280 --json={out}/ranks-{R}.json", "--batch_size=64 --rounds=5 --steps=6 "
@@ -156,15 +153,20 @@ def known(contenders: str) -> str:
 
 
 def losses(rate: float, runs: int) -> tuple[str, str, str]:
-    """Return the command of bf16 and FP8 at the same time, and how it ends on a GPU and on a CPU.
+    """Return the command of all arms at the same time, and how it ends on a GPU and on a CPU.
 
     rate: highest learning rate. runs: seeds of each.
     """
     runner = ("run() { python experiments/run_nanogpt_experiment.py --config=experiments/configs/fp8/$1.json "
               f"--n_runs={runs} --dataset={out}/text --log_dir={out}/loss-{rate:g} --learning_rate={rate:g} "
-              f"--min_lr={rate / 10:g} $2; }};")
-    both = "run bf16 '{}' & run fp8 '{}'; code=$?; wait $! && exit $code"
-    return runner, both.format("", ""), both.format(TOY_TRAINING, f"{TOY_TRAINING} --fp8=emulated")
+              f"--min_lr={rate / 10:g} $2; }}; code=0;")
+
+    def all_arms(options: str) -> str:
+        emulated = {arm: " --fp8=emulated" * (not real and arm != "bf16") for arm in arms.split(",")}
+        started = [f"run {arm} '{options}{more}' & pids=\"$pids $!\";" for arm, more in emulated.items()]
+        return " ".join(started) + " for pid in $pids; do wait $pid || code=$?; done; exit $code"
+
+    return runner, all_arms(""), all_arms(TOY_TRAINING)
 
 
 # ---- run

@@ -40,7 +40,9 @@ def check(found, exact, largest: float) -> None:
         torch.testing.assert_close(values * scale, result.float())
     else:
         expected = cast(result, values.dtype)
-        assert torch.equal(values.float(), expected.values.float()) and torch.equal(scale, expected.scale)
+        assert torch.equal(values.float(), expected.values.float())
+        # on a GPU PyTorch divides by a constant in two roundings
+        torch.testing.assert_close(scale, expected.scale, rtol=2**-22, atol=0)
 
 
 @runs_kernels
