@@ -1,9 +1,10 @@
 """The rows of bench.py's mode kernels about FP8: products, and casts with and without the kernel before them.
 
-Each product of a block and the head's has the contenders bf16 (mm), rows (a scale a row), one scale, and rows
-of e5m2, as gradients have. Casts are compiled, with a scale a row: alone, and after LayerNorm, GELU and the
-gradient of GELU. The difference to LayerNorm or GELU alone is what a fused cast costs. `ours` is the kernel
-of kernels/gelu_cast.py with so many entries at a time and so many warps.
+Each product of a block and the head's has the contenders bf16 (mm), rows (a scale a row), one scale, and both
+with e5m2, as gradients have. A contender with the word fast leaves its sums in the matrix units. Casts are
+compiled, with a scale a row: alone, and after LayerNorm, GELU and the gradient of GELU. The difference to
+LayerNorm or GELU alone is what a fused cast costs. `ours` is the kernel of kernels/gelu_cast.py with so many
+entries at a time and so many warps.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness import in_unit
 from kernels import gelu_cast
-from kernels.fp8 import E4M3, E5M2, Cast, Recipe, cast, cast_weight, product
+from kernels.fp8 import E4M3, E5M2, Cast, cast, cast_weight, product
 from kernels.gelu_mlp import gelu
 
 
@@ -43,11 +44,13 @@ def _products(M: int, N: int, K: int, dtype: torch.dtype, device, emulated: bool
     x, weight = torch.randn(M, K, device=device, dtype=dtype), torch.randn(N, K, device=device)
     w = weight.to(dtype)
     functions, casts = {"bf16": lambda: x @ w.T}, cast_weight(weight)
-    for name, kind, recipe in (("rows", E4M3, Recipe()), ("one scale", E4M3, Recipe(per_tensor=True)),
-                               ("rows of e5m2", E5M2, Recipe())):
-        a: Cast = cast(x, kind, recipe.per_tensor)
-        b = casts.rows(False, recipe.per_tensor)
-        functions[name] = lambda a=a, b=b: product(a, b, None, dtype, emulated)
+    for name, kind, one_scale in (("rows", E4M3, False), ("one scale", E4M3, True),
+                                  ("rows of e5m2", E5M2, False), ("e5m2, one scale", E5M2, True)):
+        a: Cast = cast(x, kind, one_scale)
+        b = casts.rows(False, one_scale)
+        for fast in (False, True):
+            functions[name + ", fast" * fast] = lambda a=a, b=b, fast=fast: product(
+                a, b, None, dtype, emulated, fast)
     return functions
 
 
@@ -67,7 +70,7 @@ def _casts(rows: int, C: int, dtype: torch.dtype, device) -> dict[str, Callable]
     functions = {"cast": (lambda z: cast(z, E4M3), x), "LayerNorm": (layer_norm, x),
                  "LayerNorm, cast": (with_cast(layer_norm), x), "GELU": (gelu, h),
                  "GELU, cast": (with_cast(gelu), h),
-                 "GELU backward, cast": (lambda z: gelu_cast.plain_gelu_backward_cast(z, None, z, None), h)}
+                 "GELU backward, cast": (lambda z: gelu_cast.plain_gelu_backward_cast(z, z), h)}
     if device.type == "cuda":
         torch.compiler.reset()
         functions = {name: (torch.compile(f, fullgraph=True, dynamic=False), z)
@@ -84,7 +87,7 @@ def _casts(rows: int, C: int, dtype: torch.dtype, device) -> dict[str, Callable]
 
     for config in ((1024, 4), (1024, 8), (512, 2), (512, 4), (2048, 8)):
         name = f"ours {config[0]}/{config[1]}"
-        timed[f"GELU, {name}"] = lambda c=config: ours(lambda: gelu_cast.gelu_cast(h, None), c)
+        timed[f"GELU, {name}"] = lambda c=config: ours(lambda: gelu_cast.gelu_cast(h), c)
         timed[f"GELU backward, {name}"] = lambda c=config: ours(
-            lambda: gelu_cast.gelu_backward_cast(h, None, h, None), c)
+            lambda: gelu_cast.gelu_backward_cast(h, h), c)
     return timed

@@ -14,10 +14,11 @@ so, and the others continue. The last lines are a short table.
 
 A contender is words with + between: base; gelu, gelu-derivative, gelu-derivative8, gelu-recompute; tanh (GELU
 by the GPU's approximate tanh); qkv (gradients of q, k and v not joined); adamw (kernels/adamw.py); scaled
-(PyTorch's fused AdamW scales the gradients); fp8, fp8_late or fp8_tensorwise, fp8_head (settings of train.py)
-and gelu_apart (without kernels/gelu_cast.py); torchao or torchao_rowwise (FP8 by that package); eager (not
-compiled); nanogpt (the GPT of `peer`). All but nanogpt and FP8 have the Triton LayerNorm; FP8 has it with the
-word triton. Without a GPU everything runs at toy size, on PyTorch's code, and no figure means anything.
+(PyTorch's fused AdamW scales the gradients); fp8 or fp8_emulated, fp8_head (settings of train.py) and
+gelu_apart (without kernels/gelu_cast.py); torchao or torchao_rowwise (FP8 by that package); eager (not
+compiled); graphs (forward and backward pass as CUDA graphs); nanogpt (the GPT of `peer`). All but nanogpt and
+FP8 have the Triton LayerNorm; FP8 has it with the word triton. Without a GPU everything runs at toy size, on
+PyTorch's code, and no figure means anything.
 """
 
 import gc
@@ -50,6 +51,9 @@ contenders = ("base,gelu,gelu-derivative,gelu-derivative8,gelu-derivative8+tanh,
               "scaled")
 peer = ""  # folder of a nanoGPT, for the contender nanogpt
 batch_sizes: list = [64, 12]  # sequences of 1024 tokens
+n_layer = 12
+n_head = 12
+n_embd = 768
 bias = False
 rounds = 7
 steps = 4  # a turn at batch size 64; smaller batches take as many tokens, but at most 20 steps
@@ -58,9 +62,9 @@ seed = 1337
 # -----------------------------------------------------------------------------
 config = configure(globals())
 GELU = fused_checks.GELU
-FP8 = {"fp8": True, "fp8_late": "late", "fp8_tensorwise": "tensorwise", "fp8_emulated": "emulated"}
+FP8 = {"fp8": True, "fp8_emulated": "emulated"}
 WORDS = ("base", *GELU, "tanh", "qkv", "adamw", "scaled", *FP8, "fp8_head", "gelu_apart", "torchao",
-         "torchao_rowwise", "triton", "eager", "nanogpt")
+         "torchao_rowwise", "triton", "eager", "graphs", "nanogpt")
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_stages", "num_warps", "programs")
 TILES = {  # candidates of `tune`
     "forward": [(128, 256, 64, 2, 3, 8, 1), (128, 256, 64, 4, 4, 8, 1), (128, 128, 64, 4, 3, 4, 2),
@@ -237,7 +241,8 @@ class Contender:
             follow_weights(self.model, self.optimizer)
         compiled = "eager" not in self.words and device.type == "cuda"
         # dynamic=False: a second batch size would be compiled for any size
-        self.trained = torch.compile(self.model, dynamic=False) if compiled else self.model
+        mode = "reduce-overhead" if "graphs" in self.words else None
+        self.trained = torch.compile(self.model, dynamic=False, mode=mode) if compiled else self.model
         generator = torch.Generator().manual_seed(seed)
         V = min(50257, ARCHITECTURE["vocab_size"])
         tokens = torch.randint(V, (2, batch_size, T), generator=generator)
@@ -250,6 +255,8 @@ class Contender:
 
     def step(self):
         gelu_mlp.SIGMOID = "tanh" if "tanh" in self.words else "exponential"
+        if "graphs" in self.words:
+            torch.compiler.cudagraph_mark_step_begin()  # results of the last step are no longer needed
         with autocast:
             _, loss = self.trained(self.x, self.y)
         loss.backward()
@@ -263,7 +270,7 @@ class Contender:
             clip_gradients(self.model.parameters(), 1.0)
         self.optimizer.clip_and_step(1.0) if "adamw" in self.words else self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss.detach().clone()
 
 
 class Settings:
@@ -419,9 +426,9 @@ if __name__ == "__main__":
     machine = environment(device)
     real = device.type == "cuda"
     T = 1024 if real else 16
-    ARCHITECTURE = dict(block_size=T, bias=bias, **(dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304)
-                                                    if real else dict(n_layer=2, n_head=2, n_embd=32,
-                                                                      vocab_size=128)))
+    sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50304)
+    ARCHITECTURE = dict(sizes if real else dict(n_layer=2, n_head=2, n_embd=32, vocab_size=128),
+                        block_size=T, bias=bias)
     SIZES = [(4096, 768, 3072), (1000, 768, 3072), (129, 64, 528)] if real else [(40, 16, 32)]
     runs = {True: "run", False: "do not run here"}
     print(f"{machine['device']}, torch {machine['torch']}, Triton {triton and triton.__version__}; kernels "

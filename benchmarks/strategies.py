@@ -64,15 +64,13 @@ WORDS = {  # word -> fields of Strategy; a word of digits and M is min_num_param
     "gelu-recompute": {"gelu": "nothing"},
     "eager": {"compiled": False},
     "fp8": {"fp8": True},
-    "fp8_late": {"fp8": "late"},
-    "fp8_tensorwise": {"fp8": "tensorwise"},
     "fp8_emulated": {"fp8": "emulated"},
     "fp8_head": {"fp8_head": True},
     "gelu_apart": {"fp8_gelu": False},
     "torchao": {"torchao": "tensorwise"},
     "torchao_rowwise": {"torchao": "rowwise"},
 }
-FP8 = {"fp8", "fp8_late", "fp8_tensorwise", "fp8_emulated"}
+FP8 = {"fp8", "fp8_emulated"}
 TORCHAO = {"torchao", "torchao_rowwise"}
 
 
@@ -104,7 +102,7 @@ def _parse_one(text: str, config: dict) -> Strategy:
                         f"take one or the other")
     if len((FP8 | TORCHAO) & set(words)) > 1 or ("fp8_head" in words and not FP8 & set(words)):
         raise UserError(f"compare: {text!r}: take one of {', '.join(sorted(FP8 | TORCHAO))}; fp8_head goes "
-                        f"with one of the first four")
+                        f"with one of the first two")
     if TORCHAO & set(words) and importlib.util.find_spec("torchao") is None:
         raise UserError(f"compare: {text!r} needs the package torchao: pip install torchao")
     if len(sizes) > 1:

@@ -12,9 +12,10 @@ The gradients are those of the *sum* of the losses, so that the logits' gradient
 scaled by `grad_output / n_valid` afterwards. In fp16 a factor of 1/65536 on the logits' gradients would flush
 them to zero.
 
-With a Recipe of kernels.fp8 the logits and the gradient of x are products in FP8. The gradient of the logits
-is between -1 and 1, so its scale is a constant, and the kernel writes it in FP8 beside the usual dtype, which
-the gradient of the weight needs. A chunk has fewer rows then, for the same memory.
+With fp8 the logits and the gradient of x are products in FP8, see kernels/fp8.py. The kernel writes the
+gradient of the logits in FP8 beside the usual dtype, which the gradient of the weight needs. The largest
+entry of a row is the target's, p - 1. The scale of the row makes it a number of the format, without rounding.
+Both products need exact sums (see `product`). A chunk has fewer rows, for the same memory.
 
 The logits can be capped, and a row can have several targets, each with a weight. Both are in a second
 operator: its loss of a row is sum_j w_j * (log-sum-exp - logit of target j), of capped logits.
@@ -29,11 +30,12 @@ import torch
 
 from kernels import INTERPRETED, triton, usable
 from kernels.collectives import functional_all_gather
-from kernels.fp8 import E4M3, E5M2, Cast, Recipe, WeightCast, cast, cast_weight, product
+from kernels.fp8 import E4M3, E5M2, Cast, WeightCast, cast, cast_weight, product
 
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25, "mps": 1 << 28}  # logits in memory at a time; see records/
 MAX_TARGETS = 8  # of a row
-GRAD_SCALE = 2.0**15  # of the logits' gradient in e5m2, whose largest number is 57344
+LOW = 2.0**15  # the target's entry of a row of the logits' gradient in e5m2, whose largest number is 57344
+SMALLEST = 2.0**-20  # the least 1 - p whose rounding error, 2^-24, does not matter to the scale of a row
 
 
 class Softcap(NamedTuple):
@@ -57,7 +59,7 @@ def cap_logits(logits: torch.Tensor, softcap: Softcap) -> torch.Tensor:
 
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int = -1,
                          softcap: Softcap | None = None, target_weights: torch.Tensor | None = None,
-                         fp8: Recipe | None = None, fp8_casts: WeightCast | None = None) -> torch.Tensor:
+                         fp8: bool | str = False, fp8_casts: WeightCast | None = None) -> torch.Tensor:
     """Return the mean cross-entropy of the logits `x @ weight.T` over rows with a target != ignore_index.
 
     With target_weights, row i also predicts the targets of the rows after it. Its loss is
@@ -72,7 +74,8 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     targets: (N,) int64 in [0, V), or ignore_index; or (B, T) for B sequences, with B * T = N.
     softcap: (cap, scale, shift), see Softcap; None leaves the logits as they are.
     target_weights: (K,) floating point, on x's device, K <= MAX_TARGETS; constants for autograd. None is [1].
-    fp8: how logits and gradient of x run in FP8, without softcap and target_weights; None: in x's dtype.
+    fp8: compute logits and gradient of x in FP8, without softcap and target_weights; 'emulated': by products
+    in fp32, on any device.
     fp8_casts: of the weight, for fp8; None makes them here.
     """
     if torch.is_autocast_enabled(x.device.type):
@@ -82,7 +85,7 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
         casts = _casts(x, weight, fp8, fp8_casts)
         loss_sum, _, _ = _loss_and_grads(x, weight, targets.flatten(), ignore_index, *casts, need_grads)
     else:
-        assert fp8 is None, "FP8 with softcap or target_weights"
+        assert not fp8, "FP8 with softcap or target_weights"
         index, weights = _target_table(targets, target_weights, ignore_index)
         loss_sum, _, _ = _weighted_loss_and_grads(x, weight, index, weights, softcap, need_grads)
     return loss_sum / (targets != ignore_index).sum()
@@ -100,15 +103,15 @@ def _target_table(targets, target_weights, ignore_index):
     return rows.where(valid, 0), target_weights.detach().where(valid, 0)
 
 
-def _casts(x, weight, fp8: Recipe | None, casts: WeightCast | None = None) -> tuple:
+def _casts(x, weight, fp8: bool | str, casts: WeightCast | None = None) -> tuple:
     """Return the arguments `casts` and `emulated` of an operator. A compiler fuses the casts made here.
 
     casts: of the weight, None to make them.
     """
-    if fp8 is None:
+    if not fp8:
         return [], False
     casts = cast_weight(weight.detach()) if casts is None else casts
-    return [*cast(x.detach(), E4M3, fp8.per_tensor), *casts], fp8.emulated
+    return [*cast(x.detach(), E4M3), *casts], fp8 == "emulated"
 
 
 class _Products:
@@ -122,8 +125,8 @@ class _Products:
     def logits(self, part: slice):
         return self.x[part] @ self.w.T  # (rows, V)
 
-    def low_grad(self, logits):
-        """Allocate a second tensor for the gradient of the logits, None if the products need none."""
+    def low_grad(self, logits) -> Cast | None:
+        """Allocate a cast for the gradient of the logits, None if the products need none."""
         return None
 
     def grad_x_(self, out, grad_logits, low_grad) -> None:
@@ -136,19 +139,22 @@ class _ProductsInFP8(_Products):
 
     def __init__(self, x, casts: list[torch.Tensor], emulated: bool):
         self.dtype, self.x, self.weight = x.dtype, Cast(*casts[:2]), WeightCast(*casts[2:])
-        self.per_tensor, self.emulated = self.x.scale.numel() == 1, emulated
+        self.emulated = emulated
 
     def logits(self, part):
-        x = Cast(self.x.values[part], self.x.scale if self.per_tensor else self.x.scale[part])
-        return product(x, self.weight.rows(False, self.per_tensor), None, self.dtype, self.emulated)
+        x = Cast(self.x.values[part], self.x.scale[part])
+        return product(x, self.weight.rows(False), None, self.dtype, self.emulated, fast=False)
 
     def low_grad(self, logits):
-        return torch.empty_like(logits, dtype=E5M2)
+        scale = logits.new_empty(len(logits), 1, dtype=torch.float32)
+        return Cast(torch.empty_like(logits, dtype=E5M2), scale)
 
     def grad_x_(self, out, grad_logits, low_grad):
-        scale = torch.full((1, 1), 1 / GRAD_SCALE, device=low_grad.device)
-        product(Cast(low_grad, scale), self.weight.rows(True, per_tensor=True), None, self.dtype,
-                self.emulated, out)
+        # cuBLAS is faster with one scale than with a scale a row, by more than another pass over the result
+        one = torch.ones((1, 1), device=out.device)
+        product(Cast(low_grad.values, one), self.weight.rows(True, one_scale=True), None, self.dtype,
+                self.emulated, fast=False, out=out)
+        out.mul_(low_grad.scale)
 
 
 def _products(x, weight, casts: list[torch.Tensor], emulated: bool) -> _Products:
@@ -252,10 +258,16 @@ def _add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += a @ b
 
 
-def _in_low_precision_(low_grad, grad_logits) -> None:
-    """Write the gradient of logits to low_grad, if that is a tensor."""
+def _in_low_precision_(low_grad: Cast | None, grad_logits) -> None:
+    """Write the gradient of logits to low_grad, if that is a Cast, which has its scale."""
     if low_grad is not None:
-        low_grad.copy_(grad_logits.float() * GRAD_SCALE)
+        low_grad.values.copy_(grad_logits.float() / low_grad.scale)
+
+
+def _set_scale_(low_grad: Cast | None, size) -> None:
+    """Set the scale of rows for 1 - p of their targets, (rows,)."""
+    if low_grad is not None:
+        low_grad.scale.copy_(size.float().clamp(min=SMALLEST)[:, None] / LOW)
 
 
 def _kernel_writes(low_grad) -> bool:
@@ -265,7 +277,7 @@ def _kernel_writes(low_grad) -> bool:
 def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads, low_grad=None):
     """Return losses (rows,) and the gradient of their sum, which overwrites `logits`.
 
-    low_grad: (rows, V) in e5m2, overwritten with GRAD_SCALE times the gradient; or None.
+    low_grad: (rows, V) in e5m2, overwritten with the cast of the gradient; or None.
     """
     if usable(logits):
         return _triton_loss_and_grad_(logits, targets, ignore_index, need_grads, low_grad)
@@ -279,6 +291,7 @@ def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads, low_grad=N
     probs = (full - lse).exp_()
     probs.scatter_add_(1, index, probs.new_full((), -1.0).expand_as(index))
     grad = probs * valid[:, None]
+    _set_scale_(low_grad, -grad.gather(1, index)[:, 0])
     _in_low_precision_(low_grad, grad)
     return losses, logits.copy_(grad)
 
@@ -303,7 +316,7 @@ def _weighted_loss_and_grad_logits_(logits, index, weights, softcap, need_grads)
 
 
 def vocab_parallel_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, first: int,
-                                 group, ignore_index: int = -1, fp8: Recipe | None = None) -> torch.Tensor:
+                                 group, ignore_index: int = -1, fp8: bool | str = False) -> torch.Tensor:
     """Return linear_cross_entropy with the rows of the weight divided over the processes of a group.
 
     The mean loss is the same on all processes. The gradient of x is this process's share, which the caller
@@ -342,9 +355,11 @@ def _vocab_parallel(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
         stats = functional_all_gather(stats, processes, group_name)  # (processes, rows, 2)
         lse = stats[:, :, 0].logsumexp(dim=0)
         valid = targets[part] != ignore_index
-        losses[part] = (lse - stats[:, :, 1].sum(dim=0)).where(valid, 0)
+        target = stats[:, :, 1].sum(dim=0)
+        losses[part] = (lse - target).where(valid, 0)
         if need_grads:
             low_grad = products.low_grad(logits)
+            _set_scale_(low_grad, 1 - (target - lse).exp())
             grad_logits = _grad_logits_(logits, lse.where(valid, float("inf")), index[part], low_grad)
             products.grad_x_(grad_x[part], grad_logits, low_grad)
             _add_matmul_(grad_w, grad_logits.T, x[part])
@@ -369,11 +384,11 @@ def _lse_and_target_logit(logits, index):
 
 def _grad_logits_(logits, lse, index, low_grad=None):
     """Overwrite logits with softmax - onehot. lse: log-sum-exp over all columns; index: -1 for no onehot;
-    low_grad: see _loss_and_grad_logits_."""
+    low_grad: see _loss_and_grad_logits_, but with its scale."""
     if usable(logits):
         low = _kernel_writes(low_grad)
-        _grad_kernel[(logits.shape[0],)](logits, index, lse, low_grad if low else logits, logits.shape[1],
-                                         logits.stride(0), LOW=GRAD_SCALE if low else None, LANES=4096,
+        _grad_kernel[(logits.shape[0],)](logits, index, lse, *(low_grad if low else (logits, lse)),
+                                         logits.shape[1], logits.stride(0), WRITE_LOW=low, LANES=4096,
                                          UNROLL=8, num_warps=16)
         if not low:
             _in_low_precision_(low_grad, logits)
@@ -429,10 +444,10 @@ if triton is not None:
 
     @triton.jit
     def _store_softmax(logits_ptr, lse2, V, LANES: tl.constexpr, UNROLL: tl.constexpr, factor=1.0,
-                       softcap=None, low_ptr=None, LOW: tl.constexpr = None):
+                       softcap=None, low_ptr=None, low_factor=1.0):
         """Overwrite a row with factor * 2^(logit / ln 2 - lse2) * cap's derivative; 0 if lse2 is infinite.
 
-        Unless LOW is None, also write LOW times that to low_ptr.
+        Unless low_ptr is None, also write low_factor times that there.
         """
         offsets = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         for start in range(0, V, LANES * UNROLL):
@@ -441,8 +456,8 @@ if triton is not None:
             z, slope = _log2_logits(z, softcap)
             p = factor * tl.exp2(z - lse2) * slope
             tl.store(logits_ptr + start + offsets, p.to(logits_ptr.dtype.element_ty), mask=mask)
-            if LOW is not None:
-                tl.store(low_ptr + start + offsets, (p * LOW).to(low_ptr.dtype.element_ty), mask=mask)
+            if low_ptr is not None:
+                tl.store(low_ptr + start + offsets, (p * low_factor).to(low_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _lse_kernel(
@@ -463,31 +478,37 @@ if triton is not None:
         logits_ptr,  # (rows, V), overwritten
         index_ptr,  # (rows,), -1 for no column
         lse_ptr,  # (rows,) fp32, infinite for ignored rows
-        low_ptr,  # (rows, V), overwritten with LOW times the gradient, unless LOW is None
-        V, row_stride, LOW: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+        low_ptr,  # (rows, V), overwritten with the gradient over low_scale, if WRITE_LOW
+        low_scale_ptr,  # (rows,) fp32
+        V, row_stride, WRITE_LOW: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * row_stride
-        low_ptr += row * V
         index = tl.load(index_ptr + row)
         lse2 = tl.load(lse_ptr + row) * 1.4426950408889634
         counts = (index >= 0) & (lse2 != float("inf"))
         target = tl.load(logits_ptr + index, mask=counts, other=0.0).to(tl.float32)
-        _store_softmax(logits_ptr, lse2, V, LANES, UNROLL, 1.0, None, low_ptr, LOW)
-        tl.debug_barrier()  # the row must be written before the target's entry is overwritten
         p = tl.exp2(target * 1.4426950408889634 - lse2) - 1.0
+        if WRITE_LOW:
+            low_ptr = tl.multiple_of(low_ptr + row * V, 8)  # see _cross_entropy_kernel
+            low_factor = tl.div_rn(1.0, tl.load(low_scale_ptr + row))
+            _store_softmax(logits_ptr, lse2, V, LANES, UNROLL // 2, 1.0, None, low_ptr, low_factor)
+        else:
+            _store_softmax(logits_ptr, lse2, V, LANES, UNROLL)
+        tl.debug_barrier()  # the row must be written before the target's entry is overwritten
         tl.store(logits_ptr + index, p.to(logits_ptr.dtype.element_ty), mask=counts)
-        if LOW is not None:
-            tl.store(low_ptr + index, (p * LOW).to(low_ptr.dtype.element_ty), mask=counts)
+        if WRITE_LOW:
+            tl.store(low_ptr + index, (p * low_factor).to(low_ptr.dtype.element_ty), mask=counts)
 
     @triton.jit
     def _cross_entropy_kernel(
         logits_ptr,  # (rows, V), overwritten by the gradient if WRITE_GRAD
         targets_ptr,  # (rows,)
         losses_ptr,  # (rows,) fp32
-        low_ptr,  # (rows, V), overwritten with LOW times the gradient, unless LOW is None
+        low_ptr, low_scale_ptr,  # (rows, V), (rows,) fp32: overwritten with the gradient's cast, if WRITE_LOW
         V, row_stride, ignore_index,
-        LOW: tl.constexpr, WRITE_GRAD: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+        WRITE_GRAD: tl.constexpr, WRITE_LOW: tl.constexpr, LOW: tl.constexpr, SMALLEST: tl.constexpr,
+        LANES: tl.constexpr, UNROLL: tl.constexpr,
     ):
         """Process one row per program: a running softmax in fp32, then softmax minus one-hot from L2.
 
@@ -504,13 +525,21 @@ if triton is not None:
         tl.store(losses_ptr + row, tl.where(valid, lse2 / LOG2E - target_logit, 0.0))
         if WRITE_GRAD:
             lse2 = tl.where(valid, lse2, float("inf"))  # makes every softmax of an ignored row zero
-            low_ptr += row * V
-            _store_softmax(logits_ptr, lse2, V, LANES, UNROLL, 1.0, None, low_ptr, LOW)
-            tl.debug_barrier()  # the row must be written before the target's entry is overwritten
             p = tl.exp2(target_logit * LOG2E - lse2) - 1.0
+            if WRITE_LOW:
+                # Half of UNROLL leaves 64 registers. 8, though it is a multiple of 16, lets Triton store 8
+                # bytes a thread. For 16 it would exchange all numbers between threads, 6 times as slow.
+                low_ptr = tl.multiple_of(low_ptr + row * V, 8)
+                size = tl.maximum(-p, SMALLEST)
+                tl.store(low_scale_ptr + row, size / LOW)
+                low_factor = tl.div_rn(LOW, size)
+                _store_softmax(logits_ptr, lse2, V, LANES, UNROLL // 2, 1.0, None, low_ptr, low_factor)
+            else:
+                _store_softmax(logits_ptr, lse2, V, LANES, UNROLL)
+            tl.debug_barrier()  # the row must be written before the target's entry is overwritten
             tl.store(target_ptr, p.to(logits_ptr.dtype.element_ty), mask=valid)
-            if LOW is not None:
-                tl.store(low_ptr + target, (p * LOW).to(low_ptr.dtype.element_ty), mask=valid)
+            if WRITE_LOW:
+                tl.store(low_ptr + target, (p * low_factor).to(low_ptr.dtype.element_ty), mask=valid)
 
     @triton.jit
     def _weighted_cross_entropy_kernel(
@@ -546,9 +575,10 @@ def _triton_loss_and_grad_(logits, targets, ignore_index, need_grads, low_grad=N
     rows, V = logits.shape
     losses, low = logits.new_empty(rows, dtype=torch.float32), _kernel_writes(low_grad)
     _cross_entropy_kernel[(rows,)](
-        logits, targets, losses, low_grad if low else logits, V, logits.stride(0), ignore_index,
-        LOW=GRAD_SCALE if low else None, WRITE_GRAD=need_grads, LANES=4096, UNROLL=8, num_warps=16)
-    if not low:
+        logits, targets, losses, *(low_grad if low else (logits, losses)), V, logits.stride(0), ignore_index,
+        WRITE_GRAD=need_grads, WRITE_LOW=low, LOW=LOW, SMALLEST=SMALLEST, LANES=4096, UNROLL=8, num_warps=16)
+    if low_grad is not None and not low:
+        _set_scale_(low_grad, logits.float().abs().amax(1))
         _in_low_precision_(low_grad, logits)
     return losses, logits
 

@@ -5,16 +5,11 @@
     dw = dy.T @ x                in the dtype of x
 
 A tensor is divided by a scale before the cast, so that its largest entry becomes the largest number of the
-format. Each row has a scale of its own, or the whole tensor has one. A scale of rows is found in the pass
-that casts, by any kernel that has a whole row at hand. torch.compile makes LayerNorm, GELU, the gradient of
-GELU, and the joined gradient of q, k and v each one kernel with its cast. The gradient of LayerNorm is one
-kernel with its cast, or with the sums for its weight, but not with both. A scale of a whole tensor takes
-another pass. Scales depend on the tensor alone, not on earlier steps, so they are no state of a run.
-(Formats: arXiv 2209.05433.)
-
-A product multiplies by the scales when its sums, in fp32, are complete. cuBLAS has faster kernels for a
-single scale than for a scale a row. So the scales of rows can also be applied late: the kernel after the
-product multiplies by them. That is free if the kernel reads the result anyway, and rounds once more.
+format. Each row of an activation or gradient has a scale of its own, a weight has one. A scale of rows is
+found in the pass that casts, by any kernel that has a whole row at hand. torch.compile makes LayerNorm, the
+joined gradient of q, k and v, and others each one kernel with its cast. The gradient of LayerNorm is one
+kernel with its cast, or with the sums for its weight, but not with both. Scales depend on the tensor alone,
+not on earlier steps, so they are no state of a run. (Formats: arXiv 2209.05433.)
 
 Relative to the largest entry of a row, entries below 2^-14 (e4m3) and 2^-29 (e5m2) lose bits of the mantissa.
 All others are rounded to a relative error of at most 2^-4 (e4m3) and 2^-3 (e5m2).
@@ -35,18 +30,8 @@ from kernels import INTERPRETED, triton, usable
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
-EXACT_SUMS = {E5M2}  # see `product`
 TINY = 1e-30  # smallest largest entry: a row of zeros needs a scale, too
 MULTIPLE = 16  # the sizes of a weight must be multiples of it
-
-
-class Recipe(NamedTuple):
-    """How the products of a layer run."""
-
-    per_tensor: bool = False  # one scale for a whole activation or gradient; False: one for each of its rows
-    emulated: bool = False  # compute the products of the cast numbers in fp32, on any device; slow
-    late: bool = False  # the kernel after the forward product multiplies by the scales of rows
-    late_grad: bool = False  # so does the kernel after the product that makes the gradient of x
 
 
 class Cast(NamedTuple):
@@ -71,10 +56,10 @@ class WeightCast(NamedTuple):
     transposed: torch.Tensor  # (..., K, N), contiguous in the last dimension
     scale: torch.Tensor  # (max(N, K), 1) fp32, all equal, or more of them
 
-    def rows(self, transposed: bool, per_tensor: bool) -> Cast:
+    def rows(self, transposed: bool, one_scale: bool = False) -> Cast:
         """Return the weight, or its transpose, as a factor of a product, with a scale a row or one scale."""
         values = self.transposed if transposed else self.values
-        return Cast(values, self.scale[:1 if per_tensor else values.shape[-2]])
+        return Cast(values, self.scale[:1 if one_scale else values.shape[-2]])
 
 
 def cast_weight(weight: torch.Tensor) -> WeightCast:
@@ -96,15 +81,16 @@ def _(values):
     return values.new_empty(values.mT.shape)
 
 
-def product(a: Cast, b: Cast, bias: torch.Tensor | None, dtype: torch.dtype, emulated: bool,
+def product(a: Cast, b: Cast, bias: torch.Tensor | None, dtype: torch.dtype, emulated: bool, fast: bool,
             out: torch.Tensor | None = None) -> torch.Tensor:
     """Return a @ b.T + bias, (M, N), in `dtype`.
 
     a: (M, K); b: (N, K); bias: (N,) or None. Both have a scale a row, or both have one scale.
+    emulated: compute the product of the cast numbers in fp32, on any device; slow.
+    fast: leave the sums in Hopper's matrix units, where they have about 14 bits. Otherwise they go to fp32
+    after a few terms. Where one term outweighs thousands, as the target's in the gradient of logits, the
+    others are lost otherwise, always to the same side.
     out: tensor for the result.
-
-    The sums of Hopper's matrix units have 14 bits. With a factor in EXACT_SUMS they go to fp32 every 128
-    terms, which is slower. A gradient needs it: in that of the logits one entry of 50,000 outweighs the rest.
     """
     bias = None if bias is None else bias.to(dtype)
     if emulated:
@@ -112,67 +98,64 @@ def product(a: Cast, b: Cast, bias: torch.Tensor | None, dtype: torch.dtype, emu
             y = (a.values.float() @ b.values.float().t()) * a.scale * b.scale.t()
         y = (y if bias is None else y + bias.float()).to(dtype)
         return y if out is None else out.copy_(y)
-    fast = a.values.dtype not in EXACT_SUMS
     options = dict(scale_a=a.scale, scale_b=b.scale.t(), out_dtype=dtype, bias=bias, use_fast_accum=fast)
     if out is None:
         return torch._scaled_mm(a.values, b.values.t(), **options)
     return torch._scaled_mm(a.values, b.values.t(), **options, out=out)
 
 
-def product_with_weight(a: Cast, weight: WeightCast, transposed: bool, bias: torch.Tensor | None,
-                        dtype: torch.dtype, recipe: Recipe, late: bool) -> torch.Tensor:
-    """Return a @ weight.T + bias, or a @ weight if `transposed`; a is a matrix, or a batch without bias.
+def forward_product(x: Cast, weight: WeightCast, bias: torch.Tensor | None, dtype: torch.dtype,
+                    emulated: bool) -> torch.Tensor:
+    """Return x @ weight.T + bias; x is a matrix, or a batch without bias."""
+    if x.values.dim() == 3:
+        return _batched_product(*x, *weight.rows(False), dtype, emulated, True)
+    return product(x, weight.rows(False), bias, dtype, emulated, fast=True)
 
-    late: apply the scales of a's rows after the product, if it is no batch.
-    """
-    if a.values.dim() == 3:
-        b = weight.rows(transposed, recipe.per_tensor)
-        return _batched_product(*a, *b, dtype, recipe.emulated)
-    if not late or recipe.per_tensor or recipe.emulated:
-        return product(a, weight.rows(transposed, recipe.per_tensor), bias, dtype, recipe.emulated)
-    one = torch.ones((1, 1), device=a.scale.device)
-    y = product(Cast(a.values, one), weight.rows(transposed, True), None, dtype, False) * a.scale
-    return (y if bias is None else y + bias).to(dtype)
+
+def input_gradient(grad: Cast, weight: WeightCast, dtype: torch.dtype, emulated: bool) -> torch.Tensor:
+    """Return grad @ weight; grad is a matrix or a batch."""
+    if grad.values.dim() == 3:
+        return _batched_product(*grad, *weight.rows(True), dtype, emulated, False)
+    return product(grad, weight.rows(True), None, dtype, emulated, fast=False)
 
 
 # An opaque operator: a compiler would copy the products to join them.
 @torch.library.custom_op("nanosync::fp8_batched_product", mutates_args=())
 def _batched_product(a_values: torch.Tensor, a_scale: torch.Tensor, b_values: torch.Tensor,
-                     b_scale: torch.Tensor, dtype: torch.dtype, emulated: bool) -> torch.Tensor:
-    """Return a[r] @ b[r].T, (R, M, N), for a (R, M, K) and b (R, N, K). b_scale: of a b[r], (N or 1, 1)."""
-    y = _empty_products(a_values, a_scale, b_values, b_scale, dtype, emulated)
-    for r, out in enumerate(y):
-        scale = a_scale[min(r, a_scale.shape[0] - 1)]
+                     b_scale: torch.Tensor, dtype: torch.dtype, emulated: bool, fast: bool) -> torch.Tensor:
+    """Return a[r] @ b[r].T, (R, M, N), for a (R, M, K) and b (R, N, K). b_scale: of a b[r], (N, 1)."""
+    y = _empty_products(a_values, a_scale, b_values, b_scale, dtype, emulated, fast)
+    for r, (out, scale) in enumerate(zip(y, a_scale)):
         if scale.data_ptr() % 16:  # cuBLAS refuses the address
             scale = scale.clone()
-        product(Cast(a_values[r], scale), Cast(b_values[r], b_scale), None, dtype, emulated, out)
+        product(Cast(a_values[r], scale), Cast(b_values[r], b_scale), None, dtype, emulated, fast, out)
     return y
 
 
-def _empty_products(a_values, a_scale, b_values, b_scale, dtype, emulated):
+def _empty_products(a_values, a_scale, b_values, b_scale, dtype, emulated, fast):
     return a_values.new_empty(*a_values.shape[:2], b_values.shape[1], dtype=dtype)
 
 
 _batched_product.register_fake(_empty_products)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, recipe: Recipe,
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, emulated: bool = False,
            casts: WeightCast | None = None) -> torch.Tensor:
     """Return x @ weight.T + bias, (..., N), in x's dtype, computed in FP8. Differentiable once.
 
     x: (..., K), cast to autocast's dtype under autocast. Without `emulated` it must then be bfloat16.
-    weight: (N, K), N and K multiples of MULTIPLE. bias: (N,) or None.
+    weight: (N, K), N and K multiples of MULTIPLE. bias: (N,) or None. emulated: see `product`.
     casts: of the weight; None makes them here, and again in the backward pass.
     """
     x = _in_autocast_dtype(x)
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, *(casts or (None, None, None)), *recipe)
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, *(casts or (None, None, None)), emulated)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def batched_linear(x: torch.Tensor, weight: torch.Tensor, recipe: Recipe, casts: WeightCast | None = None
-                   ) -> torch.Tensor:
+def batched_linear(x: torch.Tensor, weight: torch.Tensor, emulated: bool = False,
+                   casts: WeightCast | None = None) -> torch.Tensor:
     """Return x[r] @ weight[r].T for each r, (R, M, N): `linear` for a batch (R, M, K) and (R, N, K)."""
-    return _Linear.apply(_in_autocast_dtype(x), weight, None, *(casts or (None, None, None)), *recipe)
+    return _Linear.apply(_in_autocast_dtype(x), weight, None, *(casts or (None, None, None)), emulated)
 
 
 def _in_autocast_dtype(x):
@@ -184,28 +167,26 @@ class _Linear(torch.autograd.Function):
     needs x itself."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, values, transposed, scale, *recipe):
+    def forward(ctx, x, weight, bias, values, transposed, scale, emulated):
         casts = cast_weight(weight) if values is None else WeightCast(values, transposed, scale)
-        ctx.recipe = recipe = Recipe(*recipe)
+        ctx.emulated = emulated
         ctx.save_for_backward(x, weight, bias, transposed, scale)
-        return product_with_weight(cast(x, E4M3, recipe.per_tensor), casts, False, bias, x.dtype, recipe,
-                                   recipe.late)
+        return forward_product(cast(x, E4M3), casts, bias, x.dtype, emulated)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (x, weight, bias, transposed, scale), recipe = ctx.saved_tensors, ctx.recipe
+        x, weight, bias, transposed, scale = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
         if of_x:
             casts = cast_weight(weight) if scale is None else WeightCast(None, transposed, scale)
-            grad_x = product_with_weight(cast(grad, E5M2, recipe.per_tensor), casts, True, None, x.dtype,
-                                         recipe, recipe.late_grad)
+            grad_x = input_gradient(cast(grad, E5M2), casts, x.dtype, ctx.emulated)
         if of_weight:
             grad_weight = (grad.mT @ x).to(weight.dtype)
         if of_bias:
             grad_bias = grad.sum(0, dtype=torch.float32).to(bias.dtype)
-        return grad_x, grad_weight, grad_bias, *[None] * (3 + len(recipe))
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 class WeightCasts:

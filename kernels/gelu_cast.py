@@ -7,9 +7,6 @@ in the usual dtype, which the gradient of a weight needs, and finds the row's la
 row back from the cache and writes the cast. So a cast costs the bytes that it writes. torch.compile computes
 the gradient of GELU three times for the same: for the largest entry, for the cast, and for the usual dtype.
 
-Each of h and the gradient of y can come with scales of its rows, if the product before left these to its
-reader (see Recipe.late in fp8.py).
-
 Shapes: M = rows of x, C = channels, H = hidden units.
 """
 
@@ -23,51 +20,46 @@ from kernels.fp8 import (
     LARGEST,
     TINY,
     Cast,
-    Recipe,
     WeightCast,
     cast,
     cast_weight,
-    product,
-    product_with_weight,
+    forward_product,
+    input_gradient,
 )
 from kernels.gelu_mlp import SIGMOIDS, gelu
 
 BLOCK, WARPS = 1024, 4  # entries of a row at a time
 
 
-def gelu_cast(h: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype = E4M3
-              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return y = gelu(h * scale), (M, H), in h's dtype, and the values and scale of its cast by rows.
+def gelu_cast(h: torch.Tensor, dtype: torch.dtype = E4M3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return y = gelu(h), (M, H), in h's dtype, and the values and scale of its cast by rows.
 
-    scale: (M, 1) fp32, None for 1. dtype: of the cast's values; tests of the kernel take another.
+    dtype: of the cast's values; tests of the kernel take another.
     """
-    return (_gelu_cast if _runs(h, dtype) else plain_gelu_cast)(h, scale, dtype)
+    return (_gelu_cast if _runs(h, dtype) else plain_gelu_cast)(h, dtype)
 
 
-def plain_gelu_cast(h, scale, dtype=E4M3):
+def plain_gelu_cast(h, dtype=E4M3):
     """Compute gelu_cast by PyTorch."""
-    h32 = h.float() if scale is None else h.float() * scale
-    y = gelu(h32).to(h.dtype)
+    y = gelu(h.float()).to(h.dtype)
     return y, *cast(y, dtype)
 
 
-def gelu_backward_cast(grad: torch.Tensor, grad_scale: torch.Tensor | None, h: torch.Tensor,
-                       scale: torch.Tensor | None, dtype: torch.dtype = E5M2
+def gelu_backward_cast(grad: torch.Tensor, h: torch.Tensor, dtype: torch.dtype = E5M2
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradient of h * scale, (M, H), in h's dtype, and the values and scale of its cast by rows.
+    """Return the gradient of h, (M, H), in h's dtype, and the values and scale of its cast by rows.
 
-    grad: gradient of y, without its scales. grad_scale, scale: (M, 1) fp32, None for 1. dtype: see gelu_cast.
+    grad: gradient of y. dtype: see gelu_cast.
     """
-    function = _gelu_backward_cast if _runs(h, dtype) else plain_gelu_backward_cast
-    return function(grad, grad_scale, h, scale, dtype)
+    return (_gelu_backward_cast if _runs(h, dtype) else plain_gelu_backward_cast)(grad, h, dtype)
 
 
-def plain_gelu_backward_cast(grad, grad_scale, h, scale, dtype=E5M2):
+def plain_gelu_backward_cast(grad, h, dtype=E5M2):
     """Compute gelu_backward_cast by PyTorch."""
-    h32, grad32 = (t.float() if s is None else t.float() * s for t, s in ((h, scale), (grad, grad_scale)))
+    h32 = h.float()
     s = torch.sigmoid(1.5957691216057308 * (h32 + 0.044715 * h32**3))
     slope = s + h32 * s * (1 - s) * (1.5957691216057308 + 0.2140644488178008 * h32 * h32)
-    grad_h = (grad32 * slope).to(h.dtype)
+    grad_h = (grad.float() * slope).to(h.dtype)
     return grad_h, *cast(grad_h, dtype)
 
 
@@ -85,26 +77,23 @@ if triton is not None:
     @triton.jit
     def _gelu_cast_kernel(
         h_ptr, grad_ptr,  # (M, H); grad only if BACKWARD
-        h_scale_ptr, grad_scale_ptr,  # (M,) fp32, only if SCALED, GRAD_SCALED
         result_ptr,  # (M, H): y, or gradient of h
         values_ptr,  # (M, H): the result's cast
         scale_ptr,  # (M,) fp32: its scales
-        H: tl.constexpr, BACKWARD: tl.constexpr, SCALED: tl.constexpr, GRAD_SCALED: tl.constexpr,
-        SIGMOID: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
+        H: tl.constexpr, BACKWARD: tl.constexpr, SIGMOID: tl.constexpr, LARGEST: tl.constexpr,
+        TINY: tl.constexpr, BLOCK: tl.constexpr,
     ):
         """Process a row per program, in pieces of BLOCK entries."""
         row = tl.program_id(0).to(tl.int64)
-        h_scale = tl.load(h_scale_ptr + row) if SCALED else 1.0
-        grad_scale = tl.load(grad_scale_ptr + row) if GRAD_SCALED else 1.0
         largest = tl.zeros((BLOCK,), tl.int32)  # as the bits of fp32 numbers, of which a NaN is the largest
         for start in range(0, H, BLOCK):
             c = start + tl.arange(0, BLOCK)
-            h = tl.load(h_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32) * h_scale
+            h = tl.load(h_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32)
             square = h * h
             s = _sigmoid(h, square, SIGMOID)
             y = h * s
             if BACKWARD:
-                grad = tl.load(grad_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32) * grad_scale
+                grad = tl.load(grad_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32)
                 y = grad * _derivative(square, s, y)
             y = y.to(result_ptr.dtype.element_ty)
             tl.store(result_ptr + row * H + c, y, mask=c < H)
@@ -121,84 +110,67 @@ if triton is not None:
 
 
 @triton_op("nanosync::gelu_cast", mutates_args=())
-def _gelu_cast(h: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
-               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _launch(None, None, h, scale, dtype)
+def _gelu_cast(h: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _launch(None, h, dtype)
 
 
 @triton_op("nanosync::gelu_backward_cast", mutates_args=())
-def _gelu_backward_cast(grad: torch.Tensor, grad_scale: torch.Tensor | None, h: torch.Tensor,
-                        scale: torch.Tensor | None, dtype: torch.dtype
+def _gelu_backward_cast(grad: torch.Tensor, h: torch.Tensor, dtype: torch.dtype
                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _launch(grad.contiguous(), grad_scale, h, scale, dtype)
+    return _launch(grad.contiguous(), h, dtype)
 
 
-def _launch(grad, grad_scale, h, scale, dtype: torch.dtype
-            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _launch(grad, h, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (M, H), largest = h.shape, LARGEST.get(dtype, LARGEST[E4M3])
     result, values = torch.empty_like(h), torch.empty_like(h, dtype=dtype)
-    new_scale = torch.empty((M, 1), dtype=torch.float32, device=h.device)
+    scale = torch.empty((M, 1), dtype=torch.float32, device=h.device)
     if M:
         wrap_triton(_gelu_cast_kernel)[(M,)](
-            h, h if grad is None else grad, h if scale is None else scale,
-            h if grad_scale is None else grad_scale, result, values, new_scale, H=H,
-            BACKWARD=grad is not None, SCALED=scale is not None, GRAD_SCALED=grad_scale is not None,
+            h, h if grad is None else grad, result, values, scale, H=H, BACKWARD=grad is not None,
             SIGMOID=0 if INTERPRETED else SIGMOIDS["exponential"], LARGEST=largest, TINY=TINY, BLOCK=BLOCK,
             num_warps=WARPS)
-    return result, values, new_scale
+    return result, values, scale
 
 
 def fp8_gelu_mlp(x: torch.Tensor, w_in: torch.Tensor, b_in: torch.Tensor | None, w_out: torch.Tensor,
-                 b_out: torch.Tensor | None, recipe: Recipe, casts_in: WeightCast | None,
+                 b_out: torch.Tensor | None, emulated: bool, casts_in: WeightCast | None,
                  casts_out: WeightCast | None) -> torch.Tensor:
     """Return gelu(x @ w_in.T + b_in) @ w_out.T + b_out, (..., C), in x's dtype, by products in FP8.
 
-    Differentiable once. It computes what two `fp8.linear` with GELU between them do, but for fewer roundings
-    of h if recipe.late. Arguments as of fp8.linear; recipe: not per tensor.
+    Differentiable once. It computes what two `fp8.linear` with GELU between them do. Arguments as of
+    fp8.linear.
     """
-    assert not recipe.per_tensor, "a kernel has one row at a time"
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     y = _MLP.apply(x.reshape(-1, x.shape[-1]), w_in, b_in, w_out, b_out, *(casts_in or (None, None, None)),
-                   *(casts_out or (None, None, None)), *recipe)
+                   *(casts_out or (None, None, None)), emulated)
     return y.view(x.shape)
-
-
-def _product(a: Cast, weight: WeightCast, transposed: bool, bias, dtype, recipe: Recipe, late: bool
-             ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a product and the scales of rows that are still to be applied, None if there are none."""
-    if not late or recipe.emulated or bias is not None:
-        return product_with_weight(a, weight, transposed, bias, dtype, recipe, False), None
-    one = torch.ones((1, 1), device=a.scale.device)
-    return product(Cast(a.values, one), weight.rows(transposed, True), None, dtype, False), a.scale
 
 
 class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_in, b_in, w_out, b_out, *casts_and_recipe):
-        casts, recipe = casts_and_recipe[:6], Recipe(*casts_and_recipe[6:])
+    def forward(ctx, x, w_in, b_in, w_out, b_out, *casts_and_emulated):
+        *casts, ctx.emulated = casts_and_emulated
         casts_in = cast_weight(w_in) if casts[0] is None else WeightCast(*casts[:3])
         casts_out = cast_weight(w_out) if casts[3] is None else WeightCast(*casts[3:])
-        h, scale = _product(cast(x, E4M3), casts_in, False, b_in, x.dtype, recipe, recipe.late)
-        y, *cast_y = gelu_cast(h, scale)
-        ctx.recipe = recipe
-        ctx.save_for_backward(x, w_in, b_in, w_out, b_out, h, scale, y, *casts[1:3], *casts[4:])
-        return product_with_weight(Cast(*cast_y), casts_out, False, b_out, x.dtype, recipe, recipe.late)
+        h = forward_product(cast(x, E4M3), casts_in, b_in, x.dtype, ctx.emulated)
+        y, *cast_y = gelu_cast(h)
+        ctx.save_for_backward(x, w_in, b_in, w_out, b_out, h, y, *casts[1:3], *casts[4:])
+        return forward_product(Cast(*cast_y), casts_out, b_out, x.dtype, ctx.emulated)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, w_in, b_in, w_out, b_out, h, scale, y, *casts = ctx.saved_tensors
-        recipe, (of_x, of_w_in, of_b_in, of_w_out, of_b_out) = ctx.recipe, ctx.needs_input_grad[:5]
+        x, w_in, b_in, w_out, b_out, h, y, *casts = ctx.saved_tensors
+        of_x, of_w_in, of_b_in, of_w_out, of_b_out = ctx.needs_input_grad[:5]
         casts_in = cast_weight(w_in) if casts[0] is None else WeightCast(None, *casts[:2])
         casts_out = cast_weight(w_out) if casts[2] is None else WeightCast(None, *casts[2:])
         grad_x = grad_w_in = grad_b_in = grad_w_out = grad_b_out = None
         if of_x or of_w_in or of_b_in:
-            grad_y = _product(cast(grad, E5M2), casts_out, True, None, x.dtype, recipe, recipe.late_grad)
-            grad_h, *cast_h = gelu_backward_cast(*grad_y, h, scale)
+            grad_y = input_gradient(cast(grad, E5M2), casts_out, x.dtype, ctx.emulated)
+            grad_h, *cast_h = gelu_backward_cast(grad_y, h)
         if of_x:
-            grad_x = product_with_weight(Cast(*cast_h), casts_in, True, None, x.dtype, recipe,
-                                         recipe.late_grad)
+            grad_x = input_gradient(Cast(*cast_h), casts_in, x.dtype, ctx.emulated)
         if of_w_in:
             grad_w_in = (grad_h.t() @ x).to(w_in.dtype)
         if of_b_in:
@@ -207,4 +179,4 @@ class _MLP(torch.autograd.Function):
             grad_w_out = (grad.t() @ y).to(w_out.dtype)
         if of_b_out:
             grad_b_out = grad.sum(0, dtype=torch.float32).to(b_out.dtype)
-        return grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out, *[None] * (6 + len(recipe))
+        return grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out, *[None] * 7

@@ -17,23 +17,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import fp8
-from kernels.fp8 import MULTIPLE, Recipe, WeightCast, WeightCasts
+from kernels.fp8 import MULTIPLE, WeightCast, WeightCasts
 from kernels.gelu_cast import fp8_gelu_mlp
 from nanosync.errors import UserError, shown
 from nanosync.sharding import is_sharded
-
-RECIPES = {  # value of the setting -> Recipe
-    False: None, True: Recipe(), "late": Recipe(late=True, late_grad=True),
-    "tensorwise": Recipe(per_tensor=True), "emulated": Recipe(emulated=True),
-}
-# products whose result attention reads, so that no kernel could apply the scales of rows late
-ATTENTION_READS = {"attn.c_attn": "late", "attn.c_proj": "late_grad"}
 
 
 class Float8Linear(nn.Linear):
     """A linear layer whose forward product and input gradient are in FP8 where gradients are recorded."""
 
-    recipe: Recipe = Recipe()
+    emulated = False  # products in fp32, on any device
     casts: WeightCast | None = None  # of the weight as it is now; None: cast in each pass
 
     def forward(self, x):
@@ -42,7 +35,7 @@ class Float8Linear(nn.Linear):
     def product(self, x, bias=None):
         """Return x @ weight.T + bias, (..., N), for x (..., K)."""
         if torch.is_grad_enabled():
-            return fp8.linear(x, self.weight, bias, self.recipe, self.casts)
+            return fp8.linear(x, self.weight, bias, self.emulated, self.casts)
         return F.linear(x, self.weight, bias)
 
     def split_casts(self, split: Callable) -> WeightCast | None:
@@ -60,14 +53,14 @@ def product_without_bias(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
 
 
 def runs_fused_mlp(c_fc: nn.Linear) -> bool:
-    """Return True if `fused_mlp` can run now: the layer is in FP8 with scales of rows."""
-    return isinstance(c_fc, Float8Linear) and not c_fc.recipe.per_tensor and torch.is_grad_enabled()
+    """Return True if `fused_mlp` can run now: the layer is in FP8, and gradients are recorded."""
+    return isinstance(c_fc, Float8Linear) and torch.is_grad_enabled()
 
 
 def fused_mlp(x: torch.Tensor, c_fc: Float8Linear, c_proj: Float8Linear) -> torch.Tensor:
     """Return c_proj(gelu(c_fc(x))), with the casts around GELU in its kernels."""
-    return fp8_gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias, c_fc.recipe, c_fc.casts,
-                        c_proj.casts)
+    return fp8_gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias, c_fc.emulated,
+                        c_fc.casts, c_proj.casts)
 
 
 def batched_product(x: torch.Tensor, linear: nn.Linear, split: Callable) -> torch.Tensor:
@@ -77,28 +70,27 @@ def batched_product(x: torch.Tensor, linear: nn.Linear, split: Callable) -> torc
     """
     weight = split(linear.weight)
     if isinstance(linear, Float8Linear) and torch.is_grad_enabled():
-        return fp8.batched_linear(x, weight, linear.recipe, linear.split_casts(split))
+        return fp8.batched_linear(x, weight, linear.emulated, linear.split_casts(split))
     return torch.bmm(x, weight.transpose(1, 2))
 
 
 def check_fp8(config: dict) -> None:
     """Raise UserError for wrong values of fp8 and fp8_head."""
     setting = config["fp8"]
-    if type(setting) not in (bool, str) or setting not in RECIPES:
-        raise UserError(f"fp8={shown(setting)} is unknown: use True, False, late, tensorwise or emulated")
+    if type(setting) is not bool and setting != "emulated":
+        raise UserError(f"fp8={shown(setting)} is unknown: use True, False or emulated")
     if config["fp8_head"] and not setting:
         raise UserError("fp8_head adds the head to the products in FP8: add --fp8, or leave fp8_head out")
 
 
 def check_fp8_device(config: dict, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UserError if FP8 cannot run on the device or beside the dtype of other products."""
-    recipe = RECIPES[config["fp8"]]
-    if recipe is None:
+    if not config["fp8"]:
         return
     if dtype == torch.float16:
         raise UserError("fp8 does not go with float16, which scales losses: use --dtype=bfloat16, or leave "
                         "fp8 out")
-    if recipe.emulated:
+    if config["fp8"] == "emulated":
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
@@ -115,8 +107,7 @@ def use_fp8(model: nn.Module, config: dict) -> None:
 
     model: a model of any kind, with or without values, whole or on real TP ranks.
     """
-    recipe = RECIPES[config["fp8"]]
-    if recipe is None:
+    if not config["fp8"]:
         return
     parts = model.ranks.local if _streams_differ(model) else 1
     for name, module in model.transformer.h.named_modules():
@@ -125,16 +116,14 @@ def use_fp8(model: nn.Module, config: dict) -> None:
             split = (rows, columns // parts) if kind.endswith("c_proj") else (rows // parts, columns)
             where = "a simulated rank" if parts > 1 else "a process"
             _check_size(f"transformer.h.{name}.weight", *split, where)
-            module.__class__, module.recipe = Float8Linear, recipe
-            if kind in ATTENTION_READS:
-                module.recipe = recipe._replace(**{ATTENTION_READS[kind]: False})
+            module.__class__, module.emulated = Float8Linear, config["fp8"] == "emulated"
     if config["fp8_head"]:
         V, C = model.transformer.wte.weight.shape
         ranks = getattr(model, "ranks", None)
         processes = 1 if ranks is None else ranks.processes
         for rows in (V, -(-V // processes)):
             _check_size("the head", rows, C, setting="fp8_head")
-        model.head_recipe = recipe
+        model.head_in_fp8 = config["fp8"]
 
 
 def _streams_differ(model: nn.Module) -> bool:
@@ -165,7 +154,7 @@ def follow_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         return
     weights, head = [layer.weight.detach() for layer in layers], model.transformer.wte.weight
     ranks = getattr(model, "ranks", None)
-    keeps_head = model.head_recipe is not None and not is_sharded(head) and (
+    keeps_head = model.head_in_fp8 and not is_sharded(head) and (
         ranks is None or ranks.group is None)
     kept = WeightCasts(weights + [head.detach()] * keeps_head)
     for layer, casts in zip(layers, kept.casts):
@@ -176,8 +165,7 @@ def follow_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def describe_fp8(config: dict, model: nn.Module) -> str:
     """Return the line that a run prints about FP8."""
-    how = {True: "scales per row", "late": "scales per row, applied after the products",
-           "tensorwise": "scales per tensor", "emulated": "emulated, which is slow"}[config["fp8"]]
+    how = "emulated, which is slow" if config["fp8"] == "emulated" else "scales per row"
     head = " and the head" if config["fp8_head"] else ""
     return (f"FP8: {len(layers_of(model))} matrices of the blocks{head} ({how})"
             + ("; without compile the casts cost more than FP8 saves"

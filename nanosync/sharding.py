@@ -11,13 +11,13 @@ import torch.nn as nn
 class Replicated(nn.Module):
     """A model that every process has whole. A model of tensor-parallel ranks overrides these methods."""
 
-    head_recipe = None  # how the head runs in FP8, see nanosync.fp8; None: in the dtype of its input
+    head_in_fp8 = False  # True, or 'emulated': the head's products run in FP8, see nanosync.fp8
     head_casts = None  # casts of the head's weight as it is now; None: cast in each pass
 
     @property
     def head_fp8(self):
         """How the head's products run now: in FP8 only where gradients are recorded."""
-        return self.head_recipe if torch.is_grad_enabled() else None
+        return self.head_in_fp8 if torch.is_grad_enabled() else False
 
     def n_parameters(self) -> int:
         """Return the number of parameters of the whole model."""

@@ -483,7 +483,7 @@ def runs_fp8_products() -> bool:
         return torch.cuda.get_device_capability()[0] >= 9
     a = fp8.cast(torch.ones(16, 16), fp8.E4M3)
     try:
-        fp8.product(a, a, None, torch.bfloat16, False)
+        fp8.product(a, a, None, torch.bfloat16, False, False)
     except RuntimeError:
         return False
     return True

@@ -48,25 +48,23 @@ rates: list = [2.4e-2, 6e-3, 1.2e-2]  # learning rates of part loss beside 6e-4
 # -----------------------------------------------------------------------------
 config = configure(globals())
 out, real = os.path.abspath(out), device == "cuda"
-XL = "--n_layer=48 --n_head=25 --n_embd=1600 --batch_size=8 --rounds=5 --steps=3 --warmup=1"
+XL = "--n_layer=48 --n_head=25 --n_embd=1600"
 TOY = "--device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=2"
 TOY_BENCH = f"{TOY} --vocab_size=128 --steps=1 --warmup=1 --rounds=2"
 TOY_TRAINING = f"{TOY} --max_iters=6 --warmup_iters=2 --lr_decay_iters=6 --eval_interval=6 --eval_iters=2"
 BF16 = ("nanogpt,base,qkv+adamw,gelu-derivative8+qkv+adamw,gelu+qkv+adamw,gelu-derivative+qkv+adamw,adamw,"
         "gelu-derivative8")
-FP8 = ("nanogpt,base,fp8+fp8_head+adamw,fp8_late+fp8_head+triton+adamw,fp8+adamw,fp8_late+triton+adamw,"
-       "torchao,torchao_rowwise,fp8_tensorwise+fp8_head+adamw")
-SMALL = ("nanogpt,base,adamw,gelu-derivative8+qkv+adamw,gelu+qkv+adamw,fp8+fp8_head+adamw,"
-         "fp8_late+fp8_head+triton+adamw,fp8+adamw,torchao")
+FP8 = "nanogpt,base,fp8+fp8_head,fp8+fp8_head+adamw,fp8+fp8_head+gelu_apart,fp8,torchao"
+SMALL = ("nanogpt,base,adamw,graphs,gelu-derivative8+qkv+adamw+graphs,fp8+fp8_head+adamw,fp8+adamw,"
+         "fp8+fp8_head+adamw+graphs,fp8+adamw+graphs,torchao")
 COMPILED = {  # lane -> batch size and contenders, without those whose graph another lane has
     "bf16": (64, "nanogpt,base,qkv,gelu-derivative8+qkv,gelu+qkv,gelu-derivative+qkv,gelu-derivative8"),
-    "fp8": (64, "fp8+fp8_head,fp8_late+fp8_head+triton,fp8,fp8_late+triton,torchao,torchao_rowwise,"
-                "fp8_tensorwise+fp8_head"),
-    "small": (12, "nanogpt,base,gelu-derivative8+qkv,gelu+qkv,fp8+fp8_head,fp8_late+fp8_head+triton,fp8,"
-                  "torchao"),
+    "fp8": (64, "fp8+fp8_head,fp8+fp8_head+gelu_apart,fp8,torchao"),
+    "small": (12, "nanogpt,base,gelu-derivative8+qkv,fp8+fp8_head,fp8,torchao"),
+    "xl": (8, "base,fp8+fp8_head,gelu-derivative8+qkv"),
 }
-XL_COMPARED = "triton,fp8+fp8_head+triton"
-PROFILED = "base,nanogpt,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw,fp8_late+fp8_head+triton+adamw"
+XL_COMPARED = "base,gelu-derivative8+qkv+adamw,fp8+fp8_head,fp8+fp8_head+adamw"
+PROFILED = "base,nanogpt,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw"
 BIASES = "nanogpt,base,adamw,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw"
 
 
@@ -109,24 +107,17 @@ def jobs() -> list[Job]:
         f"--out={out}/text", "--roots=stdlib,site-packages", "--roots=nanosync,tests", lane="data")
     workers = "-n 4" if importlib.util.find_spec("xdist") else ""
     add("tests", "tests", 260, f"TRITON_INTERPRET=0 nice {shlex.quote(sys.executable)} -m pytest -q "
-        f"-p no:cacheprovider "
-        f"--junitxml={out}/tests.xml", f"{workers} tests/kernels", "tests/kernels/test_split_sums.py",
-        lane="tests")
+        f"-p no:cacheprovider --junitxml={out}/tests.xml", f"{workers} tests/kernels",
+        "tests/kernels/test_split_sums.py", lane="tests")
     for lane, (B, contenders) in COMPILED.items():
-        fused("compile", f"compile-{lane}", 300, "compile", B, contenders, "", lane)
+        fused("compile", f"compile-{lane}", 300, "compile", B, contenders, XL if lane == "xl" else "", lane)
     add("loss", "loss-0.0006", 330, *losses(6e-4, 3), lane="loss")
-    compared = XL_COMPARED if real else "ddp,fp8_emulated"
-    size = XL if real else TOY_BENCH
-    add("compile", "compile-xl", 200, "; ".join(
-        f"python bench.py --compare={name} {size} --rounds=1" for name in compared.split(",")), "", "",
-        lane="xl")
     for rate in rates:
         add("loss", f"loss-{rate:g}", 110, *losses(rate, 1), lane="xl")
     fused("step", "bf16-64", 200, "check,tune,step", 64, BF16, "")
     fused("step", "fp8-64", 150, "step", 64, FP8, "")
     fused("step", "small-12", 110, "step", 12, SMALL, "")
-    add("xl", "xl", 150, f"python bench.py --json={out}/xl.json --seconds=300 --compare={compared}", XL,
-        TOY_BENCH)
+    fused("xl", "xl", 220, "step,profile", 8, XL_COMPARED, XL)
     fused("profile", "profile", 80, "profile", 64, PROFILED, "")
     for R in (2, 4):
         add("ranks", f"ranks-{R}", 185, f"python bench.py --model_type=distributed_gpt --tp_size={R} "

@@ -11,22 +11,20 @@ from helpers import KERNEL_DEVICE as DEVICE
 from helpers import runs_fp8_products, runs_kernels
 
 from kernels import gelu_cast
-from kernels.fp8 import E4M3, E5M2, LARGEST, Recipe, WeightCasts, cast, linear
+from kernels.fp8 import E4M3, E5M2, LARGEST, WeightCasts, cast, linear
 from kernels.gelu_cast import fp8_gelu_mlp, gelu_backward_cast
 from kernels.gelu_mlp import gelu
 
-RECIPES = [Recipe(emulated=True)] + runs_fp8_products() * [Recipe(), Recipe(late=True, late_grad=True)]
+EMULATED = [True] + runs_fp8_products() * [False]
 
 
-def sample(rows: int, H: int, scaled: bool, dtype=torch.float32):
-    """h and the gradient of y, each with scales or None, and the exact y and gradient of scaled h."""
+def sample(rows: int, H: int, dtype=torch.float32):
+    """h, the gradient of y, and the exact y and gradient of h."""
     torch.manual_seed(0)
     h, grad = (torch.randn(rows, H, device=DEVICE, dtype=dtype) for _ in range(2))
-    scales = [torch.rand(rows, 1, device=DEVICE) + 0.5 if scaled else None for _ in range(2)]
-    a, b = (t.double() if s is None else t.double() * s.double() for t, s in zip((h, grad), scales))
-    a.requires_grad_()
+    a = h.double().requires_grad_()
     y = F.gelu(a, approximate="tanh")
-    return h, grad, scales, y.detach(), torch.autograd.grad(y, a, b)[0]
+    return h, grad, y.detach(), torch.autograd.grad(y, a, grad.double())[0]
 
 
 def check(found, exact, largest: float) -> None:
@@ -46,37 +44,35 @@ def check(found, exact, largest: float) -> None:
 
 
 @runs_kernels
-@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("H", [48, 1024, 1600])
-def test_kernels(H, scaled):
+def test_kernels(H):
     """With fp32 in place of 8-bit numbers, which Triton's interpreter rounds wrongly. H: less than a piece of
     the kernel, a piece, and a piece and a part of one."""
-    h, grad, (h_scale, grad_scale), y, grad_h = sample(3, H, scaled)
+    h, grad, y, grad_h = sample(3, H)
     assert gelu_cast._runs(h, torch.float32)
-    check(gelu_cast.gelu_cast(h, h_scale, torch.float32), y, LARGEST[E4M3])
-    check(gelu_backward_cast(grad, grad_scale, h, h_scale, torch.float32), grad_h, LARGEST[E4M3])
+    check(gelu_cast.gelu_cast(h, torch.float32), y, LARGEST[E4M3])
+    check(gelu_backward_cast(grad, h, torch.float32), grad_h, LARGEST[E4M3])
 
 
-@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_casts(dtype, scaled):
+def test_casts(dtype):
     """In FP8: the kernels on a GPU, else PyTorch's code."""
-    h, grad, (h_scale, grad_scale), y, grad_h = sample(5, 48, scaled, dtype)
-    check(gelu_cast.gelu_cast(h, h_scale), y, LARGEST[E4M3])
-    check(gelu_backward_cast(grad, grad_scale, h, h_scale), grad_h, LARGEST[E5M2])
+    h, grad, y, grad_h = sample(5, 48, dtype)
+    check(gelu_cast.gelu_cast(h), y, LARGEST[E4M3])
+    check(gelu_backward_cast(grad, h), grad_h, LARGEST[E5M2])
 
 
 @runs_kernels
 def test_a_row_with_a_value_that_is_not_finite_is_nan():
     h = torch.randn(3, 32, device=DEVICE)
     h[1, 5], h[2] = float("nan"), 0
-    _, values, scale = gelu_cast.gelu_cast(h, None, torch.float32)
+    _, values, scale = gelu_cast.gelu_cast(h, torch.float32)
     assert (values * scale)[1].isnan().all() and values[[0, 2]].isfinite().all() and (values[2] == 0).all()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("emulated", EMULATED)
 @pytest.mark.parametrize("kept, biases", [(True, False), (False, True)])
-def test_mlp_is_that_of_two_layers(recipe, kept, biases):
+def test_mlp_is_that_of_two_layers(emulated, kept, biases):
     """Values and gradients, by the rounding of bf16 in between; and FP8's error beside fp64."""
     torch.manual_seed(0)
     x, grad = (torch.randn(2, 19, 32, device=DEVICE).bfloat16() for _ in range(2))
@@ -88,9 +84,9 @@ def test_mlp_is_that_of_two_layers(recipe, kept, biases):
     results = []
     for one in (True, False):
         if one:
-            y = fp8_gelu_mlp(x, *parameters, recipe, *casts)
+            y = fp8_gelu_mlp(x, *parameters, emulated, *casts)
         else:
-            y = linear(gelu(linear(x, w_in, b_in, recipe, casts[0])), w_out, b_out, recipe, casts[1])
+            y = linear(gelu(linear(x, w_in, b_in, emulated, casts[0])), w_out, b_out, emulated, casts[1])
         results.append([y, *torch.autograd.grad(y, [x, *(w for w in parameters if w is not None)], grad)])
     inputs = [t if t is None else t.detach().double().requires_grad_() for t in (x, *parameters)]
     a, *rest = inputs

@@ -252,7 +252,7 @@ BENCH = [
     (["--compare=ddp+gelu"], "compare: ddp+gelu: gelu and qkv are kernels for a Hopper GPU"),
     (["--compare=fsdp"], "compare: fsdp divides a model over processes: start bench.py with torchrun"),
     (["--compare=ddp,fp8"], "fp8 needs an NVIDIA GPU since Hopper"),
-    (["--compare=fp8+fp8_tensorwise"], "'fp8+fp8_tensorwise': take one of fp8, fp8_emulated,"),
+    (["--compare=fp8+fp8_emulated"], "'fp8+fp8_emulated': take one of fp8, fp8_emulated,"),
     (["--compare=ddp", "--mode=decode"], "compare is for mode train or memory"),
     (["--mode=memory", "--largest"], "largest fills a GPU's memory, and the device is cpu"),
     (["--largest"], "largest is for --mode=memory"),

@@ -13,7 +13,6 @@ from helpers import build, gradients, random_speedrun_model, tokens
 from kernels.fp8 import WeightCasts
 from nanosync.errors import UserError
 from nanosync.fp8 import (
-    RECIPES,
     Float8Linear,
     check_fp8,
     check_fp8_device,
@@ -30,8 +29,9 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("config, words", [
-    (dict(fp8="rowwise", fp8_head=False), "fp8='rowwise' is unknown: use True, False, late, tensorwise or"),
+    (dict(fp8="rowwise", fp8_head=False), "fp8='rowwise' is unknown: use True, False or emulated"),
     (dict(fp8=1, fp8_head=False), "fp8=1 is unknown"),
+    (dict(fp8="True", fp8_head=False), "fp8='True' is unknown"),
     (dict(fp8=False, fp8_head=True), "fp8_head adds the head to the products in FP8: add --fp8"),
 ])
 def test_wrong_settings(config, words):
@@ -50,12 +50,11 @@ def test_wrong_settings(config, words):
 def test_devices(monkeypatch, name, capability, dtype, words):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    for setting in (True, "tensorwise"):
-        if words is None:
-            check_fp8_device(dict(fp8=setting), CUDA, getattr(torch, dtype))
-            continue
+    if words is None:
+        check_fp8_device(dict(fp8=True), CUDA, getattr(torch, dtype))
+    else:
         with pytest.raises(UserError, match=words):
-            check_fp8_device(dict(fp8=setting), CUDA, getattr(torch, dtype))
+            check_fp8_device(dict(fp8=True), CUDA, getattr(torch, dtype))
     check_fp8_device(dict(fp8=False), CUDA, getattr(torch, dtype))
     if dtype != "float16":
         check_fp8_device(dict(fp8="emulated"), CUDA, getattr(torch, dtype))
@@ -86,13 +85,13 @@ def test_models_train_in_fp8_and_evaluate_as_without(kind):
     model, idx, targets = MODELS[kind](), tokens(2, 16, vocab_size=64), tokens(2, 16, 5, vocab_size=64)
     plain, names = copy.deepcopy(model), list(model.state_dict())
     use_fp8(model, dict(fp8=False, fp8_head=False))
-    assert layers_of(model) == [] and model.head_fp8 is None
+    assert layers_of(model) == [] and model.head_fp8 is False
     use_fp8(model, ON)
     follow_weights(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert len(layers_of(model)) == 8 and list(model.state_dict()) == names
-    assert model.head_fp8 == RECIPES["emulated"]
+    assert model.head_fp8 == "emulated"
     with torch.no_grad():
-        assert model.head_fp8 is None
+        assert model.head_fp8 is False
         assert torch.equal(model(idx, targets)[1], plain(idx, targets)[1])
         assert torch.equal(model(idx)[0], plain(idx)[0])
     expected, found = (gradients(m, m(idx, targets)[1]) for m in (plain, model))
@@ -121,7 +120,7 @@ def test_products_of_ranks(kept):
     matrices: of the same rows, or of a row whose largest entry is in each rank's part."""
     torch.manual_seed(0)
     layer = nn.Linear(32, 96)
-    layer.__class__, layer.recipe = Float8Linear, RECIPES["emulated"]
+    layer.__class__, layer.emulated = Float8Linear, True
     layer.casts = WeightCasts([layer.weight.detach()]).casts[0] if kept else None
     x = torch.randn(2, 3, 32)
     joined = layer(x) - layer.bias
@@ -152,15 +151,6 @@ def test_simulated_ranks_train_with_the_casts_of_whole_weights():
         assert torch.equal(grad, grads[1][name]), name
 
 
-def test_late_scales_leave_out_the_products_that_attention_reads():
-    model = MODELS["dense"]()
-    use_fp8(model, dict(fp8="late", fp8_head=False))
-    late = {name: (m.recipe.late, m.recipe.late_grad) for name, m in model.transformer.h[1].named_modules()
-            if isinstance(m, Float8Linear)}
-    assert late == {"attn.c_attn": (False, True), "attn.c_proj": (True, False), "mlp.c_fc": (True, True),
-                    "mlp.c_proj": (True, True)}
-
-
 def test_parts_of_simulated_ranks_that_do_not_fit():
     model = build(dict(block_types=["spd"] * 2), 4, torch.float32, n_layer=2, n_head=4, n_embd=32,
                   vocab_size=64)
@@ -170,12 +160,10 @@ def test_parts_of_simulated_ranks_that_do_not_fit():
 
 @pytest.mark.parametrize("kind, setting, words", [
     ("dense", dict(fp8=True, fp8_head=False, compile=True), "FP8: 8 matrices of the blocks (scales per row)"),
-    ("dense", dict(fp8="tensorwise", fp8_head=True, compile=True),
-     "FP8: 8 matrices of the blocks and the head (scales per tensor)"),
+    ("dense", dict(fp8=True, fp8_head=True, compile=True),
+     "FP8: 8 matrices of the blocks and the head (scales per row)"),
     ("spd", dict(ON, compile=False),
      "FP8: 8 matrices of the blocks and the head (emulated, which is slow)"),
-    ("spd", dict(fp8="late", fp8_head=False, compile=True),
-     "FP8: 8 matrices of the blocks (scales per row, applied after the products)"),
     ("dense", dict(fp8=True, fp8_head=False, compile=False),
      "FP8: 8 matrices of the blocks (scales per row); without compile the casts cost more than FP8 saves"),
 ])
