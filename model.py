@@ -22,7 +22,7 @@ from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.qkv_linear import qkv_linear
 from nanosync import huggingface, recompute
 from nanosync.errors import UserError
-from nanosync.fp8 import fused_mlp, runs_fused_mlp
+from nanosync.fp8 import fused_mlp, runs_in_fp8, split_product
 from nanosync.generation import Decoder
 from nanosync.model_kind import check_size
 from nanosync.sharding import Replicated
@@ -147,6 +147,8 @@ class CausalSelfAttention(nn.Module):
         """Return q, k and v, (B, T, C) each, views of one tensor."""
         if self.fused_qkv:
             return qkv_linear(x, self.c_attn.weight, self.c_attn.bias)
+        if runs_in_fp8(self.c_attn):
+            return split_product(x, self.c_attn, 3)
         return self.c_attn(x).split(x.shape[-1], dim=2)
 
 
@@ -175,7 +177,7 @@ class MLP(nn.Module):
             c_fc, c_proj = self.c_fc, self.c_proj
             return self.dropout(gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias,
                                          self.fused_gelu))
-        if self.fp8_gelu and runs_fused_mlp(self.c_fc):
+        if self.fp8_gelu and runs_in_fp8(self.c_fc):
             return self.dropout(fused_mlp(x, self.c_fc, self.c_proj))
         return self.dropout(self.c_proj(gelu(self.c_fc(x))))
 

@@ -152,6 +152,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, emu
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int,
+                 emulated: bool = False, casts: WeightCast | None = None) -> tuple[torch.Tensor, ...]:
+    """Return the columns of `linear` in equal parts, (..., N / parts) each, views of one tensor.
+
+    The backward pass joins the gradients of the parts in FP8 alone. Their weights' gradients are products of
+    each.
+    """
+    x = _in_autocast_dtype(x)
+    split = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, *(casts or (None, None, None)), emulated,
+                          parts)
+    return tuple(y.view(*x.shape[:-1], -1) for y in split)
+
+
 def batched_linear(x: torch.Tensor, weight: torch.Tensor, emulated: bool = False,
                    casts: WeightCast | None = None) -> torch.Tensor:
     """Return x[r] @ weight[r].T for each r, (R, M, N): `linear` for a batch (R, M, K) and (R, N, K)."""
@@ -163,30 +176,35 @@ def _in_autocast_dtype(x):
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` for a matrix x, or `batched_linear`. The cast of x is not kept, because the weight's gradient
-    needs x itself."""
+    """`linear` for a matrix x, `split_linear`, or `batched_linear`. The cast of x is not kept, because the
+    weight's gradient needs x itself."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, values, transposed, scale, emulated):
+    def forward(ctx, x, weight, bias, values, transposed, scale, emulated, parts=1):
         casts = cast_weight(weight) if values is None else WeightCast(values, transposed, scale)
-        ctx.emulated = emulated
+        ctx.emulated, ctx.none = emulated, [None] * (4 if parts == 1 else 5)
         ctx.save_for_backward(x, weight, bias, transposed, scale)
-        return forward_product(cast(x, E4M3), casts, bias, x.dtype, emulated)
+        y = forward_product(cast(x, E4M3), casts, bias, x.dtype, emulated)
+        return y if parts == 1 else y.chunk(parts, dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         x, weight, bias, transposed, scale = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
         if of_x:
             casts = cast_weight(weight) if scale is None else WeightCast(None, transposed, scale)
-            grad_x = input_gradient(cast(grad, E5M2), casts, x.dtype, ctx.emulated)
+            grad_x = input_gradient(cast(_join(grads, -1), E5M2), casts, x.dtype, ctx.emulated)
         if of_weight:
-            grad_weight = (grad.mT @ x).to(weight.dtype)
+            grad_weight = _join([grad.mT @ x for grad in grads], -2).to(weight.dtype)
         if of_bias:
-            grad_bias = grad.sum(0, dtype=torch.float32).to(bias.dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+            grad_bias = _join([grad.sum(0, dtype=torch.float32) for grad in grads], 0).to(bias.dtype)
+        return grad_x, grad_weight, grad_bias, *ctx.none
+
+
+def _join(parts, dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class WeightCasts:

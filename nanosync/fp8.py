@@ -52,9 +52,14 @@ def product_without_bias(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
     return linear.product(x) if isinstance(linear, Float8Linear) else F.linear(x, linear.weight)
 
 
-def runs_fused_mlp(c_fc: nn.Linear) -> bool:
-    """Return True if `fused_mlp` can run now: the layer is in FP8, and gradients are recorded."""
-    return isinstance(c_fc, Float8Linear) and torch.is_grad_enabled()
+def runs_in_fp8(linear: nn.Linear) -> bool:
+    """Return True if a layer is in FP8, and gradients are recorded."""
+    return isinstance(linear, Float8Linear) and torch.is_grad_enabled()
+
+
+def split_product(x: torch.Tensor, linear: Float8Linear, parts: int) -> tuple[torch.Tensor, ...]:
+    """Return linear(x) in equal parts of the last dimension, whose gradients are joined in FP8 alone."""
+    return fp8.split_linear(x, linear.weight, linear.bias, parts, linear.emulated, linear.casts)
 
 
 def fused_mlp(x: torch.Tensor, c_fc: Float8Linear, c_proj: Float8Linear) -> torch.Tensor:
@@ -69,7 +74,7 @@ def batched_product(x: torch.Tensor, linear: nn.Linear, split: Callable) -> torc
     x: (R, M, K). split: function of a matrix like the weight that returns R matrices, (R, N, K).
     """
     weight = split(linear.weight)
-    if isinstance(linear, Float8Linear) and torch.is_grad_enabled():
+    if runs_in_fp8(linear):
         return fp8.batched_linear(x, weight, linear.emulated, linear.split_casts(split))
     return torch.bmm(x, weight.transpose(1, 2))
 

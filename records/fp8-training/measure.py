@@ -39,11 +39,11 @@ from nanosync.hardware import environment
 # -----------------------------------------------------------------------------
 out = "out-fp8-training"  # folder of the results
 peer = ""  # folder of nanoGPT's model.py
-parts = "data,tests,compile,loss,step,xl,profile,ranks,biases,kernels,resume"  # groups of jobs, see `jobs`
+parts = "data,gradients,tests,compile,loss,step,xl,profile,ranks,tiles,biases,kernels,resume"  # of `jobs`
 seconds = 1560.0  # after which no job runs
 gpus = 0  # GPUs, 0 for all; two are enough
 device = "cuda"  # 'cpu': toy sizes
-arms = "bf16,fp8"  # of part loss, of experiments/configs/fp8
+arms = "bf16,bf16_plain,fp8,fp8_blocks"  # of part loss, of experiments/configs/fp8
 rates: list = [2.4e-2, 6e-3, 1.2e-2]  # learning rates of part loss beside 6e-4
 # -----------------------------------------------------------------------------
 config = configure(globals())
@@ -112,13 +112,15 @@ def jobs() -> list[Job]:
     for lane, (B, contenders) in COMPILED.items():
         fused("compile", f"compile-{lane}", 300, "compile", B, contenders, XL if lane == "xl" else "", lane)
     add("loss", "loss-0.0006", 330, *losses(6e-4, 3), lane="loss")
+    add("gradients", "gradients", 100, f"python records/fp8-training/gradients.py --out={out}/gradients.json "
+        f"--data={out}/text", "", "--steps=20", lane="gradients")
     for rate in rates:
         add("loss", f"loss-{rate:g}", 110, *losses(rate, 1), lane="xl")
-    fused("step", "bf16-64", 200, "check,tune,step", 64, BF16, "")
     fused("step", "fp8-64", 150, "step", 64, FP8, "")
     fused("step", "small-12", 110, "step", 12, SMALL, "")
     fused("xl", "xl", 220, "step,profile", 8, XL_COMPARED, XL)
     fused("profile", "profile", 80, "profile", 64, PROFILED, "")
+    fused("tiles", "bf16-64", 200, "check,tune,step", 64, BF16, "")
     for R in (2, 4):
         add("ranks", f"ranks-{R}", 185, f"python bench.py --model_type=distributed_gpt --tp_size={R} "
             f"--seconds=280 --json={out}/ranks-{R}.json", "--batch_size=64 --rounds=5 --steps=6 "
@@ -224,7 +226,7 @@ def work(queue: list[Job], on: str) -> None:
             if not queue:
                 return
             job = queue.pop(0)
-        if f"--dataset={out}/text" in job.command:
+        if f"={out}/text" in job.command and job.part != "data":
             text_made.wait()
         run(job, on)
 

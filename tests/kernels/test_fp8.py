@@ -23,6 +23,7 @@ from kernels.fp8 import (
     cast,
     cast_weight,
     linear,
+    split_linear,
 )
 
 ROUNDING = {E4M3: 2**-4, E5M2: 2**-3}  # largest relative error of a normal number
@@ -86,6 +87,23 @@ def test_linear_and_gradients(emulated, kept):
                                         (2**-4, 2**-3, 2**-8, 2**-8)):
         assert (found.double() - same).abs().max() <= 2**-8 * same.abs().max()
         assert (found.double() - true).norm() <= error / 1.5 * true.norm()
+
+
+@pytest.mark.parametrize("emulated", EMULATED)
+@pytest.mark.parametrize("kept", [False, True])
+def test_split_results(emulated, kept):
+    """Three results and all gradients are those of one result, whose gradient is joined: a row of all three
+    has one scale."""
+    (x, weight, bias), grad = sample()
+    grad = grad * torch.tensor([1.0, 8.0, 0.1], device=DEVICE).repeat_interleave(16).bfloat16()
+    casts = WeightCasts([weight]).casts[0] if kept else None
+    whole = linear(x, weight, bias, emulated, casts)
+    expected = whole, *torch.autograd.grad(whole, (x, weight, bias), grad)
+    parts = split_linear(x, weight, bias, 3, emulated, casts)
+    assert [p.shape for p in parts] == 3 * [(2, 19, 16)]
+    found = torch.cat(parts, dim=-1), *torch.autograd.grad(parts, (x, weight, bias), grad.chunk(3, dim=-1))
+    for a, b, tolerance in zip(found, expected, (0, 0, 2**-8, 1e-6)):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("emulated", EMULATED)
