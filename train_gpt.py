@@ -32,7 +32,7 @@ from nanosync.dataloader import DataLoader, evaluate, evaluation_batches, open_d
 from nanosync.diagnose import check_diagnosis, profiled
 from nanosync.distributed import env_rank
 from nanosync.errors import UserError, shown
-from nanosync.fp8 import Float8Linear, check_fp8, check_fp8_device, describe_fp8, follow_weights, use_fp8
+from nanosync.fp8 import check_fp8, check_fp8_device, describe_fp8, follow_weights, runs_in_fp8, use_fp8
 from nanosync.hardware import peak_memory
 from nanosync.model_kind import MAX_LAYERS, ModelKind, check_size, schedule_description
 from nanosync.muon import build_muon
@@ -190,7 +190,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        if torch.is_grad_enabled() and isinstance(self.c_fc, Float8Linear):
+        if runs_in_fp8(self.c_fc):
             return self.c_proj(relu_squared(self.c_fc(x)))
         return relu_squared_mlp(x, self.c_fc.weight, self.c_proj.weight)
 

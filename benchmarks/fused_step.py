@@ -406,6 +406,8 @@ def check_settings() -> None:
             raise UserError(f"contenders has {text!r}: take one of {', '.join(sorted(recipes))}")
         if {*strategies.TORCHAO} & set(words) and "fp8_head" in words:
             raise UserError(f"contenders has {text!r}: torchao's head stays in bf16, leave fp8_head out")
+        if {"eager", "graphs"} <= set(words):
+            raise UserError(f"contenders has {text!r}: graphs are compiled, leave eager out")
         if recipes and {"qkv", *GELU} & set(words):
             raise UserError(f"contenders has {text!r}: FP8 goes with none of qkv, {', '.join(GELU)}")
     for phase in phases.split(","):
@@ -435,11 +437,11 @@ if __name__ == "__main__":
           f"{runs[usable(torch.empty(0, device=device))]}, kernels for Hopper {runs[is_hopper(device)]}",
           flush=True)
     wanted, attempts, wrong = phases.split(","), Attempts(seconds), set()
-    if "compile" in wanted:
-        compile_alone()
     if "check" in wanted:
         wrong = fused_checks.check(device, dtype, SIZES, lambda f: write("check", f))
     tune() if "tune" in wanted and is_hopper(device) else read_tiles()
+    if "compile" in wanted:
+        compile_alone()
     if "step" in wanted:
         step()
     if "profile" in wanted:

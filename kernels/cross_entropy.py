@@ -30,12 +30,12 @@ import torch
 
 from kernels import INTERPRETED, triton, usable
 from kernels.collectives import functional_all_gather
-from kernels.fp8 import E4M3, E5M2, Cast, WeightCast, cast, cast_weight, product
+from kernels.fp8 import E4M3, E5M2, LARGEST, MULTIPLE, Cast, WeightCast, cast, cast_weight, product
 
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25, "mps": 1 << 28}  # logits in memory at a time; see records/
 MAX_TARGETS = 8  # of a row
 LOW = 2.0**15  # the target's entry of a row of the logits' gradient in e5m2, whose largest number is 57344
-SMALLEST = 2.0**-20  # the least 1 - p whose rounding error, 2^-24, does not matter to the scale of a row
+SMALLEST = 2.0**-12  # the least 1 - p that a row's scale has: below it the rounding of log-sum-exp matters
 
 
 class Softcap(NamedTuple):
@@ -110,6 +110,7 @@ def _casts(x, weight, fp8: bool | str, casts: WeightCast | None = None) -> tuple
     """
     if not fp8:
         return [], False
+    assert weight.shape[0] % MULTIPLE == 0, f"FP8 for {weight.shape[0]} tokens, not a multiple of {MULTIPLE}"
     casts = cast_weight(weight.detach()) if casts is None else casts
     return [*cast(x.detach(), E4M3), *casts], fp8 == "emulated"
 
@@ -261,7 +262,8 @@ def _add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def _in_low_precision_(low_grad: Cast | None, grad_logits) -> None:
     """Write the gradient of logits to low_grad, if that is a Cast, which has its scale."""
     if low_grad is not None:
-        low_grad.values.copy_(grad_logits.float() / low_grad.scale)
+        largest = LARGEST[E5M2]
+        low_grad.values.copy_((grad_logits.float() / low_grad.scale).clamp(-largest, largest))
 
 
 def _set_scale_(low_grad: Cast | None, size) -> None:

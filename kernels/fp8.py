@@ -87,9 +87,9 @@ def product(a: Cast, b: Cast, bias: torch.Tensor | None, dtype: torch.dtype, emu
 
     a: (M, K); b: (N, K); bias: (N,) or None. Both have a scale a row, or both have one scale.
     emulated: compute the product of the cast numbers in fp32, on any device; slow.
-    fast: leave the sums in Hopper's matrix units, where they have about 14 bits. Otherwise they go to fp32
-    after a few terms. Where one term outweighs thousands, as the target's in the gradient of logits, the
-    others are lost otherwise, always to the same side.
+    fast: leave the sums in Hopper's matrix units, where they have about 14 bits. If False, they go to fp32
+    after a few terms. Fast sums lose terms that are far smaller than one other term, always to the same side:
+    in the head's gradient of x all tokens but the target.
     out: tensor for the result.
     """
     bias = None if bias is None else bias.to(dtype)
@@ -128,7 +128,8 @@ def _batched_product(a_values: torch.Tensor, a_scale: torch.Tensor, b_values: to
     for r, (out, scale) in enumerate(zip(y, a_scale)):
         if scale.data_ptr() % 16:  # cuBLAS refuses the address
             scale = scale.clone()
-        product(Cast(a_values[r], scale), Cast(b_values[r], b_scale), None, dtype, emulated, fast, out)
+        product(Cast(a_values[r], scale), Cast(b_values[r], b_scale), None, dtype, emulated, fast=fast,
+                out=out)
     return y
 
 
@@ -156,13 +157,14 @@ def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
                  emulated: bool = False, casts: WeightCast | None = None) -> tuple[torch.Tensor, ...]:
     """Return the columns of `linear` in equal parts, (..., N / parts) each, views of one tensor.
 
-    The backward pass joins the gradients of the parts in FP8 alone. Their weights' gradients are products of
-    each.
+    The backward pass joins the gradients of the parts in FP8 alone. The gradient of the weight is a product
+    for each part.
     """
+    assert weight.shape[0] % parts == 0, f"{weight.shape[0]} columns in {parts} equal parts"
     x = _in_autocast_dtype(x)
     split = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, *(casts or (None, None, None)), emulated,
                           parts)
-    return tuple(y.view(*x.shape[:-1], -1) for y in split)
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in split)
 
 
 def batched_linear(x: torch.Tensor, weight: torch.Tensor, emulated: bool = False,

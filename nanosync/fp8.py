@@ -100,7 +100,7 @@ def check_fp8_device(config: dict, device: torch.device, dtype: torch.dtype) -> 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
         raise UserError(f"fp8 needs an NVIDIA GPU since Hopper (H100), and the device is {name}: leave fp8 "
-                        f"out, or use --fp8=emulated, which has the same rounding and is slow")
+                        f"out, or use --fp8=emulated, which casts in the same way and is slow")
     if dtype != torch.bfloat16:
         raise UserError(f"fp8 needs dtype='bfloat16' for all other products, and it is "
                         f"{str(dtype).removeprefix('torch.')!r}: use --dtype=bfloat16")

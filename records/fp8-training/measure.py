@@ -7,9 +7,9 @@ $ python records/fp8-training/measure.py --out=DIR --device=cpu    # at toy size
 Jobs without a time to measure run first: those of a lane one after the other, and all lanes side by side.
 They also compile the contenders, so that the compiler's cache has them. Then jobs that measure run alone on
 their GPU, the most important first: each GPU takes the next one as soon as it is free. A job that fails, or
-reaches its limit, is ended and recorded, and the others continue. After `seconds` no job runs. Parts loss and
-ranks read the text of part data, and wait for it. Without the package torchao, or without nanoGPT's folder
-`peer`, their contenders are left out.
+reaches its limit, is ended and recorded, and the others continue. After `seconds` no job runs. Parts
+gradients, loss and ranks read the text of part data, and wait for it. Without the package torchao, or without
+nanoGPT's folder `peer`, their contenders are left out.
 
 DIR gets jobs.json (command, duration and problem of each job, written as each ends), a log of each job, and
 the JSON files and folders of the jobs. The end of each log is printed. A job that DIR has as done is not run
@@ -43,7 +43,7 @@ parts = "data,gradients,tests,compile,loss,step,xl,profile,ranks,tiles,biases,ke
 seconds = 1560.0  # after which no job runs
 gpus = 0  # GPUs, 0 for all; two are enough
 device = "cuda"  # 'cpu': toy sizes
-arms = "bf16,bf16_plain,fp8,fp8_blocks"  # of part loss, of experiments/configs/fp8
+arms = "bf16,bf16_plain,fp8"  # of part loss, of experiments/configs/fp8
 rates: list = [2.4e-2, 6e-3, 1.2e-2]  # learning rates of part loss beside 6e-4
 # -----------------------------------------------------------------------------
 config = configure(globals())
@@ -57,11 +57,13 @@ BF16 = ("nanogpt,base,qkv+adamw,gelu-derivative8+qkv+adamw,gelu+qkv+adamw,gelu-d
 FP8 = "nanogpt,base,fp8+fp8_head,fp8+fp8_head+adamw,fp8+fp8_head+gelu_apart,fp8,torchao"
 SMALL = ("nanogpt,base,adamw,graphs,gelu-derivative8+qkv+adamw+graphs,fp8+fp8_head+adamw,fp8+adamw,"
          "fp8+fp8_head+adamw+graphs,fp8+adamw+graphs,torchao")
-COMPILED = {  # lane -> batch size and contenders, without those whose graph another lane has
-    "bf16": (64, "nanogpt,base,qkv,gelu-derivative8+qkv,gelu+qkv,gelu-derivative+qkv,gelu-derivative8"),
-    "fp8": (64, "fp8+fp8_head,fp8+fp8_head+gelu_apart,fp8,torchao"),
-    "small": (12, "nanogpt,base,gelu-derivative8+qkv,fp8+fp8_head,fp8,torchao"),
-    "xl": (8, "base,fp8+fp8_head,gelu-derivative8+qkv"),
+COMPILED = {  # job -> lane, batch size, contenders without those whose graph another lane has
+    "bf16": ("bf16", 64, "nanogpt,base,qkv,gelu-derivative8+qkv,gelu+qkv,gelu-derivative+qkv,"
+                         "gelu-derivative8"),
+    "fp8": ("fp8", 64, "fp8+fp8_head,fp8+fp8_head+gelu_apart,fp8,torchao"),
+    "small": ("small", 12, "nanogpt,base,gelu-derivative8+qkv,fp8+fp8_head,fp8,torchao,graphs,"
+                           "gelu-derivative8+qkv+graphs,fp8+fp8_head+graphs,fp8+graphs"),
+    "xl": ("fp8", 8, "base,fp8+fp8_head,gelu-derivative8+qkv"),  # after "fp8": it takes 41 GB
 }
 XL_COMPARED = "base,gelu-derivative8+qkv+adamw,fp8+fp8_head,fp8+fp8_head+adamw"
 PROFILED = "base,nanogpt,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw"
@@ -109,13 +111,13 @@ def jobs() -> list[Job]:
     add("tests", "tests", 260, f"TRITON_INTERPRET=0 nice {shlex.quote(sys.executable)} -m pytest -q "
         f"-p no:cacheprovider --junitxml={out}/tests.xml", f"{workers} tests/kernels",
         "tests/kernels/test_split_sums.py", lane="tests")
-    for lane, (B, contenders) in COMPILED.items():
-        fused("compile", f"compile-{lane}", 300, "compile", B, contenders, XL if lane == "xl" else "", lane)
-    add("loss", "loss-0.0006", 330, *losses(6e-4, 3), lane="loss")
+    for name, (lane, B, contenders) in COMPILED.items():
+        fused("compile", f"compile-{name}", 350, "compile", B, contenders, XL if name == "xl" else "", lane)
+    add("loss", "loss-0.0006", 150 * len(arms.split(",")), *losses(6e-4, 3), lane="loss")
     add("gradients", "gradients", 100, f"python records/fp8-training/gradients.py --out={out}/gradients.json "
         f"--data={out}/text", "", "--steps=20", lane="gradients")
     for rate in rates:
-        add("loss", f"loss-{rate:g}", 110, *losses(rate, 1), lane="xl")
+        add("loss", f"loss-{rate:g}", 60 * len(arms.split(",")), *losses(rate, 1), lane="loss")
     fused("step", "fp8-64", 150, "step", 64, FP8, "")
     fused("step", "small-12", 110, "step", 12, SMALL, "")
     fused("xl", "xl", 220, "step,profile", 8, XL_COMPARED, XL)
@@ -155,7 +157,7 @@ def losses(rate: float, runs: int) -> tuple[str, str, str]:
               f"--min_lr={rate / 10:g} $2; }}; code=0;")
 
     def all_arms(options: str) -> str:
-        emulated = {arm: " --fp8=emulated" * (not real and arm != "bf16") for arm in arms.split(",")}
+        emulated = {arm: " --fp8=emulated" * (not real and arm.startswith("fp8")) for arm in arms.split(",")}
         started = [f"run {arm} '{options}{more}' & pids=\"$pids $!\";" for arm, more in emulated.items()]
         return " ".join(started) + " for pid in $pids; do wait $pid || code=$?; done; exit $code"
 
@@ -216,6 +218,8 @@ def supervise(job: Job, on: str) -> dict:
         problem = f"ended by {found['ended_by']}"
     elif found["code"] != 0:
         problem = f"exit code {found['code']}: {lines[-1]}"
+    elif job.part == "loss" and any("FAILED, not counted" in line for line in lines):
+        problem = "a run failed, and others have results"
     return {"seconds": time.monotonic() - begun, "problem": problem}
 
 
@@ -290,4 +294,6 @@ if __name__ == "__main__":
             records = json.load(f)["jobs"]
     if "data" in parts.split(",") and not os.path.isdir(f"{out}/text"):  # results of another machine
         records.pop("data", None)
+    if not os.path.isdir(f"{out}/compiled"):
+        records = {name: record for name, record in records.items() if record["part"] != "compile"}
     main()

@@ -36,4 +36,5 @@ wc -l < $work/log.txt > $work/printed
 kill $!
 cp $work/log.txt "$out"
 [ ! -e $work/results/jobs.json ] || cp $work/results/jobs.json "$out"
-tar czf "$out/results.tgz" -C $work/results --exclude=./text --exclude=./compiled --exclude='*.pt' --exclude='*.safetensors' .
+tar czf "$out/results.tgz" -C $work/results --exclude=./text --exclude=./compiled --exclude='*.pt' \
+    --exclude='*.safetensors' .
