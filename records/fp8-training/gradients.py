@@ -64,6 +64,7 @@ def batches(tokens: np.ndarray, n: int) -> list[tuple[torch.Tensor, torch.Tensor
     for _ in range(n):
         starts = rng.integers(0, len(tokens) - T - 1, B)
         rows = torch.from_numpy(np.stack([tokens[s:s + T + 1] for s in starts]).astype(np.int64))
+        rows %= SIZES["vocab_size"]  # at toy size
         made.append((rows[:, :-1].contiguous(), rows[:, 1:].contiguous()))
     return made
 
