@@ -318,8 +318,7 @@ def compile_alone() -> None:
                 print(f"compile B={B} {name}: {time.perf_counter() - begun:.0f} s", flush=True)
             torch.compiler.reset()
             gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
 
 all_figures: dict = {}
@@ -347,8 +346,7 @@ def step() -> None:
                  for name, c in made.items()}
         take_turns(turns, rounds, uncounted=0, attempts=attempts, after_round=note)
         del made, turns
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 def table() -> None:
