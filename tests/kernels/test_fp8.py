@@ -273,4 +273,5 @@ def test_kernels_write_the_cast_of_the_gradient():
         assert found[1].abs().max() == 0 and found[3].isnan().all()
         # 1e-5: logits of 60, whose exponents round by 2^-18
         torch.testing.assert_close((found * scale)[[0, 2]].double(), z.grad, rtol=1e-4, atol=1e-5)
-    assert values[0, targets[0]].item() == -cross_entropy.LOW and scale.isfinite()[:3].all()
+    assert values[0, targets[0]].item() == pytest.approx(-cross_entropy.LOW, rel=1e-6)  # what e5m2 makes LOW
+    assert scale[:3].isfinite().all()
