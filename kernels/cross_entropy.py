@@ -151,7 +151,7 @@ class _ProductsInFP8(_Products):
         return Cast(torch.empty_like(logits, dtype=E5M2), scale)
 
     def grad_x_(self, out, grad_logits, low_grad):
-        # cuBLAS is faster with one scale than with a scale a row, by more than another pass over the result
+        # cuBLAS has faster kernels for one scale than for a scale a row; another pass over (rows, C) is short
         one = torch.ones((1, 1), device=out.device)
         product(Cast(low_grad.values, one), self.weight.rows(True, one_scale=True), None, self.dtype,
                 self.emulated, fast=False, out=out)
@@ -279,7 +279,7 @@ def _kernel_writes(low_grad) -> bool:
 def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads, low_grad=None):
     """Return losses (rows,) and the gradient of their sum, which overwrites `logits`.
 
-    low_grad: (rows, V) in e5m2, overwritten with the cast of the gradient; or None.
+    low_grad: Cast (rows, V) in e5m2, overwritten with that of the gradient; or None.
     """
     if usable(logits):
         return _triton_loss_and_grad_(logits, targets, ignore_index, need_grads, low_grad)
