@@ -109,7 +109,7 @@ fsdp_accumulate_sharded = False  # True: average gradients after every micro-ste
 fsdp_cpu_offload = False  # keep and update sharded state in the CPU's memory
 activation_checkpointing = "none"  # 'block', 'selective': recompute activations in the backward pass
 use_triton: bool | str = "auto"  # LayerNorm as a Triton kernel; 'auto': on CUDA with Triton, without fp8
-fp8: bool | str = False  # products of the blocks in FP8, on Hopper and later: True, 'emulated'
+fp8: bool | str = False  # products of the blocks in FP8, on Hopper and later: True or 'emulated'
 fp8_head = False  # with fp8: the head's products as well
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())

@@ -148,9 +148,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, emu
     weight: (N, K), N and K multiples of MULTIPLE. bias: (N,) or None. emulated: see `product`.
     casts: of the weight; None makes them here, and again in the backward pass.
     """
-    x = _in_autocast_dtype(x)
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, *(casts or (None, None, None)), emulated)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return split_linear(x, weight, bias, 1, emulated, casts)[0]
 
 
 def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int,
@@ -170,7 +168,7 @@ def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 def batched_linear(x: torch.Tensor, weight: torch.Tensor, emulated: bool = False,
                    casts: WeightCast | None = None) -> torch.Tensor:
     """Return x[r] @ weight[r].T for each r, (R, M, N): `linear` for a batch (R, M, K) and (R, N, K)."""
-    return _Linear.apply(_in_autocast_dtype(x), weight, None, *(casts or (None, None, None)), emulated)
+    return _Linear.apply(_in_autocast_dtype(x), weight, None, *(casts or (None, None, None)), emulated, 1)[0]
 
 
 def _in_autocast_dtype(x):
@@ -178,16 +176,16 @@ def _in_autocast_dtype(x):
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` for a matrix x, `split_linear`, or `batched_linear`. The cast of x is not kept, because the
-    weight's gradient needs x itself."""
+    """`split_linear` for a matrix x, or `batched_linear` with one part. The cast of x is not kept, because
+    the weight's gradient needs x itself."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, values, transposed, scale, emulated, parts=1):
+    def forward(ctx, x, weight, bias, values, transposed, scale, emulated, parts):
         casts = cast_weight(weight) if values is None else WeightCast(values, transposed, scale)
-        ctx.emulated, ctx.none = emulated, [None] * (4 if parts == 1 else 5)
+        ctx.emulated = emulated
         ctx.save_for_backward(x, weight, bias, transposed, scale)
         y = forward_product(cast(x, E4M3), casts, bias, x.dtype, emulated)
-        return y if parts == 1 else y.chunk(parts, dim=1)
+        return (y,) if parts == 1 else y.chunk(parts, dim=1)
 
     @staticmethod
     @once_differentiable
@@ -202,7 +200,7 @@ class _Linear(torch.autograd.Function):
             grad_weight = _join([grad.mT @ x for grad in grads], -2).to(weight.dtype)
         if of_bias:
             grad_bias = _join([grad.sum(0, dtype=torch.float32) for grad in grads], 0).to(bias.dtype)
-        return grad_x, grad_weight, grad_bias, *ctx.none
+        return grad_x, grad_weight, grad_bias, *[None] * 5
 
 
 def _join(parts, dim: int) -> torch.Tensor:

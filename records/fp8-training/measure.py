@@ -98,10 +98,7 @@ def jobs() -> list[Job]:
 
     def fused(part: str, name: str, expected: int, phases: str, B: int, contenders: str, more: str,
               lane: str = "") -> None:
-        folder = f"{out}/{name}"
-        tiles = "" if "tune" in phases else \
-            f"mkdir -p {folder}; cp {out}/bf16-64/tune.json {folder} 2>/dev/null; "
-        add(part, name, expected, f"{tiles}python -m benchmarks.fused_step --out={folder} --phases={phases} "
+        add(part, name, expected, f"python -m benchmarks.fused_step --out={out}/{name} --phases={phases} "
             f"--batch_sizes=[{B}] --peer={peer} --contenders={known(contenders)} "
             f"--seconds={1.3 * expected:.0f}", more, f"{more} --rounds=2 --steps=1", lane=lane)
 

@@ -18,8 +18,8 @@ from kernels.cross_entropy import Softcap, cap_logits, linear_cross_entropy, tan
 RECORD = Softcap(23.0, 7.5, 5.0)
 WEIGHTS = [1.0, 0.5, 0.25]
 # What rounding inputs and result to the dtype costs, times a small factor for the sums in between.
-# fp32: a GPU's exponential is off by 2^-22, and the exponents reach 33, whose rounding is 2^-19.
-TOLERANCE = {torch.float32: 1.2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# A GPU's exponential is also off by 2^-22.
+TOLERANCE = {torch.float32: 6e-6 if INTERPRETED else 1.2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def error(result, reference):
@@ -41,8 +41,9 @@ def run(logits, index, weights, softcap):
     losses, same = kernel(logits.clone(), index, weights, softcap, False)
     assert torch.equal(same, logits)
     again, grad = kernel(logits.clone(), index, weights, softcap, True)
-    # another program: a compiler may round a product and a sum once or twice
-    torch.testing.assert_close(losses, again, rtol=3e-6, atol=5e-6)
+    # two programs, and a compiler may round a product and a sum once or twice
+    torch.testing.assert_close(losses, again, **(dict(rtol=0, atol=0) if INTERPRETED else
+                                                 dict(rtol=3e-6, atol=5e-6)))
     return losses, grad
 
 

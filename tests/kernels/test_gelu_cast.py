@@ -40,7 +40,7 @@ def check(found, exact, largest: float) -> None:
         expected = cast(result, values.dtype)
         assert torch.equal(values.float(), expected.values.float())
         # on a GPU PyTorch divides by a constant in two roundings
-        torch.testing.assert_close(scale, expected.scale, rtol=2**-22, atol=0)
+        torch.testing.assert_close(scale, expected.scale, rtol=2**-22 if DEVICE == "cuda" else 0, atol=0)
 
 
 @runs_kernels
