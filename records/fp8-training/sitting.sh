@@ -10,6 +10,10 @@ shift 3
 is_running() { kill -0 "$(cat $work/pid)" 2> /dev/null; }
 mkdir -p "$out" $work/results || exit 2
 if [ "$part" = begin ]; then
+    if [ ! -e "$INPUTS/nanogpt/model.py" ]; then
+        echo "error: INPUTS must name a folder with nanogpt/model.py and tiktoken_cache" >&2
+        exit 2
+    fi
     if [ -e $work/pid ] && is_running; then
         echo "error: measure.py is running: use sitting.sh wait" >&2
         exit 2
