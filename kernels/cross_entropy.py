@@ -15,7 +15,9 @@ them to zero.
 With fp8 the logits and the gradient of x are products in FP8, see kernels/fp8.py. The kernel writes the
 gradient of the logits in FP8 beside the usual dtype, which the gradient of the weight needs. The largest
 entry of a row is the target's, p - 1. The scale of the row makes it a number of the format, without rounding.
-Both products need exact sums (see `product`). A chunk has fewer rows, for the same memory.
+Both products need exact sums (see `product`). They run without scales of rows, for which cuBLAS has slower
+kernels: the loss multiplies the logits by the scales of x, and a short pass the gradient of x. A chunk has
+fewer rows, for the same memory.
 
 The logits can be capped, and a row can have several targets, each with a weight. Both are in a second
 operator: its loss of a row is sum_j w_j * (log-sum-exp - logit of target j), of capped logits.
@@ -123,8 +125,9 @@ class _Products:
     def __init__(self, x, weight):
         self.x, self.w = x, weight.to(x.dtype)
 
-    def logits(self, part: slice):
-        return self.x[part] @ self.w.T  # (rows, V)
+    def logits(self, part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the logits (rows, V), and their factors (rows, 1), None for 1."""
+        return self.x[part] @ self.w.T, None
 
     def low_grad(self, logits) -> Cast | None:
         """Allocate a cast for the gradient of the logits, None if the products need none."""
@@ -143,18 +146,20 @@ class _ProductsInFP8(_Products):
         self.emulated = emulated
 
     def logits(self, part):
-        x = Cast(self.x.values[part], self.x.scale[part])
-        return product(x, self.weight.rows(False), None, self.dtype, self.emulated, fast=False)
+        y = self._product(self.x.values[part], self.weight.rows(False, one_scale=True))
+        return y, self.x.scale[part]
+
+    def _product(self, values, weight: Cast, out=None):
+        """Return values @ weight.T, without scales of rows."""
+        one = torch.ones((1, 1), device=values.device)
+        return product(Cast(values, one), weight, None, self.dtype, self.emulated, fast=False, out=out)
 
     def low_grad(self, logits):
         scale = logits.new_empty(len(logits), 1, dtype=torch.float32)
         return Cast(torch.empty_like(logits, dtype=E5M2), scale)
 
     def grad_x_(self, out, grad_logits, low_grad):
-        # cuBLAS has faster kernels for one scale than for a scale a row; another pass over (rows, C) is short
-        one = torch.ones((1, 1), device=out.device)
-        product(Cast(low_grad.values, one), self.weight.rows(True, one_scale=True), None, self.dtype,
-                self.emulated, fast=False, out=out)
+        self._product(low_grad.values, self.weight.rows(True, one_scale=True), out)
         out.mul_(low_grad.scale)
 
 
@@ -173,15 +178,16 @@ def _loss_and_grads(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     casts: of x and weight for products in FP8, see _casts; [] for products in x's dtype.
     """
     return _sum_over_chunks(x, weight, need_grads, _products(x, weight, casts, emulated),
-                            lambda logits, part, low_grad: _loss_and_grad_logits_(
-                                logits, targets[part], ignore_index, need_grads, low_grad))
+                            lambda logits, factors, part, low_grad: _loss_and_grad_logits_(
+                                logits, targets[part], ignore_index, need_grads, low_grad, factors))
 
 
 def _sum_over_chunks(x: torch.Tensor, weight: torch.Tensor, need_grads: bool, products: _Products,
                      loss_and_grad_logits_: Callable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the summed loss and its gradients.
 
-    loss_and_grad_logits_: function of a chunk's logits, the slice of rows, and products.low_grad or None.
+    loss_and_grad_logits_: function of a chunk's logits, their factors, the slice of rows, and
+    products.low_grad or None.
     """
     N, V = x.shape[0], weight.shape[0]
     losses = x.new_empty(N, dtype=_loss_dtype(x))
@@ -190,9 +196,9 @@ def _sum_over_chunks(x: torch.Tensor, weight: torch.Tensor, need_grads: bool, pr
     rows = _chunk_rows(x, V, products)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
-        logits = products.logits(part)
+        logits, factors = products.logits(part)
         low_grad = products.low_grad(logits) if need_grads else None
-        losses[part], grad_logits = loss_and_grad_logits_(logits, part, low_grad)
+        losses[part], grad_logits = loss_and_grad_logits_(logits, factors, part, low_grad)
         if need_grads:
             products.grad_x_(grad_x[part], grad_logits, low_grad)
             _add_matmul_(grad_w, grad_logits.T, x[part])
@@ -231,7 +237,7 @@ def _weighted_loss_and_grads(x: torch.Tensor, weight: torch.Tensor, index: torch
     if softcap is not None and min(softcap.cap, softcap.scale) <= 0:
         raise ValueError(f"{softcap} is not a cap. Use a positive cap and a positive scale")
     return _sum_over_chunks(x, weight, need_grads, _Products(x, weight),
-                            lambda logits, part, _: _weighted_loss_and_grad_logits_(
+                            lambda logits, _factors, part, _low: _weighted_loss_and_grad_logits_(
                                 logits, index[part], weights[part], softcap, need_grads))
 
 
@@ -276,16 +282,18 @@ def _kernel_writes(low_grad) -> bool:
     return low_grad is not None and not INTERPRETED  # the interpreter rounds 8-bit numbers wrongly
 
 
-def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads, low_grad=None):
-    """Return losses (rows,) and the gradient of their sum, which overwrites `logits`.
+def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads, low_grad=None, factors=None):
+    """Return losses (rows,) and the gradient of their sum with respect to logits * factors, which overwrites
+    `logits`.
 
     low_grad: Cast (rows, V) in e5m2, overwritten with that of the gradient; or None.
+    factors: of the logits, (rows, 1) fp32, None for 1.
     """
     if usable(logits):
-        return _triton_loss_and_grad_(logits, targets, ignore_index, need_grads, low_grad)
+        return _triton_loss_and_grad_(logits, targets, ignore_index, need_grads, low_grad, factors)
     valid = targets != ignore_index
     index = targets.where(valid, 0)[:, None]
-    full = logits.to(_loss_dtype(logits))
+    full = _multiplied(logits, factors)
     lse = full.logsumexp(dim=1, keepdim=True)
     losses = (lse - full.gather(1, index))[:, 0].where(valid, 0)
     if not need_grads:
@@ -296,6 +304,12 @@ def _loss_and_grad_logits_(logits, targets, ignore_index, need_grads, low_grad=N
     _set_scale_(low_grad, -grad.gather(1, index)[:, 0])
     _in_low_precision_(low_grad, grad)
     return losses, logits.copy_(grad)
+
+
+def _multiplied(logits, factors):
+    """Return logits * factors in the loss's dtype."""
+    full = logits.to(_loss_dtype(logits))
+    return full if factors is None else full * factors
 
 
 def _weighted_loss_and_grad_logits_(logits, index, weights, softcap, need_grads):
@@ -352,8 +366,8 @@ def _vocab_parallel(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     rows = _chunk_rows(x, max(V, 1), products)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
-        logits = products.logits(part)
-        stats = torch.stack(_lse_and_target_logit(logits, index[part]), dim=1)  # (rows, 2)
+        logits, factors = products.logits(part)
+        stats = torch.stack(_lse_and_target_logit(logits, index[part], factors), dim=1)  # (rows, 2)
         stats = functional_all_gather(stats, processes, group_name)  # (processes, rows, 2)
         lse = stats[:, :, 0].logsumexp(dim=0)
         valid = targets[part] != ignore_index
@@ -362,7 +376,8 @@ def _vocab_parallel(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
         if need_grads:
             low_grad = products.low_grad(logits)
             _set_scale_(low_grad, 1 - (target - lse).exp())
-            grad_logits = _grad_logits_(logits, lse.where(valid, float("inf")), index[part], low_grad)
+            lse = lse.where(valid, float("inf"))
+            grad_logits = _grad_logits_(logits, lse, index[part], low_grad, factors)
             products.grad_x_(grad_x[part], grad_logits, low_grad)
             _add_matmul_(grad_w, grad_logits.T, x[part])
     return losses.sum(), grad_x, grad_w
@@ -372,30 +387,33 @@ _vocab_parallel.register_fake(_empty_results)
 _vocab_parallel.register_autograd(_scale_grads, setup_context=_keep_grads)
 
 
-def _lse_and_target_logit(logits, index):
-    """Return the log-sum-exp of these columns, (rows,), and the logit of column `index`, 0 for index -1."""
+def _lse_and_target_logit(logits, index, factors=None):
+    """Return the log-sum-exp of these columns, (rows,), and the logit of column `index`, 0 for index -1, both
+    of logits * factors."""
     if usable(logits):
         lse, target = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
-        _lse_kernel[(logits.shape[0],)](logits, index, lse, target, logits.shape[1], logits.stride(0),
-                                        LANES=4096, UNROLL=8, num_warps=16)
+        _lse_kernel[(logits.shape[0],)](
+            logits, lse if factors is None else factors, index, lse, target, logits.shape[1],
+            logits.stride(0), FACTORS=factors is not None, LANES=4096, UNROLL=8, num_warps=16)
         return lse, target
-    full = logits.to(_loss_dtype(logits))
+    full = _multiplied(logits, factors)
     target = full.gather(1, index.clamp(min=0)[:, None])[:, 0] if full.shape[1] else full.new_zeros(len(full))
     return full.logsumexp(dim=1), target.where(index >= 0, 0)
 
 
-def _grad_logits_(logits, lse, index, low_grad=None):
+def _grad_logits_(logits, lse, index, low_grad=None, factors=None):
     """Overwrite logits with softmax - onehot. lse: log-sum-exp over all columns; index: -1 for no onehot;
-    low_grad: see _loss_and_grad_logits_, but with its scale."""
+    low_grad, factors: see _loss_and_grad_logits_, but low_grad has its scale."""
     if usable(logits):
         low = _kernel_writes(low_grad)
-        _grad_kernel[(logits.shape[0],)](logits, index, lse, *(low_grad if low else (logits, lse)),
-                                         logits.shape[1], logits.stride(0), WRITE_LOW=low, LANES=4096,
-                                         UNROLL=8, num_warps=16)
+        _grad_kernel[(logits.shape[0],)](
+            logits, lse if factors is None else factors, index, lse, *(low_grad if low else (logits, lse)),
+            logits.shape[1], logits.stride(0), FACTORS=factors is not None, WRITE_LOW=low, LANES=4096,
+            UNROLL=8, num_warps=16)
         if not low:
             _in_low_precision_(low_grad, logits)
         return logits
-    probs = (logits.to(_loss_dtype(logits)) - lse[:, None]).exp_()
+    probs = (_multiplied(logits, factors) - lse[:, None]).exp_()
     there = (index >= 0) & lse.isfinite()
     if probs.shape[1]:
         probs.scatter_add_(1, index.clamp(min=0)[:, None], -there.to(probs.dtype)[:, None])
@@ -407,14 +425,15 @@ if triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def _log2_logits(z, softcap):
+    def _log2_logits(z, softcap, log2e=1.4426950408889634):
         """Return the logits after the cap, divided by ln 2, and the cap's derivative.
 
         softcap: None or (cap / ln 2, 1 / (scale ln 2), shift / (scale ln 2), cap / scale).
+        log2e: 1 / ln 2, without a cap times a factor of the logits.
         The sigmoid of u ln 2 is s = 1 / (1 + t) with t = 2^-u. 1 - s = t s avoids cancellation.
         """
         if softcap is None:
-            return z * 1.4426950408889634, 1.0
+            return z * log2e, 1.0
         else:  # Triton would compile what follows the if
             cap2, rate, offset, steepness = softcap
             u = tl.maximum(z * rate + offset, -100.0, propagate_nan=tl.PropagateNan.ALL)  # keeps t finite
@@ -423,8 +442,9 @@ if triton is not None:
             return cap2 * s, steepness * s * (t * s)
 
     @triton.jit
-    def _log2_sum_exp2(logits_ptr, V, LANES: tl.constexpr, UNROLL: tl.constexpr, softcap=None):
-        """Compute log2 of the sum of e^logit over a row.
+    def _log2_sum_exp2(logits_ptr, V, LANES: tl.constexpr, UNROLL: tl.constexpr, softcap=None,
+                       log2e=1.4426950408889634):
+        """Compute log2 of the sum of e^logit over a row. softcap, log2e: see _log2_logits.
 
         Each of LANES lanes keeps its own maximum and sum over UNROLL entries at a time. So the loop needs one
         exponential per entry (two with a cap), and no exchange between threads.
@@ -435,7 +455,7 @@ if triton is not None:
         for start in range(0, V, LANES * UNROLL):
             mask = start + offsets < V
             z = tl.load(logits_ptr + start + offsets, mask=mask, other=float("-inf"))
-            z, _ = _log2_logits(z.to(tl.float32), softcap)
+            z, _ = _log2_logits(z.to(tl.float32), softcap, log2e)
             if softcap is not None:
                 z = tl.where(mask, z, float("-inf"))
             new_max = tl.maximum(lane_max, tl.max(z, axis=0))
@@ -446,57 +466,71 @@ if triton is not None:
 
     @triton.jit
     def _store_softmax(logits_ptr, lse2, V, LANES: tl.constexpr, UNROLL: tl.constexpr, factor=1.0,
-                       softcap=None, low_ptr=None, low_factor=1.0):
+                       softcap=None, low_ptr=None, low_factor=1.0, log2e=1.4426950408889634):
         """Overwrite a row with factor * 2^(logit / ln 2 - lse2) * cap's derivative; 0 if lse2 is infinite.
 
-        Unless low_ptr is None, also write low_factor times that there.
+        Unless low_ptr is None, also write low_factor times that there. softcap, log2e: see _log2_logits.
         """
         offsets = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         for start in range(0, V, LANES * UNROLL):
             mask = start + offsets < V
             z = tl.load(logits_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-            z, slope = _log2_logits(z, softcap)
+            z, slope = _log2_logits(z, softcap, log2e)
             p = factor * tl.exp2(z - lse2) * slope
             tl.store(logits_ptr + start + offsets, p.to(logits_ptr.dtype.element_ty), mask=mask)
             if low_ptr is not None:
                 tl.store(low_ptr + start + offsets, (p * low_factor).to(low_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
+    def _log2e(factor_ptr, FACTOR: tl.constexpr):
+        """Return 1 / ln 2, with FACTOR times that number."""
+        if FACTOR:
+            return tl.load(factor_ptr) * 1.4426950408889634
+        else:
+            return 1.4426950408889634
+
+    @triton.jit
     def _lse_kernel(
         logits_ptr,  # (rows, V)
+        factors_ptr,  # (rows,) fp32: factors of the logits, if FACTORS
         index_ptr,  # (rows,), -1 for no column
         lse_ptr, target_ptr,  # (rows,) fp32
-        V, row_stride, LANES: tl.constexpr, UNROLL: tl.constexpr,
+        V, row_stride, FACTORS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * row_stride
+        log2e = _log2e(factors_ptr + row, FACTORS)
         index = tl.load(index_ptr + row)
         target = tl.load(logits_ptr + index, mask=index >= 0, other=0.0).to(tl.float32)
-        tl.store(target_ptr + row, target)
-        tl.store(lse_ptr + row, _log2_sum_exp2(logits_ptr, V, LANES, UNROLL) / 1.4426950408889634)
+        tl.store(target_ptr + row, target * log2e / 1.4426950408889634 if FACTORS else target)
+        lse2 = _log2_sum_exp2(logits_ptr, V, LANES, UNROLL, None, log2e)
+        tl.store(lse_ptr + row, lse2 / 1.4426950408889634)
 
     @triton.jit
     def _grad_kernel(
         logits_ptr,  # (rows, V), overwritten
+        factors_ptr,  # (rows,) fp32: factors of the logits, if FACTORS
         index_ptr,  # (rows,), -1 for no column
         lse_ptr,  # (rows,) fp32, infinite for ignored rows
         low_ptr,  # (rows, V), overwritten with the gradient over low_scale, if WRITE_LOW
         low_scale_ptr,  # (rows,) fp32
-        V, row_stride, WRITE_LOW: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+        V, row_stride, FACTORS: tl.constexpr, WRITE_LOW: tl.constexpr, LANES: tl.constexpr,
+        UNROLL: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * row_stride
+        log2e = _log2e(factors_ptr + row, FACTORS)
         index = tl.load(index_ptr + row)
         lse2 = tl.load(lse_ptr + row) * 1.4426950408889634
         counts = (index >= 0) & (lse2 != float("inf"))
         target = tl.load(logits_ptr + index, mask=counts, other=0.0).to(tl.float32)
-        p = tl.exp2(target * 1.4426950408889634 - lse2) - 1.0
+        p = tl.exp2(target * log2e - lse2) - 1.0
         if WRITE_LOW:
             low_ptr = tl.multiple_of(low_ptr + row * V, 8)  # see _cross_entropy_kernel
             low_factor = tl.div_rn(1.0, tl.load(low_scale_ptr + row))
-            _store_softmax(logits_ptr, lse2, V, LANES, UNROLL // 2, 1.0, None, low_ptr, low_factor)
+            _store_softmax(logits_ptr, lse2, V, LANES, UNROLL // 2, 1.0, None, low_ptr, low_factor, log2e)
         else:
-            _store_softmax(logits_ptr, lse2, V, LANES, UNROLL)
+            _store_softmax(logits_ptr, lse2, V, LANES, UNROLL, log2e=log2e)
         tl.debug_barrier()  # the row must be written before the target's entry is overwritten
         tl.store(logits_ptr + index, p.to(logits_ptr.dtype.element_ty), mask=counts)
         if WRITE_LOW:
@@ -505,10 +539,11 @@ if triton is not None:
     @triton.jit
     def _cross_entropy_kernel(
         logits_ptr,  # (rows, V), overwritten by the gradient if WRITE_GRAD
+        factors_ptr,  # (rows,) fp32: factors of the logits, if FACTORS
         targets_ptr,  # (rows,)
         losses_ptr,  # (rows,) fp32
         low_ptr, low_scale_ptr,  # (rows, V), (rows,) fp32: overwritten with the gradient's cast, if WRITE_LOW
-        V, row_stride, ignore_index,
+        V, row_stride, ignore_index, FACTORS: tl.constexpr,
         WRITE_GRAD: tl.constexpr, WRITE_LOW: tl.constexpr, LOW: tl.constexpr, SMALLEST: tl.constexpr,
         LANES: tl.constexpr, UNROLL: tl.constexpr,
     ):
@@ -519,15 +554,17 @@ if triton is not None:
         LOG2E: tl.constexpr = 1.4426950408889634
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * row_stride
+        log2e = _log2e(factors_ptr + row, FACTORS)
         target = tl.load(targets_ptr + row)
         valid = target != ignore_index
         target_ptr = logits_ptr + tl.where(valid, target, 0)
         target_logit = tl.load(target_ptr).to(tl.float32)
-        lse2 = _log2_sum_exp2(logits_ptr, V, LANES, UNROLL)
-        tl.store(losses_ptr + row, tl.where(valid, lse2 / LOG2E - target_logit, 0.0))
+        lse2 = _log2_sum_exp2(logits_ptr, V, LANES, UNROLL, None, log2e)
+        loss = (lse2 - target_logit * log2e) / LOG2E if FACTORS else lse2 / LOG2E - target_logit
+        tl.store(losses_ptr + row, tl.where(valid, loss, 0.0))
         if WRITE_GRAD:
             lse2 = tl.where(valid, lse2, float("inf"))  # makes every softmax of an ignored row zero
-            p = tl.exp2(target_logit * LOG2E - lse2) - 1.0
+            p = tl.exp2(target_logit * log2e - lse2) - 1.0
             if WRITE_LOW:
                 # Half of UNROLL leaves 64 registers. 8, though it is a multiple of 16, lets Triton store 8
                 # bytes a thread. For 16 it would exchange all numbers between threads, 6 times as slow.
@@ -535,9 +572,9 @@ if triton is not None:
                 size = tl.maximum(-p, SMALLEST)
                 tl.store(low_scale_ptr + row, size / LOW)
                 low_factor = tl.div_rn(LOW, size)
-                _store_softmax(logits_ptr, lse2, V, LANES, UNROLL // 2, 1.0, None, low_ptr, low_factor)
+                _store_softmax(logits_ptr, lse2, V, LANES, UNROLL // 2, 1.0, None, low_ptr, low_factor, log2e)
             else:
-                _store_softmax(logits_ptr, lse2, V, LANES, UNROLL)
+                _store_softmax(logits_ptr, lse2, V, LANES, UNROLL, log2e=log2e)
             tl.debug_barrier()  # the row must be written before the target's entry is overwritten
             tl.store(target_ptr, p.to(logits_ptr.dtype.element_ty), mask=valid)
             if WRITE_LOW:
@@ -573,12 +610,14 @@ if triton is not None:
             tl.store(logits_ptr + index, grad.to(logits_ptr.dtype.element_ty), mask=w != 0)
 
 
-def _triton_loss_and_grad_(logits, targets, ignore_index, need_grads, low_grad=None):
+def _triton_loss_and_grad_(logits, targets, ignore_index, need_grads, low_grad=None, factors=None):
     rows, V = logits.shape
     losses, low = logits.new_empty(rows, dtype=torch.float32), _kernel_writes(low_grad)
     _cross_entropy_kernel[(rows,)](
-        logits, targets, losses, *(low_grad if low else (logits, losses)), V, logits.stride(0), ignore_index,
-        WRITE_GRAD=need_grads, WRITE_LOW=low, LOW=LOW, SMALLEST=SMALLEST, LANES=4096, UNROLL=8, num_warps=16)
+        logits, losses if factors is None else factors, targets, losses,
+        *(low_grad if low else (logits, losses)), V, logits.stride(0), ignore_index,
+        FACTORS=factors is not None, WRITE_GRAD=need_grads, WRITE_LOW=low, LOW=LOW, SMALLEST=SMALLEST,
+        LANES=4096, UNROLL=8, num_warps=16)
     if low_grad is not None and not low:
         _set_scale_(low_grad, logits.float().abs().amax(1))
         _in_low_precision_(low_grad, logits)

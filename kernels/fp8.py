@@ -6,9 +6,10 @@
 
 A tensor is divided by a scale before the cast, so that its largest entry becomes the largest number of the
 format. Each row of an activation or gradient has a scale of its own, a weight has one. A scale of rows is
-found in the pass that casts, by any kernel that has a whole row at hand. torch.compile makes LayerNorm, the
-joined gradient of q, k and v, and others each one kernel with its cast. The gradient of LayerNorm is one
-kernel with its cast, or with the sums for its weight, but not with both. Scales depend on the tensor alone,
+found in the pass that casts, by any kernel that has a whole row at hand. torch.compile makes LayerNorm and
+others each one kernel with its cast. The gradient of LayerNorm is one kernel with its cast, or with the sums
+for its weight, but not with both. The gradients of q, k and v are joined by a kernel of this file, because the
+compiler reads each three times. Scales depend on the tensor alone,
 not on earlier steps, so they are no state of a run. (Formats: arXiv 2209.05433.)
 
 Relative to the largest entry of a row, entries below 2^-14 (e4m3) and 2^-29 (e5m2) lose bits of the mantissa.
@@ -26,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels import INTERPRETED, triton, usable
+from kernels import INTERPRETED, triton, triton_op, usable, wrap_triton
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
@@ -88,8 +89,8 @@ def product(a: Cast, b: Cast, bias: torch.Tensor | None, dtype: torch.dtype, emu
     a: (M, K); b: (N, K); bias: (N,) or None. Both have a scale a row, or both have one scale.
     emulated: compute the product of the cast numbers in fp32, on any device; slow.
     fast: leave the sums in Hopper's matrix units, where they have about 14 bits. If False, they go to fp32
-    after a few terms. Fast sums lose terms that are far smaller than one other term, always to the same side:
-    in the head's gradient of x all tokens but the target.
+    after a few terms, which takes 4% to 25% longer. Fast sums lose terms that are far smaller than one other
+    term, always to the same side: in the head's gradient of x all tokens but the target.
     out: tensor for the result.
     """
     bias = None if bias is None else bias.to(dtype)
@@ -108,32 +109,32 @@ def forward_product(x: Cast, weight: WeightCast, bias: torch.Tensor | None, dtyp
                     emulated: bool) -> torch.Tensor:
     """Return x @ weight.T + bias; x is a matrix, or a batch without bias."""
     if x.values.dim() == 3:
-        return _batched_product(*x, *weight.rows(False), dtype, emulated, True)
+        return _batched_product(*x, *weight.rows(False), dtype, emulated)
     return product(x, weight.rows(False), bias, dtype, emulated, fast=True)
 
 
 def input_gradient(grad: Cast, weight: WeightCast, dtype: torch.dtype, emulated: bool) -> torch.Tensor:
     """Return grad @ weight; grad is a matrix or a batch."""
     if grad.values.dim() == 3:
-        return _batched_product(*grad, *weight.rows(True), dtype, emulated, False)
-    return product(grad, weight.rows(True), None, dtype, emulated, fast=False)
+        return _batched_product(*grad, *weight.rows(True), dtype, emulated)
+    return product(grad, weight.rows(True), None, dtype, emulated, fast=True)
 
 
 # An opaque operator: a compiler would copy the products to join them.
 @torch.library.custom_op("nanosync::fp8_batched_product", mutates_args=())
 def _batched_product(a_values: torch.Tensor, a_scale: torch.Tensor, b_values: torch.Tensor,
-                     b_scale: torch.Tensor, dtype: torch.dtype, emulated: bool, fast: bool) -> torch.Tensor:
+                     b_scale: torch.Tensor, dtype: torch.dtype, emulated: bool) -> torch.Tensor:
     """Return a[r] @ b[r].T, (R, M, N), for a (R, M, K) and b (R, N, K). b_scale: of a b[r], (N, 1)."""
-    y = _empty_products(a_values, a_scale, b_values, b_scale, dtype, emulated, fast)
+    y = _empty_products(a_values, a_scale, b_values, b_scale, dtype, emulated)
     for r, (out, scale) in enumerate(zip(y, a_scale)):
         if scale.data_ptr() % 16:  # cuBLAS refuses the address
             scale = scale.clone()
-        product(Cast(a_values[r], scale), Cast(b_values[r], b_scale), None, dtype, emulated, fast=fast,
+        product(Cast(a_values[r], scale), Cast(b_values[r], b_scale), None, dtype, emulated, fast=True,
                 out=out)
     return y
 
 
-def _empty_products(a_values, a_scale, b_values, b_scale, dtype, emulated, fast):
+def _empty_products(a_values, a_scale, b_values, b_scale, dtype, emulated):
     return a_values.new_empty(*a_values.shape[:2], b_values.shape[1], dtype=dtype)
 
 
@@ -195,7 +196,7 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if of_x:
             casts = cast_weight(weight) if scale is None else WeightCast(None, transposed, scale)
-            grad_x = input_gradient(cast(_join(grads, -1), E5M2), casts, x.dtype, ctx.emulated)
+            grad_x = input_gradient(join_cast(grads), casts, x.dtype, ctx.emulated)
         if of_weight:
             grad_weight = _join([grad.mT @ x for grad in grads], -2).to(weight.dtype)
         if of_bias:
@@ -205,6 +206,21 @@ class _Linear(torch.autograd.Function):
 
 def _join(parts, dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def join_cast(parts: tuple[torch.Tensor, ...], dtype: torch.dtype = E5M2) -> Cast:
+    """Return the cast of parts joined in the last dimension, with a scale for each joined row.
+
+    parts: (..., M, K) each. dtype: of the cast's values; tests of the kernel take another.
+    """
+    return Cast(*_join_cast(*parts, dtype)) if _joins(parts, dtype) else cast(_join(parts, -1), dtype)
+
+
+def _joins(parts, dtype) -> bool:
+    """Return True if the kernel runs, which takes three matrices."""
+    if INTERPRETED and (dtype in LARGEST or torch.compiler.is_compiling()):
+        return False  # Triton's interpreter rounds 8-bit numbers wrongly, and needs values
+    return len(parts) == 3 and all(usable(p) and p.dim() == 2 and p.is_contiguous() for p in parts)
 
 
 class WeightCasts:
@@ -305,3 +321,42 @@ if triton is not None:
         else:  # numbers that are not negative have the order of their bits; a NaN is the largest
             bits = tl.abs(w).to(tl.int32, bitcast=True)
             tl.atomic_max(largest_ptr + weight, tl.max(tl.max(bits, axis=1), axis=0))
+
+    @triton.jit
+    def _join_cast_kernel(
+        a_ptr, b_ptr, c_ptr,  # (M, K)
+        values_ptr,  # (M, 3 K)
+        scale_ptr,  # (M,) fp32
+        K: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        """Process a row per program. It stays in registers between its one read and its one write."""
+        row = tl.program_id(0).to(tl.int64)
+        k = tl.arange(0, BLOCK)
+        a = tl.load(a_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+        c = tl.load(c_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+        # as the bits of fp32 numbers, of which a NaN is the largest
+        bits = tl.maximum(tl.abs(a).to(tl.int32, bitcast=True), tl.abs(b).to(tl.int32, bitcast=True))
+        bits = tl.maximum(bits, tl.abs(c).to(tl.int32, bitcast=True))
+        size = tl.max(bits, axis=0).to(tl.float32, bitcast=True)
+        size = tl.maximum(size, TINY, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(scale_ptr + row, tl.div_rn(size, LARGEST))
+        factor = tl.div_rn(LARGEST, size)
+        values_ptr += row * 3 * K + k
+        tl.store(values_ptr, (a * factor).to(values_ptr.dtype.element_ty), mask=k < K)
+        tl.store(values_ptr + K, (b * factor).to(values_ptr.dtype.element_ty), mask=k < K)
+        tl.store(values_ptr + 2 * K, (c * factor).to(values_ptr.dtype.element_ty), mask=k < K)
+
+
+@triton_op("nanosync::fp8_join_cast", mutates_args=())
+def _join_cast(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, dtype: torch.dtype
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+    (M, K), largest = a.shape, LARGEST.get(dtype, LARGEST[E5M2])
+    values = a.new_empty((M, 3 * K), dtype=dtype)
+    scale = torch.empty((M, 1), dtype=torch.float32, device=a.device)
+    if M:
+        BLOCK = triton.next_power_of_2(K)
+        warps = min(16, max(1, BLOCK // 256))  # 8 entries a thread: 16 would be exchanged before the stores
+        wrap_triton(_join_cast_kernel)[(M,)](a, b, c, values, scale, K=K, LARGEST=largest, TINY=TINY,
+                                             BLOCK=BLOCK, num_warps=warps)
+    return values, scale

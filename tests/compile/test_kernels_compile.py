@@ -45,13 +45,15 @@ def test_compiles_without_a_gpu(capability):
     halves = [dict(TAKE=t, PUT=t, CUT=cut) for t, cut in ((False, False), (True, False), (True, True))]
     ranks = dict(RANK=1, RANKS=4, SETS=4)
     cases = [
-        (cross_entropy._cross_entropy_kernel, "*bf16 *i64 *fp32 *fp8e5 *fp32 i32 i32 i32",
-         dict(WRITE_GRAD=True, WRITE_LOW=True, LOW=cross_entropy.LOW, SMALLEST=cross_entropy.SMALLEST,
-              LANES=4096, UNROLL=8), dict(num_warps=16)),
-        (cross_entropy._lse_kernel, "*bf16 *i64 *fp32 *fp32 i32 i32", dict(LANES=4096, UNROLL=8),
-         dict(num_warps=16)),
-        (cross_entropy._grad_kernel, "*bf16 *i64 *fp32 *fp8e5 *fp32 i32 i32",
-         dict(WRITE_LOW=True, LANES=4096, UNROLL=8), dict(num_warps=16)),
+        *((cross_entropy._cross_entropy_kernel, "*bf16 *fp32 *i64 *fp32 *fp8e5 *fp32 i32 i32 i32",
+           dict(FACTORS=low, WRITE_GRAD=True, WRITE_LOW=low, LOW=cross_entropy.LOW,
+                SMALLEST=cross_entropy.SMALLEST, LANES=4096, UNROLL=8), dict(num_warps=16))
+          for low in (False, True)),
+        *((cross_entropy._lse_kernel, "*bf16 *fp32 *i64 *fp32 *fp32 i32 i32",
+           dict(FACTORS=low, LANES=4096, UNROLL=8), dict(num_warps=16)) for low in (False, True)),
+        *((cross_entropy._grad_kernel, "*bf16 *fp32 *i64 *fp32 *fp8e5 *fp32 i32 i32",
+           dict(FACTORS=low, WRITE_LOW=low, LANES=4096, UNROLL=8), dict(num_warps=16))
+          for low in (False, True)),
         *((cross_entropy._weighted_cross_entropy_kernel, "*bf16 *i64 *fp32 *fp32 i32 i32 fp32 fp32 fp32",
            dict(K=3, BLOCK_K=4, SOFTCAP=unroll == 2, WRITE_GRAD=True, LANES=4096, UNROLL=unroll),
            dict(num_warps=16)) for unroll in (2, 4)),
@@ -114,15 +116,33 @@ def test_gradient_of_logits_in_fp8_needs_no_exchange():
     from triton.compiler import ASTSource, compile
 
     kernel, names = cross_entropy._cross_entropy_kernel, cross_entropy._cross_entropy_kernel.arg_names
-    constants = dict(WRITE_GRAD=True, WRITE_LOW=True, LOW=cross_entropy.LOW, SMALLEST=cross_entropy.SMALLEST,
-                     LANES=4096, UNROLL=8)
-    kinds = dict(zip(names, "*bf16 *i64 *fp32 *fp8e5 *fp32 i32 i32 i32".split()))
+    constants = dict(FACTORS=True, WRITE_GRAD=True, WRITE_LOW=True, LOW=cross_entropy.LOW,
+                     SMALLEST=cross_entropy.SMALLEST, LANES=4096, UNROLL=8)
+    kinds = dict(zip(names, "*bf16 *fp32 *i64 *fp32 *fp8e5 *fp32 i32 i32 i32".split()))
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in kinds if n != "ignore_index"}
     source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
                        {(names.index(n),): value for n, value in constants.items()}, aligned)
     ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=16)).asm["ptx"]
     assert ptx.count("st.global.v4.b32") == ptx.count("st.global.v2.b32") == 4
     assert ptx.count("ld.shared") < 10  # of the row's sum
+
+
+@COMPILED
+@pytest.mark.parametrize("K, warps", [(768, 4), (1600, 8)])
+def test_joined_gradients_need_no_exchange(K, warps):
+    """For H100: loads of 16 bytes, stores of 8."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernel, names = fp8._join_cast_kernel, fp8._join_cast_kernel.arg_names
+    constants = dict(K=K, LARGEST=57344.0, TINY=fp8.TINY, BLOCK=256 * warps)
+    kinds = dict(zip(names, "*bf16 *bf16 *bf16 *fp8e5 *fp32".split()))
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in kinds}
+    source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
+                       {(names.index(n),): value for n, value in constants.items()}, aligned)
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps)).asm["ptx"]
+    assert ptx.count("ld.global.v4.b32") == ptx.count("st.global.v2.b32") == 3
+    assert "cvt.rn.satfinite.e5m2x2.f32" in ptx and "max.NaN.f32" in ptx and ptx.count("ld.shared") < 4
 
 
 @COMPILED

@@ -107,6 +107,39 @@ def test_split_results(emulated, kept):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@runs_kernels
+@pytest.mark.parametrize("K", [16, 300])
+def test_kernel_joins_parts(K):
+    """With fp32 in place of 8-bit numbers, which the interpreter rounds wrongly: a part with far smaller
+    entries, a row of zeros, a NaN, an infinite entry."""
+    torch.manual_seed(0)
+    parts = [scale * torch.randn(5, K, device=DEVICE).bfloat16() for scale in (1.0, 1e-3, 8.0)]
+    for part in parts:
+        part[1] = 0
+    parts[1][2, 3], parts[0][3, K - 1] = float("nan"), float("inf")
+    assert fp8._joins(parts, torch.float32)
+    values, scale = fp8.join_cast(parts, torch.float32)
+    joined = torch.cat(parts, dim=1).float()
+    assert values.shape == (5, 3 * K) and scale.shape == (5, 1)
+    assert values[2].isnan().all() and not values[3].isfinite().all()
+    rows = [0, 1, 4]
+    torch.testing.assert_close((values * scale)[rows], joined[rows])
+    size = joined.abs().amax(1, keepdim=True).clamp(min=fp8.TINY)
+    torch.testing.assert_close(scale[rows], size[rows] / LARGEST[E5M2])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_joined_cast_is_the_cast_of_the_joined(parts):
+    """In FP8: the kernel on a GPU for three parts, else PyTorch's code. Also for parts with strides."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(7, 48, device=DEVICE).bfloat16() * 10.0**-i for i in range(parts)]
+    for parts in (tensors, [t.T.contiguous().T for t in tensors]):
+        found, expected = fp8.join_cast(parts), cast(torch.cat(tensors, dim=1), E5M2)
+        assert torch.equal(found.values.float(), expected.values.float())
+        # on a GPU PyTorch divides by a constant in two roundings
+        torch.testing.assert_close(found.scale, expected.scale, rtol=2**-22 if DEVICE == "cuda" else 0, atol=0)
+
+
 @pytest.mark.parametrize("emulated", EMULATED)
 def test_batch_of_products(emulated):
     """Each product, with strided casts, has the bits of the product alone, on a GPU the value; the address of
@@ -251,7 +284,7 @@ def test_a_target_with_nearly_all_of_the_probability(below):
 @runs_kernels
 def test_kernels_write_the_cast_of_the_gradient():
     """With fp32 in place of 8-bit numbers, which the interpreter rounds wrongly: an ignored row, a target
-    that has nearly all of the probability, a NaN. The second kernel has log-sum-exp and scale from elsewhere,
+    that has nearly all of the probability, a NaN. Each row of logits has a factor. The second kernel has log-sum-exp and scale from elsewhere,
     as on ranks that divide the vocabulary."""
     torch.manual_seed(0)
     V = 5008
@@ -261,14 +294,24 @@ def test_kernels_write_the_cast_of_the_gradient():
     z = logits[[0, 2]].double().requires_grad_()
     F.cross_entropy(z, targets[[0, 2]], reduction="sum").backward()
     sizes = dict(LANES=4096, UNROLL=8, num_warps=16)
+    factors = torch.tensor([[0.5], [2.0], [4.0], [0.125]], device=DEVICE)  # powers of 2: no roundings
+
+    def logits_and_factors():
+        return logits / factors, factors
+
     values, scale, losses = torch.empty_like(logits), torch.empty(4, 1, device=DEVICE), logits.new_empty(4)
     cross_entropy._cross_entropy_kernel[(4,)](
-        logits.clone(), targets, losses, values, scale, V, V, -1, WRITE_GRAD=True, WRITE_LOW=True,
-        LOW=cross_entropy.LOW, SMALLEST=cross_entropy.SMALLEST, **sizes)
+        *logits_and_factors(), targets, losses, values, scale, V, V, -1, FACTORS=True, WRITE_GRAD=True,
+        WRITE_LOW=True, LOW=cross_entropy.LOW, SMALLEST=cross_entropy.SMALLEST, **sizes)
     again, lse = torch.empty_like(logits), logits.logsumexp(1)
     lse[1] = float("inf")
     cross_entropy._grad_kernel[(4,)](
-        logits.clone(), targets, lse, again, scale, V, V, WRITE_LOW=True, **sizes)
+        *logits_and_factors(), targets, lse, again, scale, V, V, FACTORS=True, WRITE_LOW=True, **sizes)
+    expected = F.cross_entropy(logits[[0, 2, 3]], targets[[0, 2, 3]], reduction="none")
+    torch.testing.assert_close(losses[[0, 2, 3]], expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+    found = cross_entropy._lse_and_target_logit(*logits_and_factors()[:1], targets, logits_and_factors()[1])
+    torch.testing.assert_close(found[0], logits.logsumexp(1), equal_nan=True)
+    torch.testing.assert_close(found[1][[0, 2, 3]], logits[range(4), targets][[0, 2, 3]])
     for found in (values, again):
         assert found[1].abs().max() == 0 and found[3].isnan().all()
         # 1e-5: logits of 60, whose exponents round by 2^-18
