@@ -18,8 +18,7 @@ $ torchrun --standalone --nproc_per_node=4 bench.py --mode=decode --tp_allreduce
 $ torchrun --standalone --nproc_per_node=2 bench.py --mode=decode --tp_allreduce=oneshot,fused \
       --syncs="[24,6,[24,1],'ladder']"
 
-Kernels of LayerNorm and of the head (n_embd, vocab_size) beside PyTorch's, torch.compile's and those of a
-checkout of Liger-Kernel
+Kernels of LayerNorm and of the head beside PyTorch's, torch.compile's and those of a checkout of Liger-Kernel
 $ python bench.py --mode=kernels --peer=FOLDER --rows="[16384,65536]" --widths="[768,4096]" --plot=kernels.png
 
 All contenders do the same work on the same tokens. Each is warmed up; then they take turns, `steps` steps a
@@ -30,9 +29,9 @@ max_new_tokens tokens less the time for one. On one process a contender may fail
 A strategy of `compare` is words with + between: ddp, zero1 or fsdp; tp (tp_processes hold a model); keep
 (fsdp_reshard_after_forward=False), offload (fsdp_cpu_offload), 100M (fsdp_min_num_params=1e8, or another
 number); block or selective (activation_checkpointing); triton; gelu, also with -derivative, -derivative8 or
--recompute (kernels/gelu_mlp.py); qkv (kernels/qkv_linear.py); eager (not compiled); fp8 or fp8_emulated,
-fp8_head and gelu_apart (no kernels/gelu_cast.py); torchao or torchao_rowwise (FP8 by that package). In mode
-train they take turns, also with a peer; in mode memory each is alone.
+-recompute (kernels/gelu_mlp.py); qkv (kernels/qkv_linear.py); eager (not compiled); graphs (CUDA graphs);
+fp8 or fp8_emulated, fp8_head and gelu_apart (no kernels/gelu_cast.py); torchao or torchao_rowwise (FP8 by
+that package). In mode train they take turns, also with a peer; in mode memory each is alone.
 
 decode and prefill measure latency, each as a CUDA graph, for every width and batch size: of one GPU (TP=1),
 of all GPUs by the schedules of `syncs`, and without any (0 syncs: the cost of communication, not a
@@ -246,7 +245,8 @@ class Training:
             self.optimizer = self.model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), device.type)
         else:
             self.optimizer = strategies.build_optimizer(self.model, self.parallel, learning_rate)
-        self.trained = self.parallel.prepare(self.model, compile and (strategy is None or strategy.compiled))
+        self.trained = self.parallel.prepare(self.model, compile and (strategy is None or strategy.compiled),
+                                             strategy is not None and strategy.graphs)
         self.batches = self.make_batches(batch_size * (on.world_size // on.dp_size))
         self.first_step_seconds = seconds_per_call(self.step, device)
         self.measure_memory(before)

@@ -103,6 +103,7 @@ seed = 1337  # of initialisation, data order and dropout
 device = "auto"  # 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16', 'float16' (scales the loss)
 compile = True  # torch.compile the model
+cuda_graphs = False  # launch each pass as a CUDA graph, on one GPU: faster for small models and batches
 deterministic = False  # compute the same bits in every run on a GPU, too; slower
 timeout = 600.0  # longest time that processes wait for each other, also while one is saving, in seconds
 backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'
@@ -200,6 +201,7 @@ for it in profiled(run):
     loss, norm = run.agree(loss_sum, norm, gradient_accumulation_steps)  # waits for the device
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    # a CUDA graph reuses the memory of its gradients, so micro-steps add to gradients outside of it
+    optimizer.zero_grad(set_to_none=not (cuda_graphs and micro_steps > 1))
     run.iteration(loss, lr, norm)
 run.end()

@@ -2,9 +2,9 @@
 
 Each product of a block and the head's has the contenders bf16 (mm), rows (a scale a row), one scale, and both
 with e5m2, as gradients have. A contender with the word fast leaves its sums in the matrix units. Casts are
-compiled, with a scale a row: alone, and after LayerNorm, GELU and the gradient of GELU. The difference to
-LayerNorm or GELU alone is what a fused cast costs. `ours` is the kernel of kernels/gelu_cast.py with so many
-entries at a time and so many warps.
+compiled, with a scale a row: alone, after LayerNorm, GELU and the gradient of GELU, and of the joined
+gradients of q, k and v. The difference to LayerNorm or GELU alone is what a fused cast costs. `ours` is a
+kernel of kernels/gelu_cast.py, with so many entries at a time and so many warps, or of kernels/fp8.py.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness import in_unit
 from kernels import gelu_cast
-from kernels.fp8 import E4M3, E5M2, Cast, cast, cast_weight, product
+from kernels.fp8 import E4M3, E5M2, Cast, cast, cast_weight, join_cast, product
 from kernels.gelu_mlp import gelu
 
 
@@ -56,6 +56,7 @@ def _products(M: int, N: int, K: int, dtype: torch.dtype, device, emulated: bool
 
 def _casts(rows: int, C: int, dtype: torch.dtype, device) -> dict[str, Callable]:
     x, h = (torch.randn(rows, width, device=device, dtype=dtype) for width in (C, 4 * C))
+    q, k, v = (torch.randn_like(x) for _ in range(3))
     weight = torch.randn(C, device=device, dtype=dtype)
 
     def layer_norm(z):
@@ -70,12 +71,14 @@ def _casts(rows: int, C: int, dtype: torch.dtype, device) -> dict[str, Callable]
     functions = {"cast": (lambda z: cast(z, E4M3), x), "LayerNorm": (layer_norm, x),
                  "LayerNorm, cast": (with_cast(layer_norm), x), "GELU": (gelu, h),
                  "GELU, cast": (with_cast(gelu), h),
-                 "GELU backward, cast": (lambda z: gelu_cast.plain_gelu_backward_cast(z, z), h)}
+                 "GELU backward, cast": (lambda z: gelu_cast.plain_gelu_backward_cast(z, z), h),
+                 "q, k, v joined, cast": (lambda z: cast(torch.cat(z, dim=1), E5M2), (q, k, v))}
     if device.type == "cuda":
         torch.compiler.reset()
         functions = {name: (torch.compile(f, fullgraph=True, dynamic=False), z)
                      for name, (f, z) in functions.items()}
     timed = {name: lambda f=f, z=z: f(z) for name, (f, z) in functions.items()}
+    timed["q, k, v joined, ours"] = lambda: join_cast((q, k, v))
 
     def ours(function, config):
         used = gelu_cast.BLOCK, gelu_cast.WARPS

@@ -37,6 +37,7 @@ class Strategy:
     qkv: bool = False  # gradients of q, k and v not joined, see kernels.qkv_linear
     gelu: str = ""  # GELU in the products of the MLPs, and what it keeps, see kernels.gelu_mlp
     compiled: bool = True
+    graphs: bool = False  # each compiled pass as a CUDA graph
     fp8: bool | str = False  # these two: settings of train.py
     fp8_head: bool = False
     fp8_gelu: bool = True  # casts around GELU in its kernels, see kernels.gelu_cast
@@ -63,6 +64,7 @@ WORDS = {  # word -> fields of Strategy; a word of digits and M is min_num_param
     "gelu-derivative8": {"gelu": "derivative8"},
     "gelu-recompute": {"gelu": "nothing"},
     "eager": {"compiled": False},
+    "graphs": {"graphs": True},
     "fp8": {"fp8": True},
     "fp8_emulated": {"fp8": "emulated"},
     "fp8_head": {"fp8_head": True},
@@ -103,6 +105,8 @@ def _parse_one(text: str, config: dict) -> Strategy:
     if len((FP8 | TORCHAO) & set(words)) > 1 or ("fp8_head" in words and not FP8 & set(words)):
         raise UserError(f"compare: {text!r}: take one of {', '.join(sorted(FP8 | TORCHAO))}; fp8_head goes "
                         f"with one of the first two")
+    if {"eager", "graphs"} <= set(words):
+        raise UserError(f"compare: {text!r}: graphs are of compiled passes: leave eager out")
     if TORCHAO & set(words) and importlib.util.find_spec("torchao") is None:
         raise UserError(f"compare: {text!r} needs the package torchao: pip install torchao")
     if len(sizes) > 1:
@@ -145,6 +149,9 @@ def check_processes(strategies: list[Strategy], processes: Processes, dtype: tor
                             f"to divide: start more")
         if s.cpu_offload and device.type != "cuda":
             raise UserError(f"compare: {s.name}: offload moves memory off a GPU, and the device is {device}")
+        if s.graphs and (device.type != "cuda" or size > 1):
+            raise UserError(f"compare: {s.name}: graphs are for one process on a CUDA GPU, and here are "
+                            f"{size} on {device.type}")
         if s.triton and not usable(torch.empty(0, device=device)):
             raise UserError(f"compare: {s.name}: no Triton kernel runs on {device} here")
         if (s.gelu or s.qkv) and not is_hopper(device):

@@ -15,9 +15,8 @@ them to zero.
 With fp8 the logits and the gradient of x are products in FP8, see kernels/fp8.py. The kernel writes the
 gradient of the logits in FP8 beside the usual dtype, which the gradient of the weight needs. The largest
 entry of a row is the target's, p - 1. The scale of the row makes it a number of the format, without rounding.
-Both products need exact sums (see `product`). They run without scales of rows, for which cuBLAS has slower
-kernels: the loss multiplies the logits by the scales of x, and a short pass the gradient of x. A chunk has
-fewer rows, for the same memory.
+Both products need exact sums (see `product`), and leave the scales of rows to the loss and to a short pass
+over the gradient of x. A chunk has fewer rows, for the same memory.
 
 The logits can be capped, and a row can have several targets, each with a weight. Both are in a second
 operator: its loss of a row is sum_j w_j * (log-sum-exp - logit of target j), of capped logits.
@@ -32,7 +31,17 @@ import torch
 
 from kernels import INTERPRETED, triton, usable
 from kernels.collectives import functional_all_gather
-from kernels.fp8 import E4M3, E5M2, LARGEST, MULTIPLE, Cast, WeightCast, cast, cast_weight, product
+from kernels.fp8 import (
+    E4M3,
+    E5M2,
+    LARGEST,
+    MULTIPLE,
+    Cast,
+    WeightCast,
+    cast,
+    cast_weight,
+    product_and_factors,
+)
 
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25, "mps": 1 << 28}  # logits in memory at a time; see records/
 MAX_TARGETS = 8  # of a row
@@ -146,21 +155,18 @@ class _ProductsInFP8(_Products):
         self.emulated = emulated
 
     def logits(self, part):
-        y = self._product(self.x.values[part], self.weight.rows(False, one_scale=True))
-        return y, self.x.scale[part]
+        return self._product(Cast(self.x.values[part], self.x.scale[part]), False)
 
-    def _product(self, values, weight: Cast, out=None):
-        """Return values @ weight.T, without scales of rows."""
-        one = torch.ones((1, 1), device=values.device)
-        return product(Cast(values, one), weight, None, self.dtype, self.emulated, fast=False, out=out)
+    def _product(self, a: Cast, transposed: bool, out=None):
+        return product_and_factors(a, self.weight, transposed, self.dtype, self.emulated, False, out)
 
     def low_grad(self, logits):
         scale = logits.new_empty(len(logits), 1, dtype=torch.float32)
         return Cast(torch.empty_like(logits, dtype=E5M2), scale)
 
     def grad_x_(self, out, grad_logits, low_grad):
-        self._product(low_grad.values, self.weight.rows(True, one_scale=True), out)
-        out.mul_(low_grad.scale)
+        _, factors = self._product(low_grad, True, out)
+        out.mul_(factors)
 
 
 def _products(x, weight, casts: list[torch.Tensor], emulated: bool) -> _Products:

@@ -8,9 +8,12 @@ A tensor is divided by a scale before the cast, so that its largest entry become
 format. Each row of an activation or gradient has a scale of its own, a weight has one. A scale of rows is
 found in the pass that casts, by any kernel that has a whole row at hand. torch.compile makes LayerNorm and
 others each one kernel with its cast. The gradient of LayerNorm is one kernel with its cast, or with the sums
-for its weight, but not with both. The gradients of q, k and v are joined by a kernel of this file, because the
-compiler reads each three times. Scales depend on the tensor alone,
-not on earlier steps, so they are no state of a run. (Formats: arXiv 2209.05433.)
+for its weight, but not with both. A kernel of this file joins and casts the gradients of q, k and v, which
+the compiler reads several times. Scales depend on the tensor alone, not on earlier steps, so they are no
+state of a run. (Formats: arXiv 2209.05433.)
+
+cuBLAS has faster kernels for one scale than for a scale a row. Where a kernel of ours reads a product next,
+GELU or the loss, that kernel multiplies by the scales of the rows.
 
 Relative to the largest entry of a row, entries below 2^-14 (e4m3) and 2^-29 (e5m2) lose bits of the mantissa.
 All others are rounded to a relative error of at most 2^-4 (e4m3) and 2^-3 (e5m2).
@@ -118,6 +121,18 @@ def input_gradient(grad: Cast, weight: WeightCast, dtype: torch.dtype, emulated:
     if grad.values.dim() == 3:
         return _batched_product(*grad, *weight.rows(True), dtype, emulated)
     return product(grad, weight.rows(True), None, dtype, emulated, fast=True)
+
+
+def product_and_factors(a: Cast, weight: WeightCast, transposed: bool, dtype: torch.dtype, emulated: bool,
+                        fast: bool = True, out: torch.Tensor | None = None
+                        ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a @ weight.T, or a @ weight if `transposed`, without the factors of its rows, and these, (M, 1).
+
+    Arguments as of `product`.
+    """
+    one = torch.ones((1, 1), device=a.values.device)
+    weight = weight.rows(transposed, one_scale=True)
+    return product(Cast(a.values, one), weight, None, dtype, emulated, fast, out), a.scale
 
 
 # An opaque operator: a compiler would copy the products to join them.

@@ -25,41 +25,50 @@ from kernels.fp8 import (
     cast_weight,
     forward_product,
     input_gradient,
+    product_and_factors,
 )
 from kernels.gelu_mlp import SIGMOIDS, gelu
 
 BLOCK, WARPS = 1024, 4  # entries of a row at a time
 
 
-def gelu_cast(h: torch.Tensor, dtype: torch.dtype = E4M3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return y = gelu(h), (M, H), in h's dtype, and the values and scale of its cast by rows.
+def gelu_cast(h: torch.Tensor, factors: torch.Tensor | None = None, dtype: torch.dtype = E4M3
+              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return y = gelu(h * factors), (M, H), in h's dtype, and the values and scale of its cast by rows.
 
-    dtype: of the cast's values; tests of the kernel take another.
+    factors: (M, 1) fp32, None for 1. dtype: of the cast's values; tests of the kernel take another.
     """
-    return (_gelu_cast if _runs(h, dtype) else plain_gelu_cast)(h, dtype)
+    return (_gelu_cast if _runs(h, dtype) else plain_gelu_cast)(h, factors, dtype)
 
 
-def plain_gelu_cast(h, dtype=E4M3):
+def plain_gelu_cast(h, factors=None, dtype=E4M3):
     """Compute gelu_cast by PyTorch."""
-    y = gelu(h.float()).to(h.dtype)
+    y = gelu(_multiplied(h, factors)).to(h.dtype)
     return y, *cast(y, dtype)
 
 
-def gelu_backward_cast(grad: torch.Tensor, h: torch.Tensor, dtype: torch.dtype = E5M2
+def _multiplied(h, factors):
+    return h.float() if factors is None else h.float() * factors
+
+
+def gelu_backward_cast(grad: torch.Tensor, h: torch.Tensor, grad_factors: torch.Tensor | None = None,
+                       factors: torch.Tensor | None = None, dtype: torch.dtype = E5M2
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradient of h, (M, H), in h's dtype, and the values and scale of its cast by rows.
+    """Return the gradient of h * factors, (M, H), in h's dtype, and the values and scale of its cast by rows.
 
-    grad: gradient of y. dtype: see gelu_cast.
+    grad: gradient of y, without its factors grad_factors, (M, 1) fp32, None for 1. factors, dtype: see
+    gelu_cast.
     """
-    return (_gelu_backward_cast if _runs(h, dtype) else plain_gelu_backward_cast)(grad, h, dtype)
+    run = _gelu_backward_cast if _runs(h, dtype) else plain_gelu_backward_cast
+    return run(grad, h, grad_factors, factors, dtype)
 
 
-def plain_gelu_backward_cast(grad, h, dtype=E5M2):
+def plain_gelu_backward_cast(grad, h, grad_factors=None, factors=None, dtype=E5M2):
     """Compute gelu_backward_cast by PyTorch."""
-    h32 = h.float()
+    h32 = _multiplied(h, factors)
     s = torch.sigmoid(1.5957691216057308 * (h32 + 0.044715 * h32**3))
     slope = s + h32 * s * (1 - s) * (1.5957691216057308 + 0.2140644488178008 * h32 * h32)
-    grad_h = (grad.float() * slope).to(h.dtype)
+    grad_h = (_multiplied(grad, grad_factors) * slope).to(h.dtype)
     return grad_h, *cast(grad_h, dtype)
 
 
@@ -77,11 +86,12 @@ if triton is not None:
     @triton.jit
     def _gelu_cast_kernel(
         h_ptr, grad_ptr,  # (M, H); grad only if BACKWARD
+        h_factors_ptr, grad_factors_ptr,  # (M,) fp32, if H_FACTORS, GRAD_FACTORS
         result_ptr,  # (M, H): y, or gradient of h
         values_ptr,  # (M, H): the result's cast
         scale_ptr,  # (M,) fp32: its scales
-        H: tl.constexpr, BACKWARD: tl.constexpr, SIGMOID: tl.constexpr, LARGEST: tl.constexpr,
-        TINY: tl.constexpr, BLOCK: tl.constexpr,
+        H: tl.constexpr, BACKWARD: tl.constexpr, H_FACTORS: tl.constexpr, GRAD_FACTORS: tl.constexpr,
+        SIGMOID: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
     ):
         """Process a row per program, in pieces of BLOCK entries."""
         row = tl.program_id(0).to(tl.int64)
@@ -89,11 +99,15 @@ if triton is not None:
         for start in range(0, H, BLOCK):
             c = start + tl.arange(0, BLOCK)
             h = tl.load(h_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32)
+            if H_FACTORS:
+                h *= tl.load(h_factors_ptr + row)
             square = h * h
             s = _sigmoid(h, square, SIGMOID)
             y = h * s
             if BACKWARD:
                 grad = tl.load(grad_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32)
+                if GRAD_FACTORS:
+                    grad *= tl.load(grad_factors_ptr + row)
                 y = grad * _derivative(square, s, y)
             y = y.to(result_ptr.dtype.element_ty)
             tl.store(result_ptr + row * H + c, y, mask=c < H)
@@ -110,23 +124,28 @@ if triton is not None:
 
 
 @triton_op("nanosync::gelu_cast", mutates_args=())
-def _gelu_cast(h: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _launch(None, h, dtype)
+def _gelu_cast(h: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _launch(None, h, None, factors, dtype)
 
 
 @triton_op("nanosync::gelu_backward_cast", mutates_args=())
-def _gelu_backward_cast(grad: torch.Tensor, h: torch.Tensor, dtype: torch.dtype
+def _gelu_backward_cast(grad: torch.Tensor, h: torch.Tensor, grad_factors: torch.Tensor | None,
+                        factors: torch.Tensor | None, dtype: torch.dtype
                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _launch(grad.contiguous(), h, dtype)
+    return _launch(grad.contiguous(), h, grad_factors, factors, dtype)
 
 
-def _launch(grad, h, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _launch(grad, h, grad_factors, factors, dtype: torch.dtype
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (M, H), largest = h.shape, LARGEST.get(dtype, LARGEST[E4M3])
     result, values = torch.empty_like(h), torch.empty_like(h, dtype=dtype)
     scale = torch.empty((M, 1), dtype=torch.float32, device=h.device)
     if M:
         wrap_triton(_gelu_cast_kernel)[(M,)](
-            h, h if grad is None else grad, result, values, scale, H=H, BACKWARD=grad is not None,
+            h, h if grad is None else grad, scale if factors is None else factors,
+            scale if grad_factors is None else grad_factors, result, values, scale, H=H,
+            BACKWARD=grad is not None, H_FACTORS=factors is not None, GRAD_FACTORS=grad_factors is not None,
             SIGMOID=0 if INTERPRETED else SIGMOIDS["exponential"], LARGEST=largest, TINY=TINY, BLOCK=BLOCK,
             num_warps=WARPS)
     return result, values, scale
@@ -153,22 +172,27 @@ class _MLP(torch.autograd.Function):
         *casts, ctx.emulated = casts_and_emulated
         casts_in = cast_weight(w_in) if casts[0] is None else WeightCast(*casts[:3])
         casts_out = cast_weight(w_out) if casts[3] is None else WeightCast(*casts[3:])
-        h = forward_product(cast(x, E4M3), casts_in, b_in, x.dtype, ctx.emulated)
-        y, *cast_y = gelu_cast(h)
-        ctx.save_for_backward(x, w_in, b_in, w_out, b_out, h, y, *casts[1:3], *casts[4:])
+        cast_x = cast(x, E4M3)
+        if b_in is None:
+            h, factors = product_and_factors(cast_x, casts_in, False, x.dtype, ctx.emulated)
+        else:  # the product adds the bias, so it must have its factors before
+            h, factors = forward_product(cast_x, casts_in, b_in, x.dtype, ctx.emulated), None
+        y, *cast_y = gelu_cast(h, factors)
+        ctx.save_for_backward(x, w_in, b_in, w_out, b_out, h, factors, y, *casts[1:3], *casts[4:])
         return forward_product(Cast(*cast_y), casts_out, b_out, x.dtype, ctx.emulated)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, w_in, b_in, w_out, b_out, h, y, *casts = ctx.saved_tensors
+        x, w_in, b_in, w_out, b_out, h, factors, y, *casts = ctx.saved_tensors
         of_x, of_w_in, of_b_in, of_w_out, of_b_out = ctx.needs_input_grad[:5]
         casts_in = cast_weight(w_in) if casts[0] is None else WeightCast(None, *casts[:2])
         casts_out = cast_weight(w_out) if casts[2] is None else WeightCast(None, *casts[2:])
         grad_x = grad_w_in = grad_b_in = grad_w_out = grad_b_out = None
         if of_x or of_w_in or of_b_in:
-            grad_y = input_gradient(cast(grad, E5M2), casts_out, x.dtype, ctx.emulated)
-            grad_h, *cast_h = gelu_backward_cast(grad_y, h)
+            grad_y, grad_factors = product_and_factors(cast(grad, E5M2), casts_out, True, x.dtype,
+                                                       ctx.emulated)
+            grad_h, *cast_h = gelu_backward_cast(grad_y, h, grad_factors, factors)
         if of_x:
             grad_x = input_gradient(Cast(*cast_h), casts_in, x.dtype, ctx.emulated)
         if of_w_in:

@@ -40,7 +40,8 @@ TIMED_FROM, PROFILER_WARM_UP = 5, 2  # warm-up steps TIMED_FROM to WARM_UP - PRO
 MOST = 1000  # profiled steps; a step has thousands of events
 # settings that a diagnosis turns off
 OFF = {"eval_interval": 0, "val_loss_every": 0, "sample_interval": 0, "hellaswag_interval": 0,
-       "checkpoint_interval": 0, "save_checkpoint": False}
+       "checkpoint_interval": 0, "save_checkpoint": False,
+       "cuda_graphs": False}  # the profiler does not see which operator launched a graph's kernel
 
 
 def check_diagnosis(config: Config) -> None:
@@ -195,5 +196,6 @@ def switch_of(row: str, config: dict, on_device: bool) -> str:
             return "--fsdp_reshard_after_forward=False"
         return f"{per_update}: fewer updates for the same tokens"
     if row == GAPS:
-        return compiled or larger
+        graphs = "--cuda_graphs, on one GPU" if on_device and "cuda_graphs" in config else ""
+        return compiled or graphs or larger
     return "a --dataset on a faster disk" if row == WAITING else ""

@@ -121,8 +121,10 @@ class Parallelism:
                     reshard_after_forward=reshard_after_forward, mp_policy=precision,
                     offload_policy=offload)
 
-    def prepare(self, model: nn.Module, compiled: bool) -> nn.Module:
+    def prepare(self, model: nn.Module, compiled: bool, cuda_graphs: bool = False) -> nn.Module:
         """Compile a loaded model if `compiled`, and return the module that the training loop calls.
+
+        cuda_graphs: record forward and backward pass of a compiled model as CUDA graphs, in one process.
 
         The result is the model in DDP. It is the model itself if a single data-parallel process trains it, or
         if FSDP averages its gradients.
@@ -131,7 +133,8 @@ class Parallelism:
         large bucket costs the least (see records/).
         """
         if compiled:
-            compile_blocks(model) if self.sharded else model.compile()
+            mode = "reduce-overhead" if cuda_graphs else None
+            compile_blocks(model) if self.sharded else model.compile(mode=mode)
         if self.processes.dp_group is None or is_fsdp(model):
             return model
         device = self.processes.device

@@ -42,6 +42,7 @@ ELSEWHERE = (
     ("fp8", "float8 use_fp8 fp8_training enable_fp8 fp8_linear"),
     ("dtype", "precision mixed_precision amp fp16 bf16 use_amp"),
     ("compile", "torch_compile use_compile"),
+    ("cuda_graphs", "use_cuda_graphs cudagraphs cuda_graph"),
     ("seed", "random_seed manual_seed"),
     ("start", "prompt text"),
     ("max_new_tokens", "max_tokens max_length n_tokens"),

@@ -40,6 +40,8 @@ def check_training_settings(config: dict) -> None:
     if config["use_triton"] not in (True, False, "auto"):
         raise UserError(f"use_triton={shown(config['use_triton'])} is unknown: use True, False or auto")
     check_seed(config)
+    if config["cuda_graphs"] and not config["compile"]:
+        raise UserError("cuda_graphs records compiled passes: leave out compile=False, or cuda_graphs")
     check_fp8(config)
     check_parallelism(config)
     check_optimizer(config)
@@ -114,6 +116,10 @@ def start_processes(config: dict, kinds: dict[str, ModelKind]) -> Parallelism:
     tp_processes, total = config["tp_processes"], config["gradient_accumulation_steps"]
     processes = start(config["device"], config["backend"], config["timeout"], tp_processes, config)
     only_diagnose(config, processes.device)
+    n, kind = processes.world_size, processes.device.type
+    if config["cuda_graphs"] and (kind != "cuda" or n > 1):
+        raise UserError(f"cuda_graphs is for one process on a CUDA GPU, and this run has {n} "
+                        f"process{'es' * (n > 1)} on {kind}: leave cuda_graphs out")
     if config["use_triton"] == "auto":
         fuses_casts = config["fp8"] and config["compile"]  # into its own LayerNorm, forward and backward
         config["use_triton"] = usable(torch.empty(0, device=processes.device)) and not fuses_casts
@@ -171,7 +177,10 @@ def prepare_training(run: Run, model: nn.Module, parallel: Parallelism) -> tuple
         run.line("compiling the model (about a minute)")
     elif config["compile"]:
         run.line("not compiling: dropout masks on real TP ranks come from a shared generator")
-    trained = parallel.prepare(model, compiled)
+    trained = parallel.prepare(model, compiled, config["cuda_graphs"])
+    if config["cuda_graphs"] and config["gradient_accumulation_steps"] > 1:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)  # outside of the graphs' memory
     if config["eval_only"]:
         return trained, autocast, None
     shared = model.share_dropout(config["seed"], processes.dp_rank, processes.device) if real_ranks else None

@@ -356,9 +356,10 @@ def test_gelu_with_cast_compiles_without_a_gpu(backward):
     from triton.compiler import ASTSource, compile
 
     kernel, names = gelu_cast._gelu_cast_kernel, gelu_cast._gelu_cast_kernel.arg_names
-    constants = dict(H=3072, BACKWARD=backward, SIGMOID=1, LARGEST=448.0, TINY=fp8.TINY,
-                     BLOCK=gelu_cast.BLOCK)
-    kinds = dict(zip(names, ["*bf16", "*bf16", "*bf16", "*fp8e5" if backward else "*fp8e4nv", "*fp32"]))
+    constants = dict(H=3072, BACKWARD=backward, H_FACTORS=True, GRAD_FACTORS=backward, SIGMOID=1,
+                     LARGEST=448.0, TINY=fp8.TINY, BLOCK=gelu_cast.BLOCK)
+    kinds = dict(zip(names, ["*bf16", "*bf16", "*fp32", "*fp32", "*bf16",
+                             "*fp8e5" if backward else "*fp8e4nv", "*fp32"]))
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in kinds}
     source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
                        {(names.index(n),): value for n, value in constants.items()}, aligned)

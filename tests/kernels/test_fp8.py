@@ -136,8 +136,8 @@ def test_joined_cast_is_the_cast_of_the_joined(parts):
     for parts in (tensors, [t.T.contiguous().T for t in tensors]):
         found, expected = fp8.join_cast(parts), cast(torch.cat(tensors, dim=1), E5M2)
         assert torch.equal(found.values.float(), expected.values.float())
-        # on a GPU PyTorch divides by a constant in two roundings
-        torch.testing.assert_close(found.scale, expected.scale, rtol=2**-22 if DEVICE == "cuda" else 0, atol=0)
+        rounding = 2**-22 if DEVICE == "cuda" else 0  # there PyTorch divides by a constant in two roundings
+        torch.testing.assert_close(found.scale, expected.scale, rtol=rounding, atol=0)
 
 
 @pytest.mark.parametrize("emulated", EMULATED)
@@ -284,8 +284,8 @@ def test_a_target_with_nearly_all_of_the_probability(below):
 @runs_kernels
 def test_kernels_write_the_cast_of_the_gradient():
     """With fp32 in place of 8-bit numbers, which the interpreter rounds wrongly: an ignored row, a target
-    that has nearly all of the probability, a NaN. Each row of logits has a factor. The second kernel has log-sum-exp and scale from elsewhere,
-    as on ranks that divide the vocabulary."""
+    that has nearly all of the probability, a NaN. Each row of logits has a factor. The second kernel has
+    log-sum-exp and scale from elsewhere, as on ranks that divide the vocabulary."""
     torch.manual_seed(0)
     V = 5008
     logits, targets = 3 * torch.randn(4, V, device=DEVICE), torch.randint(V, (4,), device=DEVICE)

@@ -1,0 +1,38 @@
+"""Training with --cuda_graphs, on a GPU; minutes, most of them torch.compile's.
+
+    python -m pytest tests/scripts/test_cuda_graphs.py
+
+tests/scripts/test_errors.py has where it cannot run.
+"""
+
+import pytest
+import torch
+from helpers import TINY, losses_and_norms
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+@pytest.mark.parametrize("script, options", [
+    ("train.py", ["--dropout=0.1"]),
+    ("train.py", ["--gradient_accumulation_steps=3", "--optimizer=muon"]),
+    ("train_reduced_sync.py", ["--gradient_accumulation_steps=2", "--activation_checkpointing=block"]),
+])
+def test_losses_and_resume(run_script, tiny_data, tmp_path, script, options):
+    """Losses are those without graphs, as exactly as two compilations compute, and with dropout as two
+    seeds: with evaluations in between, and several micro-steps. A resumed run repeats them to the bit."""
+
+    def train(out: str, *more: str) -> tuple:
+        done = run_script(script, *TINY, "--device=cuda", "--compile=True", f"--dataset={tiny_data}",
+                          f"--out_dir={tmp_path / out}", "--eval_interval=4", "--log_interval=1",
+                          *options, *more)
+        assert done.code == 0, done.err
+        return losses_and_norms(tmp_path / out)
+
+    plain = train("plain", "--max_iters=12")
+    graphs = train("graphs", "--max_iters=12", "--cuda_graphs")
+    assert [len(found) for found in graphs] == [12, 8, 12]
+    for found, expected in zip(graphs[:2], plain):
+        assert found == pytest.approx(expected, rel=0.05 if "dropout" in options[0] else 0.01)
+    train("resumed", "--max_iters=8", "--cuda_graphs")
+    losses, _, norms = train("resumed", "--max_iters=12", "--cuda_graphs", "--init_from=resume")
+    assert losses == graphs[0][8:] and norms == graphs[2][8:]
