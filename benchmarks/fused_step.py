@@ -8,9 +8,9 @@ compares each kernel with fp64, beside PyTorch's error in the same dtype. Conten
 kernel are left out of what follows, and the script exits with code 1. `tune` times tiles of the contenders'
 products with GELU, and keeps the fastest for what follows. `step` lets whole training steps take turns for
 each batch size (forward, backward, clipping, AdamW; compiled), and compares the losses of the first steps.
-`profile` adds up the time of a step by kind of kernel. Each phase writes its figures to files in FOLDER as it
-goes. `step` and `profile` use the tiles of a tune.json in FOLDER. A contender that fails has a row that says
-so, and the others continue. The last lines are a short table.
+`profile` adds up the time of a step at the first batch size by kind of kernel. Each phase writes its figures
+to files in FOLDER as it goes. `step` and `profile` use the tiles of a tune.json in FOLDER. A contender that
+fails has a row that says so, and the others continue. The last lines are a short table.
 
 A contender is words with + between: base; gelu, gelu-derivative, gelu-derivative8, gelu-recompute; tanh (GELU
 by the GPU's approximate tanh); qkv (gradients of q, k and v not joined); adamw (kernels/adamw.py); scaled
@@ -345,6 +345,8 @@ def step() -> None:
         turns = {f"{title} {name}": lambda c=c, n=turn: seconds_per_call(c.step, device, n)
                  for name, c in made.items()}
         take_turns(turns, rounds, uncounted=0, attempts=attempts, after_round=note)
+        if number == 0 and "profile" in wanted:
+            profile(made)
         del made, turns
         torch.cuda.empty_cache()
 
@@ -370,10 +372,10 @@ def table() -> None:
 # ---- profile
 
 
-def profile() -> None:
-    """Add up the time of the kernels of a step by kind, for each contender at the first batch size."""
+def profile(made: dict[str, Contender]) -> None:
+    """Add up the time of the kernels of a step by kind, for each contender."""
     figures = {}
-    for name, contender in build(batch_sizes[0], {}, "profile", 0.9, lambda: None).items():
+    for name, contender in made.items():
         contender.step()
         activity = torch.profiler.ProfilerActivity
         kind = activity.CUDA if device.type == "cuda" else activity.CPU
@@ -382,8 +384,8 @@ def profile() -> None:
                 contender.step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-        events = [(e.key, (e.self_device_time_total or e.self_cpu_time_total) / 3e3, e.count / 3)
-                  for e in p.key_averages()]
+        events = [(e.key, time / 3e3, e.count / 3) for e in p.key_averages()
+                  if (time := e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total)]
         kinds = dict.fromkeys([k for k, _ in KINDS], 0.0) | {"other": 0.0}
         for key, ms, _ in events:
             kinds[next((k for k, pattern in KINDS if re.search(pattern, key)), "other")] += ms
@@ -442,8 +444,8 @@ if __name__ == "__main__":
         compile_alone()
     if "step" in wanted:
         step()
-    if "profile" in wanted:
-        profile()
+    elif "profile" in wanted:
+        profile(build(batch_sizes[0], {}, "profile", 0.9, lambda: None))
     table()
     if wrong:
         print(f"the check found wrong kernels: {', '.join(sorted(wrong))}")

@@ -7,7 +7,7 @@ tests/scripts/test_errors.py has where it cannot run.
 
 import pytest
 import torch
-from helpers import TINY, losses_and_norms
+from helpers import TINY, losses_and_norms, runs_fp8_products
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -15,6 +15,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA grap
 @pytest.mark.parametrize("script, options", [
     ("train.py", ["--dropout=0.1"]),
     ("train.py", ["--gradient_accumulation_steps=3", "--optimizer=muon"]),
+    pytest.param("train.py", ["--fp8"], marks=pytest.mark.skipif(
+        not runs_fp8_products(), reason="FP8 needs a Hopper GPU")),
     ("train_reduced_sync.py", ["--gradient_accumulation_steps=2", "--activation_checkpointing=block"]),
 ])
 def test_losses_and_resume(run_script, tiny_data, tmp_path, script, options):
