@@ -29,6 +29,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 
@@ -77,7 +78,7 @@ KINDS = [  # of kernels in a profile: name, pattern; the first that matches coun
     ("attention", r"cudnn|flash|fmha|sdpa"), ("cross-entropy", r"_cross_entropy_kernel"),
     ("separate GELU", r"sigmoid|_gelu_cast"),
     ("LayerNorm", r"layer_norm|^_(forward|backward|column_sums)_kernel"),
-    ("gradients of q, k, v joined", r"_cat_"), ("FP8 casts of weights", r"_cast_weights_kernel"),
+    ("gradients of q, k, v joined", r"_cat_|_join_cast"), ("FP8 casts of weights", r"_cast_weights_kernel"),
     ("FP8 casts alone", r"_abs_amax"), ("embedding", r"embedding"),
     ("optimizer and clipping", r"multi_tensor_apply|_adamw_kernel|_squares_kernel|_norm_kernel|lpnorm"),
     ("casts", r"_to_copy|copy_kernel"),
@@ -216,7 +217,8 @@ class Contender:
         torch.manual_seed(seed)
         self.model = GPT(GPTConfig(**ARCHITECTURE))
         if "nanogpt" in self.words:
-            self.model = peers.build_model(peers.load_module(peer, "train"), self.model, Settings())
+            settings = SimpleNamespace(architecture=ARCHITECTURE | {"dropout": 0.0}, config={"peer": peer})
+            self.model = peers.build_model(peers.load_module(peer, "train"), self.model, settings)
         self.model.to(device)
         if "nanogpt" in self.words:
             self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
@@ -271,18 +273,6 @@ class Contender:
         self.optimizer.clip_and_step(1.0) if "adamw" in self.words else self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach().clone()
-
-
-class Settings:
-    """The fields of a Bench that peers.build_model reads."""
-
-    @property
-    def architecture(self):
-        return ARCHITECTURE | {"dropout": 0.0}
-
-    @property
-    def config(self):
-        return {"peer": peer}
 
 
 def build(batch_size: int, figures: dict, title: str, share: float, note: Callable) -> dict[str, Contender]:

@@ -105,8 +105,9 @@ def _log2(beta: float) -> float:
 
 
 def _to(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a table to the device without waiting for the device."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    """Copy a table to the device. CUDA keeps a copy of few bytes until the device takes it, so the host does
+    not wait; to make pinned memory for them would."""
+    return table.to(device, non_blocking=True)
 
 
 def _fits(t: torch.Tensor) -> bool:
