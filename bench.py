@@ -23,15 +23,15 @@ $ python bench.py --mode=kernels --peer=FOLDER --rows="[16384,65536]" --widths="
 
 All contenders do the same work on the same tokens. Each is warmed up; then they take turns, `steps` steps a
 turn, for `rounds` rounds. A figure is the median over the rounds, with the range. A training step is forward,
-backward, clipping and AdamW. A step of generation is the time that one more token takes a batch: the time for
-max_new_tokens tokens less the time for one. On one process a contender may fail: the others continue.
+backward, clipping and AdamW. A step of generation is the time of one more token of a batch: the time for
+max_new_tokens less the time for one. On one process a contender may fail: the others continue.
 
 A strategy of `compare` is words with + between: ddp, zero1 or fsdp; tp (tp_processes hold a model); keep
 (fsdp_reshard_after_forward=False), offload (fsdp_cpu_offload), 100M (fsdp_min_num_params=1e8, or another
 number); block or selective (activation_checkpointing); triton; gelu, also with -derivative, -derivative8 or
 -recompute (kernels/gelu_mlp.py); qkv (kernels/qkv_linear.py); eager (not compiled); graphs (CUDA graphs);
-fp8 or fp8_emulated, fp8_head and gelu_apart (no kernels/gelu_cast.py); torchao or torchao_rowwise (FP8 by
-that package). In mode train they take turns, also with a peer; in mode memory each is alone.
+fp8 or fp8_emulated, fp8_head, weight_gradients and gelu_apart (no kernels/gelu_cast.py); torchao or
+torchao_rowwise. In mode train they take turns, also with a peer; in mode memory each is alone.
 
 decode and prefill measure latency, each as a CUDA graph, for every width and batch size: of one GPU (TP=1),
 of all GPUs by the schedules of `syncs`, and without any (0 syncs: the cost of communication, not a

@@ -102,6 +102,7 @@ dtype = "auto"  # 'auto' (bfloat16 on CUDA, else float32), 'float32', 'bfloat16'
 compile = True  # torch.compile the model
 fp8: bool | str = False  # products of the blocks in FP8, on Hopper and later: True or 'emulated'
 fp8_head = False  # with fp8: the head's products as well
+fp8_weight_gradients = False  # with fp8: gradients of the blocks' weights as well
 deterministic = False  # compute the same bits in every run on a GPU, too; slower
 timeout = 600.0  # longest time that processes wait for each other, also while one is saving, in seconds
 backend = "auto"  # 'auto' (nccl on CUDA, else gloo), 'nccl', 'gloo'

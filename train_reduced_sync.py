@@ -117,6 +117,7 @@ activation_checkpointing = "none"  # 'block', 'selective': recompute activations
 use_triton: bool | str = "auto"  # LayerNorm as a Triton kernel; 'auto': on CUDA with Triton, without fp8
 fp8: bool | str = False  # products of the blocks in FP8, on Hopper and later: True or 'emulated'
 fp8_head = False  # with fp8: the head's products as well
+fp8_weight_gradients = False  # with fp8: gradients of the blocks' weights as well
 # -----------------------------------------------------------------------------
 config = configure(globals(), rank=env_rank())
 

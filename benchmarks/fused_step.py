@@ -14,11 +14,11 @@ fails has a row that says so, and the others continue. The last lines are a shor
 
 A contender is words with + between: base; gelu, gelu-derivative, gelu-derivative8, gelu-recompute; tanh (GELU
 by the GPU's approximate tanh); qkv (gradients of q, k and v not joined); adamw (kernels/adamw.py); scaled
-(PyTorch's fused AdamW scales the gradients); fp8 or fp8_emulated, fp8_head (settings of train.py) and
-gelu_apart (without kernels/gelu_cast.py); torchao or torchao_rowwise (FP8 by that package); eager (not
-compiled); graphs (forward and backward pass as CUDA graphs); nanogpt (the GPT of `peer`). All but nanogpt and
-FP8 have the Triton LayerNorm; FP8 has it with the word triton. Without a GPU everything runs at toy size, on
-PyTorch's code, and no figure means anything.
+(PyTorch's fused AdamW scales the gradients); fp8 or fp8_emulated, fp8_head, weight_gradients (settings of
+train.py) and gelu_apart (without kernels/gelu_cast.py); torchao or torchao_rowwise (that package's FP8);
+eager (not compiled); graphs (forward and backward pass as CUDA graphs); nanogpt (the GPT of `peer`). All but
+nanogpt and FP8 have the Triton LayerNorm; FP8 has it with the word triton. Without a GPU everything runs at
+toy size, on PyTorch's code, and no figure means anything.
 """
 
 import gc
@@ -64,8 +64,8 @@ seed = 1337
 config = configure(globals())
 GELU = fused_checks.GELU
 FP8 = {"fp8": True, "fp8_emulated": "emulated"}
-WORDS = ("base", *GELU, "tanh", "qkv", "adamw", "scaled", *FP8, "fp8_head", "gelu_apart", "torchao",
-         "torchao_rowwise", "triton", "eager", "graphs", "nanogpt")
+WORDS = ("base", *GELU, "tanh", "qkv", "adamw", "scaled", *FP8, "fp8_head", "weight_gradients", "gelu_apart",
+         "torchao", "torchao_rowwise", "triton", "eager", "graphs", "nanogpt")
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_stages", "num_warps", "programs")
 TILES = {  # candidates of `tune`
     "forward": [(128, 256, 64, 2, 3, 8, 1), (128, 256, 64, 4, 4, 8, 1), (128, 128, 64, 4, 3, 4, 2),
@@ -224,7 +224,8 @@ class Contender:
             self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
         else:
             fp8 = [FP8[word] for word in self.words if word in FP8]
-            use_fp8(self.model, {"fp8": fp8[0] if fp8 else False, "fp8_head": "fp8_head" in self.words})
+            use_fp8(self.model, {"fp8": fp8[0] if fp8 else False, "fp8_head": "fp8_head" in self.words,
+                                 "fp8_weight_gradients": "weight_gradients" in self.words})
             for block in self.model.transformer.h:
                 block.mlp.fp8_gelu = "gelu_apart" not in self.words
             torchao = [strategies.WORDS[w]["torchao"] for w in self.words if w in strategies.TORCHAO]

@@ -38,8 +38,9 @@ class Strategy:
     gelu: str = ""  # GELU in the products of the MLPs, and what it keeps, see kernels.gelu_mlp
     compiled: bool = True
     graphs: bool = False  # each compiled pass as a CUDA graph
-    fp8: bool | str = False  # these two: settings of train.py
+    fp8: bool | str = False  # these three: settings of train.py
     fp8_head: bool = False
+    fp8_weight_gradients: bool = False
     fp8_gelu: bool = True  # casts around GELU in its kernels, see kernels.gelu_cast
     torchao: str = ""  # recipe of torchao.float8 for the blocks
 
@@ -68,6 +69,7 @@ WORDS = {  # word -> fields of Strategy; a word of digits and M is min_num_param
     "fp8": {"fp8": True},
     "fp8_emulated": {"fp8": "emulated"},
     "fp8_head": {"fp8_head": True},
+    "weight_gradients": {"fp8_weight_gradients": True},
     "gelu_apart": {"fp8_gelu": False},
     "torchao": {"torchao": "tensorwise"},
     "torchao_rowwise": {"torchao": "rowwise"},
@@ -102,9 +104,10 @@ def _parse_one(text: str, config: dict) -> Strategy:
     if fused and (FP8 | TORCHAO) & set(words):
         raise UserError(f"compare: {text!r}: gelu and qkv have products in bfloat16, and FP8 replaces these: "
                         f"take one or the other")
-    if len((FP8 | TORCHAO) & set(words)) > 1 or ("fp8_head" in words and not FP8 & set(words)):
-        raise UserError(f"compare: {text!r}: take one of {', '.join(sorted(FP8 | TORCHAO))}; fp8_head goes "
-                        f"with one of the first two")
+    if len((FP8 | TORCHAO) & set(words)) > 1 or (
+            {"fp8_head", "weight_gradients"} & set(words) and not FP8 & set(words)):
+        raise UserError(f"compare: {text!r}: take one of {', '.join(sorted(FP8 | TORCHAO))}; fp8_head and "
+                        f"weight_gradients go with one of the first two")
     if {"eager", "graphs"} <= set(words):
         raise UserError(f"compare: {text!r}: graphs are of compiled passes: leave eager out")
     if TORCHAO & set(words) and importlib.util.find_spec("torchao") is None:
@@ -174,7 +177,7 @@ def build_model(strategy: Strategy, parallel: Parallelism, bench: Bench, n_layer
     if strategy.tp:
         model.place(ranks_on(parallel.processes.tp_group, tp_processes))
     use_activation_checkpointing(model, strategy.recompute)
-    use_fp8(model, {"fp8": strategy.fp8, "fp8_head": strategy.fp8_head})
+    use_fp8(model, {name: getattr(strategy, name) for name in ("fp8", "fp8_head", "fp8_weight_gradients")})
     for block in model.transformer.h:
         block.mlp.fp8_gelu = strategy.fp8_gelu
     if strategy.torchao:

@@ -1,8 +1,8 @@
-"""Linear layers whose forward product and input gradient run in FP8, with the weight's gradient as usual.
+"""Linear layers whose forward product and input gradient run in FP8, and the weight's gradient if wanted.
 
     y  = x @ w.T + bias          x and w in e4m3, 3 bits of mantissa, up to 448
     dx = dy @ w                  dy in e5m2, 2 bits of mantissa, up to 57344
-    dw = dy.T @ x                in the dtype of x
+    dw = dy.T @ x                in the dtype of x, or dy in e5m2 and x in e4m3: see fp8_transpose.py
 
 A tensor is divided by a scale before the cast, so that its largest entry becomes the largest number of the
 format. Each row of an activation or gradient has a scale of its own, a weight has one. A scale of rows is
@@ -157,34 +157,37 @@ _batched_product.register_fake(_empty_products)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, emulated: bool = False,
-           casts: WeightCast | None = None) -> torch.Tensor:
+           casts: WeightCast | None = None, weight_gradient: bool = False) -> torch.Tensor:
     """Return x @ weight.T + bias, (..., N), in x's dtype, computed in FP8. Differentiable once.
 
     x: (..., K), cast to autocast's dtype under autocast. Without `emulated` it must then be bfloat16.
     weight: (N, K), N and K multiples of MULTIPLE. bias: (N,) or None. emulated: see `product`.
     casts: of the weight; None makes them here, and again in the backward pass.
+    weight_gradient: compute it in FP8 as well, see kernels.fp8_transpose.
     """
-    return split_linear(x, weight, bias, 1, emulated, casts)[0]
+    return split_linear(x, weight, bias, 1, emulated, casts, weight_gradient)[0]
 
 
 def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int,
-                 emulated: bool = False, casts: WeightCast | None = None) -> tuple[torch.Tensor, ...]:
+                 emulated: bool = False, casts: WeightCast | None = None, weight_gradient: bool = False
+                 ) -> tuple[torch.Tensor, ...]:
     """Return the columns of `linear` in equal parts, (..., N / parts) each, views of one tensor.
 
     The backward pass joins the gradients of the parts in FP8 alone. The gradient of the weight is a product
-    for each part.
+    for each part, with weight_gradient one for all.
     """
     assert weight.shape[0] % parts == 0, f"{weight.shape[0]} columns in {parts} equal parts"
     x = _in_autocast_dtype(x)
     split = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, *(casts or (None, None, None)), emulated,
-                          parts)
+                          parts, weight_gradient)
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in split)
 
 
 def batched_linear(x: torch.Tensor, weight: torch.Tensor, emulated: bool = False,
                    casts: WeightCast | None = None) -> torch.Tensor:
     """Return x[r] @ weight[r].T for each r, (R, M, N): `linear` for a batch (R, M, K) and (R, N, K)."""
-    return _Linear.apply(_in_autocast_dtype(x), weight, None, *(casts or (None, None, None)), emulated, 1)[0]
+    return _Linear.apply(_in_autocast_dtype(x), weight, None, *(casts or (None, None, None)), emulated, 1,
+                         False)[0]
 
 
 def _in_autocast_dtype(x):
@@ -196,27 +199,38 @@ class _Linear(torch.autograd.Function):
     the weight's gradient needs x itself."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, values, transposed, scale, emulated, parts):
+    def forward(ctx, x, weight, bias, values, transposed, scale, emulated, parts, weight_gradient):
         casts = cast_weight(weight) if values is None else WeightCast(values, transposed, scale)
-        ctx.emulated = emulated
-        ctx.save_for_backward(x, weight, bias, transposed, scale)
-        y = forward_product(cast(x, E4M3), casts, bias, x.dtype, emulated)
+        cast_x, ctx.emulated, ctx.in_fp8 = cast(x, E4M3), emulated, weight_gradient and len(x) % MULTIPLE == 0
+        ctx.dtype, ctx.wide_x = x.dtype, ctx.in_fp8 and weight.shape[1] > weight.shape[0]
+        ctx.save_for_backward(None if ctx.wide_x else x, weight, bias, transposed, scale,
+                              cast_x.scale if ctx.in_fp8 else None, cast_x.values if ctx.wide_x else None)
+        y = forward_product(cast_x, casts, bias, x.dtype, emulated)
         return (y,) if parts == 1 else y.chunk(parts, dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        x, weight, bias, transposed, scale = ctx.saved_tensors
+        x, weight, bias, transposed, scale, x_scale, x_values = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
+        cast_grad = join_cast(grads) if of_x or ctx.in_fp8 else None
         if of_x:
             casts = cast_weight(weight) if scale is None else WeightCast(None, transposed, scale)
-            grad_x = input_gradient(join_cast(grads), casts, x.dtype, ctx.emulated)
-        if of_weight:
+            grad_x = input_gradient(cast_grad, casts, ctx.dtype, ctx.emulated)
+        if of_weight and ctx.in_fp8:
+            from kernels.fp8_transpose import transposed_factors  # it imports this module
+
+            if ctx.wide_x:
+                b, a = transposed_factors(Cast(x_values, x_scale), _join(grads, -1), cast_grad.scale, E5M2)
+            else:
+                a, b = transposed_factors(cast_grad, x, x_scale, E4M3)
+            grad_weight = product(a, b, None, ctx.dtype, ctx.emulated, fast=False).to(weight.dtype)
+        elif of_weight:
             grad_weight = _join([grad.mT @ x for grad in grads], -2).to(weight.dtype)
         if of_bias:
             grad_bias = _join([grad.sum(0, dtype=torch.float32) for grad in grads], 0).to(bias.dtype)
-        return grad_x, grad_weight, grad_bias, *[None] * 5
+        return grad_x, grad_weight, grad_bias, *[None] * 6
 
 
 def _join(parts, dim: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ GELU is GPT-2's tanh form, see gelu_mlp.py. A kernel processes a row: it compute
 in the usual dtype, which the gradient of a weight needs, and finds the row's largest entry. Then it reads the
 row back from the cache and writes the cast. So a cast costs the bytes that it writes. torch.compile computes
 the gradient of GELU three times for the same: for the largest entry, for the cast, and for the usual dtype.
+If the gradients of weights are in FP8, too, the kernels write the casts alone.
 
 Shapes: M = rows of x, C = channels, H = hidden units.
 """
@@ -18,6 +19,7 @@ from kernels.fp8 import (
     E4M3,
     E5M2,
     LARGEST,
+    MULTIPLE,
     TINY,
     Cast,
     WeightCast,
@@ -25,26 +27,35 @@ from kernels.fp8 import (
     cast_weight,
     forward_product,
     input_gradient,
+    product,
     product_and_factors,
 )
+from kernels.fp8_transpose import transposed_factors
 from kernels.gelu_mlp import SIGMOIDS, gelu
 
 BLOCK, WARPS = 1024, 4  # entries of a row at a time
 
 
-def gelu_cast(h: torch.Tensor, factors: torch.Tensor | None = None, dtype: torch.dtype = E4M3
-              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def row_block(H: int) -> tuple[int, int]:
+    """Return the size of a block for a whole row, and its warps: up to 32 entries a thread."""
+    block = triton.next_power_of_2(H)
+    return block, min(16, max(1, block // 1024))
+
+
+def gelu_cast(h: torch.Tensor, factors: torch.Tensor | None = None, dtype: torch.dtype = E4M3,
+              store: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return y = gelu(h * factors), (M, H), in h's dtype, and the values and scale of its cast by rows.
 
-    factors: (M, 1) fp32, None for 1. dtype: of the cast's values; tests of the kernel take another.
+    factors: (M, 1) fp32, None for 1. dtype: of the cast's values; tests of the kernel take another. store:
+    False leaves y out, and an empty tensor is in its place.
     """
-    return (_gelu_cast if _runs(h, dtype) else plain_gelu_cast)(h, factors, dtype)
+    return (_gelu_cast if _runs(h, dtype) else plain_gelu_cast)(h, factors, dtype, store)
 
 
-def plain_gelu_cast(h, factors=None, dtype=E4M3):
+def plain_gelu_cast(h, factors=None, dtype=E4M3, store=True):
     """Compute gelu_cast by PyTorch."""
     y = gelu(_multiplied(h, factors)).to(h.dtype)
-    return y, *cast(y, dtype)
+    return y if store else y.new_empty(0), *cast(y, dtype)
 
 
 def _multiplied(h, factors):
@@ -52,24 +63,24 @@ def _multiplied(h, factors):
 
 
 def gelu_backward_cast(grad: torch.Tensor, h: torch.Tensor, grad_factors: torch.Tensor | None = None,
-                       factors: torch.Tensor | None = None, dtype: torch.dtype = E5M2
+                       factors: torch.Tensor | None = None, dtype: torch.dtype = E5M2, store: bool = True
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradient of h * factors, (M, H), in h's dtype, and the values and scale of its cast by rows.
 
-    grad: gradient of y, without its factors grad_factors, (M, 1) fp32, None for 1. factors, dtype: see
+    grad: gradient of y, without its factors grad_factors, (M, 1) fp32, None for 1. factors, dtype, store: see
     gelu_cast.
     """
     run = _gelu_backward_cast if _runs(h, dtype) else plain_gelu_backward_cast
-    return run(grad, h, grad_factors, factors, dtype)
+    return run(grad, h, grad_factors, factors, dtype, store)
 
 
-def plain_gelu_backward_cast(grad, h, grad_factors=None, factors=None, dtype=E5M2):
+def plain_gelu_backward_cast(grad, h, grad_factors=None, factors=None, dtype=E5M2, store=True):
     """Compute gelu_backward_cast by PyTorch."""
     h32 = _multiplied(h, factors)
     s = torch.sigmoid(1.5957691216057308 * (h32 + 0.044715 * h32**3))
     slope = s + h32 * s * (1 - s) * (1.5957691216057308 + 0.2140644488178008 * h32 * h32)
     grad_h = (_multiplied(grad, grad_factors) * slope).to(h.dtype)
-    return grad_h, *cast(grad_h, dtype)
+    return grad_h if store else grad_h.new_empty(0), *cast(grad_h, dtype)
 
 
 def _runs(h: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -84,76 +95,106 @@ if triton is not None:
     from kernels.gelu_mlp import _derivative, _sigmoid
 
     @triton.jit
+    def _result(h_ptr, grad_ptr, h_factors_ptr, grad_factors_ptr, row, c, H: tl.constexpr,
+                BACKWARD: tl.constexpr, H_FACTORS: tl.constexpr, GRAD_FACTORS: tl.constexpr,
+                SIGMOID: tl.constexpr):
+        """Return columns c of a row of y, or of the gradient of h, in h's dtype."""
+        h = tl.load(h_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32)
+        if H_FACTORS:
+            h *= tl.load(h_factors_ptr + row)
+        square = h * h
+        s = _sigmoid(h, square, SIGMOID)
+        y = h * s
+        if BACKWARD:
+            grad = tl.load(grad_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32)
+            if GRAD_FACTORS:
+                grad *= tl.load(grad_factors_ptr + row)
+            y = grad * _derivative(square, s, y)
+        return y.to(h_ptr.dtype.element_ty)
+
+    @triton.jit
+    def _bits(y):
+        """Return the size of each entry as the bits of an fp32 number, of which a NaN is the largest."""
+        return tl.abs(y.to(tl.float32)).to(tl.int32, bitcast=True)
+
+    @triton.jit
+    def _store_scale(scale_ptr, largest, LARGEST: tl.constexpr, TINY: tl.constexpr):
+        """Store the scale of a row, and return the factor of its cast."""
+        size = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
+        size = tl.maximum(size, TINY, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(scale_ptr, tl.div_rn(size, LARGEST))
+        return tl.div_rn(LARGEST, size)
+
+    @triton.jit
     def _gelu_cast_kernel(
         h_ptr, grad_ptr,  # (M, H); grad only if BACKWARD
         h_factors_ptr, grad_factors_ptr,  # (M,) fp32, if H_FACTORS, GRAD_FACTORS
-        result_ptr,  # (M, H): y, or gradient of h
+        result_ptr,  # (M, H): y, or gradient of h; if STORE
         values_ptr,  # (M, H): the result's cast
         scale_ptr,  # (M,) fp32: its scales
         H: tl.constexpr, BACKWARD: tl.constexpr, H_FACTORS: tl.constexpr, GRAD_FACTORS: tl.constexpr,
-        SIGMOID: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
+        STORE: tl.constexpr, SIGMOID: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
-        """Process a row per program, in pieces of BLOCK entries."""
+        """Process a row per program: with STORE in pieces of BLOCK entries, else in one that stays in
+        registers."""
         row = tl.program_id(0).to(tl.int64)
-        largest = tl.zeros((BLOCK,), tl.int32)  # as the bits of fp32 numbers, of which a NaN is the largest
-        for start in range(0, H, BLOCK):
-            c = start + tl.arange(0, BLOCK)
-            h = tl.load(h_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32)
-            if H_FACTORS:
-                h *= tl.load(h_factors_ptr + row)
-            square = h * h
-            s = _sigmoid(h, square, SIGMOID)
-            y = h * s
-            if BACKWARD:
-                grad = tl.load(grad_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32)
-                if GRAD_FACTORS:
-                    grad *= tl.load(grad_factors_ptr + row)
-                y = grad * _derivative(square, s, y)
-            y = y.to(result_ptr.dtype.element_ty)
-            tl.store(result_ptr + row * H + c, y, mask=c < H)
-            largest = tl.maximum(largest, tl.abs(y.to(tl.float32)).to(tl.int32, bitcast=True))
-        size = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
-        size = tl.maximum(size, TINY, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(scale_ptr + row, tl.div_rn(size, LARGEST))
-        factor = tl.div_rn(LARGEST, size)
-        tl.debug_barrier()  # the row must be written before it is read back
-        for start in range(0, H, BLOCK):
-            c = start + tl.arange(0, BLOCK)
-            y = tl.load(result_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32) * factor
-            tl.store(values_ptr + row * H + c, y.to(values_ptr.dtype.element_ty), mask=c < H)
+        if STORE:
+            largest = tl.zeros((BLOCK,), tl.int32)
+            for start in range(0, H, BLOCK):
+                c = start + tl.arange(0, BLOCK)
+                y = _result(h_ptr, grad_ptr, h_factors_ptr, grad_factors_ptr, row, c, H, BACKWARD, H_FACTORS,
+                            GRAD_FACTORS, SIGMOID)
+                tl.store(result_ptr + row * H + c, y, mask=c < H)
+                largest = tl.maximum(largest, _bits(y))
+            factor = _store_scale(scale_ptr + row, largest, LARGEST, TINY)
+            tl.debug_barrier()  # the row must be written before it is read back
+            for start in range(0, H, BLOCK):
+                c = start + tl.arange(0, BLOCK)
+                y = tl.load(result_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32) * factor
+                tl.store(values_ptr + row * H + c, y.to(values_ptr.dtype.element_ty), mask=c < H)
+        else:
+            c = tl.arange(0, BLOCK)
+            y = _result(h_ptr, grad_ptr, h_factors_ptr, grad_factors_ptr, row, c, H, BACKWARD, H_FACTORS,
+                        GRAD_FACTORS, SIGMOID)
+            factor = _store_scale(scale_ptr + row, _bits(y), LARGEST, TINY)
+            # 8, though it may be a multiple of 16, lets Triton store 8 bytes a thread without an exchange
+            values_ptr = tl.multiple_of(values_ptr + row * H, 8 if H % 8 == 0 else 1)
+            tl.store(values_ptr + c, (y.to(tl.float32) * factor).to(values_ptr.dtype.element_ty), mask=c < H)
 
 
 @triton_op("nanosync::gelu_cast", mutates_args=())
-def _gelu_cast(h: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype
+def _gelu_cast(h: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype, store: bool
                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _launch(None, h, None, factors, dtype)
+    return _launch(None, h, None, factors, dtype, store)
 
 
 @triton_op("nanosync::gelu_backward_cast", mutates_args=())
 def _gelu_backward_cast(grad: torch.Tensor, h: torch.Tensor, grad_factors: torch.Tensor | None,
-                        factors: torch.Tensor | None, dtype: torch.dtype
+                        factors: torch.Tensor | None, dtype: torch.dtype, store: bool
                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _launch(grad.contiguous(), h, grad_factors, factors, dtype)
+    return _launch(grad.contiguous(), h, grad_factors, factors, dtype, store)
 
 
-def _launch(grad, h, grad_factors, factors, dtype: torch.dtype
+def _launch(grad, h, grad_factors, factors, dtype: torch.dtype, store: bool
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (M, H), largest = h.shape, LARGEST.get(dtype, LARGEST[E4M3])
-    result, values = torch.empty_like(h), torch.empty_like(h, dtype=dtype)
+    result, values = torch.empty_like(h) if store else h.new_empty(0), torch.empty_like(h, dtype=dtype)
+    block, warps = (BLOCK, WARPS) if store else row_block(H)
     scale = torch.empty((M, 1), dtype=torch.float32, device=h.device)
     if M:
         wrap_triton(_gelu_cast_kernel)[(M,)](
             h, h if grad is None else grad, scale if factors is None else factors,
             scale if grad_factors is None else grad_factors, result, values, scale, H=H,
             BACKWARD=grad is not None, H_FACTORS=factors is not None, GRAD_FACTORS=grad_factors is not None,
-            SIGMOID=0 if INTERPRETED else SIGMOIDS["exponential"], LARGEST=largest, TINY=TINY, BLOCK=BLOCK,
-            num_warps=WARPS)
+            STORE=store, SIGMOID=0 if INTERPRETED else SIGMOIDS["exponential"], LARGEST=largest, TINY=TINY,
+            BLOCK=block, num_warps=warps)
     return result, values, scale
 
 
 def fp8_gelu_mlp(x: torch.Tensor, w_in: torch.Tensor, b_in: torch.Tensor | None, w_out: torch.Tensor,
                  b_out: torch.Tensor | None, emulated: bool, casts_in: WeightCast | None,
-                 casts_out: WeightCast | None) -> torch.Tensor:
+                 casts_out: WeightCast | None, weight_gradients: bool = False) -> torch.Tensor:
     """Return gelu(x @ w_in.T + b_in) @ w_out.T + b_out, (..., C), in x's dtype, by products in FP8.
 
     Differentiable once. It computes what two `fp8.linear` with GELU between them do. Arguments as of
@@ -162,45 +203,54 @@ def fp8_gelu_mlp(x: torch.Tensor, w_in: torch.Tensor, b_in: torch.Tensor | None,
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     y = _MLP.apply(x.reshape(-1, x.shape[-1]), w_in, b_in, w_out, b_out, *(casts_in or (None, None, None)),
-                   *(casts_out or (None, None, None)), emulated)
+                   *(casts_out or (None, None, None)), emulated, weight_gradients)
     return y.view(x.shape)
 
 
 class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_in, b_in, w_out, b_out, *casts_and_emulated):
-        *casts, ctx.emulated = casts_and_emulated
+    def forward(ctx, x, w_in, b_in, w_out, b_out, *casts_and_flags):
+        *casts, ctx.emulated, wanted = casts_and_flags
         casts_in = cast_weight(w_in) if casts[0] is None else WeightCast(*casts[:3])
         casts_out = cast_weight(w_out) if casts[3] is None else WeightCast(*casts[3:])
-        cast_x = cast(x, E4M3)
+        cast_x, ctx.in_fp8 = cast(x, E4M3), wanted and len(x) % MULTIPLE == 0
         if b_in is None:
             h, factors = product_and_factors(cast_x, casts_in, False, x.dtype, ctx.emulated)
         else:  # the product adds the bias, so it must have its factors before
             h, factors = forward_product(cast_x, casts_in, b_in, x.dtype, ctx.emulated), None
-        y, *cast_y = gelu_cast(h, factors)
-        ctx.save_for_backward(x, w_in, b_in, w_out, b_out, h, factors, y, *casts[1:3], *casts[4:])
+        y, *cast_y = gelu_cast(h, factors, store=not ctx.in_fp8)
+        kept = (cast_x.scale, *cast_y) if ctx.in_fp8 else (y,)
+        ctx.save_for_backward(x, w_in, b_in, w_out, b_out, h, factors, *casts[1:3], *casts[4:], *kept)
         return forward_product(Cast(*cast_y), casts_out, b_out, x.dtype, ctx.emulated)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, w_in, b_in, w_out, b_out, h, factors, y, *casts = ctx.saved_tensors
+        x, w_in, b_in, w_out, b_out, h, factors, *casts_and_kept = ctx.saved_tensors
+        casts, kept = casts_and_kept[:4], casts_and_kept[4:]
         of_x, of_w_in, of_b_in, of_w_out, of_b_out = ctx.needs_input_grad[:5]
         casts_in = cast_weight(w_in) if casts[0] is None else WeightCast(None, *casts[:2])
         casts_out = cast_weight(w_out) if casts[2] is None else WeightCast(None, *casts[2:])
         grad_x = grad_w_in = grad_b_in = grad_w_out = grad_b_out = None
+        cast_grad = cast(grad, E5M2)
         if of_x or of_w_in or of_b_in:
-            grad_y, grad_factors = product_and_factors(cast(grad, E5M2), casts_out, True, x.dtype,
-                                                       ctx.emulated)
-            grad_h, *cast_h = gelu_backward_cast(grad_y, h, grad_factors, factors)
+            grad_y, grad_factors = product_and_factors(cast_grad, casts_out, True, x.dtype, ctx.emulated)
+            grad_h, *cast_h = gelu_backward_cast(grad_y, h, grad_factors, factors,
+                                                 store=of_b_in or not ctx.in_fp8)
         if of_x:
             grad_x = input_gradient(Cast(*cast_h), casts_in, x.dtype, ctx.emulated)
-        if of_w_in:
+        if of_w_in and ctx.in_fp8:
+            wide, narrow = transposed_factors(Cast(*cast_h), x, kept[0], E4M3)
+            grad_w_in = product(wide, narrow, None, x.dtype, ctx.emulated, fast=False).to(w_in.dtype)
+        elif of_w_in:
             grad_w_in = (grad_h.t() @ x).to(w_in.dtype)
         if of_b_in:
             grad_b_in = grad_h.sum(0, dtype=torch.float32).to(b_in.dtype)
-        if of_w_out:
-            grad_w_out = (grad.t() @ y).to(w_out.dtype)
+        if of_w_out and ctx.in_fp8:
+            wide, narrow = transposed_factors(Cast(*kept[1:]), grad, cast_grad.scale, E5M2)
+            grad_w_out = product(narrow, wide, None, x.dtype, ctx.emulated, fast=False).to(w_out.dtype)
+        elif of_w_out:
+            grad_w_out = (grad.t() @ kept[0]).to(w_out.dtype)
         if of_b_out:
             grad_b_out = grad.sum(0, dtype=torch.float32).to(b_out.dtype)
-        return grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out, *[None] * 7
+        return grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out, *[None] * 8

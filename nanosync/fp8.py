@@ -27,6 +27,7 @@ class Float8Linear(nn.Linear):
     """A linear layer whose forward product and input gradient are in FP8 where gradients are recorded."""
 
     emulated = False  # products in fp32, on any device
+    low_weight_gradient = False  # the weight's gradient in FP8 as well
     casts: WeightCast | None = None  # of the weight as it is now; None: cast in each pass
 
     def forward(self, x):
@@ -35,7 +36,7 @@ class Float8Linear(nn.Linear):
     def product(self, x, bias=None):
         """Return x @ weight.T + bias, (..., N), for x (..., K)."""
         if torch.is_grad_enabled():
-            return fp8.linear(x, self.weight, bias, self.emulated, self.casts)
+            return fp8.linear(x, self.weight, bias, self.emulated, self.casts, self.low_weight_gradient)
         return F.linear(x, self.weight, bias)
 
     def split_casts(self, split: Callable) -> WeightCast | None:
@@ -59,13 +60,14 @@ def runs_in_fp8(linear: nn.Linear) -> bool:
 
 def split_product(x: torch.Tensor, linear: Float8Linear, parts: int) -> tuple[torch.Tensor, ...]:
     """Return linear(x) in equal parts of the last dimension, whose gradients are joined in FP8 alone."""
-    return fp8.split_linear(x, linear.weight, linear.bias, parts, linear.emulated, linear.casts)
+    return fp8.split_linear(x, linear.weight, linear.bias, parts, linear.emulated, linear.casts,
+                            linear.low_weight_gradient)
 
 
 def fused_mlp(x: torch.Tensor, c_fc: Float8Linear, c_proj: Float8Linear) -> torch.Tensor:
     """Return c_proj(gelu(c_fc(x))), with the casts around GELU in its kernels."""
     return fp8_gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias, c_fc.emulated,
-                        c_fc.casts, c_proj.casts)
+                        c_fc.casts, c_proj.casts, c_fc.low_weight_gradient)
 
 
 def batched_product(x: torch.Tensor, linear: nn.Linear, split: Callable) -> torch.Tensor:
@@ -80,12 +82,13 @@ def batched_product(x: torch.Tensor, linear: nn.Linear, split: Callable) -> torc
 
 
 def check_fp8(config: dict) -> None:
-    """Raise UserError for wrong values of fp8 and fp8_head."""
+    """Raise UserError for wrong values of fp8, fp8_head and fp8_weight_gradients."""
     setting = config["fp8"]
     if type(setting) is not bool and setting != "emulated":
         raise UserError(f"fp8={shown(setting)} is unknown: use True, False or emulated")
-    if config["fp8_head"] and not setting:
-        raise UserError("fp8_head adds the head to the products in FP8: add --fp8, or leave fp8_head out")
+    for name, what in (("fp8_head", "the head"), ("fp8_weight_gradients", "the gradients of weights")):
+        if config[name] and not setting:
+            raise UserError(f"{name} adds {what} to the products in FP8: add --fp8, or leave {name} out")
 
 
 def check_fp8_device(config: dict, device: torch.device, dtype: torch.dtype) -> None:
@@ -110,6 +113,8 @@ def use_fp8(model: nn.Module, config: dict) -> None:
     """Run the products of a model's blocks in FP8, and the head's with fp8_head. Call follow_weights when the
     model has its weights. Raises UserError for a model whose sizes do not fit.
 
+    With fp8_weight_gradients, those of the blocks' weights as well, except in batches of simulated ranks.
+
     model: a model of any kind, with or without values, whole or on real TP ranks.
     """
     if not config["fp8"]:
@@ -122,6 +127,8 @@ def use_fp8(model: nn.Module, config: dict) -> None:
             where = "a simulated rank" if parts > 1 else "a process"
             _check_size(f"transformer.h.{name}.weight", *split, where)
             module.__class__, module.emulated = Float8Linear, config["fp8"] == "emulated"
+            # for a square weight the casts take longer than FP8 saves
+            module.low_weight_gradient = config["fp8_weight_gradients"] and rows != columns
     if config["fp8_head"]:
         V, C = model.transformer.wte.weight.shape
         ranks = getattr(model, "ranks", None)
@@ -172,6 +179,7 @@ def describe_fp8(config: dict, model: nn.Module) -> str:
     """Return the line that a run prints about FP8."""
     how = "emulated, which is slow" if config["fp8"] == "emulated" else "scales per row"
     head = " and the head" if config["fp8_head"] else ""
-    return (f"FP8: {len(layers_of(model))} matrices of the blocks{head} ({how})"
+    gradients = ", weight gradients of the blocks" if config["fp8_weight_gradients"] else ""
+    return (f"FP8: {len(layers_of(model))} matrices of the blocks{head}{gradients} ({how})"
             + ("; without compile the casts cost more than FP8 saves"
                if not config["compile"] and config["fp8"] != "emulated" else ""))

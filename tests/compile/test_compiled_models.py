@@ -209,7 +209,7 @@ def test_fp8_compiles_as_one_graph(recompute, schedule):
     eager = build(schedule, 2, torch.float32, n_layer=1, n_head=2, n_embd=32, vocab_size=64)
     compiled, found = copy.deepcopy(eager), []
     for model in (eager, compiled):
-        use_fp8(model, dict(fp8="emulated", fp8_head=True))
+        use_fp8(model, dict(fp8="emulated", fp8_head=True, fp8_weight_gradients=True))
         use_activation_checkpointing(model, recompute if model is compiled else "none")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         follow_weights(model, optimizer)

@@ -19,6 +19,7 @@ from kernels import (
     decode,
     exchange,
     fp8,
+    fp8_transpose,
     gelu_cast,
     gelu_mlp,
     interval_attention,
@@ -348,23 +349,44 @@ def test_weight_casts_compile_without_a_gpu():
 
 
 @COMPILED
-@pytest.mark.parametrize("backward", [False, True])
-def test_gelu_with_cast_compiles_without_a_gpu(backward):
+@pytest.mark.parametrize("kernel, types", [("_transpose_kernel", "*u8 *i32 i32 i32"),
+                                           ("_cast_transposed_kernel", "*bf16 *fp32 *fp32 *fp8e5 i32 i32")])
+def test_transposes_compile_without_a_gpu(kernel, types):
+    """For H100: loads of 16 bytes, and no exchange of single bytes through shared memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernel = getattr(fp8_transpose, kernel)
+    kinds = dict(zip(kernel.arg_names, types.split()))
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(kinds))}
+    source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in kernel.arg_names},
+                       {(len(kinds),): fp8_transpose.BLOCK}, aligned)
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=fp8_transpose.WARPS))
+    ptx = compiled.asm["ptx"]
+    assert "ld.global.v4.b32" in ptx and "shared.b8" not in ptx and "shared.v4.b8" not in ptx
+
+
+@COMPILED
+@pytest.mark.parametrize("backward, store, H", [(False, True, 3072), (True, True, 3072), (False, False, 3072),
+                                                (True, False, 3072), (True, False, 6400)])
+def test_gelu_with_cast_compiles_without_a_gpu(backward, store, H):
     """For H100 in bf16 at GPT-2's width: loads and stores of 16 bytes, FP8 conversions in hardware, and no
     values in local memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     kernel, names = gelu_cast._gelu_cast_kernel, gelu_cast._gelu_cast_kernel.arg_names
-    constants = dict(H=3072, BACKWARD=backward, H_FACTORS=True, GRAD_FACTORS=backward, SIGMOID=1,
-                     LARGEST=448.0, TINY=fp8.TINY, BLOCK=gelu_cast.BLOCK)
+    block, warps = (gelu_cast.BLOCK, gelu_cast.WARPS) if store else gelu_cast.row_block(H)
+    constants = dict(H=H, BACKWARD=backward, H_FACTORS=True, GRAD_FACTORS=backward, STORE=store, SIGMOID=1,
+                     LARGEST=448.0, TINY=fp8.TINY, BLOCK=block)
     kinds = dict(zip(names, ["*bf16", "*bf16", "*fp32", "*fp32", "*bf16",
                              "*fp8e5" if backward else "*fp8e4nv", "*fp32"]))
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in kinds}
     source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
                        {(names.index(n),): value for n, value in constants.items()}, aligned)
-    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=gelu_cast.WARPS))
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps))
     ptx = compiled.asm["ptx"]
-    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx and "max.NaN.f32" in ptx
+    assert "ld.global.v4.b32" in ptx and ("st.global.v4.b32" if store else "st.global.v2.b32") in ptx
+    assert "max.NaN.f32" in ptx and ptx.count("ld.shared") < 4 + 4 * store  # of the row's largest entry
     assert ("cvt.rn.satfinite.e5m2x2.f32" if backward else "cvt.rn.satfinite.e4m3x2.f32") in ptx
     assert ".local" not in ptx

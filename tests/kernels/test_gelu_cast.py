@@ -52,6 +52,10 @@ def test_kernels(H):
     assert gelu_cast._runs(h, torch.float32)
     check(gelu_cast.gelu_cast(h, None, torch.float32), y, LARGEST[E4M3])
     check(gelu_backward_cast(grad, h, None, None, torch.float32), grad_h, LARGEST[E4M3])
+    for run in (lambda store: gelu_cast.gelu_cast(h, None, torch.float32, store),
+                lambda store: gelu_backward_cast(grad, h, None, None, torch.float32, store)):
+        (_, *expected), (nothing, *found) = run(True), run(False)
+        assert nothing.numel() == 0 and all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=runs_kernels), None])

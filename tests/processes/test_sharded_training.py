@@ -81,7 +81,7 @@ class Run:
             self.model.place(Ranks(1, processes.tp_group))
         self.model.end_of_text = end_of_text
         use_activation_checkpointing(self.model, recompute)
-        use_fp8(self.model, dict(fp8=fp8, fp8_head=fp8))
+        use_fp8(self.model, dict(fp8=fp8, fp8_head=fp8, fp8_weight_gradients=fp8))
         self.parallel = Parallelism(processes, torch.float32, division.zero1, division.fsdp, min_num_params,
                                     reshard, False, not whole_gradients)
         weights.fill(self.model, values, "the test", CPU, self.parallel)

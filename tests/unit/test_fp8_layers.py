@@ -24,7 +24,7 @@ from nanosync.fp8 import (
 from nanosync.ranks import column_parallel, row_parallel
 
 SIZES = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64)
-ON = dict(fp8="emulated", fp8_head=True)
+ON = dict(fp8="emulated", fp8_head=True, fp8_weight_gradients=False)
 CUDA = torch.device("cuda", 0)
 
 
@@ -33,10 +33,11 @@ CUDA = torch.device("cuda", 0)
     (dict(fp8=1, fp8_head=False), "fp8=1 is unknown"),
     (dict(fp8="True", fp8_head=False), "fp8='True' is unknown"),
     (dict(fp8=False, fp8_head=True), "fp8_head adds the head to the products in FP8: add --fp8"),
+    (dict(fp8=False, fp8_head=False, fp8_weight_gradients=True), "fp8_weight_gradients adds the"),
 ])
 def test_wrong_settings(config, words):
     with pytest.raises(UserError, match=words):
-        check_fp8(config)
+        check_fp8(dict(fp8_weight_gradients=False) | config)
 
 
 @pytest.mark.parametrize("name, capability, dtype, words", [
@@ -78,15 +79,16 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("weight_gradients", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
-def test_models_train_in_fp8_and_evaluate_as_without(kind):
+def test_models_train_in_fp8_and_evaluate_as_without(kind, weight_gradients):
     """Names of parameters stay; gradients differ from those in fp32, but by no more than FP8 rounds; without
     gradients there is no bit's difference, and off means off."""
     model, idx, targets = MODELS[kind](), tokens(2, 16, vocab_size=64), tokens(2, 16, 5, vocab_size=64)
     plain, names = copy.deepcopy(model), list(model.state_dict())
-    use_fp8(model, dict(fp8=False, fp8_head=False))
+    use_fp8(model, dict(fp8=False, fp8_head=False, fp8_weight_gradients=False))
     assert layers_of(model) == [] and model.head_fp8 is False
-    use_fp8(model, ON)
+    use_fp8(model, ON | dict(fp8_weight_gradients=weight_gradients))
     follow_weights(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert len(layers_of(model)) == 8 and list(model.state_dict()) == names
     assert model.head_fp8 == "emulated"
@@ -159,15 +161,15 @@ def test_parts_of_simulated_ranks_that_do_not_fit():
 
 
 @pytest.mark.parametrize("kind, setting, words", [
-    ("dense", dict(fp8=True, fp8_head=False, compile=True), "FP8: 8 matrices of the blocks (scales per row)"),
-    ("dense", dict(fp8=True, fp8_head=True, compile=True),
-     "FP8: 8 matrices of the blocks and the head (scales per row)"),
-    ("spd", dict(ON, compile=False),
+    ("dense", dict(fp8_head=False), "FP8: 8 matrices of the blocks (scales per row)"),
+    ("dense", dict(fp8_weight_gradients=True),
+     "FP8: 8 matrices of the blocks and the head, weight gradients of the blocks (scales per row)"),
+    ("spd", dict(fp8="emulated", compile=False),
      "FP8: 8 matrices of the blocks and the head (emulated, which is slow)"),
-    ("dense", dict(fp8=True, fp8_head=False, compile=False),
+    ("dense", dict(fp8_head=False, compile=False),
      "FP8: 8 matrices of the blocks (scales per row); without compile the casts cost more than FP8 saves"),
 ])
 def test_description(kind, setting, words):
-    model = MODELS[kind]()
+    model, setting = MODELS[kind](), ON | dict(fp8=True, compile=True) | setting
     use_fp8(model, setting)
     assert describe_fp8(setting, model) == words
