@@ -31,17 +31,7 @@ import torch
 
 from kernels import INTERPRETED, triton, usable
 from kernels.collectives import functional_all_gather
-from kernels.fp8 import (
-    E4M3,
-    E5M2,
-    LARGEST,
-    MULTIPLE,
-    Cast,
-    WeightCast,
-    cast,
-    cast_weight,
-    product_and_factors,
-)
+from kernels.fp8 import E4M3, E5M2, LARGEST, MULTIPLE, Cast, WeightCast, cast, cast_weight, product
 
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25, "mps": 1 << 28}  # logits in memory at a time; see records/
 MAX_TARGETS = 8  # of a row
@@ -155,18 +145,22 @@ class _ProductsInFP8(_Products):
         self.emulated = emulated
 
     def logits(self, part):
-        return self._product(Cast(self.x.values[part], self.x.scale[part]), False)
+        return self._product(self.x.values[part], False), self.x.scale[part]
 
-    def _product(self, a: Cast, transposed: bool, out=None):
-        return product_and_factors(a, self.weight, transposed, self.dtype, self.emulated, False, out)
+    def _product(self, values, transposed: bool, out=None):
+        """Return values @ weight.T, or values @ weight if `transposed`, without the scales of rows, for which
+        cuBLAS has slower kernels."""
+        one = torch.ones((1, 1), device=values.device)
+        weight = self.weight.rows(transposed, one_scale=True)
+        return product(Cast(values, one), weight, None, self.dtype, self.emulated, fast=False, out=out)
 
     def low_grad(self, logits):
         scale = logits.new_empty(len(logits), 1, dtype=torch.float32)
         return Cast(torch.empty_like(logits, dtype=E5M2), scale)
 
     def grad_x_(self, out, grad_logits, low_grad):
-        _, factors = self._product(low_grad, True, out)
-        out.mul_(factors)
+        self._product(low_grad.values, True, out)
+        out.mul_(low_grad.scale)
 
 
 def _products(x, weight, casts: list[torch.Tensor], emulated: bool) -> _Products:

@@ -12,9 +12,6 @@ for its weight, but not with both. A kernel of this file joins and casts the gra
 the compiler reads several times. Scales depend on the tensor alone, not on earlier steps, so they are no
 state of a run. (Formats: arXiv 2209.05433.)
 
-cuBLAS has faster kernels for one scale than for a scale a row. Where a kernel of ours reads a product next,
-GELU or the loss, that kernel multiplies by the scales of the rows.
-
 Relative to the largest entry of a row, entries below 2^-14 (e4m3) and 2^-29 (e5m2) lose bits of the mantissa.
 All others are rounded to a relative error of at most 2^-4 (e4m3) and 2^-3 (e5m2).
 
@@ -121,18 +118,6 @@ def input_gradient(grad: Cast, weight: WeightCast, dtype: torch.dtype, emulated:
     if grad.values.dim() == 3:
         return _batched_product(*grad, *weight.rows(True), dtype, emulated)
     return product(grad, weight.rows(True), None, dtype, emulated, fast=True)
-
-
-def product_and_factors(a: Cast, weight: WeightCast, transposed: bool, dtype: torch.dtype, emulated: bool,
-                        fast: bool = True, out: torch.Tensor | None = None
-                        ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a @ weight.T, or a @ weight if `transposed`, without the factors of its rows, and these, (M, 1).
-
-    Arguments as of `product`.
-    """
-    one = torch.ones((1, 1), device=a.values.device)
-    weight = weight.rows(transposed, one_scale=True)
-    return product(Cast(a.values, one), weight, None, dtype, emulated, fast, out), a.scale
 
 
 # An opaque operator: a compiler would copy the products to join them.

@@ -28,7 +28,6 @@ from kernels.fp8 import (
     forward_product,
     input_gradient,
     product,
-    product_and_factors,
 )
 from kernels.fp8_transpose import transposed_factors
 from kernels.gelu_mlp import SIGMOIDS, gelu
@@ -42,44 +41,37 @@ def row_block(H: int) -> tuple[int, int]:
     return block, min(16, max(1, block // 1024))
 
 
-def gelu_cast(h: torch.Tensor, factors: torch.Tensor | None = None, dtype: torch.dtype = E4M3,
-              store: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return y = gelu(h * factors), (M, H), in h's dtype, and the values and scale of its cast by rows.
+def gelu_cast(h: torch.Tensor, dtype: torch.dtype = E4M3, store: bool = True
+              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return y = gelu(h), (M, H), in h's dtype, and the values and scale of its cast by rows.
 
-    factors: (M, 1) fp32, None for 1. dtype: of the cast's values; tests of the kernel take another. store:
-    False leaves y out, and an empty tensor is in its place.
+    dtype: of the cast's values; tests of the kernel take another. store: False leaves y out, and an empty
+    tensor is in its place.
     """
-    return (_gelu_cast if _runs(h, dtype) else plain_gelu_cast)(h, factors, dtype, store)
+    return (_gelu_cast if _runs(h, dtype) else plain_gelu_cast)(h, dtype, store)
 
 
-def plain_gelu_cast(h, factors=None, dtype=E4M3, store=True):
+def plain_gelu_cast(h, dtype=E4M3, store=True):
     """Compute gelu_cast by PyTorch."""
-    y = gelu(_multiplied(h, factors)).to(h.dtype)
+    y = gelu(h.float()).to(h.dtype)
     return y if store else y.new_empty(0), *cast(y, dtype)
 
 
-def _multiplied(h, factors):
-    return h.float() if factors is None else h.float() * factors
-
-
-def gelu_backward_cast(grad: torch.Tensor, h: torch.Tensor, grad_factors: torch.Tensor | None = None,
-                       factors: torch.Tensor | None = None, dtype: torch.dtype = E5M2, store: bool = True
+def gelu_backward_cast(grad: torch.Tensor, h: torch.Tensor, dtype: torch.dtype = E5M2, store: bool = True
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradient of h * factors, (M, H), in h's dtype, and the values and scale of its cast by rows.
+    """Return the gradient of h, (M, H), in h's dtype, and the values and scale of its cast by rows.
 
-    grad: gradient of y, without its factors grad_factors, (M, 1) fp32, None for 1. factors, dtype, store: see
-    gelu_cast.
+    grad: gradient of y. dtype, store: see gelu_cast.
     """
-    run = _gelu_backward_cast if _runs(h, dtype) else plain_gelu_backward_cast
-    return run(grad, h, grad_factors, factors, dtype, store)
+    return (_gelu_backward_cast if _runs(h, dtype) else plain_gelu_backward_cast)(grad, h, dtype, store)
 
 
-def plain_gelu_backward_cast(grad, h, grad_factors=None, factors=None, dtype=E5M2, store=True):
+def plain_gelu_backward_cast(grad, h, dtype=E5M2, store=True):
     """Compute gelu_backward_cast by PyTorch."""
-    h32 = _multiplied(h, factors)
+    h32 = h.float()
     s = torch.sigmoid(1.5957691216057308 * (h32 + 0.044715 * h32**3))
     slope = s + h32 * s * (1 - s) * (1.5957691216057308 + 0.2140644488178008 * h32 * h32)
-    grad_h = (_multiplied(grad, grad_factors) * slope).to(h.dtype)
+    grad_h = (grad.float() * slope).to(h.dtype)
     return grad_h if store else grad_h.new_empty(0), *cast(grad_h, dtype)
 
 
@@ -95,20 +87,14 @@ if triton is not None:
     from kernels.gelu_mlp import _derivative, _sigmoid
 
     @triton.jit
-    def _result(h_ptr, grad_ptr, h_factors_ptr, grad_factors_ptr, row, c, H: tl.constexpr,
-                BACKWARD: tl.constexpr, H_FACTORS: tl.constexpr, GRAD_FACTORS: tl.constexpr,
-                SIGMOID: tl.constexpr):
+    def _result(h_ptr, grad_ptr, row, c, H: tl.constexpr, BACKWARD: tl.constexpr, SIGMOID: tl.constexpr):
         """Return columns c of a row of y, or of the gradient of h, in h's dtype."""
         h = tl.load(h_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32)
-        if H_FACTORS:
-            h *= tl.load(h_factors_ptr + row)
         square = h * h
         s = _sigmoid(h, square, SIGMOID)
         y = h * s
         if BACKWARD:
             grad = tl.load(grad_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32)
-            if GRAD_FACTORS:
-                grad *= tl.load(grad_factors_ptr + row)
             y = grad * _derivative(square, s, y)
         return y.to(h_ptr.dtype.element_ty)
 
@@ -128,13 +114,11 @@ if triton is not None:
     @triton.jit
     def _gelu_cast_kernel(
         h_ptr, grad_ptr,  # (M, H); grad only if BACKWARD
-        h_factors_ptr, grad_factors_ptr,  # (M,) fp32, if H_FACTORS, GRAD_FACTORS
         result_ptr,  # (M, H): y, or gradient of h; if STORE
         values_ptr,  # (M, H): the result's cast
         scale_ptr,  # (M,) fp32: its scales
-        H: tl.constexpr, BACKWARD: tl.constexpr, H_FACTORS: tl.constexpr, GRAD_FACTORS: tl.constexpr,
-        STORE: tl.constexpr, SIGMOID: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr,
-        BLOCK: tl.constexpr,
+        H: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr, SIGMOID: tl.constexpr,
+        LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
     ):
         """Process a row per program: with STORE in pieces of BLOCK entries, else in one that stays in
         registers."""
@@ -143,8 +127,7 @@ if triton is not None:
             largest = tl.zeros((BLOCK,), tl.int32)
             for start in range(0, H, BLOCK):
                 c = start + tl.arange(0, BLOCK)
-                y = _result(h_ptr, grad_ptr, h_factors_ptr, grad_factors_ptr, row, c, H, BACKWARD, H_FACTORS,
-                            GRAD_FACTORS, SIGMOID)
+                y = _result(h_ptr, grad_ptr, row, c, H, BACKWARD, SIGMOID)
                 tl.store(result_ptr + row * H + c, y, mask=c < H)
                 largest = tl.maximum(largest, _bits(y))
             factor = _store_scale(scale_ptr + row, largest, LARGEST, TINY)
@@ -155,8 +138,7 @@ if triton is not None:
                 tl.store(values_ptr + row * H + c, y.to(values_ptr.dtype.element_ty), mask=c < H)
         else:
             c = tl.arange(0, BLOCK)
-            y = _result(h_ptr, grad_ptr, h_factors_ptr, grad_factors_ptr, row, c, H, BACKWARD, H_FACTORS,
-                        GRAD_FACTORS, SIGMOID)
+            y = _result(h_ptr, grad_ptr, row, c, H, BACKWARD, SIGMOID)
             factor = _store_scale(scale_ptr + row, _bits(y), LARGEST, TINY)
             # 8, though it may be a multiple of 16, lets Triton store 8 bytes a thread without an exchange
             values_ptr = tl.multiple_of(values_ptr + row * H, 8 if H % 8 == 0 else 1)
@@ -164,29 +146,25 @@ if triton is not None:
 
 
 @triton_op("nanosync::gelu_cast", mutates_args=())
-def _gelu_cast(h: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype, store: bool
+def _gelu_cast(h: torch.Tensor, dtype: torch.dtype, store: bool
                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _launch(None, h, None, factors, dtype, store)
+    return _launch(None, h, dtype, store)
 
 
 @triton_op("nanosync::gelu_backward_cast", mutates_args=())
-def _gelu_backward_cast(grad: torch.Tensor, h: torch.Tensor, grad_factors: torch.Tensor | None,
-                        factors: torch.Tensor | None, dtype: torch.dtype, store: bool
+def _gelu_backward_cast(grad: torch.Tensor, h: torch.Tensor, dtype: torch.dtype, store: bool
                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _launch(grad.contiguous(), h, grad_factors, factors, dtype, store)
+    return _launch(grad.contiguous(), h, dtype, store)
 
 
-def _launch(grad, h, grad_factors, factors, dtype: torch.dtype, store: bool
-            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _launch(grad, h, dtype: torch.dtype, store: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (M, H), largest = h.shape, LARGEST.get(dtype, LARGEST[E4M3])
     result, values = torch.empty_like(h) if store else h.new_empty(0), torch.empty_like(h, dtype=dtype)
     block, warps = (BLOCK, WARPS) if store else row_block(H)
     scale = torch.empty((M, 1), dtype=torch.float32, device=h.device)
     if M:
         wrap_triton(_gelu_cast_kernel)[(M,)](
-            h, h if grad is None else grad, scale if factors is None else factors,
-            scale if grad_factors is None else grad_factors, result, values, scale, H=H,
-            BACKWARD=grad is not None, H_FACTORS=factors is not None, GRAD_FACTORS=grad_factors is not None,
+            h, h if grad is None else grad, result, values, scale, H=H, BACKWARD=grad is not None,
             STORE=store, SIGMOID=0 if INTERPRETED else SIGMOIDS["exponential"], LARGEST=largest, TINY=TINY,
             BLOCK=block, num_warps=warps)
     return result, values, scale
@@ -214,19 +192,16 @@ class _MLP(torch.autograd.Function):
         casts_in = cast_weight(w_in) if casts[0] is None else WeightCast(*casts[:3])
         casts_out = cast_weight(w_out) if casts[3] is None else WeightCast(*casts[3:])
         cast_x, ctx.in_fp8 = cast(x, E4M3), wanted and len(x) % MULTIPLE == 0
-        if b_in is None:
-            h, factors = product_and_factors(cast_x, casts_in, False, x.dtype, ctx.emulated)
-        else:  # the product adds the bias, so it must have its factors before
-            h, factors = forward_product(cast_x, casts_in, b_in, x.dtype, ctx.emulated), None
-        y, *cast_y = gelu_cast(h, factors, store=not ctx.in_fp8)
+        h = forward_product(cast_x, casts_in, b_in, x.dtype, ctx.emulated)
+        y, *cast_y = gelu_cast(h, store=not ctx.in_fp8)
         kept = (cast_x.scale, *cast_y) if ctx.in_fp8 else (y,)
-        ctx.save_for_backward(x, w_in, b_in, w_out, b_out, h, factors, *casts[1:3], *casts[4:], *kept)
+        ctx.save_for_backward(x, w_in, b_in, w_out, b_out, h, *casts[1:3], *casts[4:], *kept)
         return forward_product(Cast(*cast_y), casts_out, b_out, x.dtype, ctx.emulated)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, w_in, b_in, w_out, b_out, h, factors, *casts_and_kept = ctx.saved_tensors
+        x, w_in, b_in, w_out, b_out, h, *casts_and_kept = ctx.saved_tensors
         casts, kept = casts_and_kept[:4], casts_and_kept[4:]
         of_x, of_w_in, of_b_in, of_w_out, of_b_out = ctx.needs_input_grad[:5]
         casts_in = cast_weight(w_in) if casts[0] is None else WeightCast(None, *casts[:2])
@@ -234,9 +209,8 @@ class _MLP(torch.autograd.Function):
         grad_x = grad_w_in = grad_b_in = grad_w_out = grad_b_out = None
         cast_grad = cast(grad, E5M2)
         if of_x or of_w_in or of_b_in:
-            grad_y, grad_factors = product_and_factors(cast_grad, casts_out, True, x.dtype, ctx.emulated)
-            grad_h, *cast_h = gelu_backward_cast(grad_y, h, grad_factors, factors,
-                                                 store=of_b_in or not ctx.in_fp8)
+            grad_y = input_gradient(cast_grad, casts_out, x.dtype, ctx.emulated)
+            grad_h, *cast_h = gelu_backward_cast(grad_y, h, store=of_b_in or not ctx.in_fp8)
         if of_x:
             grad_x = input_gradient(Cast(*cast_h), casts_in, x.dtype, ctx.emulated)
         if of_w_in and ctx.in_fp8:

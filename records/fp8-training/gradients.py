@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from configurator import configure
-from kernels import cross_entropy, fp8
+from kernels import cross_entropy, fp8, gelu_cast
 from model import GPT, GPTConfig
 from nanosync.files import write_result
 from nanosync.fp8 import follow_weights, use_fp8
@@ -43,12 +43,15 @@ T, B, PART = SIZES["block_size"], 16, 4
 GROUPS = ["", "wte", "wpe", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "ln", "h.0.",
           f"h.{SIZES['n_layer'] - 1}."]
 IN_FP8 = True if real else "emulated"
-OFF, BLOCKS, ALL, EMULATED = (dict(fp8=kind, fp8_head=head) for kind, head in (
-    (False, False), (IN_FP8, False), (IN_FP8, True), ("emulated", True)))
+OFF, BLOCKS, ALL, WEIGHTS, EMULATED = (
+    dict(fp8=kind, fp8_head=head, fp8_weight_gradients=weights) for kind, head, weights in (
+        (False, False, False), (IN_FP8, False, False), (IN_FP8, True, False), (IN_FP8, True, True),
+        ("emulated", True, True)))
 CONTENDERS = [("bf16", OFF, None), ("blocks", BLOCKS, None), ("blocks and head", ALL, None),
+              ("and weight gradients", WEIGHTS, None),
               ("blocks, fast", BLOCKS, True), ("blocks and head, fast", ALL, True),
               ("blocks, exact", BLOCKS, False), ("blocks and head, exact", ALL, False),
-              ("blocks and head, emulated", EMULATED, None)]
+              ("all, emulated", EMULATED, None)]
 
 
 def model_with(weights: dict | None) -> GPT:
@@ -105,7 +108,7 @@ def use_sums(wanted: bool | None) -> None:
     def product(*args, fast: bool, **options):
         return PRODUCT(*args, fast=fast if wanted is None else wanted, **options)
 
-    fp8.product = cross_entropy.product = product
+    fp8.product = gelu_cast.product = cross_entropy.product = product
 
 
 PRODUCT = fp8.product

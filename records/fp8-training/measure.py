@@ -39,11 +39,12 @@ from nanosync.hardware import environment
 # -----------------------------------------------------------------------------
 out = "out-fp8-training"  # folder of the results
 peer = ""  # folder of nanoGPT's model.py
-parts = "data,gradients,tests,compile,loss,step,xl,profile,ranks,tiles,biases,kernels,resume"  # of `jobs`
+parts = "data,gradients,tests,compile,loss,step,xl,ranks,tiles,biases,kernels,resume"  # of `jobs`
 seconds = 1560.0  # after which no job runs
+runs = 3  # seeds of each arm of part loss
 gpus = 0  # GPUs, 0 for all; two are enough
 device = "cuda"  # 'cpu': toy sizes
-arms = "bf16,bf16_plain,fp8"  # of part loss, of experiments/configs/fp8
+arms = "bf16,fp8,fp8_weights"  # of part loss, of experiments/configs/fp8
 rates: list = [2.4e-2, 6e-3, 1.2e-2]  # learning rates of part loss beside 6e-4
 # -----------------------------------------------------------------------------
 config = configure(globals())
@@ -54,20 +55,20 @@ TOY_BENCH = f"{TOY} --vocab_size=128 --steps=1 --warmup=1 --rounds=2"
 TOY_TRAINING = f"{TOY} --max_iters=6 --warmup_iters=2 --lr_decay_iters=6 --eval_interval=6 --eval_iters=2"
 BF16 = ("nanogpt,base,qkv+adamw,gelu-derivative8+qkv+adamw,gelu+qkv+adamw,gelu-derivative+qkv+adamw,adamw,"
         "gelu-derivative8")
-FP8 = "nanogpt,base,fp8+fp8_head,fp8+fp8_head+adamw,fp8+fp8_head+gelu_apart,fp8,torchao"
-SMALL = ("nanogpt,base,adamw,graphs,gelu-derivative8+qkv+adamw+graphs,fp8+fp8_head+adamw,fp8+adamw,"
-         "fp8+fp8_head+adamw+graphs,fp8+adamw+graphs,torchao")
-COMPILED = {  # job -> lane, batch size, contenders without those whose graph another lane has
-    "bf16": ("bf16", 64, "nanogpt,base,qkv,gelu-derivative8+qkv,gelu+qkv,gelu-derivative+qkv,"
-                         "gelu-derivative8"),
-    "fp8": ("fp8", 64, "fp8+fp8_head,fp8+fp8_head+gelu_apart,fp8,torchao"),
-    "small": ("small", 12, "nanogpt,base,gelu-derivative8+qkv,fp8+fp8_head,fp8,torchao,graphs,"
-                           "gelu-derivative8+qkv+graphs,fp8+fp8_head+graphs,fp8+graphs"),
-    "xl": ("fp8", 8, "base,fp8+fp8_head,gelu-derivative8+qkv"),  # after "fp8": it takes 41 GB
+WEIGHTS = "fp8+fp8_head+weight_gradients"
+FP8 = (f"nanogpt,base,fp8+fp8_head,{WEIGHTS},{WEIGHTS}+adamw,{WEIGHTS}+adamw+graphs,fp8+weight_gradients,fp8,"
+       "torchao")
+SMALL = (f"nanogpt,base,adamw,graphs,adamw+graphs,qkv+adamw+graphs,fp8+fp8_head+adamw+graphs,{WEIGHTS}+adamw,"
+         f"{WEIGHTS}+adamw+graphs,torchao")
+XL_COMPARED = f"base,fp8+fp8_head,{WEIGHTS},{WEIGHTS}+adamw"
+COMPILED = {  # job -> lane, batch size, contenders without those whose graph another job has
+    "bf16": ("bf16", 64, "nanogpt,base"),
+    "fp8": ("fp8", 64, f"fp8+fp8_head,{WEIGHTS},{WEIGHTS}+graphs,fp8+weight_gradients,fp8,torchao"),
+    "small": ("small", 12, f"nanogpt,base,graphs,qkv+graphs,fp8+fp8_head+graphs,{WEIGHTS},{WEIGHTS}+graphs,"
+                           "torchao"),
+    "xl": ("xl", 8, f"base,fp8+fp8_head,{WEIGHTS}"),
 }
-XL_COMPARED = "base,gelu-derivative8+qkv+adamw,fp8+fp8_head,fp8+fp8_head+adamw"
-PROFILED = "base,nanogpt,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw"
-BIASES = "nanogpt,base,adamw,gelu-derivative8+qkv+adamw,fp8+fp8_head+adamw"
+BIASES = f"nanogpt,base,adamw,gelu-derivative8+qkv+adamw,{WEIGHTS}+adamw"
 
 
 @dataclass(frozen=True)
@@ -106,20 +107,19 @@ def jobs() -> list[Job]:
         f"--out={out}/text", "--roots=stdlib,site-packages", "--roots=nanosync,tests", lane="data")
     workers = "-n 4" if importlib.util.find_spec("xdist") else ""
     add("tests", "tests", 260, f"TRITON_INTERPRET=0 nice {shlex.quote(sys.executable)} -m pytest -q "
-        f"-p no:cacheprovider --junitxml={out}/tests.xml", f"{workers} tests/kernels",
-        "tests/kernels/test_split_sums.py", lane="tests")
+        f"-p no:cacheprovider --junitxml={out}/tests.xml", f"{workers} tests/kernels "
+        "tests/scripts/test_cuda_graphs.py", "tests/kernels/test_split_sums.py", lane="tests")
     for name, (lane, B, contenders) in COMPILED.items():
         fused("compile", f"compile-{name}", 350, "compile", B, contenders, XL if name == "xl" else "", lane)
-    add("loss", "loss-0.0006", 150 * len(arms.split(",")), *losses(6e-4, 3), lane="loss")
+    add("loss", "loss-0.0006", 50 * runs * len(arms.split(",")), *losses(6e-4, runs), lane="loss")
     add("gradients", "gradients", 100, f"python records/fp8-training/gradients.py --out={out}/gradients.json "
         f"--data={out}/text", "", "--steps=20", lane="gradients")
     for rate in rates:
         add("loss", f"loss-{rate:g}", 60 * len(arms.split(",")), *losses(rate, 1), lane="loss")
-    fused("step", "fp8-64", 150, "step", 64, FP8, "")
-    fused("step", "small-12", 110, "step", 12, SMALL, "")
-    fused("xl", "xl", 220, "step,profile", 8, XL_COMPARED, XL)
-    fused("profile", "profile", 80, "profile", 64, PROFILED, "")
-    fused("tiles", "bf16-64", 200, "check,tune,step", 64, BF16, "")
+    fused("step", "fp8-64", 190, "step,profile", 64, FP8, "")
+    fused("step", "small-12", 140, "step,profile", 12, SMALL, "")
+    fused("xl", "xl", 230, "step,profile", 8, XL_COMPARED, XL)
+    fused("tiles", "bf16-64", 330, "check,tune,step", 64, BF16, "")
     for R in (2, 4):
         add("ranks", f"ranks-{R}", 185, f"python bench.py --model_type=distributed_gpt --tp_size={R} "
             f"--seconds=280 --json={out}/ranks-{R}.json", "--batch_size=64 --rounds=5 --steps=6 "
@@ -280,6 +280,7 @@ def main() -> None:
 if __name__ == "__main__":
     check_choice(config, "device", ("cuda", "cpu"))
     check_at_least(config, 0, "gpus")
+    check_at_least(config, 1, "runs")
     os.makedirs(out, exist_ok=True)
     peer = os.path.abspath(peer) if peer else ""
     there = gpus or torch.cuda.device_count() if real else 0

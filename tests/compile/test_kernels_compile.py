@@ -377,10 +377,9 @@ def test_gelu_with_cast_compiles_without_a_gpu(backward, store, H):
 
     kernel, names = gelu_cast._gelu_cast_kernel, gelu_cast._gelu_cast_kernel.arg_names
     block, warps = (gelu_cast.BLOCK, gelu_cast.WARPS) if store else gelu_cast.row_block(H)
-    constants = dict(H=H, BACKWARD=backward, H_FACTORS=True, GRAD_FACTORS=backward, STORE=store, SIGMOID=1,
-                     LARGEST=448.0, TINY=fp8.TINY, BLOCK=block)
-    kinds = dict(zip(names, ["*bf16", "*bf16", "*fp32", "*fp32", "*bf16",
-                             "*fp8e5" if backward else "*fp8e4nv", "*fp32"]))
+    constants = dict(H=H, BACKWARD=backward, STORE=store, SIGMOID=1, LARGEST=448.0, TINY=fp8.TINY,
+                     BLOCK=block)
+    kinds = dict(zip(names, ["*bf16", "*bf16", "*bf16", "*fp8e5" if backward else "*fp8e4nv", "*fp32"]))
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in kinds}
     source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names},
                        {(names.index(n),): value for n, value in constants.items()}, aligned)
