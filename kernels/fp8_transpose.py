@@ -60,8 +60,8 @@ if triton is not None:
 
     @triton.jit
     def _transpose_kernel(
-        x_ptr,  # (M, K) bytes
-        result_ptr,  # (K, M / 4) words
+        x_ptr,  # (M, K), of one byte each
+        result_ptr,  # (K, M)
         M, K, BLOCK: tl.constexpr,
     ):
         """Process a tile per program. The threads exchange words, each of four rows: to exchange bytes takes
@@ -69,11 +69,13 @@ if triton is not None:
         i = tl.program_id(0) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = (4 * i[:, None] < M) & (k[None, :] < K)
+        x_ptr = x_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
         x_ptr += 4 * i[:, None].to(tl.int64) * K + k[None, :]
         word = tl.load(x_ptr, mask=inside, other=0).to(tl.uint32)
         word |= tl.load(x_ptr + K, mask=inside, other=0).to(tl.uint32) << 8
         word |= tl.load(x_ptr + 2 * K, mask=inside, other=0).to(tl.uint32) << 16
         word |= tl.load(x_ptr + 3 * K, mask=inside, other=0).to(tl.uint32) << 24
+        result_ptr = result_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
         result_ptr += k[:, None].to(tl.int64) * (M // 4) + i[None, :]
         tl.store(result_ptr, tl.trans(word).to(tl.int32, bitcast=True), mask=tl.trans(inside))
 
@@ -103,7 +105,7 @@ def _transposed(values: torch.Tensor) -> torch.Tensor:
     result = values.new_empty(values.shape[::-1])
     if values.numel():
         wrap_triton(_transpose_kernel)[_grid(values)](
-            values.view(torch.uint8), result.view(torch.int32), *values.shape, BLOCK=BLOCK, num_warps=WARPS)
+            values, result, *values.shape, BLOCK=BLOCK, num_warps=WARPS)
     return result
 
 

@@ -39,7 +39,7 @@ from nanosync.hardware import environment
 # -----------------------------------------------------------------------------
 out = "out-fp8-training"  # folder of the results
 peer = ""  # folder of nanoGPT's model.py
-parts = "data,gradients,tests,compile,loss,step,xl,ranks,tiles,biases,kernels,resume"  # of `jobs`
+parts = "data,gradients,tests,compile,loss,step,graphs,xl,ranks,tiles,biases,kernels,resume"  # of `jobs`
 seconds = 1560.0  # after which no job runs
 runs = 3  # seeds of each arm of part loss
 gpus = 0  # GPUs, 0 for all; two are enough
@@ -118,6 +118,9 @@ def jobs() -> list[Job]:
         add("loss", f"loss-{rate:g}", 60 * len(arms.split(",")), *losses(rate, 1), lane="loss")
     fused("step", "fp8-64", 190, "step,profile", 64, FP8, "")
     fused("step", "small-12", 140, "step,profile", 12, SMALL, "")
+    add("graphs", "small-model", 70, f"python bench.py --compare=ddp,{'graphs' if real else 'eager'} "
+        f"--json={out}/small-model.json", "--n_layer=6 --n_head=6 --n_embd=384 --block_size=256 "
+        "--batch_size=64 --vocab_size=65 --rounds=7 --seconds=110", TOY_BENCH)
     fused("xl", "xl", 230, "step,profile", 8, XL_COMPARED, XL)
     fused("tiles", "bf16-64", 330, "check,tune,step", 64, BF16, "")
     for R in (2, 4):

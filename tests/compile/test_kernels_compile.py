@@ -349,7 +349,7 @@ def test_weight_casts_compile_without_a_gpu():
 
 
 @COMPILED
-@pytest.mark.parametrize("kernel, types", [("_transpose_kernel", "*u8 *i32 i32 i32"),
+@pytest.mark.parametrize("kernel, types", [("_transpose_kernel", "*fp8e5 *fp8e5 i32 i32"),
                                            ("_cast_transposed_kernel", "*bf16 *fp32 *fp32 *fp8e5 i32 i32")])
 def test_transposes_compile_without_a_gpu(kernel, types):
     """For H100: loads of 16 bytes, and no exchange of single bytes through shared memory."""
