@@ -119,7 +119,7 @@ def test_python_source_in_characters_and_in_gpt2_tokens_have_folders_of_their_ow
     assert folder_of("gpt2") == str(ROOT / "data" / "python_source_gpt2")
     configs = [ROOT / "config" / "fast_python_source.py", *ROOT.glob("experiments/configs/*/fast_*.json"),
                *ROOT.glob("experiments/configs/fp8/*.json")]
-    assert len(configs) == 7
+    assert len(configs) == 8
     for path in configs:
         assert '"python_source_gpt2"' in path.read_text(), path
 
