@@ -128,7 +128,7 @@ def use_fp8(model: nn.Module, config: dict) -> None:
             _check_size(f"transformer.h.{name}.weight", *split, where)
             module.__class__, module.emulated = Float8Linear, config["fp8"] == "emulated"
             # for a square weight the casts take longer than FP8 saves
-            module.low_weight_gradient = config["fp8_weight_gradients"] and rows != columns
+            module.low_weight_gradient = config["fp8_weight_gradients"] and rows != columns and parts == 1
     if config["fp8_head"]:
         V, C = model.transformer.wte.weight.shape
         ranks = getattr(model, "ranks", None)
@@ -179,7 +179,8 @@ def describe_fp8(config: dict, model: nn.Module) -> str:
     """Return the line that a run prints about FP8."""
     how = "emulated, which is slow" if config["fp8"] == "emulated" else "scales per row"
     head = " and the head" if config["fp8_head"] else ""
-    gradients = ", weight gradients of the blocks" if config["fp8_weight_gradients"] else ""
+    gradients = sum(layer.low_weight_gradient for layer in layers_of(model))
+    gradients = f", {gradients} weight gradients" if config["fp8_weight_gradients"] else ""
     return (f"FP8: {len(layers_of(model))} matrices of the blocks{head}{gradients} ({how})"
             + ("; without compile the casts cost more than FP8 saves"
                if not config["compile"] and config["fp8"] != "emulated" else ""))
