@@ -186,7 +186,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, values, transposed, scale, emulated, parts, weight_gradient):
         casts = cast_weight(weight) if values is None else WeightCast(values, transposed, scale)
-        cast_x, ctx.emulated, ctx.in_fp8 = cast(x, E4M3), emulated, weight_gradient and len(x) % MULTIPLE == 0
+        cast_x, ctx.emulated, ctx.in_fp8 = cast(x, E4M3), emulated, weight_gradient and fits_tokens(len(x))
         ctx.dtype, ctx.wide_x = x.dtype, ctx.in_fp8 and weight.shape[1] > weight.shape[0]
         ctx.save_for_backward(None if ctx.wide_x else x, weight, bias, transposed, scale,
                               cast_x.scale if ctx.in_fp8 else None, cast_x.values if ctx.wide_x else None)
@@ -216,6 +216,11 @@ class _Linear(torch.autograd.Function):
         if of_bias:
             grad_bias = _join([grad.sum(0, dtype=torch.float32) for grad in grads], 0).to(bias.dtype)
         return grad_x, grad_weight, grad_bias, *[None] * 6
+
+
+def fits_tokens(tokens: int) -> bool:
+    """Return True if a product in FP8 can sum over so many tokens."""
+    return tokens > 0 and tokens % MULTIPLE == 0
 
 
 def _join(parts, dim: int) -> torch.Tensor:

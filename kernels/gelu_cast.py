@@ -19,12 +19,12 @@ from kernels.fp8 import (
     E4M3,
     E5M2,
     LARGEST,
-    MULTIPLE,
     TINY,
     Cast,
     WeightCast,
     cast,
     cast_weight,
+    fits_tokens,
     forward_product,
     input_gradient,
     product,
@@ -191,7 +191,7 @@ class _MLP(torch.autograd.Function):
         *casts, ctx.emulated, wanted = casts_and_flags
         casts_in = cast_weight(w_in) if casts[0] is None else WeightCast(*casts[:3])
         casts_out = cast_weight(w_out) if casts[3] is None else WeightCast(*casts[3:])
-        cast_x, ctx.in_fp8 = cast(x, E4M3), wanted and len(x) % MULTIPLE == 0
+        cast_x, ctx.in_fp8 = cast(x, E4M3), wanted and fits_tokens(len(x))
         h = forward_product(cast_x, casts_in, b_in, x.dtype, ctx.emulated)
         y, *cast_y = gelu_cast(h, store=not ctx.in_fp8)
         kept = (cast_x.scale, *cast_y) if ctx.in_fp8 else (y,)

@@ -96,6 +96,20 @@ def test_mlp(biases, tokens, emulated):
             assert torch.equal(plain, found)
 
 
+def test_no_tokens():
+    x, weight = torch.ones(0, 16, device=DEVICE), torch.ones(32, 16, device=DEVICE, requires_grad=True)
+    linear(x, weight, None, True, None, True).sum().backward()
+    assert (weight.grad == 0).all()
+
+
+def test_gradients_that_nothing_needs_are_not_computed():
+    x, weight = torch.ones(16, 16, device=DEVICE), torch.ones(32, 16, device=DEVICE)
+    linear(x, weight.requires_grad_(), None, True, None, True).sum().backward()
+    linear(x.requires_grad_(), weight.detach(), None, True, None, True).sum().backward()
+    assert weight.grad.shape == (32, 16) and x.grad.shape == (16, 16)
+    torch.testing.assert_close(weight.grad, torch.full_like(weight, 16.0), rtol=2**-8, atol=0)
+
+
 def test_a_gradient_that_is_not_finite_stays_so():
     x, weight = (torch.ones(16, 16, device=DEVICE).requires_grad_() for _ in range(2))
     grad = torch.ones(16, 16, device=DEVICE)
