@@ -198,23 +198,37 @@ def check_graph() -> None:
         written.append([n.kwargs["tensors_to_clone"] for n in calls])
         return make_boxed_func(graph.forward)
 
-    kernels.layer_norm.usable = lambda x: True
+    for module in (kernels.layer_norm, fp8, fp8_transpose, gelu_cast):
+        module.usable = lambda x: True
     kernels.triton.runtime.driver._active = Driver()
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
     with FakeTensorMode():
         x, out = (torch.empty(2, 8, 768, requires_grad=True) for _ in range(2))
         weight, bias = (torch.empty(768, requires_grad=True) for _ in range(2))
-        backend = aot_autograd(fw_compiler=record, bw_compiler=record)
         s, y = torch.compile(add_layer_norm, fullgraph=True, backend=backend)(x, out, weight, bias)
         (s.sum() + y.sum()).backward()
     assert written == [[["s_ptr", "y_ptr", "stats_ptr"]],
                        [["grad_x_ptr", "partial_ptr"], ["grad_weight_ptr", "grad_bias_ptr"]]]
+    written.clear()
+    with FakeTensorMode():
+        x = torch.empty(32, 64, dtype=torch.bfloat16, requires_grad=True)
+        w_qkv, w_in, w_out = (torch.empty(*s, requires_grad=True) for s in ((192, 64), (128, 64), (64, 128)))
+
+        def function(x, w_qkv, w_in, w_out):
+            q, k, v = fp8.split_linear(x, w_qkv, None, 3, True, None, True)
+            return gelu_cast.fp8_gelu_mlp(q * k * v, w_in, None, w_out, None, True, None, None, True)
+
+        torch.compile(function, fullgraph=True, backend=backend)(x, w_qkv, w_in, w_out).sum().backward()
+    transposes = 2 * [["result_ptr"]]  # of a weight's gradient: the narrow factor and the wide one
+    assert written == [[["values_ptr", "scale_ptr"]], [
+        ["values_ptr", "scale_ptr"], *transposes, *transposes, ["values_ptr", "scale_ptr"], *transposes]]
 
 
 @COMPILED
 @pytest.mark.skipif(DEVICE == "cuda", reason="pretends to have a GPU")
 def test_graph_without_a_gpu():
-    """What torch.compile makes of it: the three kernels, in one graph each way, and nothing but their results
-    is taken for written, which would cost a copy."""
+    """What torch.compile makes of LayerNorm, and of FP8 with weight gradients: their kernels, in one graph
+    each way, and nothing but their results is taken for written, which would cost a copy."""
     code = """import torch
 there, torch.cuda.is_available = torch.cuda.is_available, lambda: True
 import kernels.layer_norm
