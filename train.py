@@ -192,6 +192,6 @@ for it in profiled(run):
     scaler.step(optimizer)
     scaler.update()
     # a CUDA graph reuses the memory of its gradients, so micro-steps add to gradients outside of it
-    optimizer.zero_grad(set_to_none=not (cuda_graphs and micro_steps > 1))
+    optimizer.zero_grad(set_to_none=not (config["cuda_graphs"] and micro_steps > 1))
     run.iteration(loss, lr, norm)
 run.end()

@@ -180,8 +180,8 @@ def _in_autocast_dtype(x):
 
 
 class _Linear(torch.autograd.Function):
-    """`split_linear` for a matrix x, or `batched_linear` with one part. The cast of x is not kept, because
-    the weight's gradient needs x itself."""
+    """`split_linear` for a matrix x, or `batched_linear` with one part. Of x and its cast it keeps what the
+    weight's gradient needs."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, values, transposed, scale, emulated, parts, weight_gradient):
@@ -199,7 +199,7 @@ class _Linear(torch.autograd.Function):
         x, weight, bias, transposed, scale, x_scale, x_values = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
-        cast_grad = join_cast(grads) if of_x or ctx.in_fp8 else None
+        cast_grad = join_cast(grads) if of_x or (of_weight and ctx.in_fp8) else None
         if of_x:
             casts = cast_weight(weight) if scale is None else WeightCast(None, transposed, scale)
             grad_x = input_gradient(cast_grad, casts, ctx.dtype, ctx.emulated)

@@ -178,11 +178,11 @@ def prepare_training(run: Run, model: nn.Module, parallel: Parallelism) -> tuple
     elif config["compile"]:
         run.line("not compiling: dropout masks on real TP ranks come from a shared generator")
     trained = parallel.prepare(model, compiled, config["cuda_graphs"])
+    if config["eval_only"]:
+        return trained, autocast, None
     if config["cuda_graphs"] and config["gradient_accumulation_steps"] > 1:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)  # outside of the graphs' memory
-    if config["eval_only"]:
-        return trained, autocast, None
     shared = model.share_dropout(config["seed"], processes.dp_rank, processes.device) if real_ranks else None
     with autocast:
         settle_buckets(trained, (config["batch_size"], config["block_size"]), processes.device, shared)
