@@ -75,8 +75,8 @@ TILES = {  # candidates of `tune`
 }
 KINDS = [  # of kernels in a profile: name, pattern; the first that matches counts
     ("products", r"nvjet|gemm|cutlass|splitK|cublas"), ("products with GELU, of q, k, v", r"^_kernel$"),
-    ("attention", r"cudnn|flash|fmha|sdpa"), ("cross-entropy", r"_cross_entropy_kernel"),
-    ("separate GELU", r"sigmoid|_gelu_cast"),
+    ("attention", r"cudnn|flash|fmha|sdpa"),
+    ("cross-entropy", r"_cross_entropy_kernel|log_softmax"), ("separate GELU", r"sigmoid|gelu"),
     ("LayerNorm", r"layer_norm|^_(forward|backward|column_sums)_kernel"),
     ("gradients of q, k, v joined", r"_cat_|_join_cast"), ("FP8 casts of weights", r"_cast_weights_kernel"),
     ("FP8 casts alone", r"_abs_amax"), ("embedding", r"embedding"),
@@ -254,7 +254,8 @@ class Contender:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.step()
-            self.peak_gb = (torch.cuda.max_memory_allocated() - before) / 2**30
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+            self.peak_gb = None if "graphs" in self.words else peak  # PyTorch does not count that of graphs
 
     def step(self):
         gelu_mlp.SIGMOID = "tanh" if "tanh" in self.words else "exponential"
@@ -395,8 +396,9 @@ def check_settings() -> None:
         recipes = {*FP8, *strategies.TORCHAO} & set(words)
         if len(recipes) > 1:
             raise UserError(f"contenders has {text!r}: take one of {', '.join(sorted(recipes))}")
-        if {*strategies.TORCHAO} & set(words) and "fp8_head" in words:
-            raise UserError(f"contenders has {text!r}: torchao's head stays in bf16, leave fp8_head out")
+        if {"fp8_head", "weight_gradients"} & set(words) and not {*FP8} & set(words):
+            raise UserError(f"contenders has {text!r}: fp8_head and weight_gradients go with "
+                            f"{', '.join(FP8)}")
         if {"eager", "graphs"} <= set(words):
             raise UserError(f"contenders has {text!r}: graphs are compiled, leave eager out")
         if recipes and {"qkv", *GELU} & set(words):

@@ -108,8 +108,11 @@ def _parse_one(text: str, config: dict) -> Strategy:
             {"fp8_head", "weight_gradients"} & set(words) and not FP8 & set(words)):
         raise UserError(f"compare: {text!r}: take one of {', '.join(sorted(FP8 | TORCHAO))}; fp8_head and "
                         f"weight_gradients go with one of the first two")
-    if {"eager", "graphs"} <= set(words):
-        raise UserError(f"compare: {text!r}: graphs are of compiled passes: leave eager out")
+    if "graphs" in words and ("eager" in words or config.get("compile") is False):
+        raise UserError(f"compare: {text!r}: graphs are of compiled passes: leave out eager and "
+                        f"compile=False")
+    if "graphs" in words and config["mode"] == "memory":
+        raise UserError(f"compare: {text!r}: PyTorch does not count the memory of graphs: leave graphs out")
     if TORCHAO & set(words) and importlib.util.find_spec("torchao") is None:
         raise UserError(f"compare: {text!r} needs the package torchao: pip install torchao")
     if len(sizes) > 1:

@@ -105,8 +105,8 @@ def _log2(beta: float) -> float:
 
 
 def _to(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a table to the device. CUDA keeps a copy of few bytes until the device takes it, so the host does
-    not wait; to make pinned memory for them would."""
+    """Copy a table to the device. The call returns at once for up to 64 KB, as addresses are, without pinned
+    memory, whose allocation would wait for the device."""
     return table.to(device, non_blocking=True)
 
 

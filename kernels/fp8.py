@@ -67,17 +67,17 @@ def cast_weight(weight: torch.Tensor) -> WeightCast:
     """Cast a weight (N, K), or a batch (R, N, K), with one scale."""
     values, scale = cast(weight, E4M3, per_tensor=True)
     scale = scale.reshape(1, 1).expand(max(weight.shape[-2:]), 1).contiguous()
-    return WeightCast(values, _transposed(values), scale)
+    return WeightCast(values, _transposed_weight(values), scale)
 
 
 # An opaque operator: where one kernel writes a cast in two layouts, ptxas 12.8 can take a wrong register.
 @torch.library.custom_op("nanosync::fp8_transposed", mutates_args=())
-def _transposed(values: torch.Tensor) -> torch.Tensor:
+def _transposed_weight(values: torch.Tensor) -> torch.Tensor:
     """Return a contiguous copy of values.mT."""
     return values.mT.clone(memory_format=torch.contiguous_format)
 
 
-@_transposed.register_fake
+@_transposed_weight.register_fake
 def _(values):
     return values.new_empty(values.mT.shape)
 
@@ -237,9 +237,14 @@ def join_cast(parts: tuple[torch.Tensor, ...], dtype: torch.dtype = E5M2) -> Cas
 
 def _joins(parts, dtype) -> bool:
     """Return True if the kernel runs, which takes three matrices."""
-    if INTERPRETED and (dtype in LARGEST or torch.compiler.is_compiling()):
-        return False  # Triton's interpreter rounds 8-bit numbers wrongly, and needs values
-    return len(parts) == 3 and all(usable(p) and p.dim() == 2 and p.is_contiguous() for p in parts)
+    return (len(parts) == 3 and not interpreter_fails(dtype)
+            and all(usable(p) and p.dim() == 2 and p.is_contiguous() for p in parts))
+
+
+def interpreter_fails(dtype: torch.dtype) -> bool:
+    """Return True in Triton's interpreter for FP8, which it rounds wrongly, and under a compiler, which has
+    no values for it."""
+    return INTERPRETED and (dtype in LARGEST or torch.compiler.is_compiling())
 
 
 class WeightCasts:

@@ -13,8 +13,8 @@ Shapes: M = tokens, N = columns of wide, K = columns of narrow.
 
 import torch
 
-from kernels import INTERPRETED, triton, triton_op, usable, wrap_triton
-from kernels.fp8 import LARGEST, Cast
+from kernels import triton, triton_op, usable, wrap_triton
+from kernels.fp8 import Cast, interpreter_fails
 
 BLOCK, WARPS = 128, 8  # rows and columns of a tile
 SMALLEST = 1e-36  # scale of zeros
@@ -50,9 +50,7 @@ def cast_transposed(x: torch.Tensor, factors: torch.Tensor, scale: torch.Tensor,
 
 
 def _runs(x: torch.Tensor, dtype: torch.dtype) -> bool:
-    if INTERPRETED and (dtype in LARGEST or torch.compiler.is_compiling()):
-        return False  # Triton's interpreter rounds 8-bit numbers wrongly, and needs values
-    return usable(x) and x.is_contiguous()
+    return not interpreter_fails(dtype) and usable(x) and x.is_contiguous()
 
 
 if triton is not None:

@@ -6,7 +6,8 @@ GELU is GPT-2's tanh form, see gelu_mlp.py. A kernel processes a row: it compute
 in the usual dtype, which the gradient of a weight needs, and finds the row's largest entry. Then it reads the
 row back from the cache and writes the cast. So a cast costs the bytes that it writes. torch.compile computes
 the gradient of GELU three times for the same: for the largest entry, for the cast, and for the usual dtype.
-If the gradients of weights are in FP8, too, the kernels write the casts alone.
+If the gradients of weights are in FP8, too, the kernels keep the row in registers and write the casts alone,
+except that a gradient of b_in needs that of h.
 
 Shapes: M = rows of x, C = channels, H = hidden units.
 """
@@ -27,6 +28,7 @@ from kernels.fp8 import (
     fits_tokens,
     forward_product,
     input_gradient,
+    interpreter_fails,
     product,
 )
 from kernels.fp8_transpose import transposed_factors
@@ -76,9 +78,7 @@ def plain_gelu_backward_cast(grad, h, dtype=E5M2, store=True):
 
 
 def _runs(h: torch.Tensor, dtype: torch.dtype) -> bool:
-    if INTERPRETED and (dtype in LARGEST or torch.compiler.is_compiling()):
-        return False  # Triton's interpreter rounds 8-bit numbers wrongly, and needs values
-    return usable(h) and h.is_contiguous()
+    return not interpreter_fails(dtype) and usable(h) and h.is_contiguous()
 
 
 if triton is not None:
@@ -210,7 +210,7 @@ class _MLP(torch.autograd.Function):
         cast_grad = cast(grad, E5M2)
         if of_x or of_w_in or of_b_in:
             grad_y = input_gradient(cast_grad, casts_out, x.dtype, ctx.emulated)
-            grad_h, *cast_h = gelu_backward_cast(grad_y, h, store=of_b_in or not ctx.in_fp8)
+            grad_h, *cast_h = gelu_backward_cast(grad_y, h, store=of_b_in or (of_w_in and not ctx.in_fp8))
         if of_x:
             grad_x = input_gradient(Cast(*cast_h), casts_in, x.dtype, ctx.emulated)
         if of_w_in and ctx.in_fp8:

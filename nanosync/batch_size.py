@@ -35,6 +35,7 @@ def check_batch_size(config: Config) -> None:
                         f"replaced number times gradient_accumulation_steps sequences: give 'auto' once, "
                         f"after a number of at least 1")
     for name, reason in (("eval_only", "eval_only trains none"),
+                         ("cuda_graphs", "with cuda_graphs they take other memory"),
                          ("use_fsdp", "with use_fsdp processes share the model")):
         if config[name]:
             raise UserError(f"batch_size='auto' measures training steps of one process, and {reason}: give a "

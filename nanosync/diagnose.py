@@ -196,6 +196,6 @@ def switch_of(row: str, config: dict, on_device: bool) -> str:
             return "--fsdp_reshard_after_forward=False"
         return f"{per_update}: fewer updates for the same tokens"
     if row == GAPS:
-        graphs = "--cuda_graphs, on one GPU" if on_device and "cuda_graphs" in config else ""
-        return compiled or graphs or larger
+        graphs = "on one GPU --cuda_graphs, or " * (on_device and "cuda_graphs" in config)
+        return compiled or graphs + larger
     return "a --dataset on a faster disk" if row == WAITING else ""

@@ -180,7 +180,8 @@ def describe_fp8(config: dict, model: nn.Module) -> str:
     how = "emulated, which is slow" if config["fp8"] == "emulated" else "scales per row"
     head = " and the head" if config["fp8_head"] else ""
     gradients = sum(layer.low_weight_gradient for layer in layers_of(model))
-    gradients = f", {gradients} weight gradients" if config["fp8_weight_gradients"] else ""
+    gradients = "" if not config["fp8_weight_gradients"] else f", {gradients} weight gradients" if gradients \
+        else ", no weight gradients, which batches of simulated ranks leave as they are"
     return (f"FP8: {len(layers_of(model))} matrices of the blocks{head}{gradients} ({how})"
             + ("; without compile the casts cost more than FP8 saves"
                if not config["compile"] and config["fp8"] != "emulated" else ""))

@@ -107,8 +107,11 @@ def jobs() -> list[Job]:
         f"--out={out}/text", "--roots=stdlib,site-packages", "--roots=nanosync,tests", lane="data")
     workers = "-n 4" if importlib.util.find_spec("xdist") else ""
     add("tests", "tests", 260, f"TRITON_INTERPRET=0 nice {shlex.quote(sys.executable)} -m pytest -q "
-        f"-p no:cacheprovider --junitxml={out}/tests.xml", f"{workers} tests/kernels "
-        "tests/scripts/test_cuda_graphs.py", "tests/kernels/test_split_sums.py", lane="tests")
+        f"-p no:cacheprovider --junitxml={out}/tests.xml", f"{workers} tests/kernels",
+        "tests/kernels/test_split_sums.py", lane="tests")
+    add("tests", "tests-graphs", 300, f"{shlex.quote(sys.executable)} -m pytest -q -p no:cacheprovider",
+        f"{workers} tests/scripts/test_cuda_graphs.py", "tests/kernels/test_split_sums.py",
+        lane="tests-graphs")
     for name, (lane, B, contenders) in COMPILED.items():
         fused("compile", f"compile-{name}", 350, "compile", B, contenders, XL if name == "xl" else "", lane)
     add("loss", "loss-0.0006", 50 * runs * len(arms.split(",")), *losses(6e-4, runs), lane="loss")
@@ -137,7 +140,8 @@ def jobs() -> list[Job]:
         f"--seconds=150 --json={out}/kernels.json",
         "--rows=[65536] --widths=[768] --rounds=5", f"{TOY_BENCH} --rows=[32] --widths=[32]")
     add("resume", "resume", 480, "python benchmarks/many_gpus.py --part=resume --limit=700 "
-        f"--out={out}/resume", "--fp8 --fp8_head", f"{TOY} --fp8=emulated --eval_iters=2", n=2)
+        f"--out={out}/resume", "--fp8 --fp8_head --fp8_weight_gradients",
+        f"{TOY} --fp8=emulated --eval_iters=2", n=2)
     return found
 
 

@@ -165,7 +165,8 @@ def test_parts_of_simulated_ranks_that_do_not_fit():
     ("dense", dict(fp8_weight_gradients=True),
      "FP8: 8 matrices of the blocks and the head, 6 weight gradients (scales per row)"),
     ("spd", dict(fp8_weight_gradients=True),
-     "FP8: 8 matrices of the blocks and the head, 0 weight gradients (scales per row)"),
+     "FP8: 8 matrices of the blocks and the head, no weight gradients, which batches of simulated ranks "
+     "leave as they are (scales per row)"),
     ("spd", dict(fp8="emulated", compile=False),
      "FP8: 8 matrices of the blocks and the head (emulated, which is slow)"),
     ("dense", dict(fp8_head=False, compile=False),

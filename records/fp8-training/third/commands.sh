@@ -1,12 +1,13 @@
 #!/bin/bash
-# sitting2.sh OUT: lanes side by side, then timed jobs
+# The commands of the third sitting as they ran, from the repository's root: `lanes` side by side for up to 195 s,
+# then timed jobs, each alone. .gpu has tiktoken_cache and nanogpt. The variables SMALL, SMALLB, TOY, ROOTS, LANES
+# and END were for a trial at toy size.
 OUTS=$1; O=/tmp/s2/out; B=$(date +%s); mkdir -p $O; pack() { tar czf $OUTS/all.tgz.new -C /tmp/s2 --exclude=./text --exclude="*.pt" --exclude="*.safetensors" . && mv $OUTS/all.tgz.new $OUTS/all.tgz; }
 export TORCHINDUCTOR_CACHE_DIR=/tmp/cc TIKTOKEN_CACHE_DIR=$PWD/.gpu/tiktoken_cache PYTHONUNBUFFERED=1
 XL="--n_layer=48 --n_head=25 --n_embd=1600"
 py() { python3 "$@"; }
 say() { echo "$(( $(date +%s) - B )) s: $*"; }
 f() { n=$1; shift; py -m benchmarks.fused_step --peer=.gpu/nanogpt --out=$O/$n "$@" > $O/$n.log 2>&1; say "$n rc $?"; }
-keep() { cp -r $O/. $KEEP 2>/dev/null; }
 lane() { export TORCHINDUCTOR_COMPILE_THREADS=4 OMP_NUM_THREADS=2; "$@"; }
 (while sleep 60; do pack; done) &
 L=${LANES:-195}; D="${SMALL:-}"; DB="${SMALLB:-}"; T="${TOY:-}"
