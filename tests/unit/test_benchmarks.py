@@ -79,7 +79,7 @@ def test_strategies_that_contradict_themselves(compare, words):
 
 @pytest.mark.parametrize("contenders, said", [("base,fp8+torchao", "take one of fp8, torchao"),
                                               ("torchao+qkv", "FP8 goes with none of qkv"),
-                                              ("torchao_rowwise+fp8_head", "fp8_head and weight_gradients go")])
+                                              ("torchao_rowwise+fp8_head", "fp8_head and weight_gradients")])
 def test_contenders_of_fused_step_have_one_kind_of_products(monkeypatch, contenders, said):
     monkeypatch.setattr(sys, "argv", ["fused_step.py", f"--contenders={contenders}"])
     monkeypatch.delitem(sys.modules, "benchmarks.fused_step", raising=False)
