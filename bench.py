@@ -24,7 +24,7 @@ $ python bench.py --mode=kernels --peer=FOLDER --rows="[16384,65536]" --widths="
 All contenders do the same work on the same tokens. Each is warmed up; then they take turns, `steps` steps a
 turn, for `rounds` rounds. A figure is the median over the rounds, with the range. A training step is forward,
 backward, clipping and AdamW. A step of generation is the time of one more token of a batch: the time for
-max_new_tokens less the time for one. On one process a contender may fail: the others continue.
+max_new_tokens tokens less that for one. On one process a contender may fail: the others continue.
 
 A strategy of `compare` is words with + between: ddp, zero1 or fsdp; tp (tp_processes hold a model); keep
 (fsdp_reshard_after_forward=False), offload (fsdp_cpu_offload), 100M (fsdp_min_num_params=1e8, or another

@@ -1,7 +1,8 @@
 """The rows of bench.py's mode kernels about FP8: products, and casts with and without the kernel before them.
 
-Each product of a block and the head's has the contenders bf16 (mm), rows (a scale a row), one scale, and both
-with e5m2, as gradients have. A contender with the word fast leaves its sums in the matrix units. Casts are
+Each product of a block and of the head, and each of their gradients with another shape, has the contenders
+bf16 (mm), rows (a scale a row), one scale, and both with e5m2, as gradients have. A contender with the word
+fast leaves its sums in the matrix units. Casts are
 compiled, with a scale a row: alone, after LayerNorm, GELU and the gradient of GELU, and of the joined
 gradients of q, k and v. The difference to LayerNorm or GELU alone is what a fused cast costs. `ours` is a
 kernel of kernels/gelu_cast.py, with so many entries at a time and so many warps, or of kernels/fp8.py.
@@ -25,10 +26,13 @@ def measure(rows: int, C: int, V: int, dtype: torch.dtype, device: torch.device,
     timed: function that maps {name: function to time} to {name: seconds of each round}; a contender that
     fails is left out.
     """
-    figures = []
-    for name, N, K in (("q, k, v", 3 * C, C), ("attention out", C, C), ("MLP in", 4 * C, C),
-                       ("MLP out", C, 4 * C), ("head", V, C)):
-        M = min(rows, 16384) if name == "head" else rows
+    figures, part = [], min(rows, 16384)  # the head has so many rows at a time
+    for name, M, N, K in (
+            ("q, k, v", rows, 3 * C, C), ("attention out", rows, C, C), ("MLP in", rows, 4 * C, C),
+            ("MLP out", rows, C, 4 * C), ("head", part, V, C), ("input gradient of q, k, v", rows, C, 3 * C),
+            ("input gradient of the head", part, C, V), ("weight gradient of q, k, v", 3 * C, C, rows),
+            ("weight gradient of attention out", C, C, rows), ("weight gradient of MLP in", 4 * C, C, rows),
+            ("weight gradient of the head", V, C, part)):
         for contender, times in timed(_products(M, N, K, dtype, device, emulated)).items():
             figures.append({"operation": f"FP8 {name}", "rows": M, "width": K, "columns": N,
                             "name": contender, **in_unit("us", 1e6, times),

@@ -89,7 +89,7 @@ def product(a: Cast, b: Cast, bias: torch.Tensor | None, dtype: torch.dtype, emu
     a: (M, K); b: (N, K); bias: (N,) or None. Both have a scale a row, or both have one scale.
     emulated: compute the product of the cast numbers in fp32, on any device; slow.
     fast: leave the sums in Hopper's matrix units, where they have about 14 bits. If False, they go to fp32
-    after a few terms, which takes 4% to 25% longer. Fast sums lose terms that are far smaller than one other
+    after a few terms, which takes up to 26% longer. Fast sums lose terms that are far smaller than one other
     term, always to the same side: in the head's gradient of x all tokens but the target.
     out: tensor for the result.
     """

@@ -227,8 +227,8 @@ def check_graph() -> None:
 @COMPILED
 @pytest.mark.skipif(DEVICE == "cuda", reason="pretends to have a GPU")
 def test_graph_without_a_gpu():
-    """What torch.compile makes of LayerNorm, and of FP8 with weight gradients: their kernels, in one graph
-    each way, and nothing but their results is taken for written, which would cost a copy."""
+    """torch.compile makes one graph each way of LayerNorm, and of FP8 with weight gradients. It takes nothing
+    but the kernels' results for written: anything else would be copied first."""
     code = """import torch
 there, torch.cuda.is_available = torch.cuda.is_available, lambda: True
 import kernels.layer_norm

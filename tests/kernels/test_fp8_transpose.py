@@ -123,7 +123,7 @@ def test_a_gradient_that_is_not_finite_stays_so():
 
 
 def test_sums_over_tokens_are_exact():
-    """Of 65,536 tokens with one sign each: sums of 14 bits would lose most of them."""
+    """A sum of 65,536 ones: with 14 bits, ones would be lost from 16,384 on."""
     if not runs_fp8_products() or DEVICE != "cuda":
         pytest.skip("a GPU's sums of 14 bits are in question")
     a = cast(torch.ones(65536, 16, device=DEVICE), E5M2)
