@@ -2,10 +2,10 @@
 
 Each product of a block and of the head, and each of their gradients with another shape, has the contenders
 bf16 (mm), rows (a scale a row), one scale, and both with e5m2, as gradients have. A contender with the word
-fast leaves its sums in the matrix units. Casts are
-compiled, with a scale a row: alone, after LayerNorm, GELU and the gradient of GELU, and of the joined
-gradients of q, k and v. The difference to LayerNorm or GELU alone is what a fused cast costs. `ours` is a
-kernel of kernels/gelu_cast.py, with so many entries at a time and so many warps, or of kernels/fp8.py.
+fast leaves its sums in the matrix units. Casts are compiled, with a scale a row: alone, after LayerNorm, GELU
+and the gradient of GELU, and of the joined gradients of q, k and v. The difference to LayerNorm or GELU alone
+is what a fused cast costs. `ours` is a kernel of kernels/gelu_cast.py, with so many entries at a time and so
+many warps, or of kernels/fp8.py.
 """
 
 from collections.abc import Callable

@@ -347,6 +347,19 @@ if triton is not None:
             tl.atomic_max(largest_ptr + weight, tl.max(tl.max(bits, axis=1), axis=0))
 
     @triton.jit
+    def _bits(y):
+        """Return the size of each entry as the bits of an fp32 number, of which a NaN is the largest."""
+        return tl.abs(y.to(tl.float32)).to(tl.int32, bitcast=True)
+
+    @triton.jit
+    def _store_scale(scale_ptr, largest, LARGEST: tl.constexpr, TINY: tl.constexpr):
+        """Store the scale of a row, and return the factor of its cast."""
+        size = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
+        size = tl.maximum(size, TINY, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(scale_ptr, tl.div_rn(size, LARGEST))
+        return tl.div_rn(LARGEST, size)
+
+    @triton.jit
     def _join_cast_kernel(
         a_ptr, b_ptr, c_ptr,  # (M, K)
         values_ptr,  # (M, 3 K)
@@ -359,13 +372,8 @@ if triton is not None:
         a = tl.load(a_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
         c = tl.load(c_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-        # as the bits of fp32 numbers, of which a NaN is the largest
-        bits = tl.maximum(tl.abs(a).to(tl.int32, bitcast=True), tl.abs(b).to(tl.int32, bitcast=True))
-        bits = tl.maximum(bits, tl.abs(c).to(tl.int32, bitcast=True))
-        size = tl.max(bits, axis=0).to(tl.float32, bitcast=True)
-        size = tl.maximum(size, TINY, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(scale_ptr + row, tl.div_rn(size, LARGEST))
-        factor = tl.div_rn(LARGEST, size)
+        largest = tl.maximum(tl.maximum(_bits(a), _bits(b)), _bits(c))
+        factor = _store_scale(scale_ptr + row, largest, LARGEST, TINY)
         values_ptr += row * 3 * K + k
         tl.store(values_ptr, (a * factor).to(values_ptr.dtype.element_ty), mask=k < K)
         tl.store(values_ptr + K, (b * factor).to(values_ptr.dtype.element_ty), mask=k < K)

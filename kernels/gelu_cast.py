@@ -84,6 +84,7 @@ def _runs(h: torch.Tensor, dtype: torch.dtype) -> bool:
 if triton is not None:
     import triton.language as tl
 
+    from kernels.fp8 import _bits, _store_scale
     from kernels.gelu_mlp import _derivative, _sigmoid
 
     @triton.jit
@@ -97,19 +98,6 @@ if triton is not None:
             grad = tl.load(grad_ptr + row * H + c, mask=c < H, other=0.0).to(tl.float32)
             y = grad * _derivative(square, s, y)
         return y.to(h_ptr.dtype.element_ty)
-
-    @triton.jit
-    def _bits(y):
-        """Return the size of each entry as the bits of an fp32 number, of which a NaN is the largest."""
-        return tl.abs(y.to(tl.float32)).to(tl.int32, bitcast=True)
-
-    @triton.jit
-    def _store_scale(scale_ptr, largest, LARGEST: tl.constexpr, TINY: tl.constexpr):
-        """Store the scale of a row, and return the factor of its cast."""
-        size = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
-        size = tl.maximum(size, TINY, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(scale_ptr, tl.div_rn(size, LARGEST))
-        return tl.div_rn(LARGEST, size)
 
     @triton.jit
     def _gelu_cast_kernel(
