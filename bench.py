@@ -272,7 +272,7 @@ class Training:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip)
         else:
             self.model.reduce_partial_gradients()
-            self.parallel.clip(self.model, grad_clip)
+            self.parallel.clip(self.model, grad_clip, self.optimizer)
         self.optimizer.step()
         if zero_grad:
             self.optimizer.zero_grad(set_to_none=True)

@@ -187,7 +187,7 @@ for it in profiled(run):
     # update; the run ends if loss or norm is not finite (with float16 the scaler skips the update)
     model.reduce_partial_gradients()
     scaler.unscale_(optimizer)
-    norm = parallel.clip(model, grad_clip)
+    norm = parallel.clip(model, grad_clip, optimizer)
     loss, norm = run.agree(loss_sum, norm, gradient_accumulation_steps)  # waits for the device
     scaler.step(optimizer)
     scaler.update()

@@ -13,12 +13,12 @@ to files in FOLDER as it goes. `step` and `profile` use the tiles of a tune.json
 fails has a row that says so, and the others continue. The last lines are a short table.
 
 A contender is words with + between: base; gelu, gelu-derivative, gelu-derivative8, gelu-recompute; tanh (GELU
-by the GPU's approximate tanh); qkv (gradients of q, k and v not joined); adamw (kernels/adamw.py); scaled
-(PyTorch's fused AdamW scales the gradients); fp8 or fp8_emulated, fp8_head, weight_gradients (settings of
-train.py) and gelu_apart (without kernels/gelu_cast.py); torchao or torchao_rowwise (that package's FP8);
-eager (not compiled); graphs (forward and backward pass as CUDA graphs); nanogpt (the GPT of `peer`). All but
-nanogpt and FP8 have the Triton LayerNorm; FP8 has it with the word triton. Without a GPU everything runs at
-toy size, on PyTorch's code, and no figure means anything.
+by the GPU's approximate tanh); qkv (gradients of q, k and v not joined); torch_adamw (PyTorch's clipping and
+AdamW, not kernels/adamw.py); scaled (PyTorch's AdamW scales the gradients); fp8 or fp8_emulated, fp8_head,
+weight_gradients (settings of train.py) and gelu_apart (without kernels/gelu_cast.py); torchao or
+torchao_rowwise (that package's FP8); eager (not compiled); graphs (forward and backward pass as CUDA graphs);
+nanogpt (the GPT of `peer`). nanogpt and FP8 have no Triton LayerNorm, FP8 with the word triton has it.
+Without a GPU everything runs at toy size, on PyTorch's code, and no figure means anything.
 """
 
 import gc
@@ -36,20 +36,20 @@ import torch
 from benchmarks import fused_checks, peers, strategies
 from benchmarks.harness import Attempts, in_unit, seconds_per_call, take_turns, with_range
 from configurator import configure
-from kernels import adamw, gelu_mlp, qkv_linear, triton, usable
+from kernels import gelu_mlp, qkv_linear, triton, usable
 from kernels.relu_squared import is_hopper
 from model import GPT, GPTConfig, use_fused_gelu, use_qkv_linear, use_triton_layer_norm
 from nanosync.errors import UserError
 from nanosync.files import write_result
 from nanosync.fp8 import follow_weights, use_fp8
 from nanosync.hardware import environment
-from nanosync.optim import build_adamw, clip_gradients, parameter_groups
+from nanosync.optim import build_adamw, clip_gradients
 
 # -----------------------------------------------------------------------------
 out = "out-fused-step"  # folder for the JSON files
 phases = "check,tune,step"  # of compile, check, tune, step, profile
-contenders = ("base,gelu,gelu-derivative,gelu-derivative8,gelu-derivative8+tanh,gelu-recompute,qkv,adamw,"
-              "scaled")
+contenders = ("base,gelu,gelu-derivative,gelu-derivative8,gelu-derivative8+tanh,gelu-recompute,qkv,"
+              "torch_adamw,scaled")
 peer = ""  # folder of a nanoGPT, for the contender nanogpt
 batch_sizes: list = [64, 12]  # sequences of 1024 tokens
 n_layer = 12
@@ -64,8 +64,8 @@ seed = 1337
 config = configure(globals())
 GELU = fused_checks.GELU
 FP8 = {"fp8": True, "fp8_emulated": "emulated"}
-WORDS = ("base", *GELU, "tanh", "qkv", "adamw", "scaled", *FP8, "fp8_head", "weight_gradients", "gelu_apart",
-         "torchao", "torchao_rowwise", "triton", "eager", "graphs", "nanogpt")
+WORDS = ("base", *GELU, "tanh", "qkv", "torch_adamw", "scaled", *FP8, "fp8_head", "weight_gradients",
+         "gelu_apart", "torchao", "torchao_rowwise", "triton", "eager", "graphs", "nanogpt")
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_stages", "num_warps", "programs")
 TILES = {  # candidates of `tune`
     "forward": [(128, 256, 64, 2, 3, 8, 1), (128, 256, 64, 4, 4, 8, 1), (128, 128, 64, 4, 3, 4, 2),
@@ -238,9 +238,6 @@ class Contender:
             if "qkv" in self.words:
                 use_qkv_linear(self.model)
             self.optimizer = build_adamw(self.model, 6e-4, (0.9, 0.95), 0.1)
-            if "adamw" in self.words:
-                groups = parameter_groups(self.model, 0.1)
-                self.optimizer = adamw.ClippingAdamW(groups, lr=6e-4, betas=(0.9, 0.95))
             follow_weights(self.model, self.optimizer)
         compiled = "eager" not in self.words and device.type == "cuda"
         # dynamic=False: a second batch size would be compiled for any size
@@ -270,9 +267,11 @@ class Contender:
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(
                 [p.grad for p in self.model.parameters()])))
             self.optimizer.grad_scale = (norm + 1e-6).clamp(min=1.0)
-        elif "adamw" not in self.words:
+        elif "torch_adamw" not in self.words and self.optimizer.fits():
+            self.optimizer.clip(1.0)
+        else:
             clip_gradients(self.model.parameters(), 1.0)
-        self.optimizer.clip_and_step(1.0) if "adamw" in self.words else self.optimizer.step()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach().clone()
 

@@ -23,43 +23,45 @@ WARPS = 8
 
 
 class ClippingAdamW(torch.optim.AdamW):
-    """AdamW whose `clip_and_step` scales the gradient to a norm of at most max_norm and makes the update.
+    """Fused AdamW whose `clip` finds the norm of the gradient, and whose next step scales what it reads.
 
-    State, `step` and the hooks after a step are those of torch.optim.AdamW.
+    Without `clip` before it, a step is PyTorch's. The state is that of torch.optim.AdamW.
     """
 
     def __init__(self, groups: list[dict], **options):
         super().__init__(groups, fused=True, **options)  # also keeps the steps on the device
+        self._step_supports_amp_scaling = False  # a GradScaler leaves a step out by itself
+        self._norm_and_scale = None  # of `clip`, for the next step
         # number of a group or "norm" -> what the tables were made from, the tables on the device
         self._pieces, self._tables = {}, {}
 
-    @torch.no_grad()
-    def clip_and_step(self, max_norm: float) -> torch.Tensor:
-        """Update the parameters; return the norm of the gradient, a scalar on the device.
+    def fits(self) -> bool:
+        """Return True if the kernels can run: whole, contiguous fp32 tensors on one GPU."""
+        parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        return all(_fits(p) and _fits(p.grad) for p in parameters)
 
-        Where no kernel can run (CPU, MPS, tensors that are not fp32, contiguous and of one device), PyTorch
-        computes the same, and the gradients are scaled in place.
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Return the norm of the gradient, a scalar on the device; the next step limits it to max_norm.
+
+        The gradients stay as they are, and must until the step. `fits` must be True.
 
         max_norm: 0 for no limit.
         """
-        parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        for p in parameters:
-            p.grad = p.grad.contiguous()  # PyTorch's fused AdamW on a CPU misreads other strides
-        grads = [p.grad for p in parameters]
-        if not all(map(_fits, parameters + grads)):
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-            if max_norm > 0:
-                torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-            self.step()
-            return norm
-        norm_and_scale = self._norm_and_scale(grads, max_norm)
-        for number, group in enumerate(self.param_groups):
-            self._update(number, group, norm_and_scale)
-        for hook in list(self._optimizer_step_post_hooks.values()):  # as step() does
-            hook(self, (), {})
-        return norm_and_scale[0]
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        self._norm_and_scale = self._find_norm(grads, max_norm)
+        return self._norm_and_scale[0]
 
-    def _norm_and_scale(self, grads: list[torch.Tensor], max_norm: float) -> torch.Tensor:
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self._norm_and_scale is None:
+            return super().step(closure)
+        assert closure is None, "a closure would make other gradients than those of clip"
+        for number, group in enumerate(self.param_groups):
+            self._update(number, group, self._norm_and_scale)
+        self._norm_and_scale = None
+
+    def _find_norm(self, grads: list[torch.Tensor], max_norm: float) -> torch.Tensor:
         """Return (norm, factor of the gradients), (2,) fp32."""
         pieces, table = self._table("norm", [grads], grads)
         partial = torch.empty(len(pieces), dtype=torch.float32, device=pieces.device)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from kernels.adamw import ClippingAdamW
 from nanosync.distributed import all_reduce_sum
 from nanosync.errors import UserError
 from nanosync.sharding import is_sharded, local_part
@@ -22,18 +23,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float,
-                shard_over=None) -> torch.optim.AdamW:
-    """Build AdamW (arXiv 1711.05101) with one fused kernel per group. Raises UserError.
-
-    The model must be on its final device.
+                shard_over=None) -> ClippingAdamW:
+    """Build AdamW (arXiv 1711.05101), fused. Raises UserError. The model must be on its final device.
 
     shard_over: data-parallel group over which its state is sharded, see ShardedAdamW; None for no sharding.
     """
     check_adamw(learning_rate, betas, weight_decay)
     groups = [g for g in parameter_groups(model, weight_decay) if g["params"]]
-    options = dict(lr=learning_rate, betas=betas, fused=True)
+    options = dict(lr=learning_rate, betas=betas)
     if shard_over is None or shard_over.size() == 1:
-        return torch.optim.AdamW(groups, **options)
+        return ClippingAdamW(groups, **options)
     return ShardedAdamW(groups, shard_over, **options)
 
 
@@ -47,7 +46,7 @@ def check_adamw(learning_rate: float, betas: tuple[float, float], weight_decay: 
             raise UserError(f"{name}={value} must not be negative")
 
 
-class ShardedAdamW(torch.optim.AdamW):
+class ShardedAdamW(ClippingAdamW):
     """AdamW whose state is sharded over the processes of a group (ZeRO-1, arXiv 1910.02054).
 
     Each parameter has one owner. A process keeps the moments of its own parameters only, updates these, and
@@ -60,7 +59,7 @@ class ShardedAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, groups: list[dict], group, **options):
-        """Assign owners and move the parameters. groups, options: of AdamW; group: process group."""
+        """Assign owners and move the parameters. groups, options: of ClippingAdamW; group: process group."""
         super().__init__(groups, **options)
         self.group, self.rank = group, dist.get_rank(group)
         parameters = [p for g in self.param_groups for p in g["params"]]

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nanosync.distributed import Processes
 from nanosync.errors import UserError
-from nanosync.optim import clip_gradients
+from nanosync.optim import ClippingAdamW, clip_gradients
 from nanosync.sharding import is_fsdp
 
 
@@ -156,11 +156,13 @@ class Parallelism:
             if not self.reshard_after_forward:
                 trained.set_reshard_after_backward(now)
 
-    def clip(self, model: nn.Module, max_norm: float) -> torch.Tensor:
-        """Scale the gradient to a norm of at most max_norm, 0 for no limit.
+    def clip(self, model: nn.Module, max_norm: float, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        """Limit the gradient's norm to max_norm, 0 for no limit, at once or in the optimizer's next step.
 
         Return the norm before, a scalar on the device.
         """
+        if self.processes.tp_group is None and isinstance(optimizer, ClippingAdamW) and optimizer.fits():
+            return optimizer.clip(max_norm)
         return clip_gradients(model.parameters(), max_norm, model.split_parameters(), self.processes.tp_group)
 
 

@@ -36,7 +36,8 @@ WAIT = "nanosync::wait_for_data"  # DataLoader.next's marker
 WORDS = (
     (COMMUNICATION, r"nccl|rccl|gloo|c10d|reducer::|all_?reduce|all_?gather|reduce_?scatter|symm_mem|"
                     r"one_shot|two_shot|multimem|_exchange_kernel"),
-    (OPTIMIZER, r"^optimizer\.|multi_tensor_apply|adam|_foreach_|lpnorm|linalg_vector_norm|muon|_amp_"),
+    (OPTIMIZER, r"^optimizer\.|multi_tensor_apply|adam|_foreach_|lpnorm|linalg_vector_norm|muon|_amp_|"
+                r"^_(squares|norm)_kernel"),
     (LOSS, r"cross_entropy|log_?softmax|nll_?loss|logsumexp|_lse_kernel|^_grad_kernel"),
     (NORMS, r"layer_?norm|rms_?norm|qk_norm|gammabeta|rsqrt|^_(forward|backward)_kernel|_column_sums_kernel"),
     (ATTENTION, r"attention|attn|flash|fmha|sdpa|softmax|^_(delta|backward_kv|backward_q)_kernel|"

@@ -53,14 +53,14 @@ XL = "--n_layer=48 --n_head=25 --n_embd=1600"
 TOY = "--device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=2"
 TOY_BENCH = f"{TOY} --vocab_size=128 --steps=1 --warmup=1 --rounds=2"
 TOY_TRAINING = f"{TOY} --max_iters=6 --warmup_iters=2 --lr_decay_iters=6 --eval_interval=6 --eval_iters=2"
-BF16 = ("nanogpt,base,qkv+adamw,gelu-derivative8+qkv+adamw,gelu+qkv+adamw,gelu-derivative+qkv+adamw,adamw,"
+BF16 = ("nanogpt,base,qkv,gelu-derivative8+qkv,gelu+qkv,gelu-derivative+qkv,torch_adamw,"
         "gelu-derivative8")
 WEIGHTS = "fp8+fp8_head+weight_gradients"
-FP8 = (f"nanogpt,base,fp8+fp8_head,{WEIGHTS},{WEIGHTS}+adamw,{WEIGHTS}+adamw+graphs,fp8+weight_gradients,fp8,"
+FP8 = (f"nanogpt,base,fp8+fp8_head,{WEIGHTS},{WEIGHTS}+torch_adamw,{WEIGHTS}+graphs,fp8+weight_gradients,fp8,"
        "torchao")
-SMALL = (f"nanogpt,base,adamw,graphs,adamw+graphs,qkv+adamw+graphs,fp8+fp8_head+adamw+graphs,{WEIGHTS}+adamw,"
-         f"{WEIGHTS}+adamw+graphs,torchao")
-XL_COMPARED = f"base,fp8+fp8_head,{WEIGHTS},{WEIGHTS}+adamw"
+SMALL = (f"nanogpt,base,torch_adamw,graphs,torch_adamw+graphs,qkv+graphs,fp8+fp8_head+graphs,{WEIGHTS},"
+         f"{WEIGHTS}+graphs,torchao")
+XL_COMPARED = f"base,fp8+fp8_head,{WEIGHTS},{WEIGHTS}+torch_adamw"
 COMPILED = {  # job -> lane, batch size, contenders without those whose graph another job has
     "bf16": ("bf16", 64, "nanogpt,base"),
     "fp8": ("fp8", 64, f"fp8+fp8_head,{WEIGHTS},{WEIGHTS}+graphs,fp8+weight_gradients,fp8,torchao"),
@@ -68,7 +68,7 @@ COMPILED = {  # job -> lane, batch size, contenders without those whose graph an
                            "torchao"),
     "xl": ("xl", 8, f"base,fp8+fp8_head,{WEIGHTS}"),
 }
-BIASES = f"nanogpt,base,adamw,gelu-derivative8+qkv+adamw,{WEIGHTS}+adamw"
+BIASES = f"nanogpt,base,torch_adamw,gelu-derivative8+qkv,{WEIGHTS}"
 
 
 @dataclass(frozen=True)

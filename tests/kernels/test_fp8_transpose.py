@@ -126,7 +126,7 @@ def test_sums_over_tokens_are_exact():
     """A sum of 65,536 ones: with 14 bits, ones would be lost from 16,384 on."""
     if not runs_fp8_products() or DEVICE != "cuda":
         pytest.skip("a GPU's sums of 14 bits are in question")
-    a = cast(torch.ones(65536, 16, device=DEVICE), E5M2)
-    wide, narrow = transposed_factors(a, torch.ones(65536, 16, device=DEVICE).bfloat16(), a.scale, E4M3)
+    ones = torch.ones(65536, 16, device=DEVICE).bfloat16()
+    wide, narrow = transposed_factors(cast(ones, E5M2), ones, cast(ones, E4M3).scale, E4M3)
     found = product(wide, narrow, None, torch.bfloat16, False, fast=False)
     assert (found.double() / 65536 - 1).abs().max() < 2**-8

@@ -110,7 +110,7 @@ class Run:
             total += loss.detach() / 4
         self.model.reduce_partial_gradients()
         self.scaler.unscale_(self.optimizer)
-        norm = self.parallel.clip(self.model, 0.5)
+        norm = self.parallel.clip(self.model, 0.5, self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

@@ -95,6 +95,7 @@ KERNELS = [
     ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", ATTENTION),
     ("aten::native_layer_norm", NORMS), ("nanosync::linear_cross_entropy", LOSS),
     ("aten::_fused_adamw_", OPTIMIZER), ("Optimizer.step#AdamW.step", OPTIMIZER),
+    ("_adamw_kernel", OPTIMIZER), ("_squares_kernel", OPTIMIZER), ("_norm_kernel", OPTIMIZER),
     ("aten::copy_", COPIES), ("aten::mul", ELEMENTWISE),
     ("autograd::engine::evaluate_function: AddmmBackward0", None), ("CompiledFunctionBackward", None),
     ("Torch-Compiled Region: 0/0", None), ("NativeLayerNormBackward0", None), ("_EagerBackward", None),
