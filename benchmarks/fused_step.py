@@ -79,6 +79,7 @@ KINDS = [  # of kernels in a profile: name, pattern; the first that matches coun
     ("cross-entropy", r"_cross_entropy_kernel|log_softmax"), ("separate GELU", r"sigmoid|gelu"),
     ("LayerNorm", r"layer_norm|^_(forward|backward|column_sums)_kernel"),
     ("gradients of q, k, v joined", r"_cat_|_join_cast"), ("FP8 casts of weights", r"_cast_weights_kernel"),
+    ("FP8 factors transposed", r"_transpose_kernel|_cast_transposed_kernel"),
     ("FP8 casts alone", r"_abs_amax"), ("embedding", r"embedding"),
     ("optimizer and clipping", r"multi_tensor_apply|_adamw_kernel|_squares_kernel|_norm_kernel|lpnorm"),
     ("casts", r"_to_copy|copy_kernel"),
