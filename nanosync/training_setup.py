@@ -2,8 +2,6 @@
 optimizer, start-up lines, compiling and wrapping the model.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn as nn
 
@@ -44,6 +42,9 @@ def check_training_settings(config: dict) -> None:
     check_seed(config)
     if config["cuda_graphs"] and not config["compile"]:
         raise UserError("cuda_graphs records compiled passes: leave out compile=False, or cuda_graphs")
+    if config["cuda_graphs"] and config["dropout"] > 0:  # torch 2.11: see records/fp8-training
+        raise UserError(f"cuda_graphs draws other masks in a resumed run, and dropout is "
+                        f"{config['dropout']}: use --dropout=0, or leave cuda_graphs out")
     check_fp8(config)
     check_parallelism(config)
     check_optimizer(config)
@@ -185,25 +186,10 @@ def prepare_training(run: Run, model: nn.Module, parallel: Parallelism) -> tuple
     if config["cuda_graphs"] and config["gradient_accumulation_steps"] > 1:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)  # outside of the graphs' memory
-    if config["cuda_graphs"] and model.config.dropout > 0:
-        trained = seeded(trained)
     shared = model.share_dropout(config["seed"], processes.dp_rank, processes.device) if real_ranks else None
     with autocast:
         settle_buckets(trained, (config["batch_size"], config["block_size"]), processes.device, shared)
     return trained, autocast, shared
-
-
-def seeded(trained: nn.Module) -> Callable:
-    """Return a function that calls the module, with a seed from the CPU's generator for its dropout masks.
-
-    A resumed run records its CUDA graphs anew. With the GPU's generator left alone it repeated the masks of
-    its first update, and not of the next ones (torch 2.11).
-    """
-    def call(*args):
-        torch.cuda.manual_seed(int(torch.randint(2**62, ())))
-        return trained(*args)
-
-    return call
 
 
 def estimate_losses(run: Run, model: nn.Module, autocast) -> dict[str, float] | None:

@@ -143,6 +143,8 @@ TRAIN = [  # arguments after TINY and the good data set, words of the line
     (["--fp8"], "fp8 needs an NVIDIA GPU since Hopper (H100), and the device is cpu: leave fp8 out, or use"),
     (["--cuda_graphs", "--compile"], "one process on a CUDA GPU, and this run has 1 process on cpu: leave"),
     (["--cuda_graphs"], "cuda_graphs records compiled passes: leave out compile=False, or cuda_graphs"),
+    (["--cuda_graphs", "--compile", "--dropout=0.1"],
+     "cuda_graphs draws other masks in a resumed run, and dropout is 0.1: use --dropout=0, or leave"),
     (["--fp8=emulated", "--fp8_head"], "fp8_head needs matrices whose sizes are multiples of 16"),
     (["--activation_checkpointing=layers"], "activation_checkpointing='layers' is unknown: use none"),
     (["--init_from=gpt5"], "'gpt5' is neither a folder nor one of gpt2"),
