@@ -284,7 +284,8 @@ def build(batch_size: int, figures: dict, title: str, share: float, note: Callab
     """
     made = {}
     for name in contenders.split(","):
-        bad, label = wrong & set(name.split("+")), f"{title} {name}"
+        words, label = set(name.split("+")), f"{title} {name}"
+        bad = wrong & (words if words & {"nanogpt", "torch_adamw", "scaled"} else words | {"adamw"})
         if bad:
             attempts.fail(label, f"the check found a wrong kernel: {', '.join(sorted(bad))}")
         begun = time.perf_counter()

@@ -30,15 +30,24 @@ class ClippingAdamW(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict], **options):
         super().__init__(groups, fused=True, **options)  # also keeps the steps on the device
+        self._forget()
+
+    def __setstate__(self, state):  # of a copy; also after load_state_dict
+        super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
         self._step_supports_amp_scaling = False  # a GradScaler leaves a step out by itself
         self._norm_and_scale = None  # of `clip`, for the next step
         # number of a group or "norm" -> what the tables were made from, the tables on the device
         self._pieces, self._tables = {}, {}
 
     def fits(self) -> bool:
-        """Return True if the kernels can run: whole, contiguous fp32 tensors on one GPU."""
+        """Return True if the kernels can run: whole, contiguous fp32 tensors on one GPU, at least one."""
         parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        return all(_fits(p) and _fits(p.grad) for p in parameters)
+        tensors = parameters + [p.grad for p in parameters]
+        return (bool(tensors) and all(map(_fits, tensors)) and len({t.device for t in tensors}) == 1
+                and all(g["fused"] for g in self.param_groups))  # a state from elsewhere may say otherwise
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> torch.Tensor:
@@ -52,10 +61,14 @@ class ClippingAdamW(torch.optim.AdamW):
         self._norm_and_scale = self._find_norm(grads, max_norm)
         return self._norm_and_scale[0]
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._norm_and_scale = None  # also if a scaler left the step out
+        super().zero_grad(set_to_none)
+
     @torch.no_grad()
     def step(self, closure=None):
         if self._norm_and_scale is None:
-            return super().step(closure)
+            return unhooked(torch.optim.AdamW.step)(self, closure)
         assert closure is None, "a closure would make other gradients than those of clip"
         for number, group in enumerate(self.param_groups):
             self._update(number, group, self._norm_and_scale)
@@ -100,6 +113,15 @@ class ClippingAdamW(torch.optim.AdamW):
         if self._tables.get(kind, (None,))[0] != rows:
             self._tables[kind] = rows, _to(torch.tensor(rows, dtype=torch.int64), device)
         return self._pieces[kind][1], self._tables[kind][1]
+
+
+def unhooked(step):
+    """Return an optimizer's `step` without its hooks, for the `step` of a class that extends it.
+
+    PyTorch adds the hooks to the class of the first instance, and then to each class below that has its own
+    step, so they would run twice.
+    """
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 def _log2(beta: float) -> float:

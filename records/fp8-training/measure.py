@@ -60,7 +60,7 @@ FP8 = (f"nanogpt,base,fp8+fp8_head,{WEIGHTS},{WEIGHTS}+torch_adamw,{WEIGHTS}+gra
        "torchao")
 SMALL = (f"nanogpt,base,torch_adamw,graphs,torch_adamw+graphs,qkv+graphs,fp8+fp8_head+graphs,{WEIGHTS},"
          f"{WEIGHTS}+graphs,torchao")
-XL_COMPARED = f"base,fp8+fp8_head,{WEIGHTS},{WEIGHTS}+torch_adamw"
+XL_COMPARED = f"base,torch_adamw,fp8+fp8_head,{WEIGHTS},{WEIGHTS}+torch_adamw"
 COMPILED = {  # job -> lane, batch size, contenders without those whose graph another job has
     "bf16": ("bf16", 64, "nanogpt,base"),
     "fp8": ("fp8", 64, f"fp8+fp8_head,{WEIGHTS},{WEIGHTS}+graphs,fp8+weight_gradients,fp8,torchao"),

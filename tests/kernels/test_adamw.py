@@ -93,8 +93,13 @@ def test_a_parameter_without_a_gradient_is_left_alone():
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
 
 
+class Subclass(torch.Tensor):
+    """As a DTensor, whose address is that of a part."""
+
+
 @RUNS
-@pytest.mark.parametrize("kind", ["strided", "double", "empty", "at 4 bytes"])
+@pytest.mark.parametrize("kind", ["strided", "strided parameter", "subclass", "double", "empty",
+                                  "at 4 bytes", "no gradient", "not fused"])
 def test_other_tensors_do_not_fit(kind):
     ours, _ = pair()
     set_gradients(ours, 0)
@@ -102,12 +107,34 @@ def test_other_tensors_do_not_fit(kind):
     p = parameters(ours)[0]
     if kind == "strided":
         p.grad = p.grad.T.contiguous().T
+    elif kind == "strided parameter":
+        p.data = p.data.T.contiguous().T
+    elif kind == "subclass":
+        p.grad = p.grad.as_subclass(Subclass)
     elif kind == "at 4 bytes":
         p.grad = torch.zeros(36, device=DEVICE)[1:].view(5, 7)
+    elif kind == "no gradient":
+        ours.zero_grad()
+    elif kind == "not fused":
+        ours.load_state_dict(torch.optim.AdamW(groups(torch.float32)).state_dict())
     else:
         p.data = p.data.double() if kind == "double" else p.data[:0]
         p.grad = torch.zeros_like(p)
     assert not ours.fits()
+
+
+@RUNS
+def test_a_clip_is_forgotten_with_its_gradients():
+    """What a left-out step should have scaled does not scale later gradients. A copy has no clip either."""
+    ours, theirs = pair()
+    set_gradients(ours, 9)
+    ours.clip(1e-3)
+    copied = copy.deepcopy(ours)
+    ours.zero_grad()
+    for optimizer in (ours, theirs, copied):
+        set_gradients(optimizer, 0)
+        optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(parameters(optimizer), parameters(ours)))
 
 
 def test_a_step_without_clip_is_pytorchs():
@@ -148,21 +175,22 @@ def test_state_is_that_of_adamw():
         assert torch.equal(theirs.state[q]["exp_avg"], ours.state[p]["exp_avg"])
 
 
-@RUNS
-def test_hooks_after_a_step_run_once():
-    """Casts of weights to FP8 are made in one."""
+@pytest.mark.parametrize("clip", [pytest.param(True, marks=RUNS), False])
+def test_hooks_after_a_step_run_once(clip):
+    """Casts of weights to FP8 are made in one. An AdamW of PyTorch has hooks of its own."""
     weight = torch.nn.Parameter(torch.ones(5, 7, device=DEVICE))
+    torch.optim.AdamW([weight])
     optimizer, seen = adamw.ClippingAdamW([{"params": [weight]}], lr=0.1), []
     optimizer.register_step_post_hook(lambda *_: seen.append(weight.detach().clone()))
     weight.grad = torch.ones_like(weight)
-    clip_and_step(optimizer, 1.0)
+    clip_and_step(optimizer, 1.0) if clip else optimizer.step()
     assert len(seen) == 1 and torch.equal(seen[0], weight) and (weight < 1).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GradScaler scales on a GPU")
+@RUNS
 def test_a_scaler_leaves_out_a_step():
     """A gradient beyond float16's range changes neither parameters nor moments."""
-    ours, scaler = pair()[0], torch.amp.GradScaler("cuda")
+    ours, scaler = pair()[0], torch.amp.GradScaler(DEVICE)
     scaler.scale(torch.ones(1, device=DEVICE))
     before = [p.detach().clone() for p in parameters(ours)]
     for bad in (True, False):
@@ -191,5 +219,8 @@ def test_a_training_step_clips_by_the_kernels_where_they_run(monkeypatch, tp_gro
     norm = parallelism.Parallelism(processes, torch.float32).clip(model, 0.5, optimizer)
     if kernel and (torch.cuda.is_available() or INTERPRETED):
         assert not called and float(norm) == pytest.approx(320**0.5)  # 16 weights and 4 biases, each 4
+        optimizer.step()
+        average = optimizer.state[model.weight]["exp_avg"]  # 0.1 of the first gradient, clipped
+        assert torch.allclose(average, torch.full_like(average, 0.1 * 4 * 0.5 / 320**0.5))
     else:
         assert called == [0.5]

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA grap
 ])
 def test_losses_and_resume(tiny_data, tmp_path, script, options):
     """Losses are those without graphs, as exactly as two compilations compute. There are evaluations in
-    between, and several micro-steps. A resumed run repeats the losses to the bit. PyTorch says where it leaves
-    graphs out."""
+    between, and several micro-steps. A resumed run repeats the losses to the bit. PyTorch says where it
+    leaves graphs out."""
 
     def train(out: str, *more: str) -> tuple:
         done = subprocess.run(  # a process that forks, as run_script's, cannot use CUDA

@@ -10,7 +10,15 @@ import torch
 from helpers import random_model, tokens
 
 from nanosync.errors import UserError
-from nanosync.optim import build_adamw, clip_gradients, cosine_learning_rate, parameter_groups, share_out
+from nanosync.optim import (
+    ClippingAdamW,
+    ShardedAdamW,
+    build_adamw,
+    clip_gradients,
+    cosine_learning_rate,
+    parameter_groups,
+    share_out,
+)
 from nanosync.optimizer_state import load_state_by_name, state_by_name
 
 
@@ -38,6 +46,7 @@ def test_adamw_is_adamw():
     reference = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in reference.items()}
     optimizer = build_adamw(model, 1e-2, (0.9, 0.95), 0.1)
+    assert type(optimizer) is ClippingAdamW and issubclass(ShardedAdamW, ClippingAdamW)
     for t in range(1, 6):
         _, loss = model(tokens(4, 16, seed=t), tokens(4, 16, seed=t + 100))
         loss.backward()

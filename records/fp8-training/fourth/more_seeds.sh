@@ -1,6 +1,6 @@
 #!/bin/bash
-# The runs of seeds 3 to 106 as they ran on the machine of the fourth sitting, after sitting.sh: four runners side by
-# side on one GPU, ended after SECONDS.
+# Seeds 3 to 106 on the machine of the fourth sitting, after sitting.sh: four runners side by side on one GPU,
+# ended after SECONDS.
 #     more_seeds.sh SECONDS OUT "bf16 fp8_weights"
 end=$(($(date +%s) + $1)) out=$(realpath -m "$2") work=/tmp/fp8-training
 mkdir -p "$out"
@@ -14,10 +14,10 @@ for arm in $3; do
         setsid python3 experiments/run_nanogpt_experiment.py --config=/tmp/${arm}_$seed.json --n_runs=20 \
             --dataset=$work/results/text --log_dir=$work/results/loss-more --learning_rate=0.0006 --min_lr=0.00006 \
             > $work/results/more_${arm}_$seed.log 2>&1 < /dev/null &
+        pids="$pids -$!"
     done
 done
 while [ "$(date +%s)" -lt $end ]; do sleep 1; done
 tar czf "$out/results.tgz" -C $work/results --exclude=./text --exclude=./compiled --exclude='*.pt' \
     --exclude='*.safetensors' .
-pkill -f run_nanogpt
-pkill -f train.py
+kill -- $pids
