@@ -38,7 +38,7 @@ class ClippingAdamW(torch.optim.AdamW):
 
     def _forget(self) -> None:
         self._step_supports_amp_scaling = False  # a GradScaler leaves a step out by itself
-        self._norm_and_scale = None  # of `clip`, for the next step
+        self._clipped = None  # norm and factor, and updates: of `clip`, for the next step
         # number of a group or "norm" -> what the tables were made from, the tables on the device
         self._pieces, self._tables = {}, {}
 
@@ -58,21 +58,28 @@ class ClippingAdamW(torch.optim.AdamW):
         max_norm: 0 for no limit.
         """
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        self._norm_and_scale = self._find_norm(grads, max_norm)
-        return self._norm_and_scale[0]
+        norm_and_scale = self._find_norm(grads, max_norm)
+        self._clipped = norm_and_scale, self._prepare()  # while the device finds the norm
+        return norm_and_scale[0]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._norm_and_scale = None  # also if a scaler left the step out
+        self._clipped = None  # also if a scaler left the step out
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure=None):
-        if self._norm_and_scale is None:
+        if self._clipped is None:
             return unhooked(torch.optim.AdamW.step)(self, closure)
         assert closure is None, "a closure would make other gradients than those of clip"
-        for number, group in enumerate(self.param_groups):
-            self._update(number, group, self._norm_and_scale)
-        self._norm_and_scale = None
+        (norm_and_scale, updates), self._clipped = self._clipped, None
+        for group, steps, pieces, table in updates:
+            torch._foreach_add_(steps, 1)
+            beta1, beta2 = group["betas"]
+            with torch.cuda.device_of(table):
+                _adamw_kernel[len(pieces),](
+                    table, pieces, norm_and_scale, len(steps), float(group["lr"]),
+                    float(group["weight_decay"]), BETA1=beta1, BETA2=beta2, LOG2_BETA1=_log2(beta1),
+                    LOG2_BETA2=_log2(beta2), EPS=group["eps"], PIECE=PIECE, num_warps=WARPS)
 
     def _find_norm(self, grads: list[torch.Tensor], max_norm: float) -> torch.Tensor:
         """Return (norm, factor of the gradients), (2,) fp32."""
@@ -84,20 +91,17 @@ class ClippingAdamW(torch.optim.AdamW):
             _norm_kernel[1,](partial, result, len(pieces), max_norm, PIECE=1024, num_warps=8)
         return result
 
-    def _update(self, number: int, group: dict, norm_and_scale: torch.Tensor) -> None:
-        lists = [[] for _ in range(6)]  # parameters, gradients, moments, maxima, steps
-        self._init_group(group, *lists)
-        parameters, grads, averages, squares, _, steps = lists
-        if not parameters:
-            return
-        torch._foreach_add_(steps, 1)
-        pieces, table = self._table(number, [parameters, grads, averages, squares, steps], grads)
-        beta1, beta2 = group["betas"]
-        with torch.cuda.device_of(table):
-            _adamw_kernel[len(pieces),](
-                table, pieces, norm_and_scale, len(grads), float(group["lr"]), float(group["weight_decay"]),
-                BETA1=beta1, BETA2=beta2, LOG2_BETA1=_log2(beta1), LOG2_BETA2=_log2(beta2), EPS=group["eps"],
-                PIECE=PIECE, num_warps=WARPS)
+    def _prepare(self) -> list[tuple]:
+        """Return (group, steps, pieces, table) for each group that has gradients."""
+        updates = []
+        for number, group in enumerate(self.param_groups):
+            lists = [[] for _ in range(6)]  # parameters, gradients, moments, maxima, steps
+            self._init_group(group, *lists)
+            parameters, grads, averages, squares, _, steps = lists
+            if parameters:
+                tables = self._table(number, [parameters, grads, averages, squares, steps], grads)
+                updates.append((group, steps, *tables))
+        return updates
 
     def _table(self, kind, lists: list[list[torch.Tensor]], sized: list[torch.Tensor]):
         """Return pieces (P, 2) int32, number of a tensor and of its piece, and addresses and sizes, int64.

@@ -1,6 +1,7 @@
 """Parameter groups, AdamW, AdamW with sharded state (ZeRO-1), learning-rate schedules, the gradient norm."""
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -73,17 +74,27 @@ class ShardedAdamW(ClippingAdamW):
         """Return True if this process has the parameter's state."""
         return self.owner.get(parameter) == self.rank
 
-    def step(self, closure=None):
-        assert all(p.data_ptr() == place for p, place in self._places.items()), (
-            "a parameter was moved after ShardedAdamW was built: build it when the model is on its device")
+    @contextmanager
+    def _own_parameters(self):
+        """Leave the parameters of other processes out of param_groups."""
         whole = [g["params"] for g in self.param_groups]
         try:
             for g in self.param_groups:
                 g["params"] = list(filter(self.owns, g["params"]))
-            loss = unhooked(ClippingAdamW.step)(self, closure)
+            yield
         finally:
             for g, parameters in zip(self.param_groups, whole):
                 g["params"] = parameters
+
+    def _prepare(self) -> list[tuple]:
+        with self._own_parameters():
+            return super()._prepare()
+
+    def step(self, closure=None):
+        assert all(p.data_ptr() == place for p, place in self._places.items()), (
+            "a parameter was moved after ShardedAdamW was built: build it when the model is on its device")
+        with self._own_parameters():
+            loss = unhooked(ClippingAdamW.step)(self, closure)
         for work in [dist.broadcast(flat, group_src=rank, group=self.group, async_op=True)
                      for rank, flat in self._flat.items()]:
             work.wait()

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import run_processes
 
 from kernels import INTERPRETED, adamw
 from nanosync import parallelism
+from nanosync.optim import ShardedAdamW
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="no kernel runs here")
@@ -151,6 +153,27 @@ def test_a_step_without_clip_is_pytorchs():
             set_gradients(optimizer, step)
             optimizer.step()
         assert all(torch.equal(p, q) for p, q in zip(parameters(ours), parameters(theirs)))
+
+
+def check_sharded(rank: int, world: int) -> None:
+    """Two steps; the third parameter has no gradient in the first."""
+    whole = adamw.ClippingAdamW(groups(torch.float32), **OPTIONS)
+    sharded = ShardedAdamW(groups(torch.float32), torch.distributed.group.WORLD, **OPTIONS)
+    for step in range(2):
+        for optimizer in (whole, sharded):
+            set_gradients(optimizer, step)
+            if step == 0:
+                parameters(optimizer)[2].grad = None
+            assert optimizer.fits()
+        assert torch.equal(clip_and_step(whole, 1.0), clip_and_step(sharded, 1.0))
+        for p, q in zip(parameters(whole), parameters(sharded)):
+            assert torch.equal(p, q)
+            assert ("exp_avg" in sharded.state[q]) == (sharded.owns(q) and q.grad is not None)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="gloo, for processes without a GPU each")
+def test_sharded_state_has_the_same_bits(tmp_path):
+    run_processes(2, check_sharded, tmp_path)
 
 
 @RUNS
