@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from benchmarks.harness import in_unit
 from kernels import gelu_cast
-from kernels.fp8 import E4M3, E5M2, Cast, cast, cast_weight, join_cast, product
+from kernels.fp8 import cast_weight, product
+from kernels.fp8_cast import E4M3, E5M2, Cast, cast, join_cast
 from kernels.gelu_mlp import gelu
 
 

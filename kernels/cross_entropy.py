@@ -31,7 +31,8 @@ import torch
 
 from kernels import INTERPRETED, triton, usable
 from kernels.collectives import functional_all_gather
-from kernels.fp8 import E4M3, E5M2, LARGEST, MULTIPLE, Cast, WeightCast, cast, cast_weight, product
+from kernels.fp8 import MULTIPLE, WeightCast, cast_weight, product
+from kernels.fp8_cast import E4M3, E5M2, LARGEST, Cast, cast
 
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25, "mps": 1 << 28}  # logits in memory at a time; see records/
 MAX_TARGETS = 8  # of a row

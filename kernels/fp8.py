@@ -8,7 +8,7 @@ A tensor is divided by a scale before the cast, so that its largest entry become
 format. Each row of an activation or gradient has a scale of its own, a weight has one. A scale of rows is
 found in the pass that casts, by any kernel that has a whole row at hand. torch.compile makes LayerNorm and
 others each one kernel with its cast. The gradient of LayerNorm is one kernel with its cast, or with the sums
-for its weight, but not with both. A kernel of this file joins and casts the gradients of q, k and v, which
+for its weight, but not with both. A kernel of fp8_cast.py joins and casts the gradients of q, k and v, which
 the compiler reads several times. Scales depend on the tensor alone, not on earlier steps, so they are no
 state of a run. (Formats: arXiv 2209.05433.)
 
@@ -27,27 +27,11 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels import INTERPRETED, triton, triton_op, usable, wrap_triton
+from kernels import INTERPRETED, triton, usable
+from kernels.fp8_cast import E4M3, E5M2, LARGEST, TINY, Cast, cast, join_cast
+from kernels.fp8_transpose import transposed_factors
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-LARGEST = {E4M3: 448.0, E5M2: 57344.0}
-TINY = 1e-30  # smallest largest entry: a row of zeros needs a scale, too
 MULTIPLE = 16  # the sizes of a weight must be multiples of it
-
-
-class Cast(NamedTuple):
-    """A matrix (M, K) or a batch (R, M, K) in FP8. It stands for values * scale."""
-
-    values: torch.Tensor  # contiguous in the last dimension
-    scale: torch.Tensor  # (M, 1) or (R, M, 1), or one number in as many dimensions; fp32
-
-
-def cast(x: torch.Tensor, dtype: torch.dtype, per_tensor: bool = False) -> Cast:
-    """Cast (..., M, K) to a contiguous Cast. A row with an entry that is not finite becomes NaN."""
-    dims = tuple(range(x.dim())) if per_tensor else -1
-    largest = x.abs().amax(dim=dims, keepdim=True).float().clamp(min=TINY)
-    values = (x.float() * (LARGEST[dtype] / largest)).to(dtype)
-    return Cast(values.contiguous(), largest / LARGEST[dtype])
 
 
 class WeightCast(NamedTuple):
@@ -204,8 +188,6 @@ class _Linear(torch.autograd.Function):
             casts = cast_weight(weight) if scale is None else WeightCast(None, transposed, scale)
             grad_x = input_gradient(cast_grad, casts, ctx.dtype, ctx.emulated)
         if of_weight and ctx.in_fp8:
-            from kernels.fp8_transpose import transposed_factors  # it imports this module
-
             if ctx.wide_x:
                 b, a = transposed_factors(Cast(x_values, x_scale), _join(grads, -1), cast_grad.scale, E5M2)
             else:
@@ -225,26 +207,6 @@ def fits_tokens(tokens: int) -> bool:
 
 def _join(parts, dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def join_cast(parts: tuple[torch.Tensor, ...], dtype: torch.dtype = E5M2) -> Cast:
-    """Return the cast of parts joined in the last dimension, with a scale for each joined row.
-
-    parts: (..., M, K) each. dtype: of the cast's values; tests of the kernel take another.
-    """
-    return Cast(*_join_cast(*parts, dtype)) if _joins(parts, dtype) else cast(_join(parts, -1), dtype)
-
-
-def _joins(parts, dtype) -> bool:
-    """Return True if the kernel runs, which takes three matrices."""
-    return (len(parts) == 3 and not interpreter_fails(dtype)
-            and all(usable(p) and p.dim() == 2 and p.is_contiguous() for p in parts))
-
-
-def interpreter_fails(dtype: torch.dtype) -> bool:
-    """Return True in Triton's interpreter for FP8, which it rounds wrongly, and under a compiler, which has
-    no values for it."""
-    return INTERPRETED and (dtype in LARGEST or torch.compiler.is_compiling())
 
 
 class WeightCasts:
@@ -345,50 +307,3 @@ if triton is not None:
         else:  # numbers that are not negative have the order of their bits; a NaN is the largest
             bits = tl.abs(w).to(tl.int32, bitcast=True)
             tl.atomic_max(largest_ptr + weight, tl.max(tl.max(bits, axis=1), axis=0))
-
-    @triton.jit
-    def _bits(y):
-        """Return the size of each entry as the bits of an fp32 number, of which a NaN is the largest."""
-        return tl.abs(y.to(tl.float32)).to(tl.int32, bitcast=True)
-
-    @triton.jit
-    def _store_scale(scale_ptr, largest, LARGEST: tl.constexpr, TINY: tl.constexpr):
-        """Store the scale of a row, and return the factor of its cast."""
-        size = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
-        size = tl.maximum(size, TINY, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(scale_ptr, tl.div_rn(size, LARGEST))
-        return tl.div_rn(LARGEST, size)
-
-    @triton.jit
-    def _join_cast_kernel(
-        a_ptr, b_ptr, c_ptr,  # (M, K)
-        values_ptr,  # (M, 3 K)
-        scale_ptr,  # (M,) fp32
-        K: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
-    ):
-        """Process a row per program. It stays in registers between its one read and its one write."""
-        row = tl.program_id(0).to(tl.int64)
-        k = tl.arange(0, BLOCK)
-        a = tl.load(a_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-        b = tl.load(b_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-        c = tl.load(c_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-        largest = tl.maximum(tl.maximum(_bits(a), _bits(b)), _bits(c))
-        factor = _store_scale(scale_ptr + row, largest, LARGEST, TINY)
-        values_ptr += row * 3 * K + k
-        tl.store(values_ptr, (a * factor).to(values_ptr.dtype.element_ty), mask=k < K)
-        tl.store(values_ptr + K, (b * factor).to(values_ptr.dtype.element_ty), mask=k < K)
-        tl.store(values_ptr + 2 * K, (c * factor).to(values_ptr.dtype.element_ty), mask=k < K)
-
-
-@triton_op("nanosync::fp8_join_cast", mutates_args=())
-def _join_cast(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, dtype: torch.dtype
-               ) -> tuple[torch.Tensor, torch.Tensor]:
-    (M, K), largest = a.shape, LARGEST.get(dtype, LARGEST[E5M2])
-    values = a.new_empty((M, 3 * K), dtype=dtype)
-    scale = torch.empty((M, 1), dtype=torch.float32, device=a.device)
-    if M:
-        BLOCK = triton.next_power_of_2(K)
-        warps = min(16, max(1, BLOCK // 256))  # 8 entries a thread: 16 would be exchanged before the stores
-        wrap_triton(_join_cast_kernel)[(M,)](a, b, c, values, scale, K=K, LARGEST=largest, TINY=TINY,
-                                             BLOCK=BLOCK, num_warps=warps)
-    return values, scale

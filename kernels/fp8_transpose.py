@@ -14,7 +14,7 @@ Shapes: M = tokens, N = columns of wide, K = columns of narrow.
 import torch
 
 from kernels import triton, triton_op, usable, wrap_triton
-from kernels.fp8 import Cast, interpreter_fails
+from kernels.fp8_cast import Cast, interpreter_fails
 
 BLOCK, WARPS = 128, 8  # rows and columns of a tile
 SMALLEST = 1e-36  # scale of zeros

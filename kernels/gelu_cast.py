@@ -16,21 +16,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from kernels import INTERPRETED, triton, triton_op, usable, wrap_triton
-from kernels.fp8 import (
-    E4M3,
-    E5M2,
-    LARGEST,
-    TINY,
-    Cast,
-    WeightCast,
-    cast,
-    cast_weight,
-    fits_tokens,
-    forward_product,
-    input_gradient,
-    interpreter_fails,
-    product,
-)
+from kernels.fp8 import WeightCast, cast_weight, fits_tokens, forward_product, input_gradient, product
+from kernels.fp8_cast import E4M3, E5M2, LARGEST, TINY, Cast, cast, interpreter_fails
 from kernels.fp8_transpose import transposed_factors
 from kernels.gelu_mlp import SIGMOIDS, gelu
 
@@ -84,7 +71,7 @@ def _runs(h: torch.Tensor, dtype: torch.dtype) -> bool:
 if triton is not None:
     import triton.language as tl
 
-    from kernels.fp8 import _bits, _store_scale
+    from kernels.fp8_cast import _bits, _store_scale
     from kernels.gelu_mlp import _derivative, _sigmoid
 
     @triton.jit

@@ -19,6 +19,7 @@ from kernels import (
     decode,
     exchange,
     fp8,
+    fp8_cast,
     fp8_transpose,
     gelu_cast,
     gelu_mlp,
@@ -135,7 +136,7 @@ def test_joined_gradients_need_no_exchange(K, warps):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    kernel, names = fp8._join_cast_kernel, fp8._join_cast_kernel.arg_names
+    kernel, names = fp8_cast._join_cast_kernel, fp8_cast._join_cast_kernel.arg_names
     constants = dict(K=K, LARGEST=57344.0, TINY=fp8.TINY, BLOCK=256 * warps)
     kinds = dict(zip(names, "*bf16 *bf16 *bf16 *fp8e5 *fp32".split()))
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in kinds}
@@ -198,7 +199,7 @@ def check_graph() -> None:
         written.append([n.kwargs["tensors_to_clone"] for n in calls])
         return make_boxed_func(graph.forward)
 
-    for module in (kernels.layer_norm, fp8, fp8_transpose, gelu_cast):
+    for module in (kernels.layer_norm, fp8_cast, fp8_transpose, gelu_cast):
         module.usable = lambda x: True
     kernels.triton.runtime.driver._active = Driver()
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)

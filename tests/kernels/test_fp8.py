@@ -12,20 +12,10 @@ import torch.nn.functional as F
 from helpers import KERNEL_DEVICE as DEVICE
 from helpers import runs_fp8_products, runs_kernels
 
-from kernels import cross_entropy, fp8
+from kernels import cross_entropy, fp8, fp8_cast
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.fp8 import (
-    E4M3,
-    E5M2,
-    LARGEST,
-    WeightCast,
-    WeightCasts,
-    batched_linear,
-    cast,
-    cast_weight,
-    linear,
-    split_linear,
-)
+from kernels.fp8 import WeightCast, WeightCasts, batched_linear, cast_weight, linear, split_linear
+from kernels.fp8_cast import E4M3, E5M2, LARGEST, cast
 
 ROUNDING = {E4M3: 2**-4, E5M2: 2**-3}  # largest relative error of a normal number
 NORMAL = {E4M3: 2**-6 / 448, E5M2: 2**-14 / 57344}  # smallest normal number over the largest number
@@ -117,8 +107,8 @@ def test_kernel_joins_parts(K):
     for part in parts:
         part[1] = 0
     parts[1][2, 3], parts[0][3, K - 1] = float("nan"), float("inf")
-    assert fp8._joins(parts, torch.float32)
-    values, scale = fp8.join_cast(parts, torch.float32)
+    assert fp8_cast._joins(parts, torch.float32)
+    values, scale = fp8_cast.join_cast(parts, torch.float32)
     joined = torch.cat(parts, dim=1).float()
     assert values.shape == (5, 3 * K) and scale.shape == (5, 1)
     assert values[2].isnan().all() and not values[3].isfinite().all()
@@ -134,7 +124,7 @@ def test_joined_cast_is_the_cast_of_the_joined(parts):
     torch.manual_seed(0)
     tensors = [torch.randn(7, 48, device=DEVICE).bfloat16() * 10.0**-i for i in range(parts)]
     for parts in (tensors, [t.T.contiguous().T for t in tensors]):
-        found, expected = fp8.join_cast(parts), cast(torch.cat(tensors, dim=1), E5M2)
+        found, expected = fp8_cast.join_cast(parts), cast(torch.cat(tensors, dim=1), E5M2)
         assert torch.equal(found.values.float(), expected.values.float())
         rounding = 2**-22 if DEVICE == "cuda" else 0  # there PyTorch divides by a constant in two roundings
         torch.testing.assert_close(found.scale, expected.scale, rtol=rounding, atol=0)

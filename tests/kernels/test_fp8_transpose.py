@@ -10,7 +10,8 @@ from helpers import KERNEL_DEVICE as DEVICE
 from helpers import runs_fp8_products, runs_kernels
 
 from kernels import fp8, fp8_transpose
-from kernels.fp8 import E4M3, E5M2, LARGEST, cast, linear, product
+from kernels.fp8 import linear, product
+from kernels.fp8_cast import E4M3, E5M2, LARGEST, cast
 from kernels.fp8_transpose import cast_transposed, transposed, transposed_factors
 from kernels.gelu_cast import fp8_gelu_mlp
 

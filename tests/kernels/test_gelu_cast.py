@@ -11,7 +11,8 @@ from helpers import KERNEL_DEVICE as DEVICE
 from helpers import runs_fp8_products, runs_kernels
 
 from kernels import gelu_cast
-from kernels.fp8 import E4M3, E5M2, LARGEST, WeightCasts, cast, linear
+from kernels.fp8 import WeightCasts, linear
+from kernels.fp8_cast import E4M3, E5M2, LARGEST, cast
 from kernels.gelu_cast import fp8_gelu_mlp, gelu_backward_cast
 from kernels.gelu_mlp import gelu
 
