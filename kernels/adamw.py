@@ -25,7 +25,8 @@ WARPS = 8
 class ClippingAdamW(torch.optim.AdamW):
     """Fused AdamW whose `clip` finds the norm of the gradient, and whose next step scales what it reads.
 
-    Without `clip` before it, a step is PyTorch's. The state is that of torch.optim.AdamW.
+    Without `clip` before it, a step is PyTorch's, of gradients with any strides. The state is that of
+    torch.optim.AdamW.
     """
 
     def __init__(self, groups: list[dict], **options):
@@ -69,6 +70,9 @@ class ClippingAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         if self._clipped is None:
+            for p in (p for g in self.param_groups for p in g["params"]):
+                if p.grad is not None and p.grad.stride() != p.stride():
+                    p.grad = p.grad.contiguous()  # PyTorch's fused AdamW on a CPU misreads other strides
             return unhooked(torch.optim.AdamW.step)(self, closure)
         assert closure is None, "a closure would make other gradients than those of clip"
         (norm_and_scale, updates), self._clipped = self._clipped, None

@@ -12,9 +12,10 @@ import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kernels.adamw import ClippingAdamW
 from nanosync.distributed import Processes
 from nanosync.errors import UserError
-from nanosync.optim import ClippingAdamW, clip_gradients
+from nanosync.optim import clip_gradients
 from nanosync.sharding import is_fsdp
 
 

@@ -125,9 +125,21 @@ def test_other_tensors_do_not_fit(kind):
     assert not ours.fits()
 
 
+def test_strided_gradients_are_read_as_they_are():
+    ours, exact = adamw.ClippingAdamW(groups(torch.float32), **OPTIONS), \
+        torch.optim.AdamW(groups(torch.float64), **OPTIONS)
+    for optimizer in (ours, exact):
+        set_gradients(optimizer, 0)
+        for p in parameters(optimizer)[:2]:
+            p.grad = p.grad.T.contiguous().T
+        optimizer.step()
+    for p, q in zip(parameters(ours), parameters(exact)):
+        assert torch.allclose(p.double(), q, rtol=1e-5, atol=1e-6)
+
+
 @RUNS
 def test_a_clip_is_forgotten_with_its_gradients():
-    """What a left-out step should have scaled does not scale later gradients. A copy has no clip either."""
+    """After a step that a scaler left out, the next one does not use its factor. A copy has none either."""
     ours, theirs = pair()
     set_gradients(ours, 9)
     ours.clip(1e-3)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers import random_model, tokens
 
+from kernels.adamw import ClippingAdamW
 from nanosync.errors import UserError
 from nanosync.optim import (
-    ClippingAdamW,
     ShardedAdamW,
     build_adamw,
     clip_gradients,
