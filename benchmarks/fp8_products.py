@@ -2,10 +2,11 @@
 
 Each product of a block and of the head, and each of their gradients with another shape, has the contenders
 bf16 (mm), rows (a scale a row), one scale, and both with e5m2, as gradients have. A contender with the word
-fast leaves its sums in the matrix units. Casts are compiled, with a scale a row: alone, after LayerNorm, GELU
-and the gradient of GELU, and of the joined gradients of q, k and v. The difference to LayerNorm or GELU alone
-is what a fused cast costs. `ours` is a kernel of kernels/gelu_cast.py, with so many entries at a time and so
-many warps, or of kernels/fp8.py.
+fast leaves its sums in the matrix units. Casts are compiled: alone, after LayerNorm, GELU and the gradient of
+GELU, and of the joined gradients of q, k and v. They have a scale a row, one scale, or one of an earlier step
+("delayed"), and then find the largest entry for a later step. The difference to LayerNorm or GELU alone is
+what a fused cast costs. `ours` is a kernel of kernels/gelu_cast.py, with so many entries at a time
+and so many warps, or of kernels/fp8_cast.py.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from benchmarks.harness import in_unit
 from kernels import gelu_cast
 from kernels.fp8 import cast_weight, product
-from kernels.fp8_cast import E4M3, E5M2, Cast, cast, join_cast
+from kernels.fp8_cast import E4M3, E5M2, LARGEST, Cast, cast, join_cast
 from kernels.gelu_mlp import gelu
 
 
@@ -67,17 +68,30 @@ def _casts(rows: int, C: int, dtype: torch.dtype, device) -> dict[str, Callable]
     def layer_norm(z):
         return F.layer_norm(z, weight.shape, weight)
 
-    def with_cast(function):
+    scale = torch.ones((), device=device)  # of an earlier step
+
+    def delayed(y, kind):
+        values = (y.float() / scale).clamp(-LARGEST[kind], LARGEST[kind]).to(kind)
+        return values, y.abs().amax(dim=-1).amax()  # a row's largest entry is found in the pass that casts
+
+    def gelu_backward(z):
+        return gelu_cast.plain_gelu_backward_cast(z, z)[0]
+
+    def with_cast(function, how, kind):
         def both(z):
             y = function(z)
-            return y, *cast(y, E4M3)
+            return y, *how(y, kind)
         return both
 
-    functions = {"cast": (lambda z: cast(z, E4M3), x), "LayerNorm": (layer_norm, x),
-                 "LayerNorm, cast": (with_cast(layer_norm), x), "GELU": (gelu, h),
-                 "GELU, cast": (with_cast(gelu), h),
-                 "GELU backward, cast": (lambda z: gelu_cast.plain_gelu_backward_cast(z, z), h),
-                 "q, k, v joined, cast": (lambda z: cast(torch.cat(z, dim=1), E5M2), (q, k, v))}
+    functions = {"LayerNorm": (layer_norm, x), "GELU": (gelu, h)}
+    for name, how in (("cast", cast), ("cast, one scale", lambda y, kind: cast(y, kind, per_tensor=True)),
+                      ("cast, delayed", delayed)):
+        functions |= {
+            name: (lambda z, how=how: how(z, E4M3), x),
+            f"LayerNorm, {name}": (with_cast(layer_norm, how, E4M3), x),
+            f"GELU, {name}": (with_cast(gelu, how, E4M3), h),
+            f"GELU backward, {name}": (with_cast(gelu_backward, how, E5M2), h),
+            f"q, k, v joined, {name}": (lambda z, how=how: how(torch.cat(z, dim=1), E5M2), (q, k, v))}
     if device.type == "cuda":
         torch.compiler.reset()
         functions = {name: (torch.compile(f, fullgraph=True, dynamic=False), z)
