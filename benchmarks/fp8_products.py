@@ -25,8 +25,8 @@ def measure(rows: int, C: int, V: int, dtype: torch.dtype, device: torch.device,
             emulated: bool = False) -> list[dict]:
     """Return a row of figures for each operation and contender.
 
-    timed: function that maps {name: function to time} to {name: seconds of each round}; a contender that
-    fails is left out.
+    timed: function of an operation and {name: function to time} that returns {name: seconds of each round};
+    a contender that fails is left out.
     """
     figures, part = [], min(rows, 16384)  # the head has so many rows at a time
     for name, M, N, K in (
@@ -35,11 +35,12 @@ def measure(rows: int, C: int, V: int, dtype: torch.dtype, device: torch.device,
             ("input gradient of the head", part, C, V), ("weight gradient of q, k, v", 3 * C, C, rows),
             ("weight gradient of attention out", C, C, rows), ("weight gradient of MLP in", 4 * C, C, rows),
             ("weight gradient of the head", V, C, part)):
-        for contender, times in timed(_products(M, N, K, dtype, device, emulated)).items():
+        for contender, times in timed(f"FP8 {name}",
+                                      _products(M, N, K, dtype, device, emulated)).items():
             figures.append({"operation": f"FP8 {name}", "rows": M, "width": K, "columns": N,
                             "name": contender, **in_unit("us", 1e6, times),
                             "tflop_per_second": 2e-12 * M * N * K / sorted(times)[len(times) // 2]})
-    for contender, times in timed(_casts(rows, C, dtype, device)).items():
+    for contender, times in timed("FP8 cast", _casts(rows, C, dtype, device)).items():
         width = 4 * C if "GELU" in contender else C
         figures.append({"operation": "FP8 cast", "rows": rows, "width": width, "name": contender,
                         **in_unit("us", 1e6, times), "tflop_per_second": None})

@@ -29,10 +29,10 @@ import time
 import torch
 import torch.nn.functional as F
 
-from benchmarks import fp8_products
+from benchmarks import fp8_products, products
 from benchmarks.harness import Attempts, Bench, in_unit, take_turns, with_range
-from kernels import gelu_mlp, qkv_linear, usable
 from kernels import layer_norm as ours
+from kernels import usable
 from kernels.cross_entropy import Softcap, linear_cross_entropy
 from kernels.relu_squared import is_hopper
 from nanosync.errors import UserError
@@ -211,7 +211,7 @@ def _copies(sets: list[tuple], values: int):
 
 
 def measure(add: bool, rows: int, C: int, dtype: torch.dtype, bias: bool, liger, rounds: int, device,
-            bandwidth: float) -> list[dict]:
+            bandwidth: float, attempts: Attempts) -> list[dict]:
     """Measure LayerNorm forward, then backward: a row of figures for each contender and for a copy of as many
     bytes.
 
@@ -224,10 +224,12 @@ def measure(add: bool, rows: int, C: int, dtype: torch.dtype, bias: bool, liger,
         for backward in (False, True):
             operation = "add " * add + ("backward" if backward else "forward")
             moved = OPERATIONS[operation] * rows * C * dtype.itemsize
-            passes = {name: _pass(f, sets, backward) for name, f in functions.items()}
-            passes["copy"] = _copies(sets, OPERATIONS[operation])
-            timers = {name: _Timer(run, len(sets), device) for name, run in passes.items()}
-            for name, times in _rounds(timers, rounds, len(sets), device).items():
+            passes = {name: lambda f=f, b=backward: _pass(f, sets, b) for name, f in functions.items()}
+            passes["copy"] = lambda n=OPERATIONS[operation]: _copies(sets, n)
+            timers = {name: lambda make=make: _Timer(make(), len(sets), device)
+                      for name, make in passes.items()}
+            for name, times in _rounds(f"{operation} {rows} x {C}", timers, rounds, len(sets), device,
+                                       attempts).items():
                 per_second = moved / statistics.median(times)
                 figures.append({"operation": operation, "rows": rows, "width": C, "name": name,
                                 **in_unit("us", 1e6, times), "gb_per_second": per_second / 1e9,
@@ -235,11 +237,19 @@ def measure(add: bool, rows: int, C: int, dtype: torch.dtype, bias: bool, liger,
     return figures
 
 
-def _rounds(timers: dict, rounds: int, sets: int, device) -> dict[str, list[float]]:
-    """Let contenders take turns; return the seconds of one operation of each, in each round."""
+def _rounds(operation: str, makers: dict, rounds: int, sets: int, device, attempts: Attempts
+            ) -> dict[str, list[float]]:
+    """Let contenders take turns; return the seconds of one operation of each, in each round.
+
+    makers: name -> function that returns a _Timer. A contender that fails is left out.
+    """
+    labels = {f"{operation}, {name}": name for name in makers}
+    timers = {label: attempts.run(label, makers[name], share=0.75) for label, name in labels.items()}
+    timers = {label: timer for label, timer in timers.items() if timer is not None}
     _wake(device, timers.values())
-    turns = {name: lambda timer=timer: timer.seconds() / sets for name, timer in timers.items()}
-    return take_turns(turns, rounds, uncounted=0)
+    turns = {label: lambda timer=timer: timer.seconds() / sets for label, timer in timers.items()}
+    found = take_turns(turns, rounds, uncounted=0, attempts=attempts)
+    return {labels[label]: times for label, times in found.items() if times}
 
 
 def _plain_head(x, weight, targets):
@@ -282,80 +292,42 @@ def head_contenders(liger, compiled: bool, capped: bool = False) -> dict:
 
 
 def measure_head(rows: int, C: int, V: int, dtype: torch.dtype, liger, rounds: int, device,
-                 capped: bool = False) -> list[dict]:
+                 attempts: Attempts, capped: bool = False) -> list[dict]:
     """Measure loss and both gradients of the head: a row of figures for each contender. peak_bytes is the
     memory that a call needs beside its arguments, gradients included; None where PyTorch does not count."""
     x = torch.randn(rows, C, dtype=dtype, device=device, requires_grad=True)
     weight = (0.02 * torch.randn(V, C, device=device)).requires_grad_()
     targets = torch.randint(V, (rows,), device=device)
-    timers, peaks, cuda = {}, {}, device.type == "cuda"
-    with _own_stream(device):
-        for name, function in head_contenders(liger, cuda, capped).items():
-            def run(function=function):
-                torch.autograd.grad(function(x, weight, targets), (x, weight))
+    operation, peaks, cuda = "capped " * capped + "head", {}, device.type == "cuda"
 
-            timers[name] = _Timer(run, 1, device, captured=False)
-            before = torch.cuda.memory_allocated() if cuda else 0
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-                run()
-            peaks[name] = torch.cuda.max_memory_allocated() - before if cuda else None
-        times = _rounds(timers, rounds, 1, device)
-    return [{"operation": "capped " * capped + "head", "rows": rows, "width": C, "vocabulary": V,
+    def timer(name, function):
+        def run():
+            torch.autograd.grad(function(x, weight, targets), (x, weight))
+
+        found = _Timer(run, 1, device, captured=False)
+        before = torch.cuda.memory_allocated() if cuda else 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            run()
+        peaks[name] = torch.cuda.max_memory_allocated() - before if cuda else None
+        return found
+
+    makers = {name: functools.partial(timer, name, f)
+              for name, f in head_contenders(liger, cuda, capped).items()}
+    with _own_stream(device):
+        times = _rounds(f"{operation} {rows} x {C}", makers, rounds, 1, device, attempts)
+    return [{"operation": operation, "rows": rows, "width": C, "vocabulary": V,
              "name": name, **in_unit("us", 1e6, t),
              "tflop_per_second": 6e-12 * rows * C * V / statistics.median(t), "peak_bytes": peaks[name]}
             for name, t in times.items()]
 
 
-def _plain_mlp(x, w_in, b_in, w_out, b_out):
-    return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh"), w_out, b_out)
-
-
-def _plain_qkv(x, weight, bias):
-    return F.linear(x, weight, bias).chunk(3, dim=-1)
-
-
-def _both_passes(function, inputs, grads):
-    """Return a function that computes the result and all gradients."""
-    wanted = [z for z in inputs if z is not None]
-    return lambda: torch.autograd.grad(function(*inputs), wanted, grads)
-
-
-def measure_products(rows: int, C: int, dtype: torch.dtype, bias: bool, rounds: int, device) -> list[dict]:
-    """Measure result and gradients of the MLP, by what GELU keeps, and of the linear layer of q, k and v."""
-    def drawn(*shape):
-        return (torch.randn(*shape, device=device) / C**0.5).to(dtype).requires_grad_()
-
-    x, grad = (torch.randn(rows, C, device=device, dtype=dtype) for _ in range(2))
-    x.requires_grad_()
-    mlp = [x, drawn(4 * C, C), drawn(4 * C) if bias else None, drawn(C, 4 * C), drawn(C) if bias else None]
-    operations = {"MLP": (_plain_mlp, {f"keep {keep}": functools.partial(gelu_mlp.gelu_mlp, keep=keep)
-                                       for keep in gelu_mlp.KEEP}, mlp, [grad], 48),
-                  "q, k, v": (_plain_qkv, {"ours": qkv_linear.qkv_linear},
-                              [x, drawn(3 * C, C), drawn(3 * C) if bias else None], [grad] * 3, 18)}
-    figures = []
-    for operation, (plain, functions, inputs, grads, flops) in operations.items():
-        functions = functions | {"eager": plain}
-        if device.type == "cuda":
-            torch.compiler.reset()
-            functions["inductor"] = torch.compile(plain, fullgraph=True, dynamic=False)
-        with _own_stream(device):
-            timers = {name: _Timer(_both_passes(f, inputs, grads), 1, device, captured=False)
-                      for name, f in functions.items()}
-            times = _rounds(timers, rounds, 1, device)
-        figures += [{"operation": operation, "rows": rows, "width": C, "name": name, **in_unit("us", 1e6, t),
-                     "tflop_per_second": flops * 1e-12 * rows * C * C / statistics.median(t)}
-                    for name, t in times.items()]
-    return figures
-
-
-def _timed(functions: dict, rounds: int, device) -> dict[str, list[float]]:
-    """Return the seconds of each function in each round. A function that fails is reported and left out."""
-    attempts = Attempts()
+def _timed(operation: str, functions: dict, rounds: int, device, attempts: Attempts
+           ) -> dict[str, list[float]]:
+    """Return the seconds of each function in each round. One that fails is left out."""
+    makers = {name: lambda f=f: _Timer(f, 1, device, captured=False) for name, f in functions.items()}
     with _own_stream(device):
-        timers = {name: attempts.run(name, lambda f=f: _Timer(f, 1, device, captured=False))
-                  for name, f in functions.items()}
-        return _rounds({name: timer for name, timer in timers.items() if timer}, rounds, 1, device)
+        return _rounds(operation, makers, rounds, 1, device, attempts)
 
 
 def plot(figures: list[dict], path: str, title: str) -> None:
@@ -404,38 +376,43 @@ def run(bench: Bench) -> None:
     rounds, bandwidth = settings["rounds"], copy_bandwidth(device, settings["rounds"])
     print(f"LayerNorm: {bench.machine}, bias={settings['bias']}; a copy moves {bandwidth / 1e9:.0f} GB/s; "
           f"us, median of {rounds} rounds (range), share of the copy")
-    figures = []
+    figures, attempts, after = [], Attempts(settings["seconds"]), None
+
+    def note(rows: list[dict], rest) -> None:
+        """Print rows, each with the end rest(row), and write all so far."""
+        for f in rows:
+            print(f"{f['operation']:>17} {f['rows']:6} x {f['width']:5} {f['name']:>31}  "
+                  f"{with_range(f, 'us', 9, 1)}  {rest(f)}", flush=True)
+        figures.extend(rows)
+        bench.write_json(copy_gb_per_second=bandwidth / 1e9, copy_gb_per_second_after=after, rows=figures,
+                         failures=attempts.failures)
+
     for add, N, C in itertools.product((False, True), settings["rows"], settings["widths"]):
-        for f in measure(add, N, C, bench.dtype, settings["bias"], liger, rounds, device, bandwidth):
-            figures.append(f)
-            _print_row(f, f"{f['gb_per_second']:6.0f} GB/s  {100 * f['of_copy']:5.1f}%")
-    after = copy_bandwidth(device, rounds)
-    print(f"after that a copy moves {after / 1e9:.0f} GB/s")
-    C, V, layer_norm_figures = settings["n_embd"], settings["vocab_size"], list(figures)
+        note(measure(add, N, C, bench.dtype, settings["bias"], liger, rounds, device, bandwidth, attempts),
+             lambda f: f"{f['gb_per_second']:6.0f} GB/s  {100 * f['of_copy']:5.1f}%")
+    after = copy_bandwidth(device, rounds) / 1e9
+    print(f"after that a copy moves {after:.0f} GB/s")
+    if settings["plot"] and figures:
+        plot(figures, settings["plot"], f"LayerNorm, {bench.environment['device']}, {bench.dtype_name}")
+    C, V = settings["n_embd"], settings["vocab_size"]
     print(f"head, loss and gradients, V={V}: us, median (range), TFLOP/s, memory it adds")
     for N, capped in itertools.product(settings["rows"], (False, True)):
-        for f in measure_head(N, C, V, bench.dtype, liger, rounds, device, capped):
-            figures.append(f)
-            memory = "n/a" if f["peak_bytes"] is None else f"{f['peak_bytes'] / 2**30:.2f} GB"
-            _print_row(f, f"{f['tflop_per_second']:6.0f} TFLOP/s  {memory}")
+        note(measure_head(N, C, V, bench.dtype, liger, rounds, device, attempts, capped),
+             lambda f: f"{_tflops(f)}  "
+                       + ("n/a" if f["peak_bytes"] is None else f"{f['peak_bytes'] / 2**30:.2f} GB"))
+    timed = functools.partial(_timed, rounds=rounds, device=device, attempts=attempts)
     if is_hopper(device):
         print("MLP, and linear layer of q, k and v, result and gradients: us, median (range), TFLOP/s")
         for N in settings["rows"]:
-            for f in measure_products(N, C, bench.dtype, settings["bias"], rounds, device):
-                figures.append(f)
-                _print_row(f, f"{f['tflop_per_second']:6.0f} TFLOP/s")
-        for f in fp8_products.measure(max(settings["rows"]), C, V, bench.dtype, device,
-                                      lambda functions: _timed(functions, rounds, device)):
-            figures.append(f)
-            _print_row(f, f"{f['tflop_per_second']:6.0f} TFLOP/s" if f["tflop_per_second"] else "")
+            note(products.measure(N, C, bench.dtype, settings["bias"], device, timed), _tflops)
+        note(fp8_products.measure(max(settings["rows"]), C, V, bench.dtype, device, timed), _tflops)
     else:
         print(f"MLP, and linear layer of q, k and v: their kernels need a Hopper GPU, and this is {device}")
-    if settings["plot"]:
-        plot(layer_norm_figures, settings["plot"],
-             f"LayerNorm, {bench.environment['device']}, {bench.dtype_name}")
-    bench.write_json(copy_gb_per_second=bandwidth / 1e9, copy_gb_per_second_after=after / 1e9, rows=figures)
+    if not figures:
+        raise UserError(f"no contender runs: {attempts.failures}")
+    for label, reason in attempts.failures.items():
+        print(f"{label}: {reason}")
 
 
-def _print_row(f: dict, rest: str) -> None:
-    print(f"{f['operation']:>17} {f['rows']:6} x {f['width']:5} {f['name']:>27}  "
-          f"{with_range(f, 'us', 9, 1)}  {rest}", flush=True)
+def _tflops(f: dict) -> str:
+    return f"{f['tflop_per_second']:6.0f} TFLOP/s" if f["tflop_per_second"] else ""

@@ -5,13 +5,16 @@ PyTorch's code everywhere; the kernels with a Hopper GPU, or in Triton's interpr
     TRITON_INTERPRET=1 python -m pytest tests/kernels/test_gelu_mlp.py
 """
 
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import kernels as benchmark
+from benchmarks import products
+from benchmarks.harness import Attempts
+from benchmarks.kernels import _timed
 from kernels import INTERPRETED, gelu_mlp
 from model import GPT, GPTConfig, use_fused_gelu, use_qkv_linear
 from nanosync.recompute import use_activation_checkpointing
@@ -179,7 +182,9 @@ def test_unknown_keep():
 
 def test_benchmark_of_the_products():
     """Every way runs, and its work is counted: three products a matrix."""
-    figures = benchmark.measure_products(16, 16, torch.float16, True, 2, torch.device(DEVICE))
+    device = torch.device(DEVICE)
+    timed = functools.partial(_timed, rounds=2, device=device, attempts=Attempts())
+    figures = products.measure(16, 16, torch.float16, True, device, timed)
     ways = {f["name"] for f in figures if f["operation"] == "MLP"}
     assert ways >= {"eager", *(f"keep {keep}" for keep in gelu_mlp.KEEP)}
     for f in figures:

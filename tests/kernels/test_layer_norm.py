@@ -15,6 +15,7 @@ from helpers import runs_kernels as runs
 
 import kernels
 from benchmarks import kernels as benchmark
+from benchmarks.harness import Attempts
 from kernels import layer_norm as module
 from kernels.layer_norm import add_layer_norm, layer_norm
 from model import LayerNorm, use_triton_layer_norm
@@ -263,9 +264,10 @@ def test_in_models(kind):
 @runs
 def test_benchmark(tmp_path):
     device = torch.device(DEVICE)
-    bandwidth = benchmark.copy_bandwidth(device, 2)
+    bandwidth, attempts = benchmark.copy_bandwidth(device, 2), Attempts()
     figures = [f for add in (False, True)
-               for f in benchmark.measure(add, 2, 64, torch.float32, True, None, 2, device, bandwidth)]
+               for f in benchmark.measure(add, 2, 64, torch.float32, True, None, 2, device, bandwidth,
+                                         attempts)]
     assert len(figures) == 4 * (4 if DEVICE == "cuda" else 3) and bandwidth > 0
     for f in figures:
         values = {"forward": 2, "backward": 3, "add forward": 4, "add backward": 4}[f["operation"]]
@@ -285,7 +287,7 @@ def test_benchmark_of_the_head(capped):
     targets = torch.tensor([3, 39, -1, 0, 7], device=device)
     found = [(loss, *torch.autograd.grad(loss, x)) for loss in (f(x, weight, targets) for f in head.values())]
     torch.testing.assert_close(found[0], found[1])
-    figures = benchmark.measure_head(5, 16, 40, torch.float32, None, 2, device, capped)
+    figures = benchmark.measure_head(5, 16, 40, torch.float32, None, 2, device, Attempts(), capped)
     assert {f["operation"] for f in figures} == {"capped head" if capped else "head"}
     assert [f["name"] for f in figures] == ["ours", "eager", "inductor"][:3 if DEVICE == "cuda" else 2]
     for f in figures:

@@ -3,13 +3,15 @@
     python -m pytest tests/unit/test_benchmarks.py
 """
 
+import functools
 import importlib
 import sys
 
 import pytest
 import torch
 
-from benchmarks import fp8_products, fused_checks
+from benchmarks import fp8_products, fused_checks, products
+from benchmarks import kernels as benchmark
 from benchmarks.harness import Attempts, take_turns
 from benchmarks.kernels import _timed
 from benchmarks.strategies import parse
@@ -52,6 +54,29 @@ def test_nothing_new_begins_when_the_time_is_over():
     assert not Attempts(0).late()
 
 
+def test_a_kernel_that_fails_leaves_the_others(monkeypatch, capsys):
+    """In every part: its compilation in LayerNorm's, its first call in the head's and the products'."""
+    def fails(*args, **options):
+        raise RuntimeError("does not compile\nbecause of this")
+
+    attempts, found = Attempts(), {}
+    timed = functools.partial(_timed, rounds=1, device=CPU, attempts=attempts)
+    monkeypatch.setattr(benchmark, "_ours", fails)
+    monkeypatch.setattr(benchmark, "linear_cross_entropy", fails)
+    monkeypatch.setattr(products.qkv_linear, "qkv_linear", fails)
+    monkeypatch.setattr(products.gelu_mlp, "gelu_mlp", fails)
+    for rows in (benchmark.measure(False, 4, 8, torch.float32, True, None, 1, CPU, 1e9, attempts),
+                 benchmark.measure_head(4, 8, 16, torch.float32, None, 1, CPU, attempts),
+                 products.measure(4, 8, torch.float32, False, CPU, timed)):
+        for row in rows:
+            found.setdefault(row["operation"], []).append(row["name"])
+    assert found == {"forward": ["eager", "copy"], "backward": ["eager", "copy"], "head": ["eager"],
+                     "MLP": ["eager"], "q, k, v": ["eager"]}
+    assert set(attempts.failures.values()) == {"RuntimeError: does not compile"}
+    assert {"forward 4 x 8, ours", "head 4 x 8, ours", "q, k, v 4 x 8, ours"} < set(attempts.failures)
+    assert "\nhead 4 x 8, ours: RuntimeError: does not compile\n" in capsys.readouterr().out
+
+
 def test_checks_go_on_after_a_kernel_that_fails(monkeypatch):
     def fails(*args):
         raise RuntimeError("does not compile")
@@ -64,7 +89,8 @@ def test_checks_go_on_after_a_kernel_that_fails(monkeypatch):
 
 
 def test_rows_about_fp8():
-    rows = fp8_products.measure(32, 16, 64, torch.bfloat16, CPU, lambda fs: _timed(fs, 1, CPU), emulated=True)
+    timed = functools.partial(_timed, rounds=1, device=CPU, attempts=Attempts())
+    rows = fp8_products.measure(32, 16, 64, torch.bfloat16, CPU, timed, emulated=True)
     assert len(rows) == 11 * 9 + 18 + 2 * 5 and all(row["us"] > 0 for row in rows)
 
 
