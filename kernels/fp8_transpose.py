@@ -16,7 +16,7 @@ import torch
 from kernels import triton, triton_op, usable, wrap_triton
 from kernels.fp8_cast import Cast, interpreter_fails
 
-BLOCK, WARPS = 128, 8  # rows and columns of a tile
+TILE, CAST_TILE = (256, 128, 8), (64, 128, 4)  # rows, columns and warps of a program, for each kernel
 SMALLEST = 1e-36  # scale of zeros
 
 
@@ -34,8 +34,8 @@ def transposed_factors(wide: Cast, narrow: torch.Tensor, narrow_scale: torch.Ten
 
 def transposed(values: torch.Tensor) -> torch.Tensor:
     """Return a contiguous copy of values.T, for values of one byte each."""
-    words = len(values) % 4 == 0  # the kernel exchanges four rows at a time
-    return _transposed(values) if words and _runs(values, torch.uint8) else values.t().contiguous()
+    aligned = len(values) % 16 == 0  # the kernel stores 16 bytes at a time
+    return _transposed(values) if aligned and _runs(values, torch.uint8) else values.t().contiguous()
 
 
 def cast_transposed(x: torch.Tensor, factors: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
@@ -58,15 +58,16 @@ if triton is not None:
 
     @triton.jit
     def _transpose_kernel(
-        x_ptr,  # (M, K), of one byte each
+        x_ptr,  # (M, K), of one byte each, M a multiple of 16
         result_ptr,  # (K, M)
-        M, K, BLOCK: tl.constexpr,
+        M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
-        """Process a tile per program. The threads exchange words, each of four rows: to exchange bytes takes
-        four times as many accesses to shared memory."""
-        i = tl.program_id(0) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = (4 * i[:, None] < M) & (k[None, :] < K)
+        """Process a tile per program, one after the other along a row of tiles. The threads exchange words,
+        each of four rows: to exchange bytes takes four times as many accesses to shared memory."""
+        i = tl.program_id(1) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)
+        k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+        words = tl.multiple_of(M // 4, 4)  # so that a thread stores 16 bytes
+        inside = (i[:, None] < words) & (k[None, :] < K)
         x_ptr = x_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
         x_ptr += 4 * i[:, None].to(tl.int64) * K + k[None, :]
         word = tl.load(x_ptr, mask=inside, other=0).to(tl.uint32)
@@ -74,7 +75,7 @@ if triton is not None:
         word |= tl.load(x_ptr + 2 * K, mask=inside, other=0).to(tl.uint32) << 16
         word |= tl.load(x_ptr + 3 * K, mask=inside, other=0).to(tl.uint32) << 24
         result_ptr = result_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        result_ptr += k[:, None].to(tl.int64) * (M // 4) + i[None, :]
+        result_ptr += k[:, None].to(tl.int64) * words + i[None, :]
         tl.store(result_ptr, tl.trans(word).to(tl.int32, bitcast=True), mask=tl.trans(inside))
 
     @triton.jit
@@ -82,36 +83,36 @@ if triton is not None:
         x_ptr,  # (M, K)
         factors_ptr, scale_ptr,  # (M,), (1,) fp32
         result_ptr,  # (K, M)
-        M, K, BLOCK: tl.constexpr,
+        M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
         """Process a tile per program."""
-        m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = (m[:, None] < M) & (k[None, :] < K)
         x = tl.load(x_ptr + m[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        factors = tl.div_rn(tl.load(factors_ptr + m, mask=m < M, other=0.0), tl.load(scale_ptr))
+        factors = tl.load(factors_ptr + m, mask=m < M, other=0.0) * tl.div_rn(1.0, tl.load(scale_ptr))
         x = (x * factors[:, None]).to(result_ptr.dtype.element_ty)
         tl.store(result_ptr + k[:, None].to(tl.int64) * M + m[None, :], tl.trans(x), mask=tl.trans(inside))
 
 
-def _grid(x: torch.Tensor) -> tuple[int, int]:
-    return tuple(triton.cdiv(n, BLOCK) for n in x.shape)
+def _grid(x: torch.Tensor, rows: int, columns: int) -> tuple[int, int]:
+    return triton.cdiv(x.shape[0], rows), triton.cdiv(x.shape[1], columns)
 
 
 @triton_op("nanosync::fp8_transpose_values", mutates_args=())
 def _transposed(values: torch.Tensor) -> torch.Tensor:
-    result = values.new_empty(values.shape[::-1])
+    result, (rows, columns, warps) = values.new_empty(values.shape[::-1]), TILE
     if values.numel():
-        wrap_triton(_transpose_kernel)[_grid(values)](
-            values, result, *values.shape, BLOCK=BLOCK, num_warps=WARPS)
+        wrap_triton(_transpose_kernel)[_grid(values, rows, columns)[::-1]](
+            values, result, *values.shape, BLOCK_M=rows, BLOCK_K=columns, num_warps=warps)
     return result
 
 
 @triton_op("nanosync::fp8_cast_transposed", mutates_args=())
 def _cast_transposed(x: torch.Tensor, factors: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
                      ) -> torch.Tensor:
-    result = x.new_empty(x.shape[::-1], dtype=dtype)
+    result, (rows, columns, warps) = x.new_empty(x.shape[::-1], dtype=dtype), CAST_TILE
     if x.numel():
-        wrap_triton(_cast_transposed_kernel)[_grid(x)](
-            x, factors, scale, result, *x.shape, BLOCK=BLOCK, num_warps=WARPS)
+        wrap_triton(_cast_transposed_kernel)[_grid(x, rows, columns)](
+            x, factors, scale, result, *x.shape, BLOCK_M=rows, BLOCK_K=columns, num_warps=warps)
     return result

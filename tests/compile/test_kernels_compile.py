@@ -364,21 +364,22 @@ def test_weight_casts_compile_without_a_gpu():
 
 
 @COMPILED
-@pytest.mark.parametrize("kernel, types", [("_transpose_kernel", "*fp8e5 *fp8e5 i32 i32"),
-                                           ("_cast_transposed_kernel", "*bf16 *fp32 *fp32 *fp8e5 i32 i32")])
-def test_transposes_compile_without_a_gpu(kernel, types):
-    """For H100: loads of 16 bytes, and no exchange of single bytes through shared memory."""
+@pytest.mark.parametrize("kernel, types, tile", [
+    ("_transpose_kernel", "*fp8e5 *fp8e5 i32 i32", fp8_transpose.TILE),
+    ("_cast_transposed_kernel", "*bf16 *fp32 *fp32 *fp8e5 i32 i32", fp8_transpose.CAST_TILE)])
+def test_transposes_compile_without_a_gpu(kernel, types, tile):
+    """For H100: loads and stores of 16 bytes, and no exchange of single bytes through shared memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    kernel = getattr(fp8_transpose, kernel)
+    kernel, (rows, columns, warps) = getattr(fp8_transpose, kernel), tile
     kinds = dict(zip(kernel.arg_names, types.split()))
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(kinds))}
     source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in kernel.arg_names},
-                       {(len(kinds),): fp8_transpose.BLOCK}, aligned)
-    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=fp8_transpose.WARPS))
-    ptx = compiled.asm["ptx"]
-    assert "ld.global.v4.b32" in ptx and "shared.b8" not in ptx and "shared.v4.b8" not in ptx
+                       {(len(kinds),): rows, (len(kinds) + 1,): columns}, aligned)
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps)).asm["ptx"]
+    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx and "st.global.b32" not in ptx
+    assert "shared.b8" not in ptx and "shared.v4.b8" not in ptx
 
 
 @COMPILED
