@@ -136,8 +136,8 @@ def jobs() -> list[Job]:
             "--batch_size=64 --max_iters=60 --eval_interval=1000 --eval_iters=2 --log_interval=10 "
             f"--warmup_iters=10 {on_gpu}", f"{TOY_TRAINING} {on_cpu}")
     fused("biases", "biases", 150, "step", 64, BIASES, "--bias=True")
-    add("kernels", "kernels", 190, f"TRITON_INTERPRET={int(not real)} python bench.py --mode=kernels "
-        f"--seconds=250 --json={out}/kernels.json",
+    add("kernels", "kernels", 90, f"TRITON_INTERPRET={int(not real)} python bench.py --mode=kernels "
+        f"--seconds=150 --json={out}/kernels.json",
         "--rows=[65536] --widths=[768] --rounds=5", f"{TOY_BENCH} --rows=[32] --widths=[32]")
     add("resume", "resume", 480, "python benchmarks/many_gpus.py --part=resume --limit=700 "
         f"--out={out}/resume", "--fp8 --fp8_head --fp8_weight_gradients",
