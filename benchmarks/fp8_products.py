@@ -95,7 +95,8 @@ def _casts(rows: int, C: int, dtype: torch.dtype, device) -> dict[str, Callable]
             f"q, k, v joined, {name}": (lambda z, how=how: how(torch.cat(z, dim=1), E5M2), (q, k, v))}
     if device.type == "cuda":
         torch.compiler.reset()
-        torch._dynamo.config.recompile_limit = 4 * len(functions)  # by default 8 functions of the same code
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, len(functions))  # many are of the same code
         functions = {name: (torch.compile(f, fullgraph=True, dynamic=False), z)
                      for name, (f, z) in functions.items()}
     timed = {name: lambda f=f, z=z: f(z) for name, (f, z) in functions.items()}

@@ -181,7 +181,7 @@ def copy_bandwidth(device, rounds: int) -> float:
     pair = (source.random_(), torch.empty_like(source))
     with _own_stream(device):
         timer = _Timer(lambda: _copy(*pair), 1, device)
-        _wake(device, [timer])
+        _wake(device, {"copy": timer.seconds}, Attempts())
         return 2 * source.nbytes / statistics.median([timer.seconds() for _ in range(rounds)])
 
 
@@ -191,13 +191,14 @@ def _copy(source, target) -> None:
         b.copy_(a)
 
 
-def _wake(device, timers) -> None:
+def _wake(device, turns: dict, attempts: Attempts) -> None:
     """Give each contender a turn; on a GPU several, until its clocks, which fall when nothing runs, have
-    risen again."""
+    risen again. One that fails is taken out of turns."""
     started = time.perf_counter()
     while True:
-        for timer in timers:
-            timer.seconds()
+        for label, turn in list(turns.items()):
+            if attempts.run(label, turn) is None:
+                del turns[label]
         if device.type != "cuda" or time.perf_counter() > started + 0.25:
             return
 
@@ -245,11 +246,12 @@ def _rounds(operation: str, makers: dict, rounds: int, sets: int, device, attemp
     """
     labels = {f"{operation}, {name}": name for name in makers}
     timers = {label: attempts.run(label, makers[name], share=0.75) for label, name in labels.items()}
-    timers = {label: timer for label, timer in timers.items() if timer is not None}
-    _wake(device, timers.values())
-    turns = {label: lambda timer=timer: timer.seconds() / sets for label, timer in timers.items()}
+    turns = {label: lambda timer=timer: timer.seconds() / sets
+             for label, timer in timers.items() if timer is not None}
+    _wake(device, turns, attempts)
     found = take_turns(turns, rounds, uncounted=0, attempts=attempts)
-    return {labels[label]: times for label, times in found.items() if times}
+    return {labels[label]: times for label, times in found.items()
+            if times and label not in attempts.failures}
 
 
 def _plain_head(x, weight, targets):

@@ -34,19 +34,19 @@ def transposed_factors(wide: Cast, narrow: torch.Tensor, narrow_scale: torch.Ten
 
 def transposed(values: torch.Tensor) -> torch.Tensor:
     """Return a contiguous copy of values.T, for values of one byte each."""
-    aligned = len(values) % 16 == 0  # the kernel stores 16 bytes at a time
-    return _transposed(values) if aligned and _runs(values, torch.uint8) else values.t().contiguous()
+    fits = len(values) % 16 == 0 and len(values) <= 65535 * TILE[0]  # stores of 16 bytes, CUDA's grid
+    return _transposed(values) if fits and _runs(values, torch.uint8) else values.t().contiguous()
 
 
 def cast_transposed(x: torch.Tensor, factors: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
                     ) -> torch.Tensor:
-    """Return (x * factors / scale).T, (K, M), in dtype.
+    """Return (x * (factors * (1 / scale))).T, (K, M), in dtype.
 
     x: (M, K). factors: (M, 1) fp32. scale: one number in fp32.
     """
     if _runs(x, dtype):
         return _cast_transposed(x, factors, scale, dtype)
-    return (x.float() * (factors / scale)).to(dtype).t().contiguous()
+    return (x.float() * (factors * (1 / scale))).to(dtype).t().contiguous()
 
 
 def _runs(x: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -62,8 +62,9 @@ if triton is not None:
         result_ptr,  # (K, M)
         M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
-        """Process a tile per program, one after the other along a row of tiles. The threads exchange words,
-        each of four rows: to exchange bytes takes four times as many accesses to shared memory."""
+        """Process a tile per program. Neighbouring programs read the same rows, which the order of tiles on
+        axis 0 makes. The threads exchange words, each of four rows: to exchange bytes takes four times as
+        many accesses to shared memory."""
         i = tl.program_id(1) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)
         k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
         words = tl.multiple_of(M // 4, 4)  # so that a thread stores 16 bytes

@@ -19,7 +19,7 @@ EMULATED = [True] + runs_fp8_products() * [False]
 
 
 @runs_kernels
-@pytest.mark.parametrize("M, K", [(16, 16), (128, 256), (304, 48)])
+@pytest.mark.parametrize("M, K", [(16, 16), (128, 256), (304, 48), (272, 129), (0, 16), (16, 0)])
 def test_kernel(M, K):
     """Bytes of any value, and fp32 in place of 8-bit numbers, which Triton's interpreter rounds wrongly."""
     torch.manual_seed(0)
@@ -27,10 +27,25 @@ def test_kernel(M, K):
     assert fp8_transpose._runs(values, torch.uint8)
     assert torch.equal(transposed(values), values.T)
     x, factors = torch.randn(M, K, device=DEVICE).bfloat16(), torch.rand(M, 1, device=DEVICE)
+    check_cast_transposed(x, factors)
+
+
+def check_cast_transposed(x, factors):
+    """The kernel has the bits of PyTorch's code."""
     scale = torch.full((1, 1), 0.7, device=DEVICE)
     found = cast_transposed(x, factors, scale, torch.float32)
-    assert found.is_contiguous()
-    torch.testing.assert_close(found, (x.float() * factors / 0.7).T)
+    assert found.is_contiguous() and torch.equal(found, (x.float() * (factors * (1 / scale))).T)
+
+
+@runs_kernels
+@pytest.mark.parametrize("M", [15, 20, 300])
+def test_rows_that_are_no_multiple_of_16(M, monkeypatch):
+    """The kernel of bytes would store 16 of them at addresses that are no multiple of 16; the one that casts
+    takes any number of rows."""
+    values = torch.randint(256, (M, 48), dtype=torch.uint8, device=DEVICE)
+    monkeypatch.setattr(fp8_transpose, "_transposed", lambda values: pytest.fail("the kernel ran"))
+    assert torch.equal(transposed(values), values.T)
+    check_cast_transposed(torch.randn(M, 48, device=DEVICE).bfloat16(), torch.rand(M, 1, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])

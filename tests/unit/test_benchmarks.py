@@ -77,6 +77,16 @@ def test_a_kernel_that_fails_leaves_the_others(monkeypatch, capsys):
     assert "\nhead 4 x 8, ours: RuntimeError: does not compile\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("calls", range(1, 6))
+def test_a_kernel_that_fails_later_has_no_row(calls):
+    """In its second call, which wakes the GPU, or in a later round."""
+    left = iter(range(calls))
+    attempts = Attempts()
+    found = _timed("cast", {"bad": lambda: next(left), "good": lambda: None}, 3, CPU, attempts)
+    assert list(found) == (["good"] if calls < 5 else ["bad", "good"]) and len(found["good"]) == 3
+    assert list(attempts.failures) == ["cast, bad"] * (calls < 5)
+
+
 def test_checks_go_on_after_a_kernel_that_fails(monkeypatch):
     def fails(*args):
         raise RuntimeError("does not compile")
