@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.kernels import _own_stream, _Timer
 from kernels import fp8_transpose, gelu_cast
+from nanosync.errors import UserError
 from nanosync.files import write_result
 from nanosync.hardware import environment
 
@@ -44,6 +45,8 @@ def time_tiles(kernel: str, tiles: list, function, inputs: list, moved: int, exp
     return rows
 
 
+if len(sys.argv) != 2:
+    raise UserError("time_transposes.py takes the file for its figures: name one, OUT.json")
 on_gpu = torch.cuda.is_available()
 device = torch.device("cuda" if on_gpu else "cpu")
 M, C = (65536, 768) if on_gpu else (64, 16)
