@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.kernels import _own_stream, _Timer
 from kernels import fp8_transpose, gelu_cast
-from nanosync.errors import UserError
+from nanosync.errors import UserError, install_error_hook
 from nanosync.files import write_result
 from nanosync.hardware import environment
 
@@ -45,8 +45,9 @@ def time_tiles(kernel: str, tiles: list, function, inputs: list, moved: int, exp
     return rows
 
 
-if len(sys.argv) != 2:
-    raise UserError("time_transposes.py takes the file for its figures: name one, OUT.json")
+install_error_hook()
+if len(sys.argv) != 2 or not os.path.isdir(os.path.dirname(os.path.abspath(sys.argv[1]))):
+    raise UserError("time_transposes.py takes the file for its figures: name one in a folder that is there")
 on_gpu = torch.cuda.is_available()
 device = torch.device("cuda" if on_gpu else "cpu")
 M, C = (65536, 768) if on_gpu else (64, 16)
