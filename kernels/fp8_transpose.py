@@ -62,9 +62,9 @@ if triton is not None:
         result_ptr,  # (K, M)
         M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
-        """Process a tile per program. Neighbouring programs read the same rows, which the order of tiles on
-        axis 0 makes. The threads exchange words, each of four rows: to exchange bytes takes four times as
-        many accesses to shared memory."""
+        """Process a tile per program. Programs that follow each other on axis 0 read the same rows. Threads
+        exchange words, each of four rows: to exchange bytes takes four times as many accesses to shared
+        memory."""
         i = tl.program_id(1) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)
         k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
         words = tl.multiple_of(M // 4, 4)  # so that a thread stores 16 bytes

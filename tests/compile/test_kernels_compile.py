@@ -375,9 +375,8 @@ def test_transposes_compile_without_a_gpu(kernel, types, tile):
 
     kernel, (rows, columns, warps) = getattr(fp8_transpose, kernel), tile
     kinds = dict(zip(kernel.arg_names, types.split()))
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(kinds))}
-    if kernel is fp8_transpose._transpose_kernel:
-        del aligned[kernel.arg_names.index("M"),]  # Triton need not find out that it is a multiple of 16
+    unknown = "M" if kernel is fp8_transpose._transpose_kernel else None  # the kernel says what divides it
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kinds) if name != unknown}
     source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in kernel.arg_names},
                        {(len(kinds),): rows, (len(kinds) + 1,): columns}, aligned)
     code = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps)).asm
