@@ -24,6 +24,7 @@ from experiments.experiment_statistics import differ, pooled_std
 from experiments.frontier_fit import Fit, interval
 from experiments.frontier_picture import EXCHANGES, LINEAR, PRELIMINARY, draw, percent
 from experiments.frontier_protocol import Protocol
+from experiments.frontier_runs import UNSTABLE, unstable
 from experiments.report import table, without_nan, write
 from experiments.search_plan import SCHEDULE
 from nanosync.errors import UserError
@@ -32,6 +33,8 @@ from nanosync.files import json_text
 DROPPING = "standard", "spd", "selective", "grouped", "custom"  # strategies that drop syncs and do no more
 ONE_GPU = "TP=1"  # name of the row of the dense model on one GPU
 ANY_RANKS = "standard", "palm", "ladder"  # whose loss does not depend on the TP ranks
+UNSTABLE_NOTE = f"Unstable: more than {UNSTABLE:.0%} of the updates after the warm-up were clipped. The " \
+                "pooled spread does not describe such runs."
 
 
 @dataclass
@@ -145,6 +148,7 @@ def rows_of(protocol: Protocol, runs: dict[tuple[str, int], dict], fit: Fit) -> 
         kind = strategy.partition(":")[0]
         rows.append({
             "arm": arm, "baseline": is_base, "runs": len(sample), "diverged": len(of_arm) - len(sample),
+            "unstable": unstable(runs, arm),
             "syncs": syncs, "ranks": settings.get("tp_size"), "layers": layers, "all_layers": all_layers,
             "dense": dense, "shallow": shallow, "any_ranks": dense or kind in ANY_RANKS,
             "latency_row": named or default, "plain": kind in DROPPING and named is None,
@@ -209,8 +213,8 @@ def verdict(row: dict) -> str:
     else:
         low, high = row["interval"]
         text = "lower" if high < 0 else "higher" if low > 0 else "not told apart"
-    diverged = f", {row['diverged']} diverged" if row["diverged"] else ""
-    return text + ", preliminary" * row["preliminary"] + diverged
+    counts = [f", {row[name]} {name}" for name in ("diverged", "unstable") if row[name]]
+    return text + ", preliminary" * row["preliminary"] + "".join(counts)
 
 
 def rows_table(rows: list[dict], tables: Tables) -> str:
@@ -289,6 +293,8 @@ def write_frontier(protocol: Protocol, runs: dict, tables: Tables, stem: str) ->
                 f"({between[1]} degrees of freedom)"
         text += f". After the effect of the seed is removed: {spreads_text(fit.spreads)}.\n" if spreads else \
             ". No intervals: they need two arms with two common seeds.\n"
+    if any(row["unstable"] for row in rows):
+        text += f"\n{UNSTABLE_NOTE}\n"
     apart = [row["arm"] for row in rows if row["ratio"] is None and row["runs"]]
     if apart and protocol.baseline in fit.logs:
         text += f"\nNo chain of common seeds connects these with {protocol.baseline}: {', '.join(apart)}.\n"

@@ -156,6 +156,7 @@ class Session:
                 "val_loss": None if diverged else result["final_val_loss"], "curve": curve,
                 "syncs": log.last("schedule").get("syncs"),
                 "seconds": seconds_of(log, result["wall_seconds"]), "parallel": parallel,
+                "clipped": clipped_share(log),
                 "card": environment.get("device") or self.card,
                 "torch": environment.get("torch"), "commit": environment.get("git_commit") or self.commit,
                 "time": round(time.time())}
@@ -178,6 +179,17 @@ def seconds_of(log: RunLog, wall: float) -> dict:
     evaluation = max(after_first - training, 0.0)
     return {"wall": round(wall, 3), "start": round(max(wall - training - evaluation, 0.0), 3),
             "training": round(training, 3), "evaluation": round(evaluation, 3)}
+
+
+def clipped_share(log: RunLog) -> float | None:
+    """Return the share of the updates after the warm-up whose gradient was clipped. None if the run logs no
+    norms, or clips none."""
+    limit, first = log.config.get("grad_clip"), log.config.get("warmup_iters", 0)
+    norms = [event["norm"] for event in log.of("iter")
+             if event["step"] >= first and event.get("norm") is not None]
+    if not limit or not norms:
+        return None
+    return round(sum(norm > limit for norm in norms) / len(norms), 4)
 
 
 def most_starting(places: list[str | None], per_place: int) -> int:

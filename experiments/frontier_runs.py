@@ -3,12 +3,14 @@
     {"protocol": "<digest>", "data": "<digest>", "arm": "drop_6_r4", "seed": 1, "status": "finished",
      "val_loss": 1.93, "curve": [[step, val_loss, train_loss], ...], "syncs": 6,
      "seconds": {"wall": 44.1, "start": 12.0, "training": 29.9, "evaluation": 2.2}, "parallel": 2,
-     "card": "NVIDIA H200", "torch": "2.11.0", "commit": "...", "time": 1795938660}
+     "clipped": 0.0006, "card": "NVIDIA H200", "torch": "2.11.0", "commit": "...", "time": 1795938660}
 
 status is finished, or non_finite for a run whose loss became infinite or NaN, which has no val_loss. A run
 that failed otherwise, or was killed, has no line. seconds.start is what is neither training nor evaluation:
-start, compilation, end. parallel: runs at a time on the same GPU. A run that another protocol has
-with the same settings can be taken from it (`merge` with `of`). Then ran_as has the digest of the other.
+start, compilation, end. parallel: runs at a time on the same GPU. clipped: share of the updates after the
+warm-up whose gradient was clipped, null if the run logs no norms or clips none; old lines lack it. A run that
+another protocol has with the same settings can be taken from it (`merge` with `of`). Then ran_as has the
+digest of the other.
 """
 
 import json
@@ -28,10 +30,11 @@ RUN = {"protocol": (str, True), "data": (str, True), "arm": (str, True), "seed":
        "status": (str, True), "val_loss": ((*NUMBER, NONE), True), "curve": (list, True),
        "syncs": ((int, NONE), True), "seconds": (dict, True), "parallel": (int, True), "card": (str, True),
        "torch": ((str, NONE), True), "commit": ((str, NONE), True), "time": (NUMBER, True),
-       "ran_as": (str, False)}
+       "clipped": ((*NUMBER, NONE), False), "ran_as": (str, False)}
 SECONDS = {"wall": (NUMBER, True), "start": (NUMBER, True), "training": (NUMBER, True),
            "evaluation": (NUMBER, True)}
 MOST_PARALLEL = 1000
+UNSTABLE = 0.01  # a run with more of its updates clipped is unstable
 
 
 def read_runs(path: str, protocol: Protocol) -> dict[tuple[str, int], dict]:
@@ -97,6 +100,14 @@ def check_run(run: dict, where: str, protocol: Protocol) -> None:
             raise UserError(f"{where}: {name}={shown(value)} must be a number that is not below 0")
     if not 1 <= run["parallel"] <= MOST_PARALLEL or not in_range(run["syncs"] or 0, most=10**6):
         raise UserError(f"{where} has parallel={run['parallel']} and syncs={run['syncs']}, which cannot be")
+    if not in_range(run.get("clipped") or 0, most=1):
+        raise UserError(f"{where}: clipped={shown(run['clipped'])} must be a share, from 0 to 1")
+
+
+def unstable(runs: dict[tuple[str, int], dict], arm: str) -> int:
+    """Return how many finished runs of an arm are unstable, of those that tell."""
+    return sum((run.get("clipped") or 0) > UNSTABLE for (name, _), run in runs.items()
+               if name == arm and run["status"] == FINISHED)
 
 
 def append_runs(path: str, runs: Iterable[dict]) -> None:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from experiments.experiment_statistics import welch_error
-from experiments.frontier_draw import shown_interval
+from experiments.frontier_draw import UNSTABLE_NOTE, shown_interval
 from experiments.frontier_fit import Fit, interval
 from experiments.frontier_picture import percent
 from experiments.frontier_protocol import REST, Protocol
+from experiments.frontier_runs import unstable
 from experiments.report import table, without_nan, write
 from experiments.search_evidence import Ratio
 from nanosync.errors import UserError, shown
@@ -80,9 +81,10 @@ def check_tiers(tiers: list[Tier]) -> None:
 def compare(tiers: list[Tier]) -> list[dict]:
     """Return for each arm of the last tier what the tiers say, in its order.
 
-    {"arm", "ratios": [{"ratio", "interval", "runs"} or None for each tier], "slope", "slope_interval": of the
-    line through the two largest tiers with runs, "predicted", "predicted_interval": of the last tier from the
-    two before it, "difference", "difference_interval": measured less predicted}
+    {"arm", "ratios": [{"ratio", "interval", "runs", "unstable": how many of the arm's and the baseline's are}
+    or None for each tier], "slope", "slope_interval": of the line through the two largest tiers with runs,
+    "predicted", "predicted_interval": of the last tier from the two before it, "difference",
+    "difference_interval": measured less predicted}
     """
     rows, last = [], tiers[-1]
     for arm in last.protocol.arms:
@@ -90,7 +92,9 @@ def compare(tiers: list[Tier]) -> list[dict]:
             continue
         found = [tier.ratios.get(arm) for tier in tiers]
         row = {"arm": arm, "ratios": [None if one is None else {
-            "ratio": one.mean, "interval": interval(one), "runs": one.runs} for one in found]}
+            "ratio": one.mean, "interval": interval(one), "runs": one.runs,
+            "unstable": sum(unstable(tier.runs, name) for name in (arm, tier.protocol.baseline))}
+            for tier, one in zip(tiers, found)]}
         known = [(tier.log_flops, one) for tier, one in zip(tiers, found) if one is not None]
         if len(known) > 1:
             (x, before), (y, after) = known[-2:]
@@ -143,13 +147,17 @@ def text_of(tiers: list[Tier], rows: list[dict]) -> str:
                           shown_interval(row.get("predicted_interval")), verdict(row)]
     header += [f"predicted for tier {len(tiers)}", "95% CI", "measured"] if third else []
     of_sizes = table(["tier", "protocol", "parameters of layers", "tokens", "runs", "spread"], sizes)
+    note = any(one and one["unstable"] for row in rows for one in row["ratios"])
     return f"# Tiers\n\n{of_sizes}\nLosses against the baseline's, with 95% intervals, and the runs of the " \
-           f"arm or of the baseline, whichever are fewer.\n\n{table(header, cells)}"
+           f"arm or of the baseline, whichever are fewer.\n\n{table(header, cells)}" \
+           + f"\n{UNSTABLE_NOTE}\n" * note
 
 
 def shown_ratio(one: dict | None) -> str:
-    return "-" if one is None else f"{percent(one['ratio']):+.2f}% ({shown_interval(one['interval'])}; " \
-                                   f"{one['runs']})"
+    if one is None:
+        return "-"
+    unstable_runs = f", {one['unstable']} unstable" if one["unstable"] else ""
+    return f"{percent(one['ratio']):+.2f}% ({shown_interval(one['interval'])}; {one['runs']}{unstable_runs})"
 
 
 def write_tiers(tiers: list[Tier], stem: str) -> str:

@@ -1,0 +1,97 @@
+"""Runs of a frontier whose gradient was clipped often: what a line and what tables say of them. CPU; seconds.
+
+    python -m pytest tests/unit/test_unstable_runs.py
+"""
+
+import json
+
+import pytest
+from test_frontier_tiers import tier
+from test_sync_frontier import protocol, run_of
+
+from experiments.frontier_draw import Tables, rows_of, verdict, write_frontier
+from experiments.frontier_fit import Fit
+from experiments.frontier_next import clipped_share
+from experiments.frontier_runs import add_run, append_runs, read_runs, unstable
+from experiments.frontier_tiers import write_tiers
+from nanosync.errors import UserError
+from nanosync.run_log import RunLog
+
+
+def log_of(norms: list[float | None], **config) -> RunLog:
+    return RunLog("out", [{"event": "start", "config": config}, *(
+        {"event": "iter", "step": step, "norm": norm} for step, norm in enumerate(norms))])
+
+
+def test_the_share_of_clipped_updates():
+    norms = [9.0, 9.0, 0.5, 1.0, 1.1, 0.2]
+    assert clipped_share(log_of(norms, grad_clip=1.0, warmup_iters=2)) == 0.25  # 1.0 itself is not clipped
+    assert clipped_share(log_of(norms, grad_clip=1.0)) == 0.5
+    assert clipped_share(log_of(norms, grad_clip=20.0)) == 0.0
+    assert clipped_share(log_of([None, 2.0, 0.5], grad_clip=1.0)) == 0.5
+
+
+@pytest.mark.parametrize("log", [
+    log_of([9.0], grad_clip=0.0), log_of([9.0]), log_of([None], grad_clip=1.0), log_of([], grad_clip=1.0),
+    log_of([9.0], grad_clip=1.0, warmup_iters=1)], ids=range(5))
+def test_what_says_nothing_of_clipping(log):
+    assert clipped_share(log) is None
+
+
+@pytest.mark.parametrize("clipped", [0, 0.5, 1.0, None])
+def test_a_line_with_its_share(tmp_path, clipped):
+    plan, path = protocol(), str(tmp_path / "runs.jsonl")
+    append_runs(path, [run_of(plan, "dense_12", 1, clipped=clipped)])
+    assert read_runs(path, plan)["dense_12", 1]["clipped"] == clipped
+
+
+@pytest.mark.parametrize("clipped", [-0.1, 1.5, "0.1", True, float("nan")])
+def test_a_line_with_a_wrong_share(tmp_path, clipped):
+    run = run_of(protocol(), "dense_12", 1, clipped=clipped)
+    (tmp_path / "runs.jsonl").write_text(json.dumps(run) + "\n")
+    with pytest.raises(UserError) as found:
+        read_runs(str(tmp_path / "runs.jsonl"), protocol())
+    assert "\n" not in str(found.value)
+
+
+def test_two_shares_of_a_run_contradict():
+    plan, runs = protocol(), {}
+    add_run(runs, run_of(plan, "dense_12", 1, clipped=0.1), "a")
+    with pytest.raises(UserError, match=r"clipped=0\.1 and not 0\.2"):
+        add_run(runs, run_of(plan, "dense_12", 1, clipped=0.2), "b")
+
+
+def test_the_table_names_unstable_runs(tmp_path):
+    """Above 1%, not at it; a run that diverged is counted as such; old lines tell nothing."""
+    plan = protocol(arms={arm: protocol().arms[arm] for arm in ("dense_12", "dense_8", "drop_4_r2")})
+    runs = {(arm, seed): run_of(plan, arm, seed, 2.0 + seed / 100) for arm, seed in plan.runs}
+    runs["dense_8", 1]["clipped"], runs["dense_8", 2]["clipped"] = 0.01, None
+    write_frontier(plan, runs, Tables(), str(tmp_path / "f"))
+    assert "nstable" not in (tmp_path / "f.md").read_text()
+    for seed, share in ((1, 0.011), (2, 1.0), (3, 0.01)):
+        runs["drop_4_r2", seed]["clipped"] = share
+    runs["drop_4_r2", 4] = run_of(plan, "drop_4_r2", 4, None, clipped=1.0)
+    assert [unstable(runs, arm) for arm in plan.arms] == [0, 0, 2]
+    row = rows_of(plan, runs, Fit(runs))[2]
+    assert verdict(row).endswith(", 1 diverged, 2 unstable")
+    write_frontier(plan, runs, Tables(), str(tmp_path / "f"))
+    text = (tmp_path / "f.md").read_text()
+    assert text.count("2 unstable") == 1 and "Unstable: more than 1% of the updates" in text
+    assert [one["unstable"] for one in json.loads((tmp_path / "f.json").read_text())["arms"]] == [0, 0, 2]
+
+
+def test_tiers_name_unstable_runs(tmp_path):
+    """Those of the arm, and those of the baseline, with which all arms are compared."""
+    def text(**clipped) -> str:
+        large = tier(2, 0.004)
+        for arm, share in clipped.items():
+            large.runs[arm, 1]["clipped"] = share
+        return write_tiers([tier(1, 0.004), large], str(tmp_path / "tiers"))
+
+    assert "nstable" not in text() and "nstable" not in text(drop_4_r2=0.01)
+    assert (one := text(drop_4_r2=0.2)).count("; 4, 1 unstable)") == 1 and "Unstable: more than 1%" in one
+    of_base = text(drop_4_r2=0.2, dense_12=0.2)
+    assert of_base.count("; 4, 1 unstable)") == 1 and of_base.count("; 4, 2 unstable)") == 1
+    found = json.loads((tmp_path / "tiers.json").read_text())["arms"]
+    assert {row["arm"]: [one["unstable"] for one in row["ratios"]] for row in found} == {
+        "dense_8": [0, 1], "drop_4_r2": [0, 2]}
