@@ -4,9 +4,10 @@
 #     sitting.sh more SECONDS OUT
 #     sitting.sh last SECONDS OUT
 # TOKENS: folder with GPT-2's tokenizer files; COMMIT: of this code; MINUTES: of the runs; PER_GPU: runs at a
-# time; COMPILED: archive of compiled code; SAVE=1: make one; LATENCY=1: time five schedules first; STARTS=1: time
-# a start last. log_1.txt is of LATENCY=1 STARTS=1 SAVE=1, log_2.txt and log_3.txt of COMPILED SAVE=1 PER_GPU=4,
-# all on two GPUs; log_4.txt of COMPILED PER_GPU=4 on one.
+# time; MPS=1: kernels of several runs at the same time on a GPU, through NVIDIA's MPS; COMPILED: archive of
+# compiled code; SAVE=1: make one; LATENCY=1: time five schedules first; STARTS=1: time a start last. log_1.txt is
+# of LATENCY=1 STARTS=1 SAVE=1, log_2.txt and log_3.txt of COMPILED SAVE=1 PER_GPU=4, all on two GPUs; log_4.txt of
+# COMPILED PER_GPU=4 on one.
 part=$1 end=$(($(date +%s) + $2)) out=$3 work=/tmp/sync-frontier
 shift 3
 mkdir -p "$out" $work/frontier
@@ -22,6 +23,19 @@ if [ "$part" = first ]; then
             --max_new_tokens=130 --rounds=5 --widths=[768] --tp_allreduce=oneshot,nccl \
             --json="$out/decode2_caat.json" --syncs="[24,4,'mean:1','caat:0.5','caat:0.25']" > "$out/decode.txt" 2>&1
         tail -n 12 "$out/decode.txt"
+    fi
+    if [ -n "$MPS" ]; then
+        export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps
+        mkdir -p /tmp/mps
+        # a session of its own outlives this command; no child, as `wait` would wait for it
+        (setsid nvidia-cuda-mps-control -f > /tmp/mps/out.txt 2>&1 < /dev/null &)
+        sleep 1
+        if ! timeout 60 python3 -c "import torch; torch.zeros(1, device='cuda')" ||
+            ! pgrep -f nvidia-cuda-mps-server > /dev/null; then
+            cat /tmp/mps/out.txt
+            echo "error: MPS does not run here: leave MPS out, and take a smaller PER_GPU" >&2
+            exit 2
+        fi
     fi
     wait
     tail -n 4 "$out/prepare.txt"
