@@ -16,7 +16,7 @@ import math
 import os
 import time
 
-from experiments.experiment_config import arguments_of
+from experiments.experiment_config import arguments_of, in_range
 from experiments.experiment_logger import ExperimentLogger
 from experiments.frontier_protocol import Protocol
 from experiments.frontier_runs import FINISHED, NON_FINITE, append_runs
@@ -183,13 +183,13 @@ def seconds_of(log: RunLog, wall: float) -> dict:
 
 def clipped_share(log: RunLog) -> float | None:
     """Return the share of the updates after the warm-up whose gradient was clipped. None if the run logs no
-    norms, or clips none."""
-    limit, first = log.config.get("grad_clip"), log.config.get("warmup_iters", 0)
+    norms, does not clip, or ends within the warm-up."""
+    limit, first = log.config.get("grad_clip"), log.config.get("warmup_iters") or 0
+    if not (in_range(limit) and limit > 0 and in_range(first)):
+        return None
     norms = [event["norm"] for event in log.of("iter")
              if event["step"] >= first and event.get("norm") is not None]
-    if not limit or not norms:
-        return None
-    return round(sum(norm > limit for norm in norms) / len(norms), 4)
+    return round(sum(norm > limit for norm in norms) / len(norms), 6) if norms else None
 
 
 def most_starting(places: list[str | None], per_place: int) -> int:

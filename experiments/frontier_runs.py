@@ -8,9 +8,9 @@
 status is finished, or non_finite for a run whose loss became infinite or NaN, which has no val_loss. A run
 that failed otherwise, or was killed, has no line. seconds.start is what is neither training nor evaluation:
 start, compilation, end. parallel: runs at a time on the same GPU. clipped: share of the updates after the
-warm-up whose gradient was clipped, null if the run logs no norms or clips none; old lines lack it. A run that
-another protocol has with the same settings can be taken from it (`merge` with `of`). Then ran_as has the
-digest of the other.
+warm-up whose gradient was clipped; null if the run logs no norms, does not clip, or ends within the warm-up;
+older lines lack it. A run that another protocol has with the same settings can be taken from it (`merge` with
+`of`). Then ran_as has the digest of the other.
 """
 
 import json
@@ -52,6 +52,9 @@ def add_run(runs: dict[tuple[str, int], dict], run: dict, where: str) -> bool:
     """Add a run; return False if it is there already. Raises UserError if it contradicts the others."""
     key = run["arm"], run["seed"]
     known = runs.get(key)
+    if known is not None and ("clipped" in known) != ("clipped" in run):  # one of them is an older line
+        one = known.get("clipped", run.get("clipped"))
+        known, run = known | {"clipped": one}, run | {"clipped": one}
     if known is not None and known != run:
         other = next(name for name in RUN if known.get(name) != run.get(name))
         raise UserError(f"{where}: {run['arm']} with seed {run['seed']} is there already with "
@@ -104,10 +107,11 @@ def check_run(run: dict, where: str, protocol: Protocol) -> None:
         raise UserError(f"{where}: clipped={shown(run['clipped'])} must be a share, from 0 to 1")
 
 
-def unstable(runs: dict[tuple[str, int], dict], arm: str) -> int:
-    """Return how many finished runs of an arm are unstable, of those that tell."""
-    return sum((run.get("clipped") or 0) > UNSTABLE for (name, _), run in runs.items()
-               if name == arm and run["status"] == FINISHED)
+def unstable(runs: dict[tuple[str, int], dict], arm: str) -> int | None:
+    """Return how many finished runs of an arm are unstable, of those with `clipped`; None if none has it."""
+    shares = [run["clipped"] for (name, _), run in runs.items()
+              if name == arm and run["status"] == FINISHED and run.get("clipped") is not None]
+    return sum(share > UNSTABLE for share in shares) if shares else None
 
 
 def append_runs(path: str, runs: Iterable[dict]) -> None:

@@ -32,7 +32,7 @@ def combined(v: float, one: Ratio, w: float, other: Ratio) -> Ratio:
 @dataclass
 class Tier:
     """A protocol with its runs. log_flops: see above. spread: of the arms in no group, see Fit. ratios: arm
-    -> log ratio.
+    -> log ratio. unstable: arm -> unstable runs, None if unknown.
 
     Raises UserError if the settings of the baseline do not have the size of the model.
     """
@@ -54,6 +54,7 @@ class Tier:
         ratios = {arm: fit.contrast({arm: 1.0, baseline: -1.0}) for arm in self.protocol.arms
                   if arm != baseline}
         self.ratios = {arm: ratio for arm, ratio in ratios.items() if ratio is not None}
+        self.unstable = {arm: unstable(self.runs, arm) for arm in self.protocol.arms}
 
 
 def check_tiers(tiers: list[Tier]) -> None:
@@ -81,10 +82,10 @@ def check_tiers(tiers: list[Tier]) -> None:
 def compare(tiers: list[Tier]) -> list[dict]:
     """Return for each arm of the last tier what the tiers say, in its order.
 
-    {"arm", "ratios": [{"ratio", "interval", "runs", "unstable": how many of the arm's and the baseline's are}
-    or None for each tier], "slope", "slope_interval": of the line through the two largest tiers with runs,
-    "predicted", "predicted_interval": of the last tier from the two before it, "difference",
-    "difference_interval": measured less predicted}
+    {"arm", "ratios": [{"ratio", "interval", "runs", "unstable"} or None for each tier], "slope",
+    "slope_interval": of the line through the two largest tiers with runs, "predicted",
+    "predicted_interval": of the last tier from the two before it, "difference", "difference_interval":
+    measured less predicted}
     """
     rows, last = [], tiers[-1]
     for arm in last.protocol.arms:
@@ -93,8 +94,7 @@ def compare(tiers: list[Tier]) -> list[dict]:
         found = [tier.ratios.get(arm) for tier in tiers]
         row = {"arm": arm, "ratios": [None if one is None else {
             "ratio": one.mean, "interval": interval(one), "runs": one.runs,
-            "unstable": sum(unstable(tier.runs, name) for name in (arm, tier.protocol.baseline))}
-            for tier, one in zip(tiers, found)]}
+            "unstable": tier.unstable[arm]} for tier, one in zip(tiers, found)]}
         known = [(tier.log_flops, one) for tier, one in zip(tiers, found) if one is not None]
         if len(known) > 1:
             (x, before), (y, after) = known[-2:]
@@ -138,19 +138,25 @@ def text_of(tiers: list[Tier], rows: list[dict]) -> str:
     cells = []
     for row in rows:
         slope = row.get("slope_interval")
-        cells.append([row["arm"], *map(shown_ratio, row["ratios"]),
-                      "-" if "slope" not in row else f"{percent(math.log(2) * row['slope']):+.3f}%",
+        cells.append([row["arm"], *map(shown_ratio, row["ratios"])])
+        if any(one and one["unstable"] for one in row["ratios"]):  # such runs are on no line
+            cells[-1] += ["unstable", "-"] + ["unstable", "-", "-"] * third
+            continue
+        cells[-1] += ["-" if "slope" not in row else f"{percent(math.log(2) * row['slope']):+.3f}%",
                       "-" if slope is None else "{:+.3f} to {:+.3f}%".format(
-                          *(percent(math.log(2) * end) for end in slope))])
+                          *(percent(math.log(2) * end) for end in slope))]
         if third:
             cells[-1] += ["-" if "predicted" not in row else f"{percent(row['predicted']):+.2f}%",
                           shown_interval(row.get("predicted_interval")), verdict(row)]
     header += [f"predicted for tier {len(tiers)}", "95% CI", "measured"] if third else []
     of_sizes = table(["tier", "protocol", "parameters of layers", "tokens", "runs", "spread"], sizes)
-    note = any(one and one["unstable"] for row in rows for one in row["ratios"])
+    notes = [f"{count} runs of {tier.protocol.baseline} are unstable in tier {n}: all its differences are in "
+             f"doubt." for n, tier in enumerate(tiers, 1) if (count := tier.unstable[tier.protocol.baseline])]
+    if notes or any(one and one["unstable"] for row in rows for one in row["ratios"]):
+        notes.append(UNSTABLE_NOTE)
     return f"# Tiers\n\n{of_sizes}\nLosses against the baseline's, with 95% intervals, and the runs of the " \
            f"arm or of the baseline, whichever are fewer.\n\n{table(header, cells)}" \
-           + f"\n{UNSTABLE_NOTE}\n" * note
+           + "".join(f"\n{note}\n" for note in notes)
 
 
 def shown_ratio(one: dict | None) -> str:
@@ -168,7 +174,8 @@ def write_tiers(tiers: list[Tier], stem: str) -> str:
     write(stem + ".json", json_text(without_nan({
         "tiers": [{"protocol": tier.protocol.digest, "name": tier.protocol.name,
                    "parameters": tier.parameters, "tokens": tier.protocol.values["tokens"],
-                   "runs": len(tier.runs), "spread": tier.spread and tier.spread[0]} for tier in tiers],
+                   "runs": len(tier.runs), "spread": tier.spread and tier.spread[0],
+                   "baseline_unstable": tier.unstable[tier.protocol.baseline]} for tier in tiers],
         "arms": rows})))
     write(stem + ".md", text)
     return text

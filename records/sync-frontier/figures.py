@@ -50,6 +50,7 @@ def main() -> None:
     print_third_seed(runs, groups)
     print_unstable(runs, groups)
     print_chance()
+    print_second_tier(fit)
     write_intervals(fit, one)
 
 
@@ -178,6 +179,26 @@ def print_chance() -> None:
             {f"{other}": 1.0, "0": -1.0}).interval()
         held.append(low < 0 < high)
     print(f"a group chosen by chance: intervals of the rest cover {np.mean(held):.1%}")
+
+
+def print_second_tier(fit: Fit) -> None:
+    """Print how the stable arms of tier_2 differ from 12 layers there and here, by the spread found here."""
+    protocol = Protocol.read(os.path.join(FOLDER, "tier_2", "protocol.json"))
+    runs, groups = read_runs(protocol.runs_path, protocol), protocol.values["spread_groups"]
+    second, (spread, freedom) = Fit(runs, groups), fit.spreads[REST]
+    arms = [arm for arm in second.arms if arm not in ("dense_12", *groups["unstable"])]
+    for name, some in [*((arm, [arm]) for arm in arms), ("their mean", arms)]:
+        weights = {arm: 1 / len(some) for arm in some} | {"dense_12": -1.0}
+        here, there = fit.contrast(weights), second.contrast(weights)
+        change, error = there.mean - here.mean, math.hypot(
+            here.error, there.error * spread / second.spreads[REST][0])
+        print(f"{name}: {math.expm1(here.mean):+.2%} here, {math.expm1(there.mean):+.2%} there, change "
+              f"{change:+.2%} ± {error:.2%}, p = {2 * stdtr(freedom, -abs(change) / error):.3f}")
+    told, df = second.spreads[REST]
+    low, high = (told * math.sqrt(df / chdtri(df, tail)) for tail in (0.025, 0.975))
+    print(f"spread there {told:.2%} ({df:.0f}), 95% interval {low:.2%} to {high:.2%}")
+    for n in (1, 2):
+        print(f"12 layers alone, {n} runs there: {spread * math.hypot(3**-0.5, n**-0.5):.2%}")
 
 
 def write_intervals(fit: Fit, one: Fit) -> None:

@@ -10,6 +10,7 @@
 # COMPILED PER_GPU=4 on one.
 part=$1 end=$(($(date +%s) + $2)) out=$3 work=/tmp/sync-frontier
 shift 3
+[ -z "$MPS" ] || export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps
 mkdir -p "$out" $work/frontier
 left() { echo $((end - $(date +%s))); }
 if [ "$part" = first ]; then
@@ -25,13 +26,13 @@ if [ "$part" = first ]; then
         tail -n 12 "$out/decode.txt"
     fi
     if [ -n "$MPS" ]; then
-        export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps
         mkdir -p /tmp/mps
         # a session of its own outlives this command; no child, as `wait` would wait for it
         (setsid nvidia-cuda-mps-control -f > /tmp/mps/out.txt 2>&1 < /dev/null &)
         sleep 1
         if ! timeout 60 python3 -c "import torch; torch.zeros(1, device='cuda')" ||
             ! pgrep -f nvidia-cuda-mps-server > /dev/null; then
+            wait
             cat /tmp/mps/out.txt
             echo "error: MPS does not run here: leave MPS out, and take a smaller PER_GPU" >&2
             exit 2
@@ -60,6 +61,7 @@ if [ "$part" = last ]; then
     (cd $work/frontier && find experiment_logs -name 'run_*.jsonl' | tar czf "$out/run_logs.tgz" -T -)
     [ -z "$SAVE" ] || tar cf - -C $work/frontier experiment_logs/compile_cache |
         xz --lzma2=preset=3,dict=256MiB > "$out/compiled.tar.xz"
+    [ -z "$MPS" ] || echo quit | timeout 10 nvidia-cuda-mps-control
     ls -la "$out"
 fi
 exit $code

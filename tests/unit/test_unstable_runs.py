@@ -12,8 +12,8 @@ from test_sync_frontier import protocol, run_of
 from experiments.frontier_draw import Tables, rows_of, verdict, write_frontier
 from experiments.frontier_fit import Fit
 from experiments.frontier_next import clipped_share
-from experiments.frontier_runs import add_run, append_runs, read_runs, unstable
-from experiments.frontier_tiers import write_tiers
+from experiments.frontier_runs import add_run, append_runs, merge, read_runs, unstable
+from experiments.frontier_tiers import Tier, write_tiers
 from nanosync.errors import UserError
 from nanosync.run_log import RunLog
 
@@ -28,12 +28,15 @@ def test_the_share_of_clipped_updates():
     assert clipped_share(log_of(norms, grad_clip=1.0, warmup_iters=2)) == 0.25  # 1.0 itself is not clipped
     assert clipped_share(log_of(norms, grad_clip=1.0)) == 0.5
     assert clipped_share(log_of(norms, grad_clip=20.0)) == 0.0
-    assert clipped_share(log_of([None, 2.0, 0.5], grad_clip=1.0)) == 0.5
+    assert clipped_share(log_of([None, 2.0, 0.5], grad_clip=1.0, warmup_iters=None)) == 0.5
+    assert clipped_share(log_of([2.0, 0.5, 0.5], grad_clip=1)) == 0.333333
 
 
 @pytest.mark.parametrize("log", [
     log_of([9.0], grad_clip=0.0), log_of([9.0]), log_of([None], grad_clip=1.0), log_of([], grad_clip=1.0),
-    log_of([9.0], grad_clip=1.0, warmup_iters=1)], ids=range(5))
+    log_of([9.0], grad_clip=1.0, warmup_iters=1), log_of([9.0], grad_clip=-1), log_of([9.0], grad_clip="1"),
+    log_of([9.0], grad_clip=None), log_of([9.0], grad_clip=1.0, warmup_iters="0"),
+    log_of([9.0], grad_clip=1.0, warmup_iters=[1])], ids=range(10))
 def test_what_says_nothing_of_clipping(log):
     assert clipped_share(log) is None
 
@@ -45,7 +48,7 @@ def test_a_line_with_its_share(tmp_path, clipped):
     assert read_runs(path, plan)["dense_12", 1]["clipped"] == clipped
 
 
-@pytest.mark.parametrize("clipped", [-0.1, 1.5, "0.1", True, float("nan")])
+@pytest.mark.parametrize("clipped", [-0.1, 1.0001, "0.1", True, float("nan")])
 def test_a_line_with_a_wrong_share(tmp_path, clipped):
     run = run_of(protocol(), "dense_12", 1, clipped=clipped)
     (tmp_path / "runs.jsonl").write_text(json.dumps(run) + "\n")
@@ -57,8 +60,25 @@ def test_a_line_with_a_wrong_share(tmp_path, clipped):
 def test_two_shares_of_a_run_contradict():
     plan, runs = protocol(), {}
     add_run(runs, run_of(plan, "dense_12", 1, clipped=0.1), "a")
-    with pytest.raises(UserError, match=r"clipped=0\.1 and not 0\.2"):
-        add_run(runs, run_of(plan, "dense_12", 1, clipped=0.2), "b")
+    for other in (0.2, None):
+        with pytest.raises(UserError, match=rf"clipped=0\.1 and not {other}"):
+            add_run(runs, run_of(plan, "dense_12", 1, clipped=other), "b")
+
+
+@pytest.mark.parametrize("clipped", [0.1, None])
+def test_an_older_line_of_the_same_run_does_not_contradict(tmp_path, clipped):
+    """The lines of some runs were given their share later; what is there stays."""
+    plan, names = protocol(), ("old", "new")
+    lines = {"old": run_of(plan, "dense_12", 1), "new": run_of(plan, "dense_12", 1, clipped=clipped)}
+    paths = {name: str(tmp_path / f"{name}.jsonl") for name in names}
+    for name in names:
+        append_runs(paths[name], [lines[name]])
+    for one, other in (names, names[::-1]):
+        assert merge(paths[one], [paths[other]], plan) == (0, 1, 0)
+        assert read_runs(paths[one], plan)["dense_12", 1] == lines[one]
+    append_runs(str(tmp_path / "third.jsonl"), [lines["old"] | {"val_loss": 2.1, "curve": [[10, 2.1, 2.1]]}])
+    with pytest.raises(UserError, match="with val_loss="):
+        merge(paths["new"], [str(tmp_path / "third.jsonl")], plan)
 
 
 def test_the_table_names_unstable_runs(tmp_path):
@@ -68,30 +88,35 @@ def test_the_table_names_unstable_runs(tmp_path):
     runs["dense_8", 1]["clipped"], runs["dense_8", 2]["clipped"] = 0.01, None
     write_frontier(plan, runs, Tables(), str(tmp_path / "f"))
     assert "nstable" not in (tmp_path / "f.md").read_text()
-    for seed, share in ((1, 0.011), (2, 1.0), (3, 0.01)):
+    for seed, share in ((1, 0.0101), (2, 1.0), (3, 0.01)):
         runs["drop_4_r2", seed]["clipped"] = share
     runs["drop_4_r2", 4] = run_of(plan, "drop_4_r2", 4, None, clipped=1.0)
-    assert [unstable(runs, arm) for arm in plan.arms] == [0, 0, 2]
+    assert [unstable(runs, arm) for arm in plan.arms] == [None, 0, 2]
     row = rows_of(plan, runs, Fit(runs))[2]
     assert verdict(row).endswith(", 1 diverged, 2 unstable")
     write_frontier(plan, runs, Tables(), str(tmp_path / "f"))
     text = (tmp_path / "f.md").read_text()
     assert text.count("2 unstable") == 1 and "Unstable: more than 1% of the updates" in text
-    assert [one["unstable"] for one in json.loads((tmp_path / "f.json").read_text())["arms"]] == [0, 0, 2]
+    assert [one["unstable"] for one in json.loads((tmp_path / "f.json").read_text())["arms"]] == [None, 0, 2]
 
 
 def test_tiers_name_unstable_runs(tmp_path):
-    """Those of the arm, and those of the baseline, with which all arms are compared."""
+    """Those of the arm, which then has no line, and those of the baseline, with which all are compared."""
     def text(**clipped) -> str:
         large = tier(2, 0.004)
         for arm, share in clipped.items():
             large.runs[arm, 1]["clipped"] = share
-        return write_tiers([tier(1, 0.004), large], str(tmp_path / "tiers"))
+        large = Tier(large.protocol, large.runs)
+        return write_tiers([tier(1, 0.004), large, tier(3, 0.004)], str(tmp_path / "tiers"))
 
     assert "nstable" not in text() and "nstable" not in text(drop_4_r2=0.01)
     assert (one := text(drop_4_r2=0.2)).count("; 4, 1 unstable)") == 1 and "Unstable: more than 1%" in one
-    of_base = text(drop_4_r2=0.2, dense_12=0.2)
-    assert of_base.count("; 4, 1 unstable)") == 1 and of_base.count("; 4, 2 unstable)") == 1
-    found = json.loads((tmp_path / "tiers.json").read_text())["arms"]
-    assert {row["arm"]: [one["unstable"] for one in row["ratios"]] for row in found} == {
-        "dense_8": [0, 1], "drop_4_r2": [0, 2]}
+    assert one.count("| unstable | - | unstable | - | - |\n") == 1 and one.count(" predicted |\n") == 1
+    assert "in doubt" not in one
+    of_base = text(dense_12=0.2, dense_8=0.0)
+    assert "1 runs of dense_12 are unstable in tier 2: all its differences are in doubt." in of_base
+    assert "1 unstable)" not in of_base and of_base.count(" predicted |\n") == 2
+    found = json.loads((tmp_path / "tiers.json").read_text())
+    assert {row["arm"]: [one["unstable"] for one in row["ratios"]] for row in found["arms"]} == {
+        "dense_8": [None, 0, None], "drop_4_r2": [None, None, None]}
+    assert [one["baseline_unstable"] for one in found["tiers"]] == [None, 1, None]
