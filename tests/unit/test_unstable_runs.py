@@ -114,7 +114,7 @@ def test_tiers_name_unstable_runs(tmp_path):
     assert one.count("| unstable | - | unstable | - | - |\n") == 1 and one.count(" predicted |\n") == 1
     assert "in doubt" not in one
     of_base = text(dense_12=0.2, dense_8=0.0)
-    assert "1 runs of dense_12 are unstable in tier 2: all its differences are in doubt." in of_base
+    assert "1 runs of dense_12 are unstable in tier 2: all differences in it are in doubt." in of_base
     assert "1 unstable)" not in of_base and of_base.count(" predicted |\n") == 2
     found = json.loads((tmp_path / "tiers.json").read_text())
     assert {row["arm"]: [one["unstable"] for one in row["ratios"]] for row in found["arms"]} == {
