@@ -150,8 +150,9 @@ def text_of(tiers: list[Tier], rows: list[dict]) -> str:
                           shown_interval(row.get("predicted_interval")), verdict(row)]
     header += [f"predicted for tier {len(tiers)}", "95% CI", "measured"] if third else []
     of_sizes = table(["tier", "protocol", "parameters of layers", "tokens", "runs", "spread"], sizes)
-    notes = [f"{count} runs of {tier.protocol.baseline} are unstable in tier {n}: all differences in it are in "
-             f"doubt." for n, tier in enumerate(tiers, 1) if (count := tier.unstable[tier.protocol.baseline])]
+    notes = [f"{count} runs of {tier.protocol.baseline} are unstable in tier {n}: all differences in it are "
+             "in doubt." for n, tier in enumerate(tiers, 1)
+             if (count := tier.unstable[tier.protocol.baseline])]
     if notes or any(one and one["unstable"] for row in rows for one in row["ratios"]):
         notes.append(UNSTABLE_NOTE)
     return f"# Tiers\n\n{of_sizes}\nLosses against the baseline's, with 95% intervals, and the runs of the " \
