@@ -33,9 +33,9 @@ from nanosync.files import json_text
 DROPPING = "standard", "spd", "selective", "grouped", "custom"  # strategies that drop syncs and do no more
 ONE_GPU = "TP=1"  # name of the row of the dense model on one GPU
 ANY_RANKS = "standard", "palm", "ladder"  # whose loss does not depend on the TP ranks
-UNSTABLE_NOTE = f"Unstable: more than {UNSTABLE:.0%} of the updates after the warm-up were clipped. A " \
-                "pooled spread does not describe such runs, and several of an arm widen it for all: name " \
-                "their arms in spread_groups."
+UNSTABLE_NOTE = f"Unstable: after the warm-up more than {UNSTABLE:.0%} of the gradient norms are above " \
+                "five times their lower quartile. A pooled spread does not describe such runs, and several " \
+                "of an arm widen it for all: name their arms in spread_groups."
 
 
 @dataclass

@@ -16,6 +16,8 @@ import math
 import os
 import time
 
+import numpy as np
+
 from experiments.experiment_config import arguments_of, in_range
 from experiments.experiment_logger import ExperimentLogger
 from experiments.frontier_protocol import Protocol
@@ -25,6 +27,7 @@ from nanosync.errors import UserError
 from nanosync.run_log import RunLog
 
 MARGIN = 1.1  # a run may take this multiple of its estimate
+SPIKE = 5  # see spikes_of
 STARTING_SHARE = 2  # of so many runs on a GPU one may be before its first step
 CPU = "cpu"
 
@@ -156,7 +159,7 @@ class Session:
                 "val_loss": None if diverged else result["final_val_loss"], "curve": curve,
                 "syncs": log.last("schedule").get("syncs"),
                 "seconds": seconds_of(log, result["wall_seconds"]), "parallel": parallel,
-                "clipped": clipped_share(log),
+                "spikes": spikes_of(log),
                 "card": environment.get("device") or self.card,
                 "torch": environment.get("torch"), "commit": environment.get("git_commit") or self.commit,
                 "time": round(time.time())}
@@ -181,15 +184,15 @@ def seconds_of(log: RunLog, wall: float) -> dict:
             "training": round(training, 3), "evaluation": round(evaluation, 3)}
 
 
-def clipped_share(log: RunLog) -> float | None:
-    """Return the share of the updates after the warm-up whose gradient was clipped. None if the run logs no
-    norms, does not clip, or ends within the warm-up."""
-    limit, first = log.config.get("grad_clip"), log.config.get("warmup_iters") or 0
-    if not (in_range(limit) and limit > 0 and in_range(first)):
+def spikes_of(log: RunLog) -> float | None:
+    """Return the share of the updates after the warm-up whose gradient norm is above SPIKE times its lower
+    quartile, which spikes hardly move. None if the run logs no norms or ends within the warm-up."""
+    first = log.config.get("warmup_iters") or 0
+    if not in_range(first):
         return None
-    norms = [event["norm"] for event in log.of("iter")
-             if event["step"] >= first and event.get("norm") is not None]
-    return round(sum(norm > limit for norm in norms) / len(norms), 6) if norms else None
+    norms = np.array([event["norm"] for event in log.of("iter")
+                      if event["step"] >= first and event.get("norm") is not None])
+    return round(float(np.mean(norms > SPIKE * np.quantile(norms, 0.25))), 6) if norms.size else None
 
 
 def most_starting(places: list[str | None], per_place: int) -> int:

@@ -3,14 +3,14 @@
     {"protocol": "<digest>", "data": "<digest>", "arm": "drop_6_r4", "seed": 1, "status": "finished",
      "val_loss": 1.93, "curve": [[step, val_loss, train_loss], ...], "syncs": 6,
      "seconds": {"wall": 44.1, "start": 12.0, "training": 29.9, "evaluation": 2.2}, "parallel": 2,
-     "clipped": 0.0006, "card": "NVIDIA H200", "torch": "2.11.0", "commit": "...", "time": 1795938660}
+     "spikes": 0.0006, "card": "NVIDIA H200", "torch": "2.11.0", "commit": "...", "time": 1795938660}
 
 status is finished, or non_finite for a run whose loss became infinite or NaN, which has no val_loss. A run
 that failed otherwise, or was killed, has no line. seconds.start is what is neither training nor evaluation:
-start, compilation, end. parallel: runs at a time on the same GPU. clipped: share of the updates after the
-warm-up whose gradient was clipped; null if the run logs no norms, does not clip, or ends within the warm-up;
-older lines lack it. A run that another protocol has with the same settings can be taken from it (`merge` with
-`of`). Then ran_as has the digest of the other.
+start, compilation, end. parallel: runs at a time on the same GPU. spikes: share of the updates after the
+warm-up whose gradient norm is above five times its lower quartile; null if the run logs no norms or ends
+within the warm-up; older lines lack it. A run that another protocol has with the same settings can be taken
+from it (`merge` with `of`). Then ran_as has the digest of the other.
 """
 
 import json
@@ -30,11 +30,11 @@ RUN = {"protocol": (str, True), "data": (str, True), "arm": (str, True), "seed":
        "status": (str, True), "val_loss": ((*NUMBER, NONE), True), "curve": (list, True),
        "syncs": ((int, NONE), True), "seconds": (dict, True), "parallel": (int, True), "card": (str, True),
        "torch": ((str, NONE), True), "commit": ((str, NONE), True), "time": (NUMBER, True),
-       "clipped": ((*NUMBER, NONE), False), "ran_as": (str, False)}
+       "spikes": ((*NUMBER, NONE), False), "ran_as": (str, False)}
 SECONDS = {"wall": (NUMBER, True), "start": (NUMBER, True), "training": (NUMBER, True),
            "evaluation": (NUMBER, True)}
 MOST_PARALLEL = 1000
-UNSTABLE = 0.01  # a run with more of its updates clipped is unstable
+UNSTABLE = 0.01  # a run with more spikes is unstable
 
 
 def read_runs(path: str, protocol: Protocol) -> dict[tuple[str, int], dict]:
@@ -52,9 +52,9 @@ def add_run(runs: dict[tuple[str, int], dict], run: dict, where: str) -> bool:
     """Add a run; return False if it is there already. Raises UserError if it contradicts the others."""
     key = run["arm"], run["seed"]
     known = runs.get(key)
-    if known is not None and ("clipped" in known) != ("clipped" in run):  # one of them is an older line
-        one = known.get("clipped", run.get("clipped"))
-        known, run = known | {"clipped": one}, run | {"clipped": one}
+    if known is not None and ("spikes" in known) != ("spikes" in run):  # one of them is an older line
+        one = known.get("spikes", run.get("spikes"))
+        known, run = known | {"spikes": one}, run | {"spikes": one}
     if known is not None and known != run:
         other = next(name for name in RUN if known.get(name) != run.get(name))
         raise UserError(f"{where}: {run['arm']} with seed {run['seed']} is there already with "
@@ -103,14 +103,14 @@ def check_run(run: dict, where: str, protocol: Protocol) -> None:
             raise UserError(f"{where}: {name}={shown(value)} must be a number that is not below 0")
     if not 1 <= run["parallel"] <= MOST_PARALLEL or not in_range(run["syncs"] or 0, most=10**6):
         raise UserError(f"{where} has parallel={run['parallel']} and syncs={run['syncs']}, which cannot be")
-    if not in_range(run.get("clipped") or 0, most=1):
-        raise UserError(f"{where}: clipped={shown(run['clipped'])} must be a share, from 0 to 1")
+    if not in_range(run.get("spikes") or 0, most=1):
+        raise UserError(f"{where}: spikes={shown(run['spikes'])} must be a share, from 0 to 1")
 
 
 def unstable(runs: dict[tuple[str, int], dict], arm: str) -> int | None:
-    """Return how many finished runs of an arm are unstable, of those with `clipped`; None if none has it."""
-    shares = [run["clipped"] for (name, _), run in runs.items()
-              if name == arm and run["status"] == FINISHED and run.get("clipped") is not None]
+    """Return how many finished runs of an arm are unstable, of those with `spikes`; None if none has it."""
+    shares = [run["spikes"] for (name, _), run in runs.items()
+              if name == arm and run["status"] == FINISHED and run.get("spikes") is not None]
     return sum(share > UNSTABLE for share in shares) if shares else None
 
 

@@ -1,10 +1,11 @@
-"""Write what ../README.md says of the logs of a sitting, and add `clipped` to lines of runs.jsonl.
+"""Write what ../README.md says of the logs of a sitting, and add `spikes` to lines of runs.jsonl.
 
     tar xzf run_logs.tgz && python records/sync-frontier/tier_2/logs.py second
 
-`sitting.sh last` leaves the archive. Adds to logs.json, under the name of the sitting: of each run the share
-of the updates after the warm-up that were clipped, and the number of the first of them; ms an update of all
-runs together, for each 100 s in which all train. After the second sitting frontier.py wrote `clipped` itself.
+`sitting.sh last` leaves the archive. Adds to logs.json, under the name of the sitting: of each run the spikes
+(as frontier.py has them), the share of the updates after the warm-up that were clipped, and the number of the
+first of them; ms an update of all runs together, for each 100 s in which all train. After the second sitting
+frontier.py wrote `spikes` itself.
 """
 
 import bisect
@@ -16,7 +17,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", ".."))
 
 from experiments.experiment_logger import lines_of, read_lines
-from experiments.frontier_next import clipped_share
+from experiments.frontier_next import spikes_of
 from nanosync.files import replace_file
 from nanosync.run_log import RunLog
 
@@ -29,9 +30,10 @@ def stop(message: str) -> None:
     sys.exit(2)
 
 
-def first_clipped(log: RunLog) -> int | None:
-    return next((event["step"] + 1 for event in log.of("iter") if event["step"] >= log.config["warmup_iters"]
-                 and event["norm"] > log.config["grad_clip"]), None)
+def clipping_of(log: RunLog) -> dict:
+    later = [event for event in log.of("iter") if event["step"] >= log.config["warmup_iters"]]
+    clipped = [event["step"] + 1 for event in later if event["norm"] > log.config["grad_clip"]]
+    return {"clipped": round(len(clipped) / len(later), 6), "first_clipped": clipped[0] if clipped else None}
 
 
 def updates_until(times: list[float], moment: float) -> float:
@@ -51,7 +53,7 @@ def main() -> None:
         stop("no logs here: unpack run_logs.tgz in this folder")
     times = [[event["time"] for event in log.of("iter")] for log in logs.values()]
     begin, end = max(one[0] for one in times), min(one[-1] for one in times)
-    found = {"runs": {f"{arm} {seed}": {"clipped": clipped_share(log), "first_clipped": first_clipped(log)}
+    found = {"runs": {f"{arm} {seed}": {"spikes": spikes_of(log)} | clipping_of(log)
                       for (arm, seed), log in logs.items()}, "ms_an_update": {}}
     for period in range(int((end - begin) // PERIOD)):
         a, b = begin + PERIOD * period, begin + PERIOD * (period + 1)
@@ -65,8 +67,8 @@ def main() -> None:
     replace_file(out, (json.dumps(sittings | {sys.argv[1]: found}, indent=1) + "\n").encode())
     runs = read_lines(runs_path)
     for run in runs:
-        if "clipped" not in run and (run["arm"], run["seed"]) in logs:
-            run["clipped"] = clipped_share(logs[run["arm"], run["seed"]])
+        if "spikes" not in run and (run["arm"], run["seed"]) in logs:
+            run["spikes"] = spikes_of(logs[run["arm"], run["seed"]])
     replace_file(runs_path, lines_of(runs).encode())
 
 
